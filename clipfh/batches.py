@@ -1,0 +1,131 @@
+"""Which images make the batch of a step: P x K as a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from clipfh import UserError
+
+
+class Plan:
+    """The P x K batches of a run, each a pure function of (seed, step).
+
+    Items come in endless shuffled passes without a pause between them: an item is drawn once a pass, and the P items
+    of a batch are distinct, also where a batch spans two passes. The views of an item are drawn in shuffled rounds:
+    each is drawn before any repeats, across passes too, and a batch repeats a view only where the item has fewer
+    than K.
+
+    Args:
+        item: (N,) item code of each image, 0 to I-1.
+        items: P, at most I.
+        views: K.
+        seed: another seed, other batches.
+        category: (I,) category code of each item, for grouping.
+        categories: about how many categories share a batch; 0 draws items from all.
+
+    Raises:
+        UserError: fewer than P items.
+    """
+
+    def __init__(
+        self,
+        item: np.ndarray,
+        items: int,
+        views: int,
+        seed: int = 0,
+        category: np.ndarray | None = None,
+        categories: int = 0,
+    ) -> None:
+        self.items, self.views, self.seed = items, views, seed
+        self.category = category
+        self.run = max(1, items // categories) if categories else 0
+        self.rows = np.argsort(item, kind="stable")
+        self.sizes = np.bincount(item)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self._orders: dict[int, np.ndarray] = {}
+        if len(self.sizes) < items:
+            raise UserError(
+                f"--batch.items {items} is more than the {len(self.sizes)} train items: take {len(self.sizes)} or fewer"
+            )
+
+    @property
+    def num_items(self) -> int:
+        """I, the items that batches are drawn from."""
+        return len(self.sizes)
+
+    def batch(self, step: int) -> np.ndarray:
+        """(P*K,) image rows of the step's batch, the K views of an item side by side."""
+        position = step * self.items + np.arange(self.items)
+        passes, index = position // self.num_items, position % self.num_items
+        items = np.concatenate([self._order(p)[index[passes == p]] for p in np.unique(passes)])
+        return self._views(items, passes).reshape(-1)
+
+    def _order(self, number: int) -> np.ndarray:
+        """(I,) items in the order of a pass. A batch that began in the pass before repeats none of its items."""
+        if number not in self._orders:
+            # Only the first P places depend on the pass before; where a pass holds two batches or more, its end
+            # therefore does not, and one pass back is far enough. Else go back to a pass that starts a batch.
+            back = (
+                1 if self.num_items >= 2 * self.items else number % (self.items // math.gcd(self.num_items, self.items))
+            )
+            order = self._shuffled(max(0, number - back))
+            for p in range(max(0, number - back) + 1, number + 1):
+                begun = p * self.num_items % self.items
+                order = _apart(self._shuffled(p), order[len(order) - begun :], self.items - begun if begun else 0)
+            self._orders = {**dict(list(self._orders.items())[-1:]), number: order}
+        return self._orders[number]
+
+    def _shuffled(self, number: int) -> np.ndarray:
+        """(I,) items shuffled; when grouped, in shuffled runs of one category."""
+        rng = np.random.default_rng((self.seed, number))
+        order = rng.permutation(self.num_items)
+        if not self.run or self.category is None:
+            return order
+        order = order[np.argsort(self.category[order], kind="stable")]
+        category = self.category[order]
+        place = np.arange(len(order)) - np.searchsorted(category, category)
+        run = np.cumsum(place % self.run == 0) - 1
+        return order[np.argsort(rng.permutation(run[-1] + 1)[run], kind="stable")]
+
+    def _views(self, items: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """(P, K) image rows: of each item the views of its n-th draw.
+
+        The views stand in a ring, shuffled anew once every view was drawn equally often at the end of a draw. So
+        K neighbours are distinct, and the order of the rings needs no memory of earlier draws.
+        """
+        sizes = self.sizes[items]
+        draws_a_ring = sizes // np.gcd(sizes, self.views)
+        ring, offset = draws // draws_a_ring, draws % draws_a_ring * self.views
+        owner = np.repeat(np.arange(len(items)), sizes)
+        view = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        keys = _hash(self.seed, items[owner], ring[owner], view)
+        shuffled = view[np.lexsort((keys, owner))]
+        place = (offset[:, None] + np.arange(self.views)) % sizes[:, None]
+        chosen = shuffled[(np.cumsum(sizes) - sizes)[:, None] + place]
+        return self.rows[self.starts[items][:, None] + chosen]
+
+
+def _apart(order: np.ndarray, begun: np.ndarray, head: int) -> np.ndarray:
+    """The order with its first items that are not in `begun` moved to the front, `head` of them."""
+    if not head:
+        return order
+    free = np.flatnonzero(~np.isin(order, begun))[:head]
+    return np.concatenate([order[free], np.delete(order, free)])
+
+
+def _hash(*parts: int | np.ndarray) -> np.ndarray:
+    """uint64 hash of integers, elementwise: the finaliser of SplitMix64 (Steele et al., 2014) over each part."""
+    value = np.zeros(1, np.uint64)
+    for part in parts:
+        value = value + np.asarray(part).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        value = value ^ (value >> np.uint64(31))
+    return value
+
+
+def num_steps(images: int, batch: int) -> int:
+    """Steps that see at least this many images."""
+    return max(1, math.ceil(images / batch))

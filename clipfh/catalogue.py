@@ -1,0 +1,942 @@
+"""Photos and annotations become a catalogue: a folder of Parquet shards with a manifest.
+
+`prepare` goes: source -> listed photos -> splits -> plan of shards -> images encoded by a process pool -> manifest.
+All up to the plan is cheap and done at once; the images are a stream, and every finished shard survives a kill.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import posixpath
+import re
+import shutil
+import signal
+import sys
+import threading
+import warnings
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, fields, replace
+from itertools import groupby, islice
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+from pyarrow import fs
+
+from clipfh import UserError
+
+FORMAT, VERSION = "clipfh-catalogue", 1
+SPLITS = ("train", "val_gallery", "val_query", "gallery", "query")  # the order of writing: a gallery before its queries
+GALLERY_OF = {"val_query": "val_gallery", "query": "gallery"}
+COLUMNS = ("item_id", "variant", "view", "gender", "category", "path", "split", "text", "color")
+SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in COLUMNS)])
+
+SHARD_IMAGES = 1024
+ROW_GROUP_IMAGES = 64
+CHUNK_IMAGES = 16  # one task of a worker
+CHUNKS_AHEAD = 4  # per worker: with the two above it bounds the memory
+MAX_PIXELS = 100_000_000
+LEFT_OUT_LISTED = 1000
+
+MISSING = "missing"
+OUTSIDE = "path climbs out of the source"
+TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
+NO_GALLERY = "query without a gallery image of its item"
+LeftOut = tuple[str, str]  # path and why
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """A finished catalogue; `manifest` is what `catalogue.json` holds."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def shards(self, split: str) -> list[Path]:
+        """The Parquet files of a split, in order. A train item is never cut by the end of a shard."""
+        return [self.path / name for name in self.manifest["shards"][split]]
+
+    def rows(self, split: str) -> pa.Table:
+        """A row an image, without the image."""
+        return self._read(split, COLUMNS)
+
+    def images(self, split: str) -> pa.Table:
+        """A row an image with its encoded bytes: the whole split in memory."""
+        return self._read(split, SCHEMA.names)
+
+    def num_images(self, split: str) -> int:
+        return self.manifest["counts"][split]["images"]
+
+    def num_items(self, split: str) -> int:
+        return self.manifest["counts"][split]["items"]
+
+    def require(self, *splits: str) -> None:
+        """Raise UserError where one of these splits has no image."""
+        for split in splits:
+            if not self.num_images(split):
+                found = ", ".join(f"{self.num_images(name)} {name}" for name in SPLITS)
+                raise UserError(
+                    f"{self.path}: no {split} images (it has {found}): prepare it from a source with more items"
+                )
+
+    def _read(self, split: str, columns: Sequence[str]) -> pa.Table:
+        # ParquetFile, because pq.read_table takes a folder called `a=b` above the file for a column of its own
+        tables = [pq.ParquetFile(path).read(list(columns)).replace_schema_metadata() for path in self.shards(split)]
+        return pa.concat_tables(tables) if tables else SCHEMA.empty_table().select(columns)
+
+
+def open_catalogue(path: str | Path) -> Catalogue:
+    """Open what `prepare` wrote. Raises UserError where it is no catalogue, of another version, or not whole."""
+    path = Path(path)
+    file = path / "catalogue.json"
+    if not file.is_file():
+        if _partial(path).exists() or (path / "plan.json").exists():
+            raise UserError(f"{path}: half-written: run the same clipfh prepare again, it goes on where it stopped")
+        raise UserError(f"{path}: not a catalogue (it has no catalogue.json): make one with clipfh prepare")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: can't be read ({error}): delete {path} and run clipfh prepare again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{file}: not the manifest of a catalogue: make one with clipfh prepare")
+    if (version := manifest.get("version")) != VERSION:
+        raise UserError(
+            f"{path}: a catalogue of version {version}, and this clipfh reads version {VERSION}: "
+            "delete it and run clipfh prepare again"
+        )
+    for name, size in [shard for shards in manifest["shards"].values() for shard in shards.items()]:
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            raise UserError(f"{path / name}: missing or cut short: delete {path} and run clipfh prepare again")
+    return Catalogue(path, manifest)
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    val_fraction: float = 0.1,
+    image_size: int = 256,
+    max_bad: float = 0.01,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Catalogue:
+    """Make the catalogue `out` of `source` on all cores; where it is there already and up to date, keep it.
+
+    Works in `<out>.partial` and renames that at the end. Killed and started again, it goes on behind its last finished
+    shard. The manifest's `hash` (rows and image bytes) depends neither on that nor on the number of cores.
+
+    Args:
+        source: path or URI of In-Shop as distributed, of the original system's processed metadata, of a folder of item
+            folders, or of a CSV or Parquet file (image_path, item_id[, text, split, variant, view, gender, category,
+            color]; paths relative to the file).
+        val_fraction: share of the train items held out for validation, though at least 50 of them or a fifth.
+        image_size: pixels of the short side; larger images are shrunk to it, others keep their bytes.
+        max_bad: share of the listed images that may be left out (missing, unreadable, refused).
+        seed: of the drawing of items and of query images.
+        progress: called with the number of images done and of all images.
+
+    Raises:
+        UserError: the source, a setting or the disk needs mending.
+    """
+    if not (0 <= val_fraction < 1 and 0 <= max_bad <= 1 and image_size > 0):
+        raise UserError("--val-fraction must be in [0, 1), --max-bad in [0, 1], --image-size above 0: change it")
+    source, out = str(source), Path(out).absolute()
+    listing = _read_source(source)
+    tally = _Tally(len(listing.photos) + len(listing.left_out), max_bad, progress)
+    tally.leave_out(listing.left_out)
+    photos = _assign_splits(listing.photos, val_fraction, seed)
+    _check_not_empty(Counter(photo.split for photo in photos), source)
+    shards = _cut_into_shards(photos)
+    settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed}
+    plan = _digest(json.dumps([FORMAT, VERSION, settings]), *(json.dumps(_all_of(photo)) for photo in photos))
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        return _keep_up_to_date(out, plan, tally)
+
+    folder = _partial(out)
+    with _user_errors(folder):
+        _claim(folder, plan)
+        _write_shards(folder, shards, listing.store, image_size, tally)
+        contents = _contents(folder, shards)
+        _check_not_empty({split: counts["images"] for split, counts in contents["counts"].items()}, source)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "plan": plan,
+            "settings": {"source": source, **settings, "max_bad": max_bad},
+            **contents,
+            "left_out": tally.summary(),
+            "notes": listing.notes + contents["notes"],
+        }
+        _finish(folder, out, manifest)
+    return open_catalogue(out)
+
+
+# Reading a source: one function for each kind, all to a listing.
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".rar", ".7z")
+GIVEN_COLUMNS = ("image_path", "item_id", "text", "split", "variant", "view", "gender", "category", "color")
+GIVEN_SPLITS = ("", "train", "val", "val_query", "val_gallery", "test", "query", "gallery")
+OFFICIAL_INSHOP = {
+    "images": 52_712,
+    "train images": 25_882,
+    "train items": 3_997,
+    "query images": 14_218,
+    "gallery images": 12_612,
+    "test items": 3_985,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """One listed image: its row, and where it was found (`file` below the source, `stamp` of size and time)."""
+
+    path: str
+    item_id: str
+    split: str = ""
+    variant: str = ""
+    view: str = ""
+    gender: str = ""
+    category: str = ""
+    text: str = ""
+    color: str = ""
+    file: str = ""
+    stamp: str = ""
+
+
+_all_of = attrgetter(*(field.name for field in fields(Photo)))
+_row_of = attrgetter(*COLUMNS)
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What a source says it holds. No image is read from outside `store`, which is a folder.
+
+    Where a photo lies in it is the first of `layouts` that finds it; `inner` is its path without a leading `img/`.
+    """
+
+    store: fs.SubTreeFileSystem
+    photos: list[Photo]
+    notes: list[str] = field(default_factory=list)
+    layouts: tuple[str, ...] = ("{path}",)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+def _read_source(source: str) -> _Listing:
+    try:
+        store, file = _open_source(source)
+        listing = _read_file(store, file) if file else _read_folder(store)
+        return _on_disk(_without_repeats(listing))
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{source}: can't be read ({' '.join(str(error).split())}): check --source") from error
+
+
+def _open_source(source: str) -> tuple[fs.SubTreeFileSystem, str]:
+    """The source's folder and, where the source is a file, its name."""
+    if "://" in source:
+        base, path = fs.FileSystem.from_uri(source)
+    else:
+        base, path = fs.LocalFileSystem(), Path(source).absolute().as_posix()
+    kind = base.get_file_info(path).type
+    if kind == fs.FileType.NotFound:
+        raise UserError(f"{source}: no such file or folder: check --source")
+    folder, name = (path, "") if kind == fs.FileType.Directory else posixpath.split(path)
+    return fs.SubTreeFileSystem(folder, base), name
+
+
+def _read_file(store: fs.SubTreeFileSystem, name: str) -> _Listing:
+    suffix = posixpath.splitext(name)[1].lower()
+    if suffix == ".csv":
+        return _read_csv(store, name)
+    if suffix == ".parquet":
+        return _read_parquet(store, name)
+    remedy = "unpack it and give the folder" if suffix in ARCHIVE_SUFFIXES else "give a .csv, a .parquet or a folder"
+    raise UserError(f"{store.base_path}{name}: not a source that can be read: {remedy} as --source")
+
+
+def _read_folder(store: fs.SubTreeFileSystem) -> _Listing:
+    partitions = ("Eval/list_eval_partition.txt", "list_eval_partition.txt")
+    folders = ["", *(f"{name}/" for name in _names(store, fs.FileType.Directory))]
+    places = [(folder, partition) for folder in folders for partition in partitions]
+    for place, info in zip(places, store.get_file_info([folder + file for folder, file in places]), strict=True):
+        if info.is_file:
+            return _read_inshop(_subfolder(store, place[0]), place[1])
+    for metadata in ("metadata", "."):
+        if _is_file(store, f"{metadata}/image_paths.json"):
+            return _read_processed(store, metadata)
+    return _read_item_folders(store)
+
+
+def _read_inshop(store: fs.SubTreeFileSystem, partition: str) -> _Listing:
+    """DeepFashion In-Shop. Identity is what the partition file says: 99 items lie in two categories."""
+    where = f"{store.base_path}{partition}"
+    texts, notes = _inshop_texts(store)
+    photos = []
+    for number, line in enumerate(_text(store, partition).splitlines(), start=1):
+        columns = line.rsplit(None, 2)
+        is_head = (number == 1 and len(columns) == 1) or (number <= 2 and columns[:1] == ["image_name"])
+        if is_head or not columns:
+            continue
+        if len(columns) != 3:
+            raise UserError(
+                f"{where} line {number}: {line[:80]!r} is not 'image_name item_id evaluation_status': mend it"
+            )
+        path, item_id, split = columns
+        text, color = texts.get(item_id, ("", ""))
+        row = {"image_path": path, "item_id": item_id, "split": split, "text": text, "color": color}
+        photos.append(_photo(row | _inshop_folders(path), f"{where} line {number}"))
+    trees = ("img/", "Img/img/", "img_highres/", "Img/img_highres/", "Img/", "")
+    return _Listing(store, photos, [*notes, _official_note(photos)], tuple(tree + "{inner}" for tree in trees))
+
+
+def _inshop_folders(path: str) -> dict[str, str]:
+    """Gender and category from `img/WOMEN/Dresses/id_00000002/02_1_front.jpg`; any names will do."""
+    *_, gender, category = ["", "", *path.removeprefix("img/").split("/")[:-2]]
+    return {"gender": gender, "category": category}
+
+
+def _inshop_texts(store: fs.SubTreeFileSystem) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """Item to (text, color), and a note where there are none. Paragraphs are joined and otherwise left as they are."""
+    files = [f"{folder}list_description_inshop.json" for folder in ("Anno/", "")]
+    found = [file for file in files if _is_file(store, file)]
+    if not found:
+        return {}, [f"{files[0]} is not there: the items have no text"]
+    texts = {}
+    for number, entry in enumerate(_json(store, found[0], list)):
+        if not isinstance(entry, dict) or "item" not in entry:
+            raise UserError(f"{store.base_path}{found[0]}: entry {number} has no 'item': mend the file or take it away")
+        paragraphs = [text for text in _list(entry.get("description")) if isinstance(text, str) and text.strip()]
+        texts[entry["item"]] = (" ".join(paragraphs), entry.get("color") or "")
+    return texts, []
+
+
+def _official_note(photos: list[Photo]) -> str:
+    images = Counter(photo.split for photo in photos)
+    train = {photo.item_id for photo in photos if photo.split == "train"}
+    test = {photo.item_id for photo in photos if photo.split in ("query", "gallery")}
+    found = (len(photos), images["train"], len(train), images["query"], images["gallery"], len(test))
+    pairs = list(zip(OFFICIAL_INSHOP.items(), found, strict=True))
+    differing = [f"{number:,} {what} ({official:,})" for (what, official), number in pairs if number != official]
+    if not differing:
+        return "the counts are those of the official In-Shop split"
+    return f"the counts differ from the official In-Shop split (in brackets): {', '.join(differing)}"
+
+
+def _read_csv(store: fs.SubTreeFileSystem, name: str) -> _Listing:
+    where = f"{store.base_path}{name}"
+    reader = csv.DictReader(io.StringIO(_text(store, name), newline=""), strict=True)
+    photos = []
+    try:
+        notes = _check_columns(reader.fieldnames or [], where)
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(f"not {len(reader.fieldnames or [])} fields")
+            photos.append(_photo(row, f"{where} line {reader.line_num}"))
+    except csv.Error as error:
+        raise UserError(f"{where} line {reader.reader.line_num}: malformed ({error}): mend the line") from error
+    return _Listing(store, photos, notes)
+
+
+def _read_parquet(store: fs.SubTreeFileSystem, name: str) -> _Listing:
+    where = f"{store.base_path}{name}"
+    with store.open_input_file(name) as file:
+        table = pq.ParquetFile(file)
+        notes = _check_columns(table.schema_arrow.names, where)
+        columns = [column for column in table.schema_arrow.names if column in GIVEN_COLUMNS]
+        rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
+        photos = [_photo(row, f"{where} row {number}") for number, row in enumerate(rows, start=1)]
+    return _Listing(store, photos, notes)
+
+
+def _check_columns(names: Iterable[str], where: str) -> list[str]:
+    """Raise where a column that must be there is not; note those that are not used."""
+    names = list(names)
+    if missing := {"image_path", "item_id"} - set(names):
+        raise UserError(
+            f"{where}: no column {' or '.join(sorted(missing))} (found: {', '.join(names)[:200]}): rename it"
+        )
+    unused = [name for name in names if name not in GIVEN_COLUMNS]
+    return [f"columns that were not used: {', '.join(unused)}"] if unused else []
+
+
+def _read_item_folders(store: fs.SubTreeFileSystem) -> _Listing:
+    """An item is a folder that holds images, called by its whole path; the folder around it is its category."""
+    photos = []
+    for info in store.get_file_info(fs.FileSelector("", recursive=True)):
+        folder, name = posixpath.split(info.path)
+        if info.is_file and folder and name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+            row = {
+                "image_path": info.path,
+                "item_id": folder,
+                "category": posixpath.basename(posixpath.dirname(folder)),
+            }
+            photos.append(_photo(row, info.path))
+    return _Listing(store, photos)
+
+
+def _read_processed(store: fs.SubTreeFileSystem, folder: str) -> _Listing:
+    """The original system's metadata: `image_paths.json` maps a path to {"item_id", "split"}.
+
+    It may also map keys to paths or lists of paths, with the identity in the path and the split (of a path or key) in
+    `image_splits.json`. The original validates on images of training items; those are training images here.
+    """
+    parent, name = posixpath.split(store.base_path.rstrip("/"))
+    if folder == "." and _is_folder(fs.SubTreeFileSystem(parent, store.base_fs), "splits"):
+        store, folder = fs.SubTreeFileSystem(parent, store.base_fs), name  # the original keeps its images there
+    where = f"{store.base_path}{folder}/image_paths.json"
+    splits = _original_splits(store, f"{folder}/image_splits.json")
+    prompts = _original_prompts(store, folder)
+    photos = []
+    for key, entry in _json(store, f"{folder}/image_paths.json", dict).items():
+        known = entry if isinstance(entry, dict) else {}
+        for path in [key] if isinstance(entry, dict) else _list(entry):
+            item_id = known.get("item_id") or next(iter(re.findall(r"id_\d{8}", path)), "")
+            split = known.get("split") or splits.get(path) or splits.get(key)
+            text, color = prompts.get(item_id, ("", ""))
+            row = {"image_path": path, "item_id": item_id, "text": text, "color": color}
+            row |= {"split": "train" if split == "val" else split, **_inshop_folders(path)}
+            photos.append(_photo(row, f"{where}, {key!r}"))
+    return _Listing(store, photos, [], ("splits/{split}/{path}", "splits/val/{path}", "{path}"))
+
+
+def _original_splits(store: fs.SubTreeFileSystem, file: str) -> dict[str, str]:
+    """Path or key to split, from {path: split} or {split: [path, ...]}."""
+    mapping = _json(store, file, dict) if _is_file(store, file) else {}
+    by_path: dict[str, str] = {}
+    for key, value in mapping.items():
+        by_path |= {key: value} if isinstance(value, str) else dict.fromkeys(value, key)
+    return by_path
+
+
+def _original_prompts(store: fs.SubTreeFileSystem, folder: str) -> dict[str, tuple[str, str]]:
+    """Item to (text, color), from prompts of the form "A clothing item in {color}. {description}"."""
+    names = ("image_prompts_per_identity.json", "image_prompts_clean.json")
+    file = next((f"{folder}/{name}" for name in names if _is_file(store, f"{folder}/{name}")), None)
+    prompts = _json(store, file, dict) if file else {}
+    parts = {item: re.fullmatch(r"A clothing item in (.*?)\. ?(.*)", text, re.DOTALL) for item, text in prompts.items()}
+    return {item: (match[2], match[1]) if match else (prompts[item], "") for item, match in parts.items()}
+
+
+def _photo(row: Mapping[str, Any], where: str) -> Photo:
+    """A listed row as a Photo; view and variant, where not given, come from a name like `02_1_front.jpg`."""
+    # A string that can't be written as UTF-8 (half of a surrogate pair in JSON) must not stop a catalogue
+    given = {
+        name: str(row[name]).encode("utf-8", "replace").decode() for name in GIVEN_COLUMNS if row.get(name) is not None
+    }
+    path = given.pop("image_path", "")
+    if not path or not given.get("item_id"):
+        raise UserError(f"{where}: no {'item_id' if path else 'image_path'}: mend it or take it out")
+    if given.get("split", "") not in GIVEN_SPLITS:
+        raise UserError(f"{where}: split {given['split']!r} is none of {', '.join(GIVEN_SPLITS[1:])}: mend it")
+    stem = posixpath.splitext(posixpath.basename(path))[0]
+    match = re.fullmatch(r"(\d+)_\d+_(.+)", stem)
+    variant, view = match.groups() if match else ("", stem)
+    return Photo(path, **{"variant": variant, "view": view} | given)
+
+
+def _without_repeats(listing: _Listing) -> _Listing:
+    unique = list({(photo.path, photo.item_id, photo.split): photo for photo in listing.photos}.values())
+    repeats = len(listing.photos) - len(unique)
+    notes = [f"{repeats:,} rows repeat another one and were dropped"] if repeats else []
+    return replace(listing, photos=unique, notes=listing.notes + notes)
+
+
+def _on_disk(listing: _Listing) -> _Listing:
+    """The listing with the file that each photo was found in; what was not found is left out."""
+    climbing = [photo for photo in listing.photos if _climbs(photo.path)]
+    missing = [photo for photo in listing.photos if not _climbs(photo.path)]
+    found: list[Photo] = []
+    notes = list(listing.notes)
+    for layout in listing.layouts:
+        files = [layout.format(path=p.path, inner=p.path.removeprefix("img/"), split=p.split) for p in missing]
+        looked = list(zip(missing, listing.store.get_file_info(files), strict=True))
+        missing = [photo for photo, info in looked if not info.is_file]
+        hits = [(photo, info) for photo, info in looked if info.is_file]
+        found += [replace(photo, file=info.path, stamp=f"{info.size} {info.mtime_ns}") for photo, info in hits]
+        if hits and len(listing.layouts) > 1:
+            notes.append(f"{len(hits):,} images were found as {layout.format(path='*', inner='*', split='*')}")
+    if not found:
+        remedy = f"unpack {archives} there" if (archives := _archives(listing.store)) else "put images there"
+        listed = f"{len(listing.photos):,} images are listed, none is there" if listing.photos else "no images found"
+        raise UserError(f"{listing.store.base_path}: {listed}: {remedy}, or check --source")
+    left_out = [(photo.path, OUTSIDE) for photo in climbing] + [(photo.path, MISSING) for photo in missing]
+    return replace(listing, photos=found, left_out=left_out, notes=notes)
+
+
+def _climbs(path: str) -> bool:
+    return path.startswith("/") or ".." in path.split("/") or "\0" in path
+
+
+def _archives(store: fs.SubTreeFileSystem) -> str:
+    folders = [folder for folder in ("", "Img/") if _is_folder(store, folder)]
+    names = [folder + name for folder in folders for name in _names(_subfolder(store, folder), fs.FileType.File)]
+    return ", ".join(name for name in names if name.lower().endswith(ARCHIVE_SUFFIXES))
+
+
+def _subfolder(store: fs.SubTreeFileSystem, folder: str) -> fs.SubTreeFileSystem:
+    return fs.SubTreeFileSystem(posixpath.join(store.base_path, folder), store.base_fs)
+
+
+def _names(store: fs.SubTreeFileSystem, kind: fs.FileType) -> list[str]:
+    return sorted(info.base_name for info in store.get_file_info(fs.FileSelector("")) if info.type == kind)
+
+
+def _is_file(store: fs.SubTreeFileSystem, path: str) -> bool:
+    return store.get_file_info(path).type == fs.FileType.File
+
+
+def _is_folder(store: fs.SubTreeFileSystem, path: str) -> bool:
+    return store.get_file_info(path).type == fs.FileType.Directory
+
+
+def _text(store: fs.SubTreeFileSystem, path: str) -> str:
+    with store.open_input_file(path) as file:
+        try:
+            return file.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{store.base_path}{path}: not UTF-8 ({error}): save it as UTF-8") from error
+
+
+def _json(store: fs.SubTreeFileSystem, path: str, kind: type) -> Any:
+    try:
+        value = json.loads(_text(store, path))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{store.base_path}{path} line {error.lineno}: not valid JSON ({error.msg}): mend it"
+        ) from error
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{store.base_path}{path}: holds a {type(value).__name__} where a {kind.__name__} belongs: mend it"
+        )
+    return value
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+# Splits and the plan: pure functions of the listed photos and the seed.
+
+
+def _assign_splits(photos: list[Photo], val_fraction: float, seed: int) -> list[Photo]:
+    """Give every photo one of SPLITS. No item is in two of train, validation and test.
+
+    Without any split, a tenth of the items is test; without validation, items are held out of train for it.
+    """
+    given = {photo.split for photo in photos}
+    if "" in given and len(given) > 1:
+        first = next(photo.path for photo in photos if not photo.split)
+        raise UserError(f"{first}: has no split while others have one: give all of them a split, or none")
+    if given == {""}:
+        photos = [replace(photo, split="train") for photo in photos]
+        photos = _hold_out(photos, "test", lambda items: max(1, round(items / 10)), seed)
+    if not given & {"val", "val_query", "val_gallery"}:
+        photos = _hold_out(photos, "val", lambda items: max(round(val_fraction * items), min(50, items // 5)), seed)
+    photos = _halve(photos, "test", "query", "gallery", seed)
+    photos = _halve(photos, "val", "val_query", "val_gallery", seed)
+    _check_disjoint(photos)
+    return photos
+
+
+def _hold_out(photos: list[Photo], name: str, count: Callable[[int], int], seed: int) -> list[Photo]:
+    """Move `count(number of train items)` items with two images or more from train to the split `name`.
+
+    At most half of such items go, so that train keeps some where there are hardly any.
+    """
+    images = Counter(photo.item_id for photo in photos if photo.split == "train")
+    paired = _shuffled((item for item, number in images.items() if number > 1), f"{seed} {name}")
+    taken = set(paired[: min(count(len(images)), len(paired) // 2)])
+    return [replace(p, split=name) if p.split == "train" and p.item_id in taken else p for p in photos]
+
+
+def _halve(photos: list[Photo], split: str, query: str, gallery: str, seed: int) -> list[Photo]:
+    """Of each item's images in `split`, half (rounded down) become queries and the rest gallery."""
+    paths = defaultdict(list)
+    for photo in photos:
+        if photo.split == split:
+            paths[photo.item_id].append(photo.path)
+    drawn = {item: set(_shuffled(its, f"{seed} {item}")[: len(its) // 2]) for item, its in paths.items()}
+    return [
+        replace(p, split=query if p.path in drawn[p.item_id] else gallery) if p.split == split else p for p in photos
+    ]
+
+
+def _shuffled(names: Iterable[str], seed: str) -> list[str]:
+    """Names in an order that depends on the seed and on each name alone: not on where or how they were listed."""
+    return sorted(names, key=lambda name: _digest(seed, name))
+
+
+def _check_disjoint(photos: list[Photo]) -> None:
+    parts = defaultdict(set)
+    for photo in photos:
+        parts[photo.item_id].add({"train": "train", "query": "test", "gallery": "test"}.get(photo.split, "validation"))
+    shared = [item for item, its in parts.items() if len(its) > 1]
+    if shared:
+        names = " and ".join(sorted(parts[shared[0]]))
+        raise UserError(
+            f"item {shared[0]} is in {names} ({len(shared)} items are in two): figures would be too good: "
+            "give all images of an item to one of them"
+        )
+
+
+def _check_not_empty(images: Mapping[str, int], source: str) -> None:
+    for split in ("train", "query", "gallery"):
+        if not images.get(split):
+            found = ", ".join(f"{images.get(name, 0)} {name}" for name in SPLITS)
+            raise UserError(f"{source}: no {split} images ({found}): a catalogue needs train, query and gallery images")
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    split: str
+    photos: list[Photo]
+
+
+def _cut_into_shards(photos: list[Photo]) -> list[_Shard]:
+    """Photos by split and item, in shards of SHARD_IMAGES or, for the end of an item, somewhat fewer."""
+    ordered = sorted(photos, key=lambda photo: (SPLITS.index(photo.split), photo.item_id, photo.path))
+    shards = []
+    for split, of_split in groupby(ordered, key=lambda photo: photo.split):
+        cuts: list[list[Photo]] = [[]]
+        for _, of_item in groupby(of_split, key=lambda photo: photo.item_id):
+            views = list(of_item)
+            if cuts[-1] and len(cuts[-1]) + len(views) > SHARD_IMAGES:
+                cuts.append([])
+            cuts[-1] += views
+        shards += [_Shard(f"{split}-{number:05d}.parquet", split, cut) for number, cut in enumerate(cuts)]
+    return shards
+
+
+# Encoding, in worker processes.
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+ORIENTATION_TAG = 0x0112
+
+
+class _Refused(Exception):
+    """An image that is left out, for the reason given."""
+
+
+def _encode_in_order(store: fs.SubTreeFileSystem, files: list[str], image_size: int) -> Generator[bytes | str]:
+    """For each file its encoded image or, as a string, why there is none; a bounded number of them is under way."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    chunks = [files[start : start + CHUNK_IMAGES] for start in range(0, len(files), CHUNK_IMAGES)]
+    workers = min(cores, len(chunks))
+    # Spawned, not forked: the caller may have threads
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
+    under_way: deque[Future[list[bytes | str]]] = deque()
+    try:
+        for chunk in chunks:
+            with _main_module_hidden():  # a submission may start a worker
+                under_way.append(pool.submit(_encode_chunk, store, chunk, image_size))
+            if len(under_way) > workers * CHUNKS_AHEAD:
+                yield from under_way.popleft().result()
+        while under_way:
+            yield from under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """A spawned process imports the caller's script: slow, and it runs all of a script that has no main guard.
+
+    Workers need no more than this module.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    warnings.simplefilter("ignore")  # about odd metadata in images that decode all the same
+    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A killed parent can't stop its workers, and they would wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_chunk(store: fs.SubTreeFileSystem, files: list[str], image_size: int) -> list[bytes | str]:
+    return [_encode(store, file, image_size) for file in files]
+
+
+def _encode(store: fs.SubTreeFileSystem, file: str, image_size: int) -> bytes | str:
+    try:
+        return _shrink(_read_inside(store, file), image_size)
+    except _Refused as refused:
+        return str(refused)
+    except Exception as error:  # decoders fail on foreign bytes in every way there is
+        return f"unreadable ({type(error).__name__})"
+
+
+def _read_inside(store: fs.SubTreeFileSystem, file: str) -> bytes:
+    if isinstance(store.base_fs, fs.LocalFileSystem):
+        root = Path(store.base_path).resolve()
+        if not (root / file).resolve().is_relative_to(root):
+            raise _Refused(OUTSIDE)
+    with store.open_input_file(file) as stream:
+        return stream.read()
+
+
+def _shrink(data: bytes, image_size: int) -> bytes:
+    """The image as JPEG with a short side of `image_size`; its own bytes where it is no larger and stands upright.
+
+    Either way it is decoded to its end, so that a cut file is found here and not in training.
+    """
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
+        width, height = opened.size
+        if width * height > MAX_PIXELS:
+            raise _Refused(TOO_LARGE)
+        is_turned = opened.getexif().get(ORIENTATION_TAG, 1) != 1
+        excess = min(width, height) / image_size
+        if excess <= 1 and not is_turned:
+            opened.draft("L", (1, 1))  # reads a JPEG to its end, but makes few pixels of it
+            opened.load()
+            return data
+        # A JPEG may decode to a half, quarter or eighth; from twice the wanted size that costs no visible quality
+        opened.draft("RGB", (int(2 * width / excess), int(2 * height / excess)))
+        image = ImageOps.exif_transpose(opened) if is_turned else opened
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        if excess > 1:
+            long = round(max(width, height) / excess)
+            size = (image_size, long) if image.width <= image.height else (long, image_size)
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        encoded = io.BytesIO()
+        image.save(encoded, "JPEG", quality=95)
+        return encoded.getvalue()
+
+
+# Writing: everything below `<out>.partial`, until the last rename.
+
+
+@dataclass
+class _Tally:
+    """What was done and what was left out so far; more than `max_bad` left out stops everything."""
+
+    total: int
+    max_bad: float
+    progress: Callable[[int, int], None] | None
+    done: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def advance(self, images: int) -> None:
+        self.done += images
+        if self.progress:
+            self.progress(self.done, self.total)
+
+    def leave_out(self, photos: Sequence[LeftOut]) -> None:
+        """Count photos, each a path and a reason, as done and left out."""
+        self.left_out += photos
+        self.advance(len(photos))
+        self.check(len(self.left_out), self.left_out)
+
+    def check(self, count: int, listed: Sequence[Sequence[str]]) -> None:
+        """Raise where `count` left out is too many; `listed` are the first of them."""
+        if count > self.max_bad * self.total:
+            first = ", ".join(f"{path} ({why})" for path, why in listed[:3])
+            raise UserError(
+                f"{count:,} of {self.total:,} images had to be left out so far, more than --max-bad {self.max_bad:g}; "
+                f"first {first}: mend them or raise --max-bad"
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """For the manifest: all counted, the first listed."""
+        reasons = dict(Counter(why for _, why in self.left_out))
+        return {"count": len(self.left_out), "reasons": reasons, "list": self.left_out[:LEFT_OUT_LISTED]}
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _keep_up_to_date(out: Path, plan: str, tally: _Tally) -> Catalogue:
+    try:
+        catalogue = open_catalogue(out)
+    except UserError as error:
+        raise UserError(f"{out}: is there and no whole catalogue: delete it or choose another --out") from error
+    if catalogue.manifest["plan"] != plan:
+        raise UserError(f"{out}: holds the catalogue of another source or settings: delete it or choose another --out")
+    tally.check(catalogue.manifest["left_out"]["count"], catalogue.manifest["left_out"]["list"])
+    return catalogue
+
+
+@contextmanager
+def _user_errors(folder: Path) -> Iterator[None]:
+    """What the machine can do to us while writing, in the user's terms."""
+    again = "then run the same command again, it goes on where it stopped"
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError(f"a process that reads images was killed, perhaps for memory: free some, {again}") from error
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error}): make room or mend that, {again}") from error
+
+
+def _claim(folder: Path, plan: str) -> None:
+    """Make the folder ours for this plan: keep what the same plan left there, clear what another plan left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, content = folder / "plan.json", json.dumps({"plan": plan})
+    if file.is_file() and file.read_text() == content:
+        return
+    if file.is_file():
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif any(folder.iterdir()):
+        raise UserError(f"{folder}: is needed to work in, and holds something else: move it or choose another --out")
+    file.write_text(content)
+
+
+def _write_shards(
+    folder: Path, shards: list[_Shard], store: fs.SubTreeFileSystem, image_size: int, tally: _Tally
+) -> None:
+    """Write all shards that are not there yet."""
+    finished = {shard.name: footer for shard in shards if (footer := _footer(folder / shard.name))}
+    files = [photo.file for shard in shards if shard.name not in finished for photo in shard.photos]
+    with closing(_encode_in_order(store, files, image_size)) as encoded:
+        for split, of_split in groupby(shards, key=lambda shard: shard.split):
+            galleries = [shard for shard in shards if shard.split == GALLERY_OF.get(split)]
+            matched = _items(folder, galleries) if split in GALLERY_OF else None
+            for shard in of_split:
+                if footer := finished.get(shard.name):
+                    tally.advance(footer["images"])
+                    tally.leave_out(footer["left_out"])
+                else:
+                    _write_shard(folder / shard.name, _rows(shard, encoded, matched, tally), tally)
+
+
+def _rows(
+    shard: _Shard, encoded: Iterator[bytes | str], matched: set[str] | None, tally: _Tally
+) -> Iterator[tuple[bytes | str, ...]]:
+    """The shard's rows, in the order of SCHEMA. A query whose item is not in `matched` is left out."""
+    for photo in shard.photos:
+        image = next(encoded)
+        if isinstance(image, bytes) and (matched is None or photo.item_id in matched):
+            tally.advance(1)
+            yield (image, *_row_of(photo))
+        else:
+            tally.leave_out([(photo.path, NO_GALLERY if isinstance(image, bytes) else image)])
+
+
+def _write_shard(path: Path, rows: Iterator[tuple[bytes | str, ...]], tally: _Tally) -> None:
+    """Write rows under a temporary name, then rename: a shard with its name is whole.
+
+    Its footer holds the hash of its rows and what `tally` left out meanwhile, for a later run that finds it finished.
+    """
+    before, hashes = len(tally.left_out), []
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as sink:
+            names = list(COLUMNS)  # images are all different, and too long for statistics
+            with pq.ParquetWriter(
+                sink, SCHEMA, compression="zstd", use_dictionary=names, write_statistics=names
+            ) as writer:
+                while group := list(islice(rows, ROW_GROUP_IMAGES)):
+                    hashes += [_digest(*row) for row in group]
+                    columns = zip(*group, strict=True)
+                    writer.write_table(pa.table([pa.array(values) for values in columns], schema=SCHEMA))
+                footer = {"hash": _digest(*hashes), "left_out": tally.left_out[before:]}
+                writer.add_key_value_metadata({"clipfh": json.dumps(footer)})
+            sink.flush()
+            os.fsync(sink.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _footer(path: Path) -> dict[str, Any] | None:
+    """A shard's hash, number of images and left-out photos; None where it is not there or not whole."""
+    try:
+        metadata = pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return None
+    return {"images": metadata.num_rows, **json.loads(metadata.metadata[b"clipfh"])}
+
+
+def _items(folder: Path, shards: list[_Shard]) -> set[str]:
+    tables = [pq.ParquetFile(folder / shard.name).read(["item_id"]) for shard in shards]
+    return {item for table in tables for item in table["item_id"].unique().to_pylist()}
+
+
+def _contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
+    """The manifest's account of the shards in `folder`, from what they hold."""
+    footers = {shard.name: _footer(folder / shard.name) or {} for shard in shards}
+    sizes: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+    for shard in shards:
+        if footers[shard.name]["images"]:
+            sizes[shard.split][shard.name] = (folder / shard.name).stat().st_size
+    written = Catalogue(folder, {"shards": sizes})
+    rows = {split: written.rows(split) for split in SPLITS}
+    return {
+        "hash": _digest(*(footer["hash"] for footer in footers.values())),
+        "counts": {
+            split: {"images": table.num_rows, "items": len(table["item_id"].unique())} for split, table in rows.items()
+        },
+        "notes": _oddities(rows),
+        "shards": sizes,
+    }
+
+
+def _oddities(rows: Mapping[str, pa.Table]) -> list[str]:
+    """What a reader of figures from these rows should know."""
+    images = Counter(rows["train"]["item_id"].to_pylist())
+    values: dict[str, dict[str, set[str]]] = {
+        name: defaultdict(set) for name in ("category", "variant", "color", "text")
+    }
+    for table in rows.values():
+        for name, by_item in values.items():
+            for item, value in zip(table["item_id"].to_pylist(), table[name].to_pylist(), strict=True):
+                by_item[item].update({value} - {""})
+    variants, colors = values["variant"], values["color"]
+    counts = {
+        "train items have one image: terms that need a positive leave them out": sum(n == 1 for n in images.values()),
+        "items lie in several categories": sum(len(its) > 1 for its in values["category"].values()),
+        "items have several variants but one color": sum(len(variants[i]) > 1 == len(colors[i]) for i in variants),
+        "items have no text": sum(not its for its in values["text"].values()),
+    }
+    notes = [f"{count:,} {what}" for what, count in counts.items() if count]
+    return (
+        notes if rows["val_query"].num_rows else [*notes, "no validation items: a sweep can't select on this catalogue"]
+    )
+
+
+def _finish(folder: Path, out: Path, manifest: dict[str, Any]) -> None:
+    for stale in folder.glob("*.tmp"):
+        stale.unlink()
+    with (folder / "catalogue.json").open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    folder.rename(out)
+    (out / "plan.json").unlink()
+
+
+def _digest(*parts: str | bytes) -> str:
+    """SHA-256 of the parts, each with its length, so that no two lists of parts have the same one."""
+    sha = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        sha.update(len(data).to_bytes(8, "big") + data)
+    return sha.hexdigest()

@@ -1,0 +1,182 @@
+"""The Ray cluster: connect to one or start one here, share its resources out, and free what a run held."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+
+from clipfh import UserError
+from clipfh.config import Placement
+
+# Train asks its workers for reports at this interval; at its default of 2 s every report waits for it.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+
+HEAD = "node:__internal_head__"
+"""A resource that every Ray head has: drivers of trials take a sliver of it, so they run there and take no CPU."""
+
+PIPELINE_CPUS = 1
+"""CPUs of a worker's data pipeline. Ray Data shares CPUs out whole: a pipeline with less than one stands still."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one run takes."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    threads: int
+    """torch threads of a worker"""
+
+    @property
+    def total(self) -> dict[str, float]:
+        """CPUs and GPUs of all workers and their data pipelines."""
+        return {"CPU": self.workers * (self.cpus + PIPELINE_CPUS), "GPU": self.workers * self.gpus}
+
+    def __str__(self) -> str:
+        on = f"{self.gpus:g} GPU" if self.gpus else f"CPU, {self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.workers} worker{'s' * (self.workers > 1)} on {on}{' each' * (self.workers > 1)}"
+
+
+def connect(address: str | None = None, placement: Placement | None = None, dashboard: bool = False) -> None:
+    """Connect to the cluster at the address (or in RAY_ADDRESS), or start one on this machine.
+
+    A cluster of our own declares more CPUs than there are cores: a slot here is a process that may run, and with
+    two cores a trial's worker and its data pipeline, twice, would otherwise wait for each other for ever.
+
+    Raises:
+        UserError: nobody answers at the address.
+    """
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    env = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": env | {"TOKENIZERS_PARALLELISM": "false"}},
+    }
+    if address == "local":
+        workers = placement.workers if placement else 1
+        slots = max(2 * _cores(), 4, 4 * workers)
+        ray.init("local", num_cpus=slots, include_dashboard=dashboard, **common)
+        return
+    if address != "auto":
+        _check_reachable(address)
+    try:
+        ray.init(address, **common)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"no Ray cluster at --address {address} ({reason}): start one, or leave --address out"
+        ) from error
+
+
+def disconnect() -> None:
+    """Leave the cluster; one of our own ends."""
+    ray.shutdown()
+
+
+def logs() -> str:
+    """Where Ray's own logs of this session lie, on the head."""
+    return f"{ray._private.worker.global_worker.node.get_session_dir_path()}/logs"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_reachable(address: str) -> None:
+    """Ray retries for a minute and then ends the process: ask first."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no Ray cluster answers at --address {address} ({error}): give HOST:6379 of its head, or leave it out"
+        ) from error
+
+
+def place(placement: Placement, alone: bool = True) -> Resources:
+    """What one run takes on this cluster: all the cores of a machine when alone, else one for each worker.
+
+    Raises:
+        UserError: the cluster can't hold one such run.
+    """
+    have = ray.cluster_resources()
+    gpus = placement.gpus_per_worker
+    gpus = (1.0 if have.get("GPU", 0) >= placement.workers else 0.0) if gpus == "auto" else float(gpus)
+    cpus = float(
+        _share(placement, have, gpus, alone) if placement.cpus_per_worker == "auto" else placement.cpus_per_worker
+    )
+    resources = Resources(placement.workers, cpus, gpus, max(1, int(cpus)))
+    for name, amount in resources.total.items():
+        if amount > have.get(name, 0):
+            raise UserError(
+                f"a run with {placement.workers} worker(s) needs {amount:g} {name} (a CPU for each data pipeline "
+                f"included), the cluster has {have.get(name, 0):g}: take fewer --workers, or less per worker"
+            )
+    return resources
+
+
+def _share(placement: Placement, have: dict[str, float], gpus: float, alone: bool) -> int:
+    """CPUs of a worker when nobody said how many."""
+    if gpus or not (alone or placement.concurrent != "auto"):
+        return 1
+    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
+    runs = placement.workers * (1 if alone or placement.concurrent == "auto" else placement.concurrent)
+    cores = min(_cores(), int(largest))
+    return max(1, min(cores // runs, int(have.get("CPU", 0) // runs) - PIPELINE_CPUS))
+
+
+def at_once(placement: Placement, resources: Resources) -> int:
+    """How many such runs go at a time: as many as asked for, or as the cluster holds."""
+    have = ray.cluster_resources()
+    fits = max(1, min(int(have.get(name, 0) // amount) for name, amount in resources.total.items() if amount))
+    return fits if placement.concurrent == "auto" else min(fits, placement.concurrent)
+
+
+class Register(ControllerCallback, WorkerGroupCallback):
+    """Leave word of a run's controller and placement group, so that `end` finds them.
+
+    It stands in for Ray Train's own cleaner: a detached process for each run, which needs a running dashboard.
+    """
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        _put(f"controller:{self.run}", ray.get_runtime_context().current_actor)
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        _put(f"group:{self.run}", worker_group.get_worker_group_state().placement_group_handle.placement_group)
+
+
+def end(run: str) -> None:
+    """Free what a run still holds. The controller goes first, or it would take the loss for a failure and start anew."""
+    controller, group = _take(f"controller:{run}"), _take(f"group:{run}")
+    if controller is not None:
+        ray.kill(controller)
+    if group is not None:
+        ray.util.remove_placement_group(group)
+
+
+def _put(key: str, value: Any) -> None:
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(f"clipfh:{key}", ray.cloudpickle.dumps(value), overwrite=True)
+
+
+def _take(key: str) -> Any:
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
+
+    value = _internal_kv_get(f"clipfh:{key}")
+    _internal_kv_del(f"clipfh:{key}")
+    return None if value is None else pickle.loads(value)

@@ -1,0 +1,285 @@
+"""CLIP towers by open_clip, and what of them is frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import re
+import socket
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipfh import UserError, config
+from clipfh.images import Preprocess
+
+open_clip.add_model_config(Path(__file__).parent / f"{config.SMALL}.json")
+
+CONFIG_FILE = "open_clip_config.json"
+MAX_LOG_SCALE = math.log(100)
+
+
+def architecture(settings: config.Model) -> str:
+    """open_clip's name of the architecture.
+
+    OpenAI's weights want QuickGELU, which open_clip keeps in architectures of their own: the names that people
+    write (ViT-B/16, RN50) mean those, unless the weights are a tag trained without it.
+
+    Raises:
+        UserError: open_clip has no such model.
+    """
+    name, tag = settings.name.replace("/", "-"), settings.pretrained
+    known = open_clip.list_models()
+    if name not in known:
+        raise UserError(f"--model.name {settings.name}: no such model{config.nearest(name, known)}")
+    trained = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    quick = trained.get("quick_gelu", False) if trained else is_openai_name(settings.name)
+    return f"{name}-quickgelu" if quick and f"{name}-quickgelu" in known else name
+
+
+def is_openai_name(name: str) -> bool:
+    """Whether the name is one that OpenAI gave: ViT-B/16 and its like, RN50 and its like."""
+    return "/" in name or re.fullmatch(r"RN\d+(x\d+)?", name) is not None
+
+
+def weights_of(settings: config.Model) -> str:
+    """The open_clip tag or file to start from, or '' for random weights."""
+    usual = "openai" if is_openai_name(settings.name) else ""
+    return "" if settings.pretrained == "none" else settings.pretrained or usual
+
+
+def build(settings: config.Model) -> nn.Module:
+    """The architecture with random weights, float32, on the CPU."""
+    with _quiet():
+        return open_clip.create_model(architecture(settings), pretrained_text=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's remarks on random weights, which are what we asked for."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def initial(settings: config.Model, seed: int) -> nn.Module:
+    """The model that training starts from and that zero-shot evaluates: pretrained, or random by the seed.
+
+    Raises:
+        UserError: weights that can't be had or don't fit.
+    """
+    torch.manual_seed(seed)
+    weights = weights_of(settings)
+    if not weights:
+        return build(settings)
+    _without_network_only_the_cache()
+    try:
+        with _quiet():
+            return open_clip.create_model(architecture(settings), pretrained=weights)
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        raise _weights_error(settings, weights, error) from error
+
+
+def with_weights(settings: config.Model, state: Mapping[str, Tensor], where: str) -> nn.Module:
+    """The architecture with these weights.
+
+    Raises:
+        UserError: they are those of another one.
+    """
+    clip = build(settings)
+    try:
+        clip.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"the weights of {where} do not fit {settings.name} ({reason}): name their --model") from error
+    return clip
+
+
+def _without_network_only_the_cache() -> None:
+    """Where the hub does not answer, use what was downloaded before: the hub's client would retry for a minute."""
+    from huggingface_hub import constants
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((host.hostname or "", host.port or 443), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def _weights_error(settings: config.Model, weights: str, error: Exception) -> UserError:
+    name, reason = settings.name, " ".join(str(error).split())[:160]
+    if Path(weights).is_file():
+        return UserError(f"--model.pretrained {weights} does not hold weights of {name} ({reason}): take its own file")
+    tags = open_clip.list_pretrained_tags_by_model(architecture(settings))
+    if weights not in tags:
+        return UserError(
+            f"--model.pretrained {weights}: no such file, nor a tag of {name} (its tags: {', '.join(tags) or 'none'})"
+        )
+    return UserError(
+        f"weights '{weights}' of {name} can't be downloaded ({reason}): "
+        "give a local file by --model.pretrained FILE, or put them into the Hugging Face cache"
+    )
+
+
+def preprocess_of(model: nn.Module) -> Preprocess:
+    """How the model wants its images."""
+    cfg: dict[str, Any] = open_clip.get_model_preprocess_cfg(model)
+    size = cfg["size"]
+    return Preprocess(
+        size if isinstance(size, int) else size[0],
+        tuple(cfg["mean"]),
+        tuple(cfg["std"]),
+        cfg["interpolation"],
+        cfg["resize_mode"],
+    )
+
+
+def open_clip_config(settings: config.Model, preprocess: Preprocess) -> str:
+    """The text of `open_clip_config.json`, from which open_clip builds the model of a folder."""
+    model_cfg = open_clip.get_model_config(architecture(settings))
+    shown = {"mean": preprocess.mean, "std": preprocess.std, "interpolation": preprocess.interpolation}
+    return json.dumps(
+        {"model_cfg": model_cfg, "preprocess_cfg": {**shown, "resize_mode": preprocess.resize_mode}}, indent=2
+    )
+
+
+def tokenizer(settings: config.Model) -> Callable[[list[str]], Tensor]:
+    """The model's tokenizer: prompts to (N, context) int64."""
+    return open_clip.get_tokenizer(architecture(settings))
+
+
+def token_counter(settings: config.Model) -> Callable[[str], int]:
+    """How many tokens a prompt takes, start and end included."""
+    tokens = open_clip.get_tokenizer(architecture(settings))
+    return lambda prompt: len(tokens.encode(prompt)) + 2
+
+
+class Towers(nn.Module):
+    """Both towers in one forward pass, which is what DistributedDataParallel wraps."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+        preprocess = preprocess_of(clip)
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Features of images and prompts, and the logit scale.
+
+        Args:
+            images: (B, H, W, 3) uint8.
+            tokens: (C, context) int64, or None: the text tower is not run.
+
+        Returns:
+            (B, D) image features, (C, D) text features or None, scalar log of the logit scale.
+        """
+        pixels = images.permute(0, 3, 1, 2).to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
+        text = None if tokens is None else self.clip.encode_text(tokens)
+        return self.clip.encode_image(pixels), text, self.clip.logit_scale.clamp(max=MAX_LOG_SCALE)
+
+    def train(self, mode: bool = True) -> Towers:
+        """Batch norm stays in eval mode: its statistics are those of pretraining, not of a batch."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+def device() -> torch.device:
+    """The GPU that Ray gave this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def precision(setting: str, on: torch.device) -> torch.dtype:
+    """The type that the towers compute in: `auto` is bfloat16 on GPUs that have it, else float32."""
+    if setting == "auto":
+        return torch.bfloat16 if on.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if setting == "bfloat16" else torch.float32
+
+
+def to_device(images: np.ndarray, on: torch.device) -> Tensor:
+    """The one way of images to the device: from pinned memory without waiting on a GPU, without a copy on the CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # read-only pages of the object store, which we only read
+        batch = torch.from_numpy(images)
+    return batch.pin_memory().to(on, non_blocking=True) if on.type == "cuda" else batch
+
+
+@torch.no_grad()
+def embed(towers: Towers, images: np.ndarray, dtype: torch.dtype, batch: int = 256) -> Tensor:
+    """(N, D) float32 unit embeddings of (N, size, size, 3) uint8 images."""
+    on = towers.mean.device
+    towers.eval()
+    parts = []
+    for start in range(0, len(images), batch):
+        with torch.autocast(on.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            parts.append(towers(to_device(images[start : start + batch], on))[0].float())
+    towers.train()
+    return F.normalize(torch.cat(parts))
+
+
+@torch.no_grad()
+def embed_text(towers: Towers, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """(C, D) float32 unit embeddings of (C, context) tokens."""
+    on = towers.mean.device
+    with torch.autocast(on.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return F.normalize(towers.clip.encode_text(tokens.to(on)).float())
+
+
+def depth(name: str, blocks: int) -> int:
+    """How deep a parameter of a tower lies: 0 for the stem, i + 1 for block i, blocks + 1 for what follows."""
+    block = re.search(r"\b(?:resblocks|blocks|layers)\.(\d+)\.|\blayer(\d)\.", name)
+    if block:
+        return int(block[1]) + 1 if block[1] else int(block[2])
+    stem = (
+        r"\b(conv\d|bn\d|class_embedding|positional_embedding|token_embedding|ln_pre|patch_embed|cls_token|pos_embed)\b"
+    )
+    return 0 if re.search(stem, name) and "attnpool" not in name else blocks + 1
+
+
+def num_blocks(names: Mapping[str, Any] | list[str]) -> int:
+    """Blocks of the tower whose parameters these are."""
+    return max((d for d in (depth(n, -1) for n in names)), default=0)
+
+
+def split_towers(clip: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Parameters by tower: image, text, and scale (the logit scale and bias)."""
+    towers: dict[str, dict[str, nn.Parameter]] = {"image": {}, "text": {}, "scale": {}}
+    for name, parameter in clip.named_parameters():
+        tower = "image" if name.startswith("visual.") else "scale" if name.startswith("logit_") else "text"
+        towers[tower][name] = parameter
+    return towers
+
+
+def freeze(clip: nn.Module, stage: str, settings: config.Model, learn_scale: bool) -> None:
+    """Switch off the gradient of what the stage and the settings keep as it is."""
+    towers = split_towers(clip)
+    blocks = num_blocks(list(towers["image"]))
+    if settings.freeze_blocks > blocks:
+        raise UserError(f"--model.freeze_blocks {settings.freeze_blocks}: {settings.name} has {blocks} blocks")
+    for name, parameter in towers["image"].items():
+        at = depth(name, blocks)
+        frozen_patch = settings.freeze_patch and re.search(r"\b(conv\d|bn\d|patch_embed)\b", name) and at == 0
+        parameter.requires_grad_(not (frozen_patch or (settings.freeze_blocks and at <= settings.freeze_blocks)))
+    for parameter in towers["text"].values():
+        parameter.requires_grad_(stage == "joint")
+    for parameter in towers["scale"].values():
+        parameter.requires_grad_(stage == "joint" and learn_scale)

@@ -1,0 +1,231 @@
+"""The sweep file: what is searched, from where, how long. Read, checked and written back with its defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from clipfh import UserError, config
+
+if TYPE_CHECKING:
+    import optuna
+
+KINDS = ("loguniform", "uniform", "int", "choice")
+
+
+@dataclass(frozen=True)
+class Range:
+    """How one setting is searched."""
+
+    kind: str
+    """one of KINDS"""
+    values: tuple[Any, ...]
+    """low and high, or the choices"""
+    off: Any = None
+    """the value of `or`: tried beside the range, as a switch of its own"""
+
+    def suggest(self, trial: optuna.Trial, name: str) -> Any:
+        """Ask Optuna for a value."""
+        if self.off is not None and not trial.suggest_categorical(f"{name}?", [True, False]):
+            return self.off
+        if self.kind == "choice":
+            return trial.suggest_categorical(name, list(self.values))
+        low, high = self.values
+        if self.kind == "int":
+            return trial.suggest_int(name, low, high)
+        return trial.suggest_float(name, low, high, log=self.kind == "loguniform")
+
+    def holds(self, value: Any) -> bool:
+        """Whether the value can be suggested."""
+        inside = value in self.values if self.kind == "choice" else self.values[0] <= value <= self.values[1]
+        return inside or (self.off is not None and value == self.off)
+
+    def point(self, name: str, value: Any) -> dict[str, Any]:
+        """Optuna's parameters that give the value."""
+        if self.off is None:
+            return {name: value}
+        return {f"{name}?": False} if value == self.off else {f"{name}?": True, name: value}
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Successive halving by images seen."""
+
+    first_rung: int = 0
+    """images after which the first trials are stopped; 0: none is"""
+    reduction: int = 3
+    """one trial in so many goes on from a rung"""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file, resolved and checked."""
+
+    name: str
+    stage: str
+    preset: str
+    base: dict[str, Any]
+    """settings that all trials share, dotted"""
+    search: dict[str, Range]
+    points: list[dict[str, Any]]
+    trials: int
+    halving: Halving
+    placement: config.Placement = field(default_factory=config.Placement)
+    seed: int = 0
+
+    def experiment(self, sampled: Mapping[str, Any]) -> config.Experiment:
+        """The experiment of a trial."""
+        return config.resolve(self.stage, self.preset, {**self.base, **sampled})
+
+    def sampled(self, trial: optuna.Trial) -> dict[str, Any]:
+        """A trial's settings. An option of a loss term is drawn only where the term is on."""
+        drawn: dict[str, Any] = {}
+        for name in sorted(self.search, key=_term_of):
+            term = _term_of(name)
+            on = drawn.get(f"loss.{term}", self._weight(term)) if term else 1
+            if on:
+                drawn[name] = self.search[name].suggest(trial, name)
+        return drawn
+
+    def _weight(self, term: str) -> float:
+        """A term's weight where it is not searched."""
+        return float(config.flat(self.experiment(self.first))[f"loss.{term}"])
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The first value of every range: one point of the space."""
+        return {name: r.values[0] for name, r in self.search.items()}
+
+
+def _term_of(name: str) -> str:
+    """'triplet' for loss.triplet_margin; '' for what is no option of a term (those sort first)."""
+    term, _, option = name.removeprefix("loss.").partition("_")
+    return term if name.startswith("loss.") and option and term in config.TERMS else ""
+
+
+KEYS = ("name", "stage", "base", "search", "points", "trials", "budget", "placement", "seed")
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None, trials: int | None = None) -> Sweep:
+    """Read and check a sweep file.
+
+    Args:
+        path: YAML.
+        overrides: settings in place of the file's `base`.
+        trials: in place of the file's.
+
+    Raises:
+        UserError: unreadable, or a key, setting or value that does not fit; nothing has started then.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such sweep file; sweeps/ has some to start from")
+    try:
+        tree = yaml.safe_load(path.read_text())
+        return _checked(tree, dict(overrides or {}), trials)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> Sweep:
+    tree = _mapping(tree, "the sweep file")
+    _known(tree, KEYS)
+    base = {**_mapping(tree.get("base", {}), "base"), **overrides}
+    preset = base.pop("preset", None)
+    search = {name: _range(name, spec) for name, spec in _mapping(tree.get("search", {}), "search").items()}
+    if clash := set(search) & set(overrides):
+        raise UserError(f"{sorted(clash)[0]} is searched: give another value in the file, not beside it")
+    budget = dict(_mapping(tree.get("budget", {}), "budget"))
+    halving = _dataclass(Halving, {k: budget.pop(k) for k in ("first_rung", "reduction") if k in budget}, "budget")
+    for name, value in budget.items():
+        base.setdefault(f"budget.{name}", value)
+    if halving.first_rung:
+        base.setdefault("budget.report_every", halving.first_rung)
+    sweep = Sweep(
+        name=str(tree.get("name", "sweep")),
+        stage=tree.get("stage", "image"),
+        preset=preset or ("scratch" if base.get("model.name") == config.SMALL else "recommended"),
+        base={name: config.check(name, value) for name, value in base.items()},
+        search=search,
+        points=[dict(_mapping(point, "a point")) for point in tree.get("points", [])],
+        trials=trials if trials is not None else tree.get("trials", 16),
+        halving=halving,
+        placement=_dataclass(config.Placement, _mapping(tree.get("placement", {}), "placement"), "placement"),
+        seed=tree.get("seed", 0),
+    )
+    _check_values(sweep)
+    return sweep
+
+
+def _check_values(sweep: Sweep) -> None:
+    """Build the experiments at the ends of every range and at every point."""
+    if type(sweep.trials) is not int or sweep.trials < 1:
+        raise UserError(f"trials must be a whole number above 0, not {sweep.trials!r}")
+    if type(sweep.seed) is not int:
+        raise UserError(f"seed must be a whole number, not {sweep.seed!r}")
+    for name, r in sweep.search.items():
+        for value in r.values:
+            sweep.experiment({**sweep.first, name: value})
+    for point in sweep.points:
+        for name, value in point.items():
+            if name not in sweep.search:
+                raise UserError(f"points: {name} is not searched{config.nearest(name, list(sweep.search))}")
+            if not sweep.search[name].holds(config.check(name, value)):
+                raise UserError(f"points: {name} {value} lies outside its range")
+        sweep.experiment({**sweep.first, **point})
+
+
+def _range(name: str, spec: Any) -> Range:
+    spec = _mapping(spec, f"search: {name}")
+    _known(spec, (*KINDS, "or"))
+    kinds = [kind for kind in KINDS if kind in spec]
+    if len(kinds) != 1:
+        raise UserError(f"search: {name} needs one of {', '.join(KINDS)}")
+    kind = kinds[0]
+    if not isinstance(spec[kind], list) or len(spec[kind]) < (1 if kind == "choice" else 2):
+        raise UserError(f"search: {name}: {kind} wants a list, [low, high] or the choices")
+    values = tuple(config.check(name, value) for value in spec[kind])
+    if kind != "choice" and (len(values) != 2 or not values[0] < values[1]):
+        raise UserError(f"search: {name}: {kind} wants [low, high] with low below high, not {list(values)}")
+    if kind == "loguniform" and values[0] <= 0:
+        raise UserError(f"search: {name}: loguniform wants values above 0, not {values[0]}")
+    return Range(kind, values, config.check(name, spec["or"]) if "or" in spec else None)
+
+
+def _mapping(tree: Any, where: str) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise UserError(f"{where} must be a mapping of names to values, not {tree!r}")
+    return tree
+
+
+def _known(tree: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in tree:
+        if name not in names:
+            raise UserError(f"unknown key {name}{config.nearest(str(name), list(names))}")
+
+
+def _dataclass(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    try:
+        return cls(**{name: config.check(name, value, cls) for name, value in values.items()})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def resolved(sweep: Sweep) -> str:
+    """The sweep as YAML, all defaults filled in."""
+    everything = config.flat(sweep.experiment(sweep.first))
+    base = {n: v for n, v in everything.items() if n not in sweep.search and n != "stage"}
+    search = {
+        n: {r.kind: list(r.values)} | ({"or": r.off} if r.off is not None else {}) for n, r in sweep.search.items()
+    }
+    tree = {"name": sweep.name, "stage": sweep.stage, "base": {"preset": sweep.preset, **base}, "search": search}
+    tree |= {"points": sweep.points, "trials": sweep.trials, "budget": dataclasses.asdict(sweep.halving)}
+    tree |= {"placement": dataclasses.asdict(sweep.placement), "seed": sweep.seed}
+    return yaml.safe_dump(tree, sort_keys=False)

@@ -1,0 +1,209 @@
+"""The plan's batches, decoded, to each training worker: Ray Data over images that the object store holds once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.train import DataConfig
+
+from clipfh import images
+from clipfh.batches import Plan
+from clipfh.catalogue import Catalogue
+from clipfh.config import Augment, Batch
+
+TASK_IMAGES = 256
+"""Images a decoding task takes: enough that its start costs little, few enough that batches flow."""
+
+TASK_CPUS = 0.5
+"""A task waits for memory as well as computing; two to a core keep it busy."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a plan and the losses need to know of the train images. Rows are those of the catalogue's train split."""
+
+    item: np.ndarray
+    """(N,) int32 item code of each row"""
+    category: np.ndarray
+    """(I,) int32 category code of each item"""
+    names: list[str]
+    """(I,) item ids"""
+    shard_ends: np.ndarray
+    """(S,) rows up to the end of each shard"""
+
+    @property
+    def views(self) -> np.ndarray:
+        """(I,) images of each item."""
+        return np.bincount(self.item, minlength=len(self.names))
+
+
+@dataclass(frozen=True)
+class Images:
+    """The train images in the object store, shared without copies by all tasks, workers and trials."""
+
+    index: Any
+    """ObjectRef[Index]"""
+    shards: list[Any]
+    """ObjectRef[pa.Table] with one column, `image`, in one chunk"""
+
+
+def share(catalogue: Catalogue, split: str = "train") -> Images:
+    """Put a split's encoded images into the object store, one object a shard, read by tasks where there is room."""
+    rows = catalogue.rows(split)
+    shards = [_read_shard.remote(str(path)) for path in catalogue.shards(split)]
+    lengths = ray.get([_length.remote(shard) for shard in shards])
+    return Images(ray.put(index_of(rows, np.cumsum(lengths))), shards)
+
+
+def index_of(rows: pa.Table, shard_ends: np.ndarray) -> Index:
+    """The index of a split's rows."""
+    items = rows["item_id"].combine_chunks().dictionary_encode()
+    item = items.indices.to_numpy().astype(np.int32)
+    first = np.unique(item, return_index=True)[1]
+    category = rows["category"].combine_chunks().dictionary_encode().indices.to_numpy()[first].astype(np.int32)
+    return Index(item, category, items.dictionary.to_pylist(), shard_ends)
+
+
+@ray.remote(num_cpus=TASK_CPUS)
+def _read_shard(path: str) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    # int64 offsets: a column of 2 GiB and more stays one chunk
+    column = pq.ParquetFile(path).read(columns=["image"])["image"].cast(pa.large_binary())
+    return pa.table({"image": column.combine_chunks()})
+
+
+@ray.remote(num_cpus=TASK_CPUS)
+def _length(shard: pa.Table) -> int:
+    return len(shard)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes the pixels of a batch, given its step."""
+
+    batch: Batch
+    augment: Augment
+    seed: int
+    size: int
+    """side of the model's input, pixels"""
+
+
+class Stream(DataConfig):
+    """One ordered pipeline a rank: rank r gets the r-th part of each global batch.
+
+    The dataset given to the trainer counts the steps; this maps each step to the rank's images. Pixels are drawn from
+    (seed, step, place in the global batch), so they depend neither on the number of workers nor on which task decodes.
+    """
+
+    def __init__(self, shared: Images, recipe: Recipe) -> None:
+        super().__init__()
+        self.shared, self.recipe = shared, recipe
+
+    def configure(self, datasets: dict, world_size: int, *_: object, **__: object) -> list[dict]:  # type: ignore[override]
+        """Called by Ray Train at every start of its workers."""
+        return [
+            {name: self._pipeline(steps, rank, world_size) for name, steps in datasets.items()}
+            for rank in range(world_size)
+        ]
+
+    def _pipeline(self, steps: ray.data.Dataset, rank: int, world_size: int) -> ray.data.DataIterator:
+        load = functools.partial(_load, shared=self.shared, recipe=self.recipe, rank=rank, world_size=world_size)
+        decoded = steps.map_batches(load, batch_size=None, num_cpus=TASK_CPUS)
+        decoded.context.execution_options.preserve_order = True
+        return decoded.streaming_split(1, equal=False)[0]
+
+
+def steps(first: int, last: int, batch: int) -> ray.data.Dataset:
+    """Dataset of the steps from `first` to before `last`, in blocks of about TASK_IMAGES images."""
+    count = max(0, last - first)
+    blocks = max(1, count * batch // TASK_IMAGES)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return ray.data.range(count, override_num_blocks=min(blocks, max(1, count))).map_batches(
+        functools.partial(_shift, first=first), batch_size=None, num_cpus=TASK_CPUS
+    )
+
+
+def _shift(block: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
+    return {"step": block["id"] + first}
+
+
+@functools.lru_cache(maxsize=4)
+def _plan(index: Any, batch: Batch, seed: int) -> tuple[Plan, np.ndarray]:
+    """The plan and the ends of the shards, got once a process."""
+    found: Index = ray.get(index)
+    return plan_of(found, batch, seed), found.shard_ends
+
+
+def plan_of(index: Index, batch: Batch, seed: int) -> Plan:
+    """The plan of a run on these train images."""
+    return Plan(index.item, batch.items, batch.views, seed, index.category, batch.categories)
+
+
+def _load(block: dict[str, np.ndarray], shared: Images, recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
+    """Decode a rank's part of some steps: step (S,), row (S, B), image (S, B, size, size, 3)."""
+    plan, shard_ends = _plan(shared.index, recipe.batch, recipe.seed)
+    read = _reader(shard_ends, shared.shards)
+    rows = np.stack([plan.batch(int(step)).reshape(world_size, -1)[rank] for step in block["step"]])
+    first = rank * rows.shape[1]
+    pixels = [decode(recipe, read, int(step), first, part) for step, part in zip(block["step"], rows, strict=True)]
+    return {"step": block["step"], "row": rows, "image": np.stack(pixels)}
+
+
+def decode(recipe: Recipe, read: Callable[[int], bytes], step: int, first: int, rows: np.ndarray) -> np.ndarray:
+    """(B, size, size, 3) uint8 images of rows that stand from `first` on in the step's global batch."""
+    crop, flip = recipe.augment.crop_min, recipe.augment.flip
+    out = np.empty((len(rows), recipe.size, recipe.size, 3), np.uint8)
+    for i, row in enumerate(rows):
+        rng = np.random.Generator(np.random.SFC64((recipe.seed, step, first + i)))
+        out[i] = images.for_training(read(int(row)), recipe.size, crop, flip, rng)
+    return out
+
+
+def _reader(shard_ends: np.ndarray, shards: list[Any]) -> Callable[[int], bytes]:
+    """Row to encoded image. A shard is fetched when a row of it is first asked for."""
+    columns: dict[int, pa.Array] = {}
+
+    def read(row: int) -> bytes:
+        shard = int(np.searchsorted(shard_ends, row, side="right"))
+        if shard not in columns:
+            columns[shard] = ray.get(shards[shard])["image"].chunk(0)
+        start = shard_ends[shard - 1] if shard else 0
+        return columns[shard][row - int(start)].as_py()
+
+    return read
+
+
+def batches(iterator: ray.data.DataIterator) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """A worker's batches in order: step, rows (B,), images (B, size, size, 3) uint8."""
+    for batch in iterator.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
+        yield int(batch["step"][0]), batch["row"][0], batch["image"][0]
+
+
+def digest(previous: str, step: int, rows: np.ndarray) -> str:
+    """Fingerprint of a stream: chained over (step, rows of the global batch), so equal only for equal streams."""
+    return hashlib.sha256(f"{previous} {step} ".encode() + rows.astype(np.int64).tobytes()).hexdigest()[:16]
+
+
+@ray.remote(num_cpus=TASK_CPUS)
+def _decode_for_evaluation(shard: pa.Table, preprocess: images.Preprocess) -> np.ndarray:
+    return np.stack([images.for_evaluation(encoded.as_py(), preprocess) for encoded in shard["image"]])
+
+
+def decoded(catalogue: Catalogue, splits: tuple[str, ...], preprocess: images.Preprocess) -> list[Any]:
+    """Splits decoded for evaluation, once for all workers and trials.
+
+    Returns:
+        ObjectRefs of (n, size, size, 3) uint8, in the order of the splits' rows.
+    """
+    paths = [path for split in splits for path in catalogue.shards(split)]
+    return [_decode_for_evaluation.remote(_read_shard.remote(str(path)), preprocess) for path in paths]

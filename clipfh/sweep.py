@@ -1,0 +1,377 @@
+"""A sweep: zero-shot as trial 0, Optuna and ASHA over `fit`, the winner on the test split, its export and report."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+from torch import nn
+
+from clipfh import UserError, checkpoint, cluster, config, evaluate, export, model, report, train
+from clipfh.catalogue import Catalogue
+from clipfh.config import to_json
+from clipfh.space import Sweep, resolved
+
+ZERO_SHOT = "0000"
+OBJECTIVE = "best_val_mAP"
+RETRIES = 2
+
+
+# --- Trials ----------------------------------------------------------------------------------------------------------
+
+
+class Trial(tune.Trainable):
+    """One trial as Tune sees it: `fit` in a thread of its own, a result for each report in the run's metrics."""
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        sweep: Sweep | None = None,
+        inputs: train.Inputs | None = None,
+        out: str = "",
+        resources: cluster.Resources | None = None,
+    ) -> None:
+        """Start training, or go on from the trial's own checkpoint."""
+        assert sweep is not None and inputs is not None and resources is not None
+        cluster.end(self.trial_id)  # what an attempt that was killed may have left
+        self.experiment = sweep.experiment(config)
+        self.folder = Path(out) / "trials" / number_of(self.trial_id)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / checkpoint.EXPERIMENT).write_text(to_json(self.experiment))
+        self.total = train.budget_of(self.experiment, inputs.num_images).total
+        self.reported = 0
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._fit, args=(inputs, resources), daemon=True)
+        self.thread.start()
+
+    def _fit(self, inputs: train.Inputs, resources: cluster.Resources) -> None:
+        try:
+            train.fit(self.experiment, inputs, self.folder, resources, name=self.trial_id)
+        except Exception as error:  # told to Tune by the step that waits for us
+            self.error = error
+
+    def step(self) -> dict[str, Any]:
+        """The next report; waits for it."""
+        while True:
+            running = self.thread.is_alive()
+            lines = train.read_metrics(self.folder)
+            new = [line for line in lines if line["step"] > self.reported]
+            if new and not (running and self._is_last(new[0])):
+                self.reported = new[0]["step"]
+                return _result(new[0], self._is_last(new[0]))
+            if not running and self.error:
+                raise self.error
+            if not running:
+                return _result(lines[-1], True)
+            self.thread.join(0.1)
+
+    def _is_last(self, line: dict[str, Any]) -> bool:
+        return "diverged" in line or line["step"] >= self.total
+
+    def cleanup(self) -> None:
+        """Called by Tune when the trial ends, also where the scheduler stops it in mid-training."""
+        cluster.end(self.trial_id)
+
+
+def number_of(trial_id: str) -> str:
+    """'0001' for the first trial; 0000 is the zero-shot model."""
+    return f"{int(trial_id.rsplit('_', 1)[-1]) + 1:04d}"
+
+
+def _result(line: dict[str, Any], done: bool) -> dict[str, Any]:
+    kept = {k: line[k] for k in ("images", "val_mAP", OBJECTIVE, "loss", "images_per_second", "diverged") if k in line}
+    return {**kept, "done": done, "finished": done}
+
+
+class Watch(tune.Callback):
+    """Keep the leaderboard up to date, tell how it goes, and free what ended trials leave."""
+
+    def __init__(self, board: Leaderboard, tell: Callable[[str], None], count: int) -> None:
+        self.board, self.tell, self.count = board, tell, count
+        self.ended: set[str] = set()
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        shown = ", ".join(f"{name} {_short(value)}" for name, value in trial.config.items())
+        self.tell(f"trial {number_of(trial.trial_id)} starts: {shown}")
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        best = max((t.last_result or {}).get(OBJECTIVE, 0.0) for t in trials)
+        self.tell(
+            f"trial {number_of(trial.trial_id)}: {result['images']:,} images, val mAP {result['val_mAP']:.3f}, "
+            f"best so far {max(best, self.board.zero_shot):.3f}"
+        )
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._ended(trials, trial)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._ended(trials, trial)
+
+    def _ended(self, trials: list, trial: Any) -> None:
+        cluster.end(trial.trial_id)
+        self.ended.add(trial.trial_id)
+        self.board.write(trials)
+        row = self.board.row(trial)
+        self.tell(f"trial {row['trial']} {row['status']} ({len(self.ended)} of {self.count} trials over)")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """`leaderboard.csv`: zero-shot and every trial, best first."""
+
+    file: Path
+    searched: list[str]
+    zero_shot: float
+    """validation mAP"""
+
+    def row(self, trial: Any) -> dict[str, Any]:
+        """A trial's line."""
+        last = trial.last_result or {}
+        found = {"val_mAP": f"{last[OBJECTIVE]:.6f}"} if last.get(OBJECTIVE) is not None else {}
+        return {
+            "trial": number_of(trial.trial_id),
+            "status": _status(trial.status, last),
+            **found,
+            "images": last.get("images", 0),
+            "seconds": round(last.get("time_total_s", 0.0), 1),
+            **{name: trial.config[name] for name in self.searched if name in trial.config},
+            "error": _why(trial, last),
+        }
+
+    def write(self, trials: Sequence[Any]) -> list[dict[str, Any]]:
+        """Write the file anew and return its rows."""
+        first = {
+            "trial": ZERO_SHOT,
+            "status": "zero-shot",
+            "val_mAP": f"{self.zero_shot:.6f}",
+            "images": 0,
+            "seconds": 0,
+        }
+        rows = [first, *(self.row(trial) for trial in trials)]
+        rows.sort(key=lambda row: float(row.get("val_mAP", -1)), reverse=True)
+        text = io.StringIO()
+        columns = ["rank", "trial", "status", "val_mAP", "images", "seconds", *self.searched, "error"]
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"rank": i, **row} for i, row in enumerate(rows, 1))
+        whole = self.file.with_suffix(".new")
+        whole.write_text(text.getvalue())
+        whole.rename(self.file)
+        return rows
+
+
+def _status(tunes: str, last: Mapping[str, Any]) -> str:
+    if tunes == "TERMINATED":
+        return "diverged" if "diverged" in last else "done" if last.get("finished") else "stopped"
+    return "failed" if tunes == "ERROR" else "running"
+
+
+def _why(trial: Any, last: Mapping[str, Any]) -> str:
+    if "diverged" in last:
+        return str(last["diverged"])
+    if trial.status != "ERROR":
+        return ""
+    lines = [line for line in str(trial.get_error() or "").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "unknown"
+
+
+# --- The whole -------------------------------------------------------------------------------------------------------
+
+
+def run(
+    sweep: Sweep, catalogue: Catalogue, out: str | Path, *, resume: bool = False, tell: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Run a sweep to its end on the connected cluster; returns what `summary.json` holds.
+
+    Raises:
+        UserError: a folder that holds another sweep, or nothing to resume; an empty split.
+    """
+    out, started = Path(out).absolute(), time.monotonic()
+    _begin(sweep, out, resume)
+    catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
+    base = sweep.experiment(sweep.first)
+    resources = cluster.place(sweep.placement, alone=False)
+    concurrent = cluster.at_once(sweep.placement, resources)
+    tell(f"{sweep.trials} trials, {concurrent} at once, each {resources}")
+    clip = train.start_of(base)
+    texts = train.prompts_of(catalogue, base, "val_query", "val_gallery", "query", "gallery")
+    zero_shot = _zero_shot(catalogue, clip, base, texts, out / "trials" / ZERO_SHOT)
+    tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {zero_shot:.3f}")
+    board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
+    inputs = train.inputs_of(catalogue, base, clip)
+    trials = _search(sweep, inputs, out, resources, concurrent, Watch(board, tell, sweep.trials), resume)
+    rows = board.write(trials)
+    return _finish(sweep, catalogue, clip, base, texts, out, rows, time.monotonic() - started, tell)
+
+
+def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
+    file = out / "sweep.yaml"
+    if resume and not file.exists():
+        raise UserError(f"--resume: {out} holds no sweep; leave --resume out to start one")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty: --resume goes on with its sweep, or name another folder")
+    if resume and file.read_text() != resolved(sweep):
+        raise UserError(f"--resume: the sweep file differs from {file}: resume with the same, or name another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(resolved(sweep))
+
+
+def _zero_shot(
+    catalogue: Catalogue, clip: nn.Module, experiment: config.Experiment, texts: dict[str, str], folder: Path
+) -> float:
+    """Validation mAP of the model before any tuning; kept, so that a resumed sweep does not ask again."""
+    if not (folder / "metrics.json").exists():
+        embedded = evaluate.embed(catalogue, evaluate.splits_of("val"), clip, experiment.model, texts)
+        evaluate.write(folder, evaluate.figures(embedded, 0), embedded)
+    return float(json.loads((folder / "metrics.json").read_text())["mAP"])
+
+
+def _search(
+    sweep: Sweep,
+    inputs: train.Inputs,
+    out: Path,
+    resources: cluster.Resources,
+    concurrent: int,
+    watch: Watch,
+    resume: bool,
+) -> list[Any]:
+    """Run the trials; returns them as Tune has them."""
+    trainable = tune.with_resources(
+        tune.with_parameters(Trial, sweep=sweep, inputs=inputs, out=str(out), resources=resources),
+        {cluster.HEAD: 0.001},
+    )
+    run_config = tune.RunConfig(
+        name="tune",
+        storage_path=str(out),
+        callbacks=[watch],
+        verbose=0,
+        failure_config=tune.FailureConfig(max_failures=RETRIES),
+    )
+    if resume and tune.Tuner.can_restore(str(out / "tune")):
+        tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_unfinished=True, restart_errored=True)
+        tuner._local_tuner._run_config.callbacks = [watch]  # not kept by Tune
+    else:
+        tune_config = tune.TuneConfig(
+            search_alg=_searcher(sweep, out),
+            scheduler=_scheduler(sweep),
+            num_samples=sweep.trials,
+            max_concurrent_trials=concurrent,
+        )
+        tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
+    return list(tuner.fit()._experiment_analysis.trials)
+
+
+def _searcher(sweep: Sweep, out: Path) -> OptunaSearch:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
+    points = [
+        {k: v for n, value in p.items() for k, v in sweep.search[n].point(n, value).items()} for p in sweep.points
+    ]
+    return OptunaSearch(
+        functools.partial(_sampled, sweep),
+        metric=OBJECTIVE,
+        mode="max",
+        points_to_evaluate=points,
+        sampler=optuna.samplers.TPESampler(multivariate=True, group=True, seed=sweep.seed, n_startup_trials=8),
+        study_name=sweep.name,
+        storage=optuna.storages.JournalStorage(journal),
+    )
+
+
+def _sampled(sweep: Sweep, trial: optuna.Trial) -> dict[str, Any]:
+    """Optuna's view of the space, by its define-by-run interface."""
+    return sweep.sampled(trial)
+
+
+def _scheduler(sweep: Sweep) -> TrialScheduler:
+    if not sweep.halving.first_rung:
+        return FIFOScheduler()
+    return AsyncHyperBandScheduler(
+        time_attr="images",
+        metric=OBJECTIVE,
+        mode="max",
+        grace_period=sweep.halving.first_rung,
+        reduction_factor=sweep.halving.reduction,
+        max_t=10**12,  # trials end by their own budget
+    )
+
+
+def _finish(
+    sweep: Sweep,
+    catalogue: Catalogue,
+    clip: nn.Module,
+    base: config.Experiment,
+    texts: dict[str, str],
+    out: Path,
+    rows: list[dict[str, Any]],
+    seconds: float,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """The winner and the zero-shot model on the test split, the export, the summary, the report."""
+    winner = rows[0]["trial"]
+    tell(f"winner: trial {winner}, val mAP {float(rows[0]['val_mAP']):.3f}; now the test split")
+    experiment, best = base, clip
+    if winner != ZERO_SHOT:
+        weights = checkpoint.load(out / "trials" / winner)
+        assert weights.experiment is not None
+        experiment, best = weights.experiment, model.with_weights(weights.experiment.model, weights.state, weights.path)
+    tested = {}
+    for name, each in (("zero_shot", clip), ("test", best)):
+        embedded = evaluate.embed(catalogue, evaluate.splits_of("test"), each, base.model, texts)
+        tested[name] = evaluate.figures(embedded, 10)
+        evaluate.write(out / "test" / ("zero-shot" if name == "zero_shot" else "winner"), tested[name], embedded)
+    if not (out / "best").exists():
+        export.export(best, experiment, out / "best", tested)
+    summary = {
+        "name": sweep.name,
+        "best_trial": winner,
+        "val_mAP": float(rows[0]["val_mAP"]),
+        "zero_shot_val_mAP": next(float(r["val_mAP"]) for r in rows if r["trial"] == ZERO_SHOT),
+        **tested,
+        "trials": len(rows) - 1,
+        "failed": sum(row["status"] == "failed" for row in rows),
+        "seconds": round(seconds, 1),
+        "experiment": config.flat(experiment),
+        "searched": list(sweep.search),
+        "catalogue": {"path": str(catalogue.path), **{k: catalogue.manifest[k] for k in ("hash", "counts")}},
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    report.write([out], None)
+    return summary
+
+
+def outcome(summary: dict[str, Any], out: str | Path) -> str:
+    """What a sweep came to, for a person."""
+    lines = [f"{'':12}{'mAP':>22}{'Rank-1':>22}   (test split, 95% interval)"]
+    for label, key in (("zero-shot", "zero_shot"), ("winner", "test")):
+        cells = [f"{summary[key][k]:.3f} [{_interval(summary[key], k)}]" for k in ("mAP", "rank1")]
+        lines.append(f"{label:12}{cells[0]:>22}{cells[1]:>22}")
+    if summary["best_trial"] == ZERO_SHOT:
+        lines.append("Tuning made nothing better: the zero-shot model is the winner.")
+    lines.append(
+        f"trials      {summary['trials']} ({summary['failed']} failed), winner {summary['best_trial']}: {out}/leaderboard.csv"
+    )
+    lines.append(f"export      {out}/best")
+    lines.append(f"report      {out}/report.html")
+    return "\n".join(lines)
+
+
+def _interval(figures: dict[str, Any], key: str) -> str:
+    low, high = figures["intervals"][key]
+    return f"{low:.3f}, {high:.3f}"

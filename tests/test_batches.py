@@ -1,0 +1,88 @@
+"""The P x K plan: every stated property, on random catalogues."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipfh import UserError
+from clipfh.batches import Plan
+
+
+@st.composite
+def plans(draw):
+    sizes = draw(st.lists(st.integers(1, 9), min_size=2, max_size=40))
+    items = draw(st.integers(2, len(sizes)))
+    categories = draw(st.integers(0, items))
+    item = np.repeat(np.arange(len(sizes)), sizes)
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    rng.shuffle(item)  # rows need not be grouped by item
+    category = rng.integers(0, 4, len(sizes))
+    return item, Plan(item, items, draw(st.integers(1, 6)), draw(st.integers(0, 5)), category, categories)
+
+
+@given(plans())
+@settings(max_examples=150, deadline=None)
+def test_every_stated_property(case):
+    item, plan = case
+    steps = 3 * plan.num_items // plan.items + 12
+    drawn_views: dict[int, list[int]] = {i: [] for i in range(plan.num_items)}
+    drawn_items: list[int] = []
+    for step in range(steps):
+        rows = plan.batch(step).reshape(plan.items, plan.views)
+        items = item[rows]
+        assert (items == items[:, :1]).all(), "the views of a row are of one item"
+        assert len(set(items[:, 0])) == plan.items, "P distinct items"
+        for views, i in zip(rows, items[:, 0], strict=True):
+            size = (item == i).sum()
+            assert len(set(views)) == min(plan.views, size), "views repeat only where the item has fewer than K"
+            drawn_views[i].extend(views)
+        drawn_items.extend(items[:, 0])
+    for start in range(0, len(drawn_items) - plan.num_items + 1, plan.num_items):
+        assert len(set(drawn_items[start : start + plan.num_items])) == plan.num_items, "each item once a pass"
+    for views in drawn_views.values():
+        counts, size = Counter(), len(set(np.flatnonzero(item == item[views[0]]))) if views else 0
+        for view in views:
+            counts[view] += 1
+            seen = [counts[v] for v in counts] + [0] * (size - len(counts))
+            assert max(seen) - min(seen) <= 1, "every view before any repeats"
+
+
+@given(plans(), st.integers(0, 60))
+@settings(max_examples=60, deadline=None)
+def test_batch_is_a_pure_function_of_seed_and_step(case, step):
+    item, plan = case
+    fresh = Plan(item, plan.items, plan.views, plan.seed, plan.category, 0)
+    fresh.run = plan.run
+    for earlier in range(step):
+        plan.batch(earlier)
+    np.testing.assert_array_equal(plan.batch(step), fresh.batch(step))
+
+
+def test_seeds_and_passes_differ():
+    item = np.repeat(np.arange(64), 4)
+    plan = Plan(item, 64, 2, seed=0)
+    assert not np.array_equal(item[plan.batch(0)], item[plan.batch(1)]), "another pass is another shuffle"
+    assert not np.array_equal(plan.batch(0), Plan(item, 64, 2, seed=1).batch(0))
+
+
+def test_views_meet_in_different_company():
+    """Pairs are not fixed for ever: over many draws every pair of an item's four views meets."""
+    plan = Plan(np.repeat(np.arange(4), 4), 4, 2)
+    pairs = {tuple(sorted(p)) for s in range(40) for p in plan.batch(s).reshape(-1, 2) if p[0] < 4}
+    assert len(pairs) == 6
+
+
+def test_grouping_puts_few_categories_in_a_batch():
+    category = np.arange(400) % 20
+    item = np.repeat(np.arange(400), 2)
+    grouped, mixed = (Plan(item, 40, 2, 0, category, c) for c in (4, 0))
+    count = [np.mean([len(set(category[item[p.batch(s)]])) for s in range(10)]) for p in (grouped, mixed)]
+    assert count[0] <= 6 < 15 < count[1]
+
+
+def test_too_few_items():
+    with pytest.raises(UserError, match=r"--batch.items 5 is more than the 3 train items"):
+        Plan(np.array([0, 1, 2]), 5, 2)

@@ -1,0 +1,574 @@
+"""Sources with every oddity, honest splits, and a catalogue that is whole or not there."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import Future
+from multiprocessing import active_children
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipfh import UserError, catalogue
+from clipfh.catalogue import Photo, open_catalogue, prepare
+
+
+class SameProcess:
+    """Stands in for the pool where a test is not about it: starting processes is most of a small catalogue's time."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+    def shutdown(self, **kwargs):
+        pass
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(catalogue, "ProcessPoolExecutor", SameProcess)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+
+
+def draw(path, size=(24, 32), number=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(number).integers(0, 256, (4, 3, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, **options)
+    return path
+
+
+INSHOP = [  # path, item, split
+    *((f"img/WOMEN/Dresses/id_{i:08d}/0{v}_1_front.jpg", f"id_{i:08d}", "train") for i in range(9) for v in (1, 2)),
+    ("img/WOMEN/Tees/id_00000000/03_7_additional.jpg", "id_00000000", "train"),  # an item in two categories
+    ("img/MEN/Denim/id_00000090/01_3_back.jpg", "id_00000090", "train"),  # one image
+    *((f"img/UNISEX/Some Hats/id_{i:08d}/01_{v}_side.jpg", f"id_{i:08d}", split) for i in (100, 101)
+      for v, split in ((1, "query"), (2, "gallery"), (4, "gallery"))),
+]  # fmt: skip
+TEXTS = [
+    {"item": "id_00000000", "color": "Black-cream", "description": ["Caf\u8305  twice", "line\r\nbreak", ""]},
+    {"item": "id_00000001", "color": "Red", "description": []},
+    {"item": "id_00000100", "color": None, "description": ["A hat.", "half a pair \ud83d"]},
+]
+
+
+def inshop(root, partition="Eval/list_eval_partition.txt", images="img", rows=INSHOP, texts="Anno"):
+    for number, (path, *_) in enumerate(rows):
+        draw(root / images / path.removeprefix("img/"), number=number)
+    listed = "".join(f"{path:70} {item}   {split}\r\n" for path, item, split in rows)
+    (root / partition).parent.mkdir(parents=True, exist_ok=True)
+    (root / partition).write_text(f"{len(rows)}\nimage_name item_id evaluation_status\n{listed}\n", newline="")
+    if texts:
+        (root / texts).mkdir(parents=True, exist_ok=True)
+        (root / texts / "list_description_inshop.json").write_text(json.dumps(TEXTS))
+    return root
+
+
+def table(path, rows, columns=("image_path", "item_id", "split")):
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+def rows_of(made, *splits):
+    return [row for split in splits or catalogue.SPLITS for row in made.rows(split).to_pylist()]
+
+
+def test_inshop_in_every_layout_gives_the_same_catalogue(tmp_path, quick):
+    layouts = {
+        "plain": {},
+        "distributed": {"images": "Img/img"},
+        "highres": {"images": "Img/img_highres", "partition": "list_eval_partition.txt"},
+        "bare": {"images": "img_highres", "partition": "list_eval_partition.txt", "texts": "."},
+    }
+    made = {name: prepare(inshop(tmp_path / name, **how), tmp_path / f"{name}-out") for name, how in layouts.items()}
+    inshop(tmp_path / "nested" / "In-shop Clothes Retrieval Benchmark", images="Img/img")
+    made["nested"] = prepare(str(tmp_path / "nested"), tmp_path / "nested-out")
+    made["uri"] = prepare((tmp_path / "plain").as_uri(), tmp_path / "uri-out")
+    assert len({one.manifest["hash"] for one in made.values()}) == 1
+    counts = {split: (made["plain"].num_images(split), made["plain"].num_items(split)) for split in catalogue.SPLITS}
+    assert counts["query"] == (2, 2)
+    assert counts["gallery"] == (4, 2)
+    assert sum(counts[split][1] for split in ("train", "val_query")) == 10
+    assert counts["val_query"][1] == counts["val_gallery"][1] == 2, "a fifth of ten items"
+
+
+def test_inshop_rows_and_notes(tmp_path, quick):
+    made = prepare(inshop(tmp_path / "source"), tmp_path / "out")
+    rows = {row["path"]: row for row in rows_of(made)}
+    assert sorted(rows) == sorted(path for path, *_ in INSHOP)
+    assert {path: row["item_id"] for path, row in rows.items()} == {path: item for path, item, _ in INSHOP}
+    tee = rows["img/WOMEN/Tees/id_00000000/03_7_additional.jpg"]
+    assert (tee["gender"], tee["category"], tee["variant"], tee["view"]) == ("WOMEN", "Tees", "03", "additional")
+    assert (tee["text"], tee["color"]) == ("Caf\u8305  twice line\r\nbreak", "Black-cream"), "repair is not done here"
+    hat = rows["img/UNISEX/Some Hats/id_00000100/01_1_side.jpg"]
+    assert (hat["gender"], hat["category"], hat["text"], hat["color"]) == (
+        "UNISEX",
+        "Some Hats",
+        "A hat. half a pair ?",
+        "",
+    )
+    notes = "\n".join(made.manifest["notes"])
+    for said in ("26 images (52,712)", "1 train items have one image", "1 items lie in several categories",
+                 "2 items have several variants but one color", "10 items have no text"):  # fmt: skip
+        assert said in notes, notes
+    assert "no text" in "".join(prepare(inshop(tmp_path / "s", texts=""), tmp_path / "o").manifest["notes"])
+
+
+def test_train_is_grouped_by_item_and_never_cut_within_one(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(catalogue, "SHARD_IMAGES", 5)
+    made = prepare(inshop(tmp_path / "source"), tmp_path / "out")
+    shards = [pq.ParquetFile(path).read(["item_id"])["item_id"].to_pylist() for path in made.shards("train")]
+    assert len(shards) > 2
+    assert all(len(items) <= 5 for items in shards)
+    assert sum(len(set(items)) for items in shards) == made.num_items("train"), "an item is in one shard only"
+    assert rows_of(made, "train") == made.images("train").drop("image").to_pylist()
+
+
+def test_images_are_shrunk_turned_or_kept_as_they_are(tmp_path, quick):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "small.jpg": draw(tmp_path / "a/small.jpg", (40, 30), 1),
+        "small.png": draw(tmp_path / "a/small.png", (30, 90), 2),
+        "large.jpg": draw(tmp_path / "a/large.jpg", (400, 301), 3, quality=95),
+        "large.png": draw(tmp_path / "b/large.png", (31, 50), 4),
+        "turned.jpg": draw(tmp_path / "b/turned.jpg", (40, 26), 5, exif=turned, quality=95),
+        "turned-large.jpg": draw(tmp_path / "b/turned-large.jpg", (400, 301), 6, exif=turned, quality=95),
+    }
+    Image.open(files["large.png"]).convert("P").save(files["large.png"])
+    listed = [(path.relative_to(tmp_path), path.parent.name, "train") for path in files.values()]
+    listed += [(draw(tmp_path / f"t/{split}.jpg").relative_to(tmp_path), "t", split) for split in ("query", "gallery")]
+    made = prepare(table(tmp_path / "all.csv", listed), tmp_path / "out", image_size=30)
+    images = {row["view"] + Path(row["path"]).suffix: row["image"] for row in made.images("train").to_pylist()}
+    assert images["small.jpg"] == files["small.jpg"].read_bytes()
+    assert images["small.png"] == files["small.png"].read_bytes()
+    sizes = {"large.jpg": (40, 30), "large.png": (30, 48), "turned.jpg": (26, 40), "turned-large.jpg": (30, 40)}
+    for name, size in sizes.items():
+        stored, original = Image.open(io.BytesIO(images[name])), Image.open(files[name])
+        upright = original.transpose(Image.Transpose.ROTATE_270) if "turned" in name else original
+        plain = upright.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        assert (stored.format, stored.size, stored.getexif().get(0x0112)) == ("JPEG", size, None)
+        assert np.abs(np.asarray(stored, float) - np.asarray(plain, float)).mean() < 12, name
+
+
+@st.composite
+def listings(draw):
+    sizes = draw(st.lists(st.integers(1, 7), min_size=1, max_size=80))
+    split = draw(st.sampled_from(["", "train"]))
+    photos = [Photo(f"{i}/{view}", str(i), split) for i, size in enumerate(sizes) for view in range(size)]
+    return draw(st.permutations(photos)), draw(st.sampled_from([0, 0.1, 0.5])), draw(st.integers(0, 3))
+
+
+@given(listings())
+def test_splits_are_identity_disjoint_seeded_and_halved(case):
+    photos, val_fraction, seed = case
+    split = {photo.path: photo for photo in catalogue._assign_splits(photos, val_fraction, seed)}
+    assert sorted(split) == sorted(photo.path for photo in photos)
+    again = catalogue._assign_splits(sorted(photos, key=lambda photo: photo.path), val_fraction, seed)
+    assert {photo.path: photo for photo in again} == split, "the order of listing does not matter"
+
+    views = defaultdict(lambda: defaultdict(int))
+    for photo in split.values():
+        views[photo.item_id][photo.split] += 1
+    kinds = {frozenset(its) for its in views.values()}
+    whole = {frozenset({"train"}), frozenset({"val_query", "val_gallery"}), frozenset({"query", "gallery"})}
+    assert kinds <= whole, "an item is in train, validation or test, and held-out ones have queries and gallery"
+    for its in views.values():
+        if "train" not in its:
+            queries, gallery = its.get("val_query", its.get("query")), its.get("val_gallery", its.get("gallery"))
+            assert queries == (queries + gallery) // 2
+
+    held_out = sum("val_query" in its for its in views.values())
+    left = sum(its.get("train", 0) > 1 for its in views.values())
+    items = held_out + sum("train" in its for its in views.values())
+    asked = max(round(val_fraction * items), min(50, items // 5))
+    assert held_out == min(asked, (held_out + left) // 2), "as many as asked, and half of those with a pair at most"
+
+
+def test_another_seed_draws_other_validation_items():
+    photos = [Photo(f"{i}/{view}", str(i), "train") for i in range(100) for view in range(4)]
+    drawn = [
+        {photo.path for photo in catalogue._assign_splits(photos, 0.1, seed) if photo.split == "val_query"}
+        for seed in (0, 1)
+    ]
+    assert len(drawn[0]) == len(drawn[1]) == 40
+    assert drawn[0] != drawn[1]
+
+
+def test_csv_and_parquet_with_all_columns(tmp_path, quick):
+    columns = ("image_path", "item_id", "split", "text", "view", "variant", "gender", "category", "color", "price")
+    listed = []
+    for item in range(8):
+        for view in range(4):
+            draw(tmp_path / f"photos/{item}-{view}.jpg", number=item + view)
+            split = ("train", "train", "train", "train", "val", "val", "test", "test")[item]
+            row = [
+                f"./photos/{item}-{view}.jpg",
+                item,
+                split,
+                "red, \u00e9\nand warm",
+                "front",
+                "2",
+                "KIDS",
+                "Hats",
+                "red",
+            ]
+            listed.append([*row, "9"])
+    made = prepare(table(tmp_path / "all.csv", [*listed, listed[0]], columns), tmp_path / "out")
+    assert {split: made.num_images(split) for split in catalogue.SPLITS} == {
+        "train": 16, "val_gallery": 4, "val_query": 4, "gallery": 4, "query": 4
+    }  # fmt: skip
+    row = rows_of(made, "query")[0]
+    assert row | {"path": ""} == {
+        "item_id": "6", "variant": "2", "view": "front", "gender": "KIDS", "category": "Hats", "path": "",
+        "split": "query", "text": "red, \u00e9\nand warm", "color": "red"
+    }  # fmt: skip
+    assert made.manifest["notes"][:2] == [
+        "columns that were not used: price",
+        "1 rows repeat another one and were dropped",
+    ]
+
+    arrays = [pa.array([str(row[i]) if i != 1 else row[i] for row in listed]) for i in range(len(columns))]
+    pq.write_table(pa.table(arrays, list(columns)), tmp_path / "all.parquet")
+    same = prepare(tmp_path / "all.parquet", tmp_path / "out2")
+    assert same.manifest["hash"] == made.manifest["hash"]
+
+
+def test_folder_of_item_folders_is_split_by_identity(tmp_path, quick):
+    for item in range(20):
+        for view in range(4):
+            draw(tmp_path / f"s/shoes/boot {item:02d}/view{view}.JPG", number=item)
+    (tmp_path / "s/shoes/boot 00/.hidden.jpg").write_bytes(b"")
+    (tmp_path / "s/shoes/boot 00/notes.txt").write_text("")
+    made = prepare(tmp_path / "s", tmp_path / "out")
+    assert {split: made.num_images(split) for split in catalogue.SPLITS} == {
+        "train": 60, "val_gallery": 6, "val_query": 6, "gallery": 4, "query": 4
+    }  # fmt: skip
+    row = rows_of(made, "train")[0]
+    assert (row["category"], row["gender"], row["variant"]) == ("shoes", "", "")
+    assert row["item_id"].startswith("shoes/boot ")
+    assert row["view"].startswith("view")
+
+
+def test_the_original_systems_metadata(tmp_path, quick):
+    split = {path: "val" if path == INSHOP[2][0] else split for path, item, split in INSHOP}
+    known = {path: {"item_id": item, "split": split[path]} for path, item, _ in INSHOP}
+    by_split = {name: [path for path in split if split[path] == name] for name in split.values()}
+    forms = [(known, None), ({str(i): path for i, path in enumerate(split)}, split), ({"all": list(split)}, by_split)]
+    prompts = {"id_00000000": "A clothing item in Black-cream. Warm.\nLong. ", "id_00000001": "A hat"}
+    hashes = set()
+    for number, (paths, splits) in enumerate(forms):
+        root = tmp_path / str(number)
+        for image, path in enumerate(split):
+            draw(root / "splits" / split[path] / path, number=image)
+        (root / "metadata").mkdir()
+        (root / "metadata/image_paths.json").write_text(json.dumps(paths))
+        (root / "metadata/image_prompts_per_identity.json").write_text(json.dumps(prompts))
+        if splits:
+            (root / "metadata/image_splits.json").write_text(json.dumps(splits))
+        made = prepare(root / "metadata" if number else root, tmp_path / f"out{number}")
+        hashes.add(made.manifest["hash"])
+    assert len(hashes) == 1
+    assert made.num_images("query") == 2
+    assert made.num_items("train") + made.num_items("val_query") == 10, "its validation images are of training items"
+    texts = {row["item_id"]: (row["text"], row["color"]) for row in rows_of(made)}
+    assert texts["id_00000000"] == ("Warm.\nLong. ", "Black-cream")
+    assert texts["id_00000001"] == ("A hat", "")
+
+
+def bad_source(root):
+    """18 good train images, test images, and five that must not get in."""
+    listed = [(f"good/{i}.jpg", f"item{i // 3}", "train") for i in range(18)]
+    listed += [(f"test/{i}.jpg", f"test{i // 3}", "test") for i in range(6)]
+    for number, (path, *_) in enumerate(listed):
+        draw(root / path, (60, 50), number=number)
+    draw(root.parent / "outside.jpg")
+    draw(root / "good/cut.jpg").write_bytes((root / "good/0.jpg").read_bytes()[:-40])
+    (root / "good/text.jpg").write_text("no image")
+    (root / "good/link.jpg").symlink_to(root.parent / "outside.jpg")
+    Image.new("1", (11_000, 10_000)).save(root / "good/huge.png")
+    absolute = str((root / "good/0.jpg").absolute())
+    bad = [
+        "good/cut.jpg",
+        "good/text.jpg",
+        "good/link.jpg",
+        "good/huge.png",
+        "good/gone.jpg",
+        "../outside.jpg",
+        absolute,
+    ]
+    return table(root / "list.csv", listed + [(path, "item0", "train") for path in bad]), bad
+
+
+def test_bad_images_are_left_out_listed_and_limited(tmp_path):
+    source, bad = bad_source(tmp_path / "source")
+    made = prepare(source, tmp_path / "out", max_bad=0.5, image_size=40)
+    left_out = made.manifest["left_out"]
+    assert left_out["count"] == 7
+    assert dict(left_out["list"]) == {
+        "good/cut.jpg": "unreadable (OSError)",
+        "good/text.jpg": "unreadable (UnidentifiedImageError)",
+        "good/link.jpg": catalogue.OUTSIDE,
+        "good/huge.png": catalogue.TOO_LARGE,
+        "good/gone.jpg": catalogue.MISSING,
+        "../outside.jpg": catalogue.OUTSIDE,
+        bad[-1]: catalogue.OUTSIDE,
+    }
+    assert left_out["reasons"][catalogue.OUTSIDE] == 3
+    assert not {row["path"] for row in rows_of(made)} & set(bad)
+
+    with pytest.raises(UserError, match=r"5 of 31 images .*--max-bad 0.15; first \.\./outside.jpg \(path climbs"):
+        prepare(source, tmp_path / "strict", max_bad=0.15, image_size=40)
+    assert not (tmp_path / "strict").exists()
+    with pytest.raises(UserError, match="--max-bad 0.15"):
+        prepare(source, tmp_path / "out", max_bad=0.15, image_size=40)  # up to date, and still too bad
+
+
+def test_a_truncated_jpeg_is_found_wherever_it_ends(tmp_path):
+    whole = draw(tmp_path / "a.jpg", (200, 150), quality=90).read_bytes()
+    progressive = draw(tmp_path / "b.jpg", (200, 150), quality=90, progressive=True).read_bytes()
+    for data in (whole, progressive):
+        for size in (400, 100):
+            assert catalogue._shrink(data, size)
+            for end in range(2, len(data) - 2, 97):
+                with pytest.raises(OSError, match="truncated|cannot identify|broken|Truncated"):
+                    catalogue._shrink(data[:end], size)
+
+
+def test_queries_need_a_gallery_image_that_is_left(tmp_path, quick):
+    listed = [(f"{i}.jpg", f"item{i // 2}", "train") for i in range(10)]
+    listed += [(f"{i}.jpg", f"test{i // 2}", ("query", "gallery")[i % 2]) for i in range(10, 16)]
+    for number, (path, *_) in enumerate(listed):
+        draw(tmp_path / path, number=number)
+    (tmp_path / "11.jpg").write_bytes(b"")
+    listed.append(("9.jpg", "lonely", "query"))
+    made = prepare(table(tmp_path / "l.csv", listed), tmp_path / "out", max_bad=0.2)
+    assert {row["item_id"] for row in rows_of(made, "query")} == {"test6", "test7"}
+    whys = {path: why for path, why in made.manifest["left_out"]["list"] if path != "11.jpg"}
+    assert whys == {"10.jpg": catalogue.NO_GALLERY, "9.jpg": catalogue.NO_GALLERY}
+
+
+def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
+    source, _ = bad_source(tmp_path / "source")
+    monkeypatch.setattr(catalogue, "CHUNK_IMAGES", 2)
+    hashes, seen = [], []
+    for cores in ({0}, {0, 1, 2}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        made = prepare(source, tmp_path / f"{cores}", max_bad=0.5, image_size=40, progress=lambda *at: seen.append(at))
+        hashes.append(made.manifest["hash"])
+        assert seen[-1] == (31, 31)
+    assert hashes[0] == hashes[1]
+    assert seen == sorted(seen[: len(seen) // 2]) * 2, "progress only grows"
+
+
+def test_kept_where_up_to_date_and_never_overwritten(tmp_path, quick):
+    source = inshop(tmp_path / "source")
+    first = prepare(source, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert prepare(source, tmp_path / "out") == first == open_catalogue(tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(UserError, match="another source or settings"):
+        prepare(source, tmp_path / "out", seed=1)
+    draw(source / INSHOP[0][0], number=999)
+    with pytest.raises(UserError, match="another source or settings"):
+        prepare(source, tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("")
+    for out in (tmp_path / "mine", tmp_path / "mine/thesis.txt"):
+        with pytest.raises(UserError, match="no whole catalogue"):
+            prepare(source, out)
+    (tmp_path / "mine").rename(tmp_path / "next.partial")
+    with pytest.raises(UserError, match="holds something else"):
+        prepare(source, tmp_path / "next")
+    assert (tmp_path / "next.partial/thesis.txt").exists()
+
+
+def test_open_catalogue_refuses_what_is_not_whole(tmp_path, quick):
+    made = prepare(inshop(tmp_path / "source"), tmp_path / "out")
+    manifest = tmp_path / "out/catalogue.json"
+    content = json.loads(manifest.read_text())
+    shard = made.shards("train")[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match="train-00000.*cut short"):
+        open_catalogue(tmp_path / "out")
+    manifest.write_text(json.dumps(content | {"version": 2}))
+    with pytest.raises(UserError, match="version 2, and this clipfh reads version 1.*run clipfh prepare again"):
+        open_catalogue(tmp_path / "out")
+    manifest.write_text(json.dumps({"format": "other"}))
+    with pytest.raises(UserError, match="not the manifest"):
+        open_catalogue(tmp_path / "out")
+    manifest.write_text(json.dumps(content)[:-9])
+    with pytest.raises(UserError, match="can't be read"):
+        open_catalogue(tmp_path / "out")
+    with pytest.raises(UserError, match="not a catalogue"):
+        open_catalogue(tmp_path / "source")
+    (tmp_path / "other.partial").mkdir()
+    with pytest.raises(UserError, match="half-written"):
+        open_catalogue(tmp_path / "other")
+
+
+def test_require(tmp_path, quick):
+    rows = [row for row in INSHOP if row[2] != "train" or row[1] == "id_00000000"]
+    made = prepare(inshop(tmp_path / "source", rows=rows), tmp_path / "out")
+    made.require("train", "query", "gallery")
+    assert made.rows("val_query").num_rows == made.images("val_gallery").num_rows == 0
+    assert made.rows("val_query").schema.names == list(catalogue.COLUMNS)
+    assert any("no validation items" in note for note in made.manifest["notes"])
+    with pytest.raises(UserError, match="no val_query images"):
+        made.require("train", "val_query")
+
+
+HEADER = "image_path,item_id,split\n"
+PARTITION = "s/Eval/list_eval_partition.txt"
+INSHOP_HEADER = "1\nimage_name item_id evaluation_status\n"
+DESCRIPTION = "s/Anno/list_description_inshop.json"
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "said"),
+    [
+        ({}, "gone", "gone: no such file or folder"),
+        ({}, "nowhere://bucket", "nowhere://bucket: can't be read"),
+        ({"a/b.txt": ""}, "a", "no images found"),
+        ({"img.zip": ""}, "img.zip", "unpack it"),
+        ({"s/Img/img.zip": ""}, "s", "unpack Img/img.zip"),
+        ({"s/Img/img.zip": "", PARTITION: "1\n\nimg/a/b.jpg i train"}, "s", "unpack Img/img.zip"),
+        ({PARTITION: INSHOP_HEADER + "a/b.jpg i train"}, "s", "1 images are listed, none"),
+        ({PARTITION: INSHOP_HEADER + "a/b.jpg i"}, "s", "line 3: 'a/b.jpg i'"),
+        ({PARTITION: INSHOP_HEADER + "a/b.jpg i best"}, "s", "line 3: split 'best'"),
+        ({PARTITION: "", DESCRIPTION: "[\n{"}, "s", "line 2: not valid JSON"),
+        ({PARTITION: "", DESCRIPTION: '[{"item_id": 1}]'}, "s", "no 'item'"),
+        ({"s.csv": "image,item\n"}, "s.csv", "no column image_path or item_id .found: image, item"),
+        ({"s.csv": HEADER + "a.jpg,i,train\nb.jpg,i\n"}, "s.csv", "line 3: malformed"),
+        ({"s.csv": HEADER + "a.jpg,i,train,extra\n"}, "s.csv", "line 2: malformed"),
+        ({"s.csv": HEADER + 'a.jpg,i,"train\n'}, "s.csv", "line 2: malformed"),
+        ({"s.csv": HEADER + "a.jpg,,train\n"}, "s.csv", "line 2: no item_id"),
+        ({"s.csv": HEADER + "a.jpg,i,Train\n"}, "s.csv", "line 2: split 'Train' is none of train"),
+        ({"s.csv": HEADER + "a.jpg,i,train\n"}, "s.csv", "no query images"),
+        ({"s.csv": HEADER + "a.jpg,i,query\na.jpg,i,gallery\n"}, "s.csv", "no train images"),
+        ({"s.csv": HEADER + "a.jpg,i,train\na.jpg,j,\n"}, "s.csv", "a.jpg: has no split"),
+        ({"s.csv": HEADER + "a.jpg,i,train\na.jpg,i,query\n"}, "s.csv", "item i is in test and train"),
+        ({"s.csv": HEADER + "a.jpg,i,train\n" + "x" * 300 + ".jpg,i,train\n"}, "s.csv", "File name too long"),
+        ({"s.parquet": "no parquet"}, "s.parquet", "can't be read"),
+        ({"s.json": ""}, "s.json", "give a .csv"),
+        ({"s/image_paths.json": '{"0": "a.jpg"}'}, "s", "no item_id"),
+    ],
+)  # fmt: skip
+def test_what_the_user_can_mend_is_said_in_one_line(tmp_path, files, source, said):
+    draw(tmp_path / "a.jpg")
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=said) as caught:
+        prepare(source if "://" in source else tmp_path / source, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_named_and_leaves_work_to_go_on_with(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(catalogue, "SHARD_IMAGES", 5)
+    source = inshop(tmp_path / "source")
+    whole = prepare(source, tmp_path / "whole")
+    second = f"train-00001.parquet.{os.getpid()}.tmp"
+
+    def fill(done, total):
+        if done == 1:
+            (tmp_path / "out.partial" / second).symlink_to("/dev/full")
+
+    with pytest.raises(UserError, match=r"out.partial: can't be written \(.*No space left on device"):
+        prepare(source, tmp_path / "out", progress=fill)
+    assert [path.name for path in sorted((tmp_path / "out.partial").iterdir())] == ["plan.json", "train-00000.parquet"]
+    with pytest.raises(UserError, match="half-written"):
+        open_catalogue(tmp_path / "out")
+    steps = []
+    made = prepare(source, tmp_path / "out", progress=lambda done, total: steps.append(done))
+    assert made.manifest["hash"] == whole.manifest["hash"]
+    assert steps[1] == 5, "the finished shard was not encoded again"
+
+
+def test_a_partial_of_other_settings_is_cleared(tmp_path, quick):
+    source = inshop(tmp_path / "source")
+    prepare(source, tmp_path / "out", seed=1)
+    (tmp_path / "out/plan.json").write_text("{}")
+    (tmp_path / "out").rename(tmp_path / "out.partial")
+    made = prepare(source, tmp_path / "out")
+    assert made.manifest["hash"] == prepare(source, tmp_path / "fresh").manifest["hash"]
+
+
+PREPARE_SLOWLY = """# a script without a main guard
+import sys, time
+from clipfh import catalogue
+catalogue.SHARD_IMAGES = 8
+slowly = lambda done, total: (print(done, flush=True), time.sleep(0.02))
+catalogue.prepare(sys.argv[1], sys.argv[2], max_bad=0.1, progress=slowly)
+"""
+
+
+@pytest.mark.resilience
+def test_killed_in_the_middle_and_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "SHARD_IMAGES", 8)
+    listed = [(f"{i}.jpg", f"item{i // 4}", "train" if i < 64 else "test") for i in range(80)]
+    for number, (path, *_) in enumerate(listed):
+        draw(tmp_path / path, number=number)
+    (tmp_path / "0.jpg").write_bytes(b"cut")
+    source, out = table(tmp_path / "l.csv", listed), tmp_path / "out"
+    (tmp_path / "script.py").write_text(PREPARE_SLOWLY)
+    script = [sys.executable, tmp_path / "script.py", source, out]
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True)
+    while int(process.stdout.readline()) < 30:
+        pass
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with pytest.raises(UserError, match="half-written"):
+        open_catalogue(out)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.parquet")}
+    assert len(kept) == 3
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}/cmdline").exists() for child in children):
+        assert time.monotonic() < deadline, "workers outlive the process that started them"
+        time.sleep(0.05)
+
+    made = prepare(source, out, max_bad=0.1)
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".parquet") == ["catalogue.json"]
+    assert not (tmp_path / "out.partial").exists()
+    at_once = prepare(source, tmp_path / "at once", max_bad=0.1)
+    assert at_once.manifest["left_out"]["count"] == 1
+    for fact in ("hash", "counts", "left_out", "shards"):
+        assert made.manifest[fact] == at_once.manifest[fact]
+
+
+@pytest.mark.resilience
+def test_a_killed_worker_is_said(tmp_path, monkeypatch):
+    source, _ = bad_source(tmp_path / "source")
+    monkeypatch.setattr(catalogue, "CHUNK_IMAGES", 1)
+    monkeypatch.setattr(catalogue, "CHUNKS_AHEAD", 1)
+
+    def kill(done, total):
+        for worker in active_children():
+            worker.kill()
+
+    with pytest.raises(UserError, match="a process that reads images was killed"):
+        prepare(source, tmp_path / "out", max_bad=0.5, progress=kill)
+
+
+def test_importing_takes_neither_torch_nor_ray():
+    code = "import clipfh.catalogue, sys; sys.exit(bool({'torch', 'ray', 'open_clip'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,59 @@
+"""A module imports only from lower floors; the base loads neither torch nor ray."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import clipfh
+
+FLOORS = [
+    {"config", "metrics", "losses", "gather", "prompts", "images"},
+    {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "space", "cluster"},
+    {"stream", "evaluate"},
+    {"train", "export", "report"},
+    {"sweep"},
+    {"cli", "demo"},
+]
+# On floor 1 the towers come first: these build on them.
+NEIGHBOURS = {"optimizer": {"model"}, "cli": {"demo"}}
+FLOOR_OF = {module: i for i, modules in enumerate(FLOORS) for module in modules}
+PACKAGE = Path(clipfh.__file__).parent
+
+
+def imported(module: str) -> set[str]:
+    """Modules of ours that a module imports, anywhere in it."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "clipfh":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clipfh."):
+            names.add(node.module.removeprefix("clipfh."))
+    return names & set(FLOOR_OF)
+
+
+def test_every_module_has_a_floor():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(FLOOR_OF)
+
+
+def test_imports_go_down():
+    upward = {
+        (module, other)
+        for module in FLOOR_OF
+        for other in imported(module)
+        if FLOOR_OF[other] >= FLOOR_OF[module] and other not in NEIGHBOURS.get(module, ())
+    }
+    assert upward == set()
+
+
+def test_losses_metrics_prompts_and_batches_know_nothing_of_ray():
+    for module in ("losses", "metrics", "prompts", "batches", "gather", "config", "images"):
+        assert "ray" not in (PACKAGE / f"{module}.py").read_text().replace("array", "").split()
+
+
+def test_the_command_line_loads_neither_torch_nor_ray():
+    code = "import sys, clipfh.cli; print([m for m in ('torch', 'ray', 'open_clip', 'optuna', 'pyarrow') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
