@@ -1,17 +1,14 @@
-"""Photos and annotations become a catalogue: a folder of Parquet shards with a manifest.
+"""The photos of a source become a catalogue: a folder of Parquet shards with a manifest.
 
-`prepare` goes: source -> listed photos -> splits -> plan of shards -> images encoded by a process pool -> manifest.
+`prepare` goes: listed photos -> splits -> plan of shards -> images encoded by a process pool -> manifest.
 All up to the plan is cheap and done at once; the images are a stream, and every finished shard survives a kill.
 """
 
-import csv
 import hashlib
 import io
 import json
 import multiprocessing
 import os
-import posixpath
-import re
 import shutil
 import signal
 import sys
@@ -34,7 +31,8 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from pyarrow import fs
 
-from clipfh import UserError
+from clipfh import UserError, sources
+from clipfh.sources import OUTSIDE, LeftOut, Photo
 
 FORMAT, VERSION = "clipfh-catalogue", 1
 SPLITS = ("train", "val_gallery", "val_query", "gallery", "query")  # the order of writing: a gallery before its queries
@@ -49,11 +47,11 @@ CHUNKS_AHEAD = 4  # per worker: with the two above it bounds the memory
 MAX_PIXELS = 100_000_000
 LEFT_OUT_LISTED = 1000
 
-MISSING = "missing"
-OUTSIDE = "path climbs out of the source"
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
 NO_GALLERY = "query without a gallery image of its item"
-LeftOut = tuple[str, str]  # path and why
+
+_all_of = attrgetter(*(field.name for field in fields(Photo)))
+_row_of = attrgetter(*COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -137,9 +135,7 @@ def prepare(
     shard. The manifest's `hash` (rows and image bytes) depends neither on that nor on the number of cores.
 
     Args:
-        source: path or URI of In-Shop as distributed, of the original system's processed metadata, of a folder of item
-            folders, or of a CSV or Parquet file (image_path, item_id[, text, split, variant, view, gender, category,
-            color]; paths relative to the file).
+        source: path or URI of anything that `sources.read` takes.
         val_fraction: share of the train items held out for validation, though at least 50 of them or a fifth.
         image_size: pixels of the short side; larger images are shrunk to it, others keep their bytes.
         max_bad: share of the listed images that may be left out (missing, unreadable, refused).
@@ -152,7 +148,7 @@ def prepare(
     if not (0 <= val_fraction < 1 and 0 <= max_bad <= 1 and image_size > 0):
         raise UserError("--val-fraction must be in [0, 1), --max-bad in [0, 1], --image-size above 0: change it")
     source, out = str(source), Path(out).absolute()
-    listing = _read_source(source)
+    listing = sources.read(source)
     tally = _Tally(len(listing.photos) + len(listing.left_out), max_bad, progress)
     tally.leave_out(listing.left_out)
     photos = _assign_splits(listing.photos, val_fraction, seed)
@@ -180,350 +176,6 @@ def prepare(
         }
         _finish(folder, out, manifest)
     return open_catalogue(out)
-
-
-# Reading a source: one function for each kind, all to a listing.
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".rar", ".7z")
-GIVEN_COLUMNS = ("image_path", "item_id", "text", "split", "variant", "view", "gender", "category", "color")
-GIVEN_SPLITS = ("", "train", "val", "val_query", "val_gallery", "test", "query", "gallery")
-OFFICIAL_INSHOP = {
-    "images": 52_712,
-    "train images": 25_882,
-    "train items": 3_997,
-    "query images": 14_218,
-    "gallery images": 12_612,
-    "test items": 3_985,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Photo:
-    """One listed image: its row, and where it was found (`file` below the source, `stamp` of size and time)."""
-
-    path: str
-    item_id: str
-    split: str = ""
-    variant: str = ""
-    view: str = ""
-    gender: str = ""
-    category: str = ""
-    text: str = ""
-    color: str = ""
-    file: str = ""
-    stamp: str = ""
-
-
-_all_of = attrgetter(*(field.name for field in fields(Photo)))
-_row_of = attrgetter(*COLUMNS)
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """What a source says it holds. No image is read from outside `store`, which is a folder.
-
-    Where a photo lies in it is the first of `layouts` that finds it; `inner` is its path without a leading `img/`.
-    """
-
-    store: fs.SubTreeFileSystem
-    photos: list[Photo]
-    notes: list[str] = field(default_factory=list)
-    layouts: tuple[str, ...] = ("{path}",)
-    left_out: list[LeftOut] = field(default_factory=list)
-
-
-def _read_source(source: str) -> _Listing:
-    try:
-        store, file = _open_source(source)
-        listing = _read_file(store, file) if file else _read_folder(store)
-        return _on_disk(_without_repeats(listing))
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{source}: can't be read ({' '.join(str(error).split())}): check --source") from error
-
-
-def _open_source(source: str) -> tuple[fs.SubTreeFileSystem, str]:
-    """The source's folder and, where the source is a file, its name."""
-    if "://" in source:
-        base, path = fs.FileSystem.from_uri(source)
-    else:
-        base, path = fs.LocalFileSystem(), Path(source).absolute().as_posix()
-    kind = base.get_file_info(path).type
-    if kind == fs.FileType.NotFound:
-        raise UserError(f"{source}: no such file or folder: check --source")
-    folder, name = (path, "") if kind == fs.FileType.Directory else posixpath.split(path)
-    return fs.SubTreeFileSystem(folder, base), name
-
-
-def _read_file(store: fs.SubTreeFileSystem, name: str) -> _Listing:
-    suffix = posixpath.splitext(name)[1].lower()
-    if suffix == ".csv":
-        return _read_csv(store, name)
-    if suffix == ".parquet":
-        return _read_parquet(store, name)
-    remedy = "unpack it and give the folder" if suffix in ARCHIVE_SUFFIXES else "give a .csv, a .parquet or a folder"
-    raise UserError(f"{store.base_path}{name}: not a source that can be read: {remedy} as --source")
-
-
-def _read_folder(store: fs.SubTreeFileSystem) -> _Listing:
-    partitions = ("Eval/list_eval_partition.txt", "list_eval_partition.txt")
-    folders = ["", *(f"{name}/" for name in _names(store, fs.FileType.Directory))]
-    places = [(folder, partition) for folder in folders for partition in partitions]
-    for place, info in zip(places, store.get_file_info([folder + file for folder, file in places]), strict=True):
-        if info.is_file:
-            return _read_inshop(_subfolder(store, place[0]), place[1])
-    for metadata in ("metadata", "."):
-        if _is_file(store, f"{metadata}/image_paths.json"):
-            return _read_processed(store, metadata)
-    return _read_item_folders(store)
-
-
-def _read_inshop(store: fs.SubTreeFileSystem, partition: str) -> _Listing:
-    """DeepFashion In-Shop. Identity is what the partition file says: 99 items lie in two categories."""
-    where = f"{store.base_path}{partition}"
-    texts, notes = _inshop_texts(store)
-    photos = []
-    for number, line in enumerate(_text(store, partition).splitlines(), start=1):
-        columns = line.rsplit(None, 2)
-        is_head = (number == 1 and len(columns) == 1) or (number <= 2 and columns[:1] == ["image_name"])
-        if is_head or not columns:
-            continue
-        if len(columns) != 3:
-            raise UserError(
-                f"{where} line {number}: {line[:80]!r} is not 'image_name item_id evaluation_status': mend it"
-            )
-        path, item_id, split = columns
-        text, color = texts.get(item_id, ("", ""))
-        row = {"image_path": path, "item_id": item_id, "split": split, "text": text, "color": color}
-        photos.append(_photo(row | _inshop_folders(path), f"{where} line {number}"))
-    trees = ("img/", "Img/img/", "img_highres/", "Img/img_highres/", "Img/", "")
-    return _Listing(store, photos, [*notes, _official_note(photos)], tuple(tree + "{inner}" for tree in trees))
-
-
-def _inshop_folders(path: str) -> dict[str, str]:
-    """Gender and category from `img/WOMEN/Dresses/id_00000002/02_1_front.jpg`; any names will do."""
-    *_, gender, category = ["", "", *path.removeprefix("img/").split("/")[:-2]]
-    return {"gender": gender, "category": category}
-
-
-def _inshop_texts(store: fs.SubTreeFileSystem) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """Item to (text, color), and a note where there are none. Paragraphs are joined and otherwise left as they are."""
-    files = [f"{folder}list_description_inshop.json" for folder in ("Anno/", "")]
-    found = [file for file in files if _is_file(store, file)]
-    if not found:
-        return {}, [f"{files[0]} is not there: the items have no text"]
-    texts = {}
-    for number, entry in enumerate(_json(store, found[0], list)):
-        if not isinstance(entry, dict) or "item" not in entry:
-            raise UserError(f"{store.base_path}{found[0]}: entry {number} has no 'item': mend the file or take it away")
-        paragraphs = [text for text in _list(entry.get("description")) if isinstance(text, str) and text.strip()]
-        texts[entry["item"]] = (" ".join(paragraphs), entry.get("color") or "")
-    return texts, []
-
-
-def _official_note(photos: list[Photo]) -> str:
-    images = Counter(photo.split for photo in photos)
-    train = {photo.item_id for photo in photos if photo.split == "train"}
-    test = {photo.item_id for photo in photos if photo.split in ("query", "gallery")}
-    found = (len(photos), images["train"], len(train), images["query"], images["gallery"], len(test))
-    pairs = list(zip(OFFICIAL_INSHOP.items(), found, strict=True))
-    differing = [f"{number:,} {what} ({official:,})" for (what, official), number in pairs if number != official]
-    if not differing:
-        return "the counts are those of the official In-Shop split"
-    return f"the counts differ from the official In-Shop split (in brackets): {', '.join(differing)}"
-
-
-def _read_csv(store: fs.SubTreeFileSystem, name: str) -> _Listing:
-    where = f"{store.base_path}{name}"
-    reader = csv.DictReader(io.StringIO(_text(store, name), newline=""), strict=True)
-    photos = []
-    try:
-        notes = _check_columns(reader.fieldnames or [], where)
-        for row in reader:
-            if None in row or None in row.values():
-                raise csv.Error(f"not {len(reader.fieldnames or [])} fields")
-            photos.append(_photo(row, f"{where} line {reader.line_num}"))
-    except csv.Error as error:
-        raise UserError(f"{where} line {reader.reader.line_num}: malformed ({error}): mend the line") from error
-    return _Listing(store, photos, notes)
-
-
-def _read_parquet(store: fs.SubTreeFileSystem, name: str) -> _Listing:
-    where = f"{store.base_path}{name}"
-    with store.open_input_file(name) as file:
-        table = pq.ParquetFile(file)
-        notes = _check_columns(table.schema_arrow.names, where)
-        columns = [column for column in table.schema_arrow.names if column in GIVEN_COLUMNS]
-        rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
-        photos = [_photo(row, f"{where} row {number}") for number, row in enumerate(rows, start=1)]
-    return _Listing(store, photos, notes)
-
-
-def _check_columns(names: Iterable[str], where: str) -> list[str]:
-    """Raise where a column that must be there is not; note those that are not used."""
-    names = list(names)
-    if missing := {"image_path", "item_id"} - set(names):
-        raise UserError(
-            f"{where}: no column {' or '.join(sorted(missing))} (found: {', '.join(names)[:200]}): rename it"
-        )
-    unused = [name for name in names if name not in GIVEN_COLUMNS]
-    return [f"columns that were not used: {', '.join(unused)}"] if unused else []
-
-
-def _read_item_folders(store: fs.SubTreeFileSystem) -> _Listing:
-    """An item is a folder that holds images, called by its whole path; the folder around it is its category."""
-    photos = []
-    for info in store.get_file_info(fs.FileSelector("", recursive=True)):
-        folder, name = posixpath.split(info.path)
-        if info.is_file and folder and name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-            row = {
-                "image_path": info.path,
-                "item_id": folder,
-                "category": posixpath.basename(posixpath.dirname(folder)),
-            }
-            photos.append(_photo(row, info.path))
-    return _Listing(store, photos)
-
-
-def _read_processed(store: fs.SubTreeFileSystem, folder: str) -> _Listing:
-    """The original system's metadata: `image_paths.json` maps a path to {"item_id", "split"}.
-
-    It may also map keys to paths or lists of paths, with the identity in the path and the split (of a path or key) in
-    `image_splits.json`. The original validates on images of training items; those are training images here.
-    """
-    parent, name = posixpath.split(store.base_path.rstrip("/"))
-    if folder == "." and _is_folder(fs.SubTreeFileSystem(parent, store.base_fs), "splits"):
-        store, folder = fs.SubTreeFileSystem(parent, store.base_fs), name  # the original keeps its images there
-    where = f"{store.base_path}{folder}/image_paths.json"
-    splits = _original_splits(store, f"{folder}/image_splits.json")
-    prompts = _original_prompts(store, folder)
-    photos = []
-    for key, entry in _json(store, f"{folder}/image_paths.json", dict).items():
-        known = entry if isinstance(entry, dict) else {}
-        for path in [key] if isinstance(entry, dict) else _list(entry):
-            item_id = known.get("item_id") or next(iter(re.findall(r"id_\d{8}", path)), "")
-            split = known.get("split") or splits.get(path) or splits.get(key)
-            text, color = prompts.get(item_id, ("", ""))
-            row = {"image_path": path, "item_id": item_id, "text": text, "color": color}
-            row |= {"split": "train" if split == "val" else split, **_inshop_folders(path)}
-            photos.append(_photo(row, f"{where}, {key!r}"))
-    return _Listing(store, photos, [], ("splits/{split}/{path}", "splits/val/{path}", "{path}"))
-
-
-def _original_splits(store: fs.SubTreeFileSystem, file: str) -> dict[str, str]:
-    """Path or key to split, from {path: split} or {split: [path, ...]}."""
-    mapping = _json(store, file, dict) if _is_file(store, file) else {}
-    by_path: dict[str, str] = {}
-    for key, value in mapping.items():
-        by_path |= {key: value} if isinstance(value, str) else dict.fromkeys(value, key)
-    return by_path
-
-
-def _original_prompts(store: fs.SubTreeFileSystem, folder: str) -> dict[str, tuple[str, str]]:
-    """Item to (text, color), from prompts of the form "A clothing item in {color}. {description}"."""
-    names = ("image_prompts_per_identity.json", "image_prompts_clean.json")
-    file = next((f"{folder}/{name}" for name in names if _is_file(store, f"{folder}/{name}")), None)
-    prompts = _json(store, file, dict) if file else {}
-    parts = {item: re.fullmatch(r"A clothing item in (.*?)\. ?(.*)", text, re.DOTALL) for item, text in prompts.items()}
-    return {item: (match[2], match[1]) if match else (prompts[item], "") for item, match in parts.items()}
-
-
-def _photo(row: Mapping[str, Any], where: str) -> Photo:
-    """A listed row as a Photo; view and variant, where not given, come from a name like `02_1_front.jpg`."""
-    # A string that can't be written as UTF-8 (half of a surrogate pair in JSON) must not stop a catalogue
-    given = {
-        name: str(row[name]).encode("utf-8", "replace").decode() for name in GIVEN_COLUMNS if row.get(name) is not None
-    }
-    path = given.pop("image_path", "")
-    if not path or not given.get("item_id"):
-        raise UserError(f"{where}: no {'item_id' if path else 'image_path'}: mend it or take it out")
-    if given.get("split", "") not in GIVEN_SPLITS:
-        raise UserError(f"{where}: split {given['split']!r} is none of {', '.join(GIVEN_SPLITS[1:])}: mend it")
-    stem = posixpath.splitext(posixpath.basename(path))[0]
-    match = re.fullmatch(r"(\d+)_\d+_(.+)", stem)
-    variant, view = match.groups() if match else ("", stem)
-    return Photo(path, **{"variant": variant, "view": view} | given)
-
-
-def _without_repeats(listing: _Listing) -> _Listing:
-    unique = list({(photo.path, photo.item_id, photo.split): photo for photo in listing.photos}.values())
-    repeats = len(listing.photos) - len(unique)
-    notes = [f"{repeats:,} rows repeat another one and were dropped"] if repeats else []
-    return replace(listing, photos=unique, notes=listing.notes + notes)
-
-
-def _on_disk(listing: _Listing) -> _Listing:
-    """The listing with the file that each photo was found in; what was not found is left out."""
-    climbing = [photo for photo in listing.photos if _climbs(photo.path)]
-    missing = [photo for photo in listing.photos if not _climbs(photo.path)]
-    found: list[Photo] = []
-    notes = list(listing.notes)
-    for layout in listing.layouts:
-        files = [layout.format(path=p.path, inner=p.path.removeprefix("img/"), split=p.split) for p in missing]
-        looked = list(zip(missing, listing.store.get_file_info(files), strict=True))
-        missing = [photo for photo, info in looked if not info.is_file]
-        hits = [(photo, info) for photo, info in looked if info.is_file]
-        found += [replace(photo, file=info.path, stamp=f"{info.size} {info.mtime_ns}") for photo, info in hits]
-        if hits and len(listing.layouts) > 1:
-            notes.append(f"{len(hits):,} images were found as {layout.format(path='*', inner='*', split='*')}")
-    if not found:
-        remedy = f"unpack {archives} there" if (archives := _archives(listing.store)) else "put images there"
-        listed = f"{len(listing.photos):,} images are listed, none is there" if listing.photos else "no images found"
-        raise UserError(f"{listing.store.base_path}: {listed}: {remedy}, or check --source")
-    left_out = [(photo.path, OUTSIDE) for photo in climbing] + [(photo.path, MISSING) for photo in missing]
-    return replace(listing, photos=found, left_out=left_out, notes=notes)
-
-
-def _climbs(path: str) -> bool:
-    return path.startswith("/") or ".." in path.split("/") or "\0" in path
-
-
-def _archives(store: fs.SubTreeFileSystem) -> str:
-    folders = [folder for folder in ("", "Img/") if _is_folder(store, folder)]
-    names = [folder + name for folder in folders for name in _names(_subfolder(store, folder), fs.FileType.File)]
-    return ", ".join(name for name in names if name.lower().endswith(ARCHIVE_SUFFIXES))
-
-
-def _subfolder(store: fs.SubTreeFileSystem, folder: str) -> fs.SubTreeFileSystem:
-    return fs.SubTreeFileSystem(posixpath.join(store.base_path, folder), store.base_fs)
-
-
-def _names(store: fs.SubTreeFileSystem, kind: fs.FileType) -> list[str]:
-    return sorted(info.base_name for info in store.get_file_info(fs.FileSelector("")) if info.type == kind)
-
-
-def _is_file(store: fs.SubTreeFileSystem, path: str) -> bool:
-    return store.get_file_info(path).type == fs.FileType.File
-
-
-def _is_folder(store: fs.SubTreeFileSystem, path: str) -> bool:
-    return store.get_file_info(path).type == fs.FileType.Directory
-
-
-def _text(store: fs.SubTreeFileSystem, path: str) -> str:
-    with store.open_input_file(path) as file:
-        try:
-            return file.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{store.base_path}{path}: not UTF-8 ({error}): save it as UTF-8") from error
-
-
-def _json(store: fs.SubTreeFileSystem, path: str, kind: type) -> Any:
-    try:
-        value = json.loads(_text(store, path))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{store.base_path}{path} line {error.lineno}: not valid JSON ({error.msg}): mend it"
-        ) from error
-    if not isinstance(value, kind):
-        raise UserError(
-            f"{store.base_path}{path}: holds a {type(value).__name__} where a {kind.__name__} belongs: mend it"
-        )
-    return value
-
-
-def _list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 # Splits and the plan: pure functions of the listed photos and the seed.

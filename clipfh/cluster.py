@@ -17,6 +17,9 @@ from clipfh.config import Placement
 
 # Train asks its workers for reports at this interval; at its default of 2 s every report waits for it.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# What people should read, the commands say in words; the rest is in Ray's log files.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 HEAD = "node:__internal_head__"
 """A resource that every Ray head has: drivers of trials take a sliver of it, so they run there and take no CPU."""
@@ -56,6 +59,7 @@ def connect(address: str | None = None, placement: Placement | None = None, dash
     """
     if ray.is_initialized():
         return
+    _hush()
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     env = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
     common: dict[str, Any] = {
@@ -77,6 +81,16 @@ def connect(address: str | None = None, placement: Placement | None = None, dash
         raise UserError(
             f"no Ray cluster at --address {address} ({reason}): start one, or leave --address out"
         ) from error
+
+
+def _hush() -> None:
+    """Keep the chatter of Ray's Python side off the terminal; its log files have it."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # raylets' remarks, which no option turns off
 
 
 def disconnect() -> None:

@@ -160,7 +160,7 @@ class Garment:
 
 
 def _dice(*key: int) -> np.random.Generator:
-    """Chance that depends on the key alone. Its length is part of it, since numpy takes (1, 2) and (1, 2, 0) for one."""
+    """Chance that depends on the key alone; on its length too, since numpy takes (1, 2) and (1, 2, 0) for one."""
     return np.random.default_rng((len(key), *key))
 
 
@@ -243,7 +243,7 @@ PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     "flowers": _repeat(lambda a: 1 + 0.45 * np.cos(5 * a)),
     "stars": _repeat(lambda a: 0.55 + 0.9 * np.abs((a * 2.5 / np.pi) % 1 - 0.5) * 2),
     "diamonds": _repeat(lambda a: 1.3 / (np.abs(np.sin(a)) + np.abs(np.cos(a)))),
-    "hearts": _repeat(lambda a: 0.35 + 1.1 * (np.abs(a) / np.pi) ** 0.7 * (1.15 - 0.9 * (np.abs(a) / np.pi) ** 6)),
+    "hearts": _repeat(lambda a: np.interp(np.abs(a), [0, 0.4, 1.2, 2.2, 2.7, np.pi], [1.2, 0.85, 0.7, 1.0, 0.9, 0.4])),
     "patches": lambda s, t, duty: np.clip(
         (np.sin(s * 2.3 + np.sin(t * 1.7)) + np.sin(t * 2.9 + 2 * np.sin(s * 1.1)) + duty - 0.7) * 4, 0, 1
     ),
@@ -729,3 +729,39 @@ def write_source(out: Path, *, items: int, seed: int, size: int = 96, train_shar
     texts = [{"item": g.item_id, "color": g.colors[0].name, "description": describe(g)} for g in garments]
     (partial / "Anno/list_description_inshop.json").write_text(json.dumps(texts, indent=1), encoding="utf-8")
     partial.rename(out)
+
+
+# --- the demonstration -----------------------------------------------------------------------------------------------
+
+SWEEP = Path(__file__).resolve().parents[1] / "sweeps" / "demo.yaml"
+ITEMS, PHOTO_SIZE, SEED = 400, 96, 0
+
+
+def run(out: Path, tell: Callable[[str], None] = print) -> None:
+    """Draw garments, make a catalogue of them, search settings for the small model on it, export the best.
+
+    Raises:
+        UserError: `out` is in use, or the sweep file is not beside the package.
+    """
+    from clipfh import catalogue, cluster, space, sweep
+
+    if not SWEEP.is_file():
+        raise UserError(f"{SWEEP} is missing: the demo runs from a clone of the project")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty: remove it, or name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    tell(f"1. drawing {ITEMS} garments: {out}/photos")
+    write_source(out / "photos", items=ITEMS, seed=SEED, size=PHOTO_SIZE)
+    tell(f"2. clipfh prepare --source {out}/photos --out {out}/catalogue --image-size {PHOTO_SIZE}")
+    made = catalogue.prepare(str(out / "photos"), out / "catalogue", image_size=PHOTO_SIZE, seed=SEED)
+    tell(
+        "   "
+        + ", ".join(f"{split} {count['images']:,}" for split, count in made.manifest["counts"].items())
+        + " images"
+    )
+    tell(f"3. clipfh sweep sweeps/demo.yaml {out}/catalogue --out {out}/sweep")
+    loaded = space.load(SWEEP)
+    cluster.connect(placement=loaded.placement)
+    summary = sweep.run(loaded, made, out / "sweep", tell=lambda line: tell("   " + line))
+    cluster.disconnect()
+    tell("\n" + sweep.outcome(summary, out / "sweep"))

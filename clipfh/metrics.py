@@ -1,10 +1,10 @@
 """How well a query finds its item: Rank-k, mAP, mAP@R and mINP from embeddings, exactly, without sorting the gallery.
 
 Similarity is the cosine of unit embeddings. The rank of a positive is 1 + the gallery images with a strictly greater
-similarity + those earlier in the gallery with an equal one. Images of the query's own item never compete with each
-other's judgement, so one pass counts, for each of them, the images of *other* items ahead of it; every figure follows
-from these counts. A query has few positives: counting what passes each of their similarities, in a block of the
-similarity matrix that is still in the cache, costs a fraction of the product that made the block.
+similarity + those earlier in the gallery with an equal one. Among a query's positives that order is a short sort; what
+remains is to count the images of *other* items ahead of each positive. A query has few positives, so counting what
+passes each one's similarity, in a block of the similarity matrix that is still in the cache, costs a fraction of the
+product that made the block. Same-variant, cross-variant and random-split figures follow from the same counts.
 """
 
 import math
@@ -28,15 +28,15 @@ TILE = 64  # rows and columns of a product come in multiples of this
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Images to rank by or to be ranked: N unit vectors (float32 or float64, on any device) and what they show.
+    """Images that ask or answer: N unit vectors (float32 or float64, on any device) and codes of what they show.
 
-    Codes are any integers. UserError: an embedding is not finite (it would win every comparison).
+    UserError: an embedding is not finite (it would lose, or win, every comparison).
     """
 
     embedding: Tensor  # (N, D)
     item: Tensor  # (N,)
     variant: Tensor  # (N,), a code of the pair (item, variant)
-    image: Tensor  # (N,), a code of the path: the same photo has the same code
+    image: Tensor  # (N,), a code of the path, at least 0: the same photo has the same code
 
     def __post_init__(self) -> None:
         assert len(self.embedding) == len(self.item) == len(self.variant) == len(self.image)
@@ -47,16 +47,15 @@ class Embeddings:
 
     def select(self, rows: Tensor) -> "Embeddings":
         """The rows named by an index or a mask, in that order."""
-        there = rows.to(self.embedding.device)
-        here = rows.to(self.item.device)
-        return Embeddings(self.embedding[there], self.item[here], self.variant[here], self.image[here])
+        codes = (code[rows.to(code.device)] for code in (self.item, self.variant, self.image))
+        return Embeddings(self.embedding[rows.to(self.embedding.device)], *codes)
 
 
 @dataclass(frozen=True)
 class Captions:
     """C distinct captions (unit vectors) and the M pairs (item, caption) that say who carries which; pairs may repeat.
 
-    Captions that read alike are one row here, however many items carry them.
+    Captions that read alike are one row here, however many items carry them. UserError: as `Embeddings`.
     """
 
     embedding: Tensor  # (C, D)
@@ -78,24 +77,24 @@ class Scores:
 
 
 def score(query: Embeddings, gallery: Embeddings, skip_unmatched: bool = False) -> tuple[Scores, Scores, Scores]:
-    """Rank the gallery for each query in one pass, judged three ways: by item, by same variant, by other variants.
+    """Rank the gallery for each query in one pass, judged three ways: overall, same-variant, cross-variant.
 
     *Same-variant* ignores the item's images of other variants, *cross-variant* those of the query's variant: they are
     neither right nor wrong. A gallery row with the query's own path is left out of all three.
     UserError: a query has no image of its item to find, unless `skip_unmatched` (it then scores NaN).
     """
-    tables = torch.full((3, len(query), len(KEYS)), math.nan, dtype=torch.float64)
+    tables = _empty_table(3, len(query))
     own, theirs = query.variant.cpu(), gallery.variant.cpu()
-    for rows, column, ahead in _scan(query, gallery, _Index.of(gallery.item)):
-        found = column >= 0
-        same = theirs[column] == own[rows, None]
+    for block in _blocks(query, gallery, _Index.of(gallery.item)):
+        found, ahead = block.column >= 0, block.ahead()
+        same = theirs[block.column] == own[block.rows, None]
         for table, relevant in zip(tables, (found, found & same, found & ~same), strict=True):
-            table[rows] = _values(relevant, ahead)[:, 0]
+            table[block.rows] = _values(relevant, ahead)
     unmatched = tables[0, :, 0].isnan().nonzero().flatten()
     if len(unmatched) and not skip_unmatched:
         raise UserError(
             f"{len(unmatched)} of {len(query)} queries (the first is query {int(unmatched[0])}) have no other image of "
-            "their item in the gallery: correct the catalogue's splits, or leave such queries out"
+            "their item in the gallery: correct the catalogue's splits, or ask for such queries to be left out"
         )
     overall, same_variant, cross_variant = (Scores(table, query.item.cpu(), len(gallery)) for table in tables)
     return overall, same_variant, cross_variant
@@ -110,53 +109,57 @@ def mean_average_precision(query: Embeddings, gallery: Embeddings) -> float:
 def summary(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Means over the queries that have a positive, ready for JSON: `KEYS`, counts, `intervals` (key to [low, high]).
 
-    An interval is the central 95% of a bootstrap over items: an item is drawn with all its queries. A figure over no
-    query at all is null, and so is an interval over fewer than two items.
+    `num_query` counts those queries, `num_unmatched` the others. An interval is the central 95% of a bootstrap over
+    items: an item is drawn with all its queries. A figure over no query is null, an interval over one item as well.
     """
     scored = ~scores.values[:, 0].isnan()
+    values, item = scores.values[scored], scores.item[scored]
     return {
-        **_means(scores.values[scored]),
-        "num_query": int(scored.sum()),
+        **_means(values),
+        "num_query": len(values),
         "num_gallery": scores.num_gallery,
-        "num_unmatched": int((~scored).sum()),
-        "intervals": _intervals(scores.values[scored].numpy(), scores.item[scored].numpy(), resamples, seed),
+        "num_unmatched": len(scored) - len(values),
+        "intervals": _intervals(values.numpy(), item.numpy(), resamples, seed),
     }
 
 
 def by_group(scores: Scores, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """mAP and rank1, with their intervals, of the queries under each label (one label a query), by label in order."""
-    assert len(labels) == len(scores.item)
+    """mAP and rank1, with `num_query` and `intervals`, of the queries under each label; one label a query."""
+    names, group = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    assert len(group) == len(scores.item)
     groups = {}
-    for label in sorted(set(labels)):
-        chosen = torch.tensor([each == label for each in labels])
+    for number, name in enumerate(names.tolist()):
+        chosen = torch.from_numpy(group == number)
         whole = summary(Scores(scores.values[chosen], scores.item[chosen], scores.num_gallery))
-        groups[label] = {key: whole[key] for key in ("mAP", "rank1", "num_query")}
-        groups[label]["intervals"] = {key: whole["intervals"][key] for key in ("mAP", "rank1")}
+        intervals = {key: whole["intervals"][key] for key in ("mAP", "rank1")}
+        groups[name] = {key: whole[key] for key in ("mAP", "rank1", "num_query")} | {"intervals": intervals}
     return groups
 
 
 def random_splits(images: Embeddings, num_splits: int = 10, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Mean, sample standard deviation and values over random splits: one image of each item asks, all others answer.
 
-    An image's similarities are computed once, however many splits it asks in: splits differ only in which images are
-    missing from the gallery. Items with a single image find nothing and are left out of the means.
+    An image ranks all others once, however many splits it asks in: a split only takes away the other images that ask
+    in it, so their share of each count is taken off. Items with a single image are left out of the means.
     """
-    drawn = torch.stack(list(_draw(images.item.cpu(), num_splits, seed)), dim=1)  # (N, splits)
-    asking = drawn.any(1).nonzero().flatten()
-    values = torch.full((len(asking), num_splits, len(KEYS)), math.nan, dtype=torch.float64)
-    for rows, column, ahead in _scan(images.select(asking), images, _Index.of(images.item), ~drawn):
-        values[rows] = _values(column >= 0, ahead)
-    values[~drawn[asking]] = math.nan
-    splits = [_means(split[~split[:, 0].isnan()]) for split in values.unbind(1)]
-    return {key: _spread([split[key] for split in splits]) for key in KEYS}
+    splits = list(_draw(images.item.cpu(), num_splits, seed))
+    asking = torch.stack(splits).any(0).nonzero().flatten()
+    tables = _empty_table(num_splits, len(asking))
+    for block in _blocks(images.select(asking), images, _Index.of(images.item)):
+        ahead = block.ahead()
+        for drawn, table in zip(splits, tables, strict=True):
+            mine = drawn[asking[block.rows]].nonzero().flatten()
+            gone = block.ahead_among(mine, drawn.nonzero().flatten())
+            table[block.rows[mine]] = _values(block.column[mine] >= 0, ahead[mine] - gone)
+    means = [_means(table[~table[:, 0].isnan()]) for table in tables]
+    return {key: _spread([mean[key] for mean in means]) for key in KEYS}
 
 
 def text_to_image(captions: Captions, images: Embeddings) -> dict[str, Any]:
     """`summary` with each distinct caption as a query: right are the images of every item that carries it."""
     carried = _Index.of(captions.item, captions.caption).rows(images.item.cpu())
     image, slot = (carried >= 0).nonzero(as_tuple=True)
-    query = _as_embeddings(captions)
-    return summary(_score_text(query, images, _Index.of(carried[image, slot], image)))
+    return summary(_score_text(_as_embeddings(captions), images, _Index.of(carried[image, slot], image)))
 
 
 def image_to_text(images: Embeddings, captions: Captions) -> dict[str, Any]:
@@ -164,40 +167,24 @@ def image_to_text(images: Embeddings, captions: Captions) -> dict[str, Any]:
     return summary(_score_text(images, _as_embeddings(captions), _Index.of(captions.item, captions.caption)))
 
 
-def rank_block(similarity: Tensor, positives: Tensor, left_out: Tensor, galleries: Tensor) -> tuple[Tensor, Tensor]:
-    """Order each row's positives and count the other columns that stand ahead of each: the exact core of all figures.
+def count_ahead(similarity: Tensor, order: Tensor, column: Tensor, level: Tensor) -> Tensor:
+    """How many entries of a row stand ahead of each of its thresholds, (B, P) in float64: the core of every figure.
 
-    similarity: (B, N), finite; overwritten with -inf at positives and at what is left out.
-    positives, left_out: (B, P) and (B, any) columns, in ascending order, -1 where there is none.
-    galleries: (N, S) of 0 and 1 in similarity's dtype: the columns that each of S galleries holds.
-    Returns the positives by descending similarity, earlier columns first among equals, -1 last (B, P); and for each how
-    many columns of each gallery are ahead of it: those more similar, and earlier ones as similar (B, P, S).
+    Ahead are entries greater than the threshold, and those equal to it in an earlier column.
+    similarity: (B, N). order: (N,), the numbers of its columns. column, level: (B, P), the column and the height of
+    each threshold; +inf where there is none. Rows with most thresholds are best put first.
     """
-    column, level = _descending(similarity, positives)
-    for dropped in (positives, left_out):
-        row, place = (dropped >= 0).nonzero(as_tuple=True)
-        similarity[row, dropped[row, place]] = -math.inf
-    ahead = similarity.new_zeros(column.shape[1], len(similarity), galleries.shape[1])
-    flags, order = torch.empty_like(similarity), torch.arange(similarity.shape[1], device=similarity.device)
-    number = torch.arange(1, len(column) + 1, device=column.device)[:, None]
-    for slot, rows in enumerate(((column >= 0) * number).amax(0).tolist()):  # rows: up to the last with such a slot
+    ahead = torch.zeros(level.shape, dtype=torch.float64, device=level.device)
+    flags = torch.empty_like(similarity)
+    number = torch.arange(1, len(level) + 1, device=level.device)[:, None]
+    for slot, rows in enumerate(((level < math.inf) * number).amax(0).tolist()):  # up to the last row with such a slot
         block, flag, threshold = similarity[:rows], flags[:rows], level[:rows, slot, None]
-        # Comparisons written as floats and summed by a product are several times faster than booleans, and whole
-        # numbers below 2**24 are exact. `out` saves the allocation, and keeps an autocast around us from rounding.
-        torch.mm(torch.gt(block, threshold, out=flag), galleries, out=ahead[slot, :rows])
+        # Comparisons written as floats are summed several times faster than booleans; below 2**24 they are exact.
+        ahead[:rows, slot] = torch.gt(block, threshold, out=flag).sum(1)
         tied = torch.eq(block, threshold, out=flag).sum(1).nonzero().flatten()
         if len(tied):
-            earlier = flag[tied] * (order < column[tied, slot, None])
-            ahead[slot, tied] += torch.mm(earlier, galleries, out=ahead.new_empty(len(tied), galleries.shape[1]))
-    return column, ahead.transpose(0, 1)
-
-
-def _descending(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's positives and their similarities from the nearest down, and after them -1 and +inf."""
-    level = similarity.gather(1, positives.clamp(min=0)).masked_fill_(positives < 0, -math.inf)
-    level, order = level.sort(dim=1, descending=True, stable=True)
-    column = positives.gather(1, order)
-    return column, level.masked_fill_(column < 0, math.inf)
+            ahead[tied, slot] += (flag.index_select(0, tied) * (order < column[tied, slot, None])).sum(1)
+    return ahead
 
 
 @dataclass(frozen=True)
@@ -209,53 +196,71 @@ class _Index:
 
     @classmethod
     def of(cls, code: Tensor, row: Tensor | None = None) -> "_Index":
-        pairs = code.cpu(), torch.arange(len(code)) if row is None else row.cpu()
-        order = torch.from_numpy(np.lexsort((pairs[1].numpy(), pairs[0].numpy())))
-        code, row = (each[order] for each in pairs)
+        code, row = code.cpu(), torch.arange(len(code)) if row is None else row.cpu()
+        order = torch.from_numpy(np.lexsort((row.numpy(), code.numpy())))
+        code, row = code[order], row[order]
         new = torch.ones(len(code), dtype=torch.bool)
         new[1:] = (code[1:] != code[:-1]) | (row[1:] != row[:-1])
-        return cls(code[new], torch.cat([row[new], torch.tensor([-1])]))
+        return cls(code[new], pad(row[new], (0, 1), value=-1))
 
     def count(self, wanted: Tensor) -> Tensor:
         """How many rows bear each wanted code."""
         return torch.searchsorted(self.code, wanted, right=True) - torch.searchsorted(self.code, wanted)
 
     def rows(self, wanted: Tensor) -> Tensor:
-        """(len(wanted), most rows of a code): the rows bearing each wanted code, ascending, then -1."""
+        """The rows that bear each wanted code, ascending, then -1: (len(wanted), most rows of one, at least 1)."""
         count = self.count(wanted)[:, None]
         slot = torch.arange(max(1, int(count.max())))
-        found = self.row[(torch.searchsorted(self.code, wanted)[:, None] + slot).clamp(max=len(self.code))]
-        return found.masked_fill_(slot >= count, -1)
+        place = torch.searchsorted(self.code, wanted)[:, None] + slot
+        return self.row[place.clamp(max=len(self.code))].masked_fill_(slot >= count, -1)
 
 
-def _scan(
-    query: Embeddings, gallery: Embeddings, kin: _Index, members: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Blocks of queries: their rows (B,), and of `rank_block` the positives (B, P) and counts (B, P, S), on the CPU.
+@dataclass(frozen=True)
+class _Block:
+    """Some queries before the whole gallery."""
 
-    kin: the gallery rows of each query's item. members: (N, S), the rows that each of S galleries holds, or one of all.
-    """
+    rows: Tensor  # (B,), which queries, on the CPU
+    column: Tensor  # (B, P), their positives from the nearest down, in gallery order if equal, then -1; on the CPU
+    level: Tensor  # (B, P), the similarities of the positives, then +inf
+    similarity: Tensor  # (B, N), -inf at the positives and at the query's own image: here they compete with nobody
+
+    def ahead(self) -> Tensor:
+        """How many images of other items are ahead of each positive, (B, P), on the CPU."""
+        order = torch.arange(self.similarity.shape[1], device=self.level.device)
+        return count_ahead(self.similarity, order, self.column.to(self.level.device), self.level).cpu()
+
+    def ahead_among(self, mine: Tensor, columns: Tensor) -> Tensor:
+        """The same for some rows of the block, counting only some columns of the gallery, (len(mine), P)."""
+        device = self.level.device
+        here, among = mine.to(device), columns.to(device)
+        part = self.similarity.index_select(0, here).index_select(1, among)
+        return count_ahead(part, among, self.column[mine].to(device), self.level[here]).cpu()
+
+
+def _blocks(query: Embeddings, gallery: Embeddings, kin: _Index) -> Iterator[_Block]:
+    """The similarity matrix block by block, each in the memory of the last. kin: the gallery rows of each item."""
     asking, answering = query.embedding.detach(), gallery.embedding.detach()
-    assert 0 < len(gallery) < 2**24  # what float32 counts exactly
+    assert len(query) and 0 < len(gallery) < 2**24
     item, photo, photos, twins = query.item.cpu(), query.image.cpu(), gallery.image.cpu(), _Index.of(gallery.image)
-    galleries = (torch.ones(len(gallery), 1) if members is None else members).to(answering)
     height = max(1, BLOCK // len(gallery) // TILE) * TILE
     buffer = answering.new_empty(height, len(gallery))
-    # Queries with as many positives share a block, so that each slot of `rank_block` is about full or empty.
+    # Queries with as many positives share a block, so that each slot of `count_ahead` is about full or empty.
     for rows in kin.count(item).argsort(descending=True, stable=True).split(height):
-        similarity = _product(asking[rows.to(asking.device)], answering, buffer)
+        similarity = _product(asking.index_select(0, rows.to(asking.device)), answering, buffer)
         positives = kin.rows(item[rows])
         positives.masked_fill_(photos[positives] == photo[rows, None], -1)
-        left_out = twins.rows(photo[rows])
-        found, ahead = rank_block(similarity, positives.to(asking.device), left_out.to(asking.device), galleries)
-        yield rows, found.cpu(), ahead.cpu()
+        column, level = _descending(similarity, positives.to(asking.device))
+        for dropped in (column, twins.rows(photo[rows]).to(asking.device)):
+            row, slot = (dropped >= 0).nonzero(as_tuple=True)
+            similarity[row, dropped[row, slot]] = -math.inf
+        yield _Block(rows, column.cpu(), level, similarity)
 
 
 def _product(query: Tensor, gallery: Tensor, buffer: Tensor) -> Tensor:
-    """Similarities (B, N), written into the buffer, of whole tiles only.
+    """Similarities (B, N), written into the buffer, from products of whole tiles.
 
     At a ragged edge a BLAS adds in another order: equal images would then differ in the last digit by where they stand,
-    and results by the size of the block.
+    and all results by the size of the block. (`out` also keeps an autocast around us from rounding.)
     """
     whole = len(gallery) // TILE * TILE
     rows = pad(query, (0, 0, 0, -len(query) % TILE))
@@ -267,13 +272,21 @@ def _product(query: Tensor, gallery: Tensor, buffer: Tensor) -> Tensor:
     return similarity[: len(query)]
 
 
-def _values(relevant: Tensor, ahead: Tensor) -> Tensor:
-    """`KEYS` of each query in each gallery, (B, S, len(KEYS)), from its candidates in descending order of similarity.
+def _descending(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns and similarities of each row's positives from the nearest down, and after them -1 and +inf."""
+    level = similarity.gather(1, positives.clamp(min=0)).masked_fill_(positives < 0, -math.inf)
+    level, order = level.sort(dim=1, descending=True, stable=True)
+    column = positives.gather(1, order)
+    return column, level.masked_fill_(column < 0, math.inf)
 
-    relevant: (B, P) bool, the candidates that count as positives; the others are ignored. ahead: (B, P, S).
+
+def _values(relevant: Tensor, ahead: Tensor) -> Tensor:
+    """`KEYS` of each query, (B, len(KEYS)), from its item's images in descending order of similarity.
+
+    relevant: (B, P) bool, those that count as positives, the others being ignored. ahead: (B, P), how many images of
+    other items precede each. mAP@R is of Musgrave et al. (arXiv 2003.08505), mINP of Ye et al. (arXiv 2001.04193).
     """
-    relevant = relevant[..., None]
-    position = relevant.cumsum(1).double()
+    position = relevant.cumsum(1)
     total = position[:, -1]
     rank = position + ahead
     precision = (position / rank).masked_fill(~relevant, 0)
@@ -282,19 +295,23 @@ def _values(relevant: Tensor, ahead: Tensor) -> Tensor:
     # A running sum adds in order, so that the width of the padding cannot change a digit.
     average = precision.cumsum(1)[:, -1] / total
     average_at_r = precision.masked_fill(rank > total[:, None], 0).cumsum(1)[:, -1] / total
-    values = torch.stack([average, *((first <= k).double() for k in RANKS), average_at_r, total / last], dim=-1)
-    return values.masked_fill(total[..., None] == 0, math.nan)
+    values = torch.stack([average, *((first <= k).double() for k in RANKS), average_at_r, total / last], dim=1)
+    return values.masked_fill(total[:, None] == 0, math.nan)
+
+
+def _empty_table(*shape: int) -> Tensor:
+    return torch.full((*shape, len(KEYS)), math.nan, dtype=torch.float64)
 
 
 def _score_text(query: Embeddings, gallery: Embeddings, kin: _Index) -> Scores:
-    values = torch.full((len(query), len(KEYS)), math.nan, dtype=torch.float64)
-    for rows, column, ahead in _scan(query, gallery, kin):
-        values[rows] = _values(column >= 0, ahead)[:, 0]
-    return Scores(values, query.item.cpu(), len(gallery))
+    table = _empty_table(len(query))
+    for block in _blocks(query, gallery, kin):
+        table[block.rows] = _values(block.column >= 0, block.ahead())
+    return Scores(table, query.item.cpu(), len(gallery))
 
 
 def _as_embeddings(captions: Captions) -> Embeddings:
-    """Captions as items of their own, whose image is none of anyone's."""
+    """Each caption as an item of its own, and no photo."""
     none = torch.full((len(captions.embedding),), -1)
     return Embeddings(captions.embedding, torch.arange(len(none)), none, none)
 
@@ -311,17 +328,14 @@ def _draw(item: Tensor, num_splits: int, seed: int) -> Iterator[Tensor]:
 
 def _means(values: Tensor) -> dict[str, Any]:
     """Mean of each key, null over no query; `fsum` rounds once, so that the order of the queries cannot matter."""
-    return {
-        key: math.fsum(column) / len(column) if column else None
-        for key, column in zip(KEYS, values.T.tolist(), strict=True)
-    }
+    columns = zip(KEYS, values.T.tolist(), strict=True)
+    return {key: math.fsum(column) / len(column) if column else None for key, column in columns}
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
-    if None in values:
-        return {"mean": None, "std": None, "values": values}
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": std, "values": values}
+def _spread(values: list[float | None]) -> dict[str, Any]:
+    known = [value for value in values if value is not None]
+    mean = statistics.fmean(known) if known else None
+    return {"mean": mean, "std": statistics.stdev(known) if len(known) > 1 else None, "values": values}
 
 
 def _intervals(values: np.ndarray, item: np.ndarray, resamples: int, seed: int) -> dict[str, list[float] | None]:

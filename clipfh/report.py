@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from clipfh import UserError, __version__, config
 
 ZERO_SHOT = "0000"
 NONE = "–"
+COUNT = re.compile(rf"[\d,]+|{NONE}")
 RANKS = {f"rank{k}": f"Rank-{k}" for k in (1, 5, 10, 20, 30, 40, 50)}
 LABELS = {"mAP": "mAP", **RANKS, "mAP_at_R": "mAP@R", "mINP": "mINP"}
 
@@ -40,11 +42,15 @@ def write(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
         UserError: a folder that is none of these or can't be read, or a file that can't be written.
     """
     shown = [read(path) for path in paths]
+    own = [Path(path).resolve().name for path in paths]
+    names = own if len(set(own)) == len(own) else [str(path) for path in paths]
     out = Path(out) if out else Path(paths[0]) / "report.html"
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: name a file with --out")
     whole = out.with_name(f"{out.name}.new")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(page(shown), encoding="utf-8")
+        whole.write_text(page(names, shown), encoding="utf-8")
         whole.replace(out)
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}): name another file with --out") from error
@@ -59,8 +65,8 @@ class Html(str):
 
 
 def el(tag: str, *children: str, **attributes: str) -> Html:
-    """An element. A trailing `_` of an attribute's name is dropped; the others become `-`."""
-    named = "".join(f' {n.rstrip("_").replace("_", "-")}="{html.escape(v)}"' for n, v in attributes.items())
+    """An element. A trailing `_` of an attribute's name is dropped, the others become `-`; empty ones are left out."""
+    named = "".join(f' {n.rstrip("_").replace("_", "-")}="{html.escape(v)}"' for n, v in attributes.items() if v)
     return Html(f"<{tag}{named}>{join(*children)}</{tag}>")
 
 
@@ -70,36 +76,30 @@ def join(*parts: str) -> Html:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: int = -1, tall: bool = False) -> Html:
-    """A table in a box of its own, which scrolls where the page is narrow.
+    """A table in a box of its own, which scrolls where the page is narrow; nothing without rows.
 
     Args:
-        head: of the columns.
+        head: of the columns; may be empty.
         rows: cells; the first names the row.
         marked: the row to emphasise.
         tall: keep the box within the screen.
     """
-    heads = el("tr", *(el("th", cell, scope="col") for cell in head))
-    body = [
-        el(
-            "tr",
-            el("th", row[0], scope="row"),
-            *(el("td", cell) for cell in row[1:]),
-            **({"class_": "marked"} if i == marked else {}),
-        )
-        for i, row in enumerate(rows)
-    ]
-    whole = el("table", el("thead", heads), el("tbody", *body))
+    if not rows:
+        return Html()
+    counts = [all(map(COUNT.fullmatch, column)) for column in zip(*rows, strict=True)]
+    style = [{"class_": "num"} if numeric and i else {} for i, numeric in enumerate(counts)]
+    heads = [el("th", cell, scope="col", **a) for cell, a in zip(head, style, strict=False)]
+    body = []
+    for i, row in enumerate(rows):
+        cells = [el("td", cell, **a) for cell, a in zip(row[1:], style[1:], strict=True)]
+        body.append(el("tr", el("th", row[0], scope="row"), *cells, class_="marked" if i == marked else ""))
+    whole = el("table", el("thead", el("tr", *heads)) if heads else Html(), el("tbody", *body))
     return el("div", whole, class_="box tall" if tall else "box", tabindex="0")
 
 
 def chapter(title: str, *parts: str) -> Html:
     """A heading and what stands below it; nothing where all of that is empty."""
     return el("section", el("h2", title), *parts) if any(parts) else Html()
-
-
-def text(*parts: str) -> Html:
-    """A paragraph."""
-    return el("p", *parts)
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def known(value: Any) -> bool:  # noqa: ANN401
 
 
 def score(value: Any) -> str:  # noqa: ANN401
-    """A figure from 0 to 1 with three digits, as everywhere."""
+    """A figure from 0 to 1: three digits everywhere."""
     return f"{value:.3f}" if known(value) else NONE
 
 
@@ -140,24 +140,32 @@ def duration(seconds: Any) -> str:  # noqa: ANN401
 
 def with_interval(figures: Figures, key: str) -> Html:
     """A figure and its 95% interval."""
-    ends = (figures.get("intervals") or {}).get(key)
+    ends = at(figures, "intervals").get(key)
     return join(score(figures.get(key)), *([" ", el("small", f"[{score(ends[0])}, {score(ends[1])}]")] if ends else []))
 
 
-def number_in(cell: str | None) -> float | None:
-    """The number in a cell of a CSV file; None where there is none."""
+def number_in(cell: str) -> float | None:
+    """The finite number in a cell of a CSV file; None where there is none."""
     try:
-        return float(cell or "")
+        number = float(cell)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
-# --- Plots: curves stretch with the page, text and marks keep their size ----------------------------------------------
+def at(figures: Figures, *path: str) -> Figures:
+    """A part of the figures; empty where it is missing or null."""
+    for name in path:
+        figures = figures.get(name) or {}
+    return figures
+
+
+# --- Plots: curves stretch with the page, text and marks keep their size ---------------------------------------------
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of a plot. Those of several series may share a name, which stands in the legend once."""
+    """Points of a plot. Several series may share a name, which stands in the legend once."""
 
     name: str
     kind: str
@@ -166,153 +174,146 @@ class Series:
     tip: str = ""
     """shown under the pointer, in place of the name"""
 
+    @property
+    def is_line(self) -> bool:
+        """Whether the points are joined."""
+        return self.kind in ("main", "quiet", "dashed")
 
-@dataclass(frozen=True)
+
 class Axis:
-    """Round numbers around some values."""
+    """Two to seven round numbers around some values, `least` apart or more."""
 
-    ticks: list[float]
-    step: float
-
-    @classmethod
-    def around(cls, values: Sequence[float], least: float = 0.0) -> Axis:
-        """Four to nine ticks, `least` apart or more, from below the lowest value to above the highest."""
+    def __init__(self, values: Sequence[float], least: float = 0.0) -> None:
         low, high = min(values), max(values)
-        span = max(high - low, 4 * least) or abs(low) or 1.0
-        rough = span / 4
+        rough = max((high - low) / 5, least, abs(low) * 0.02, 1e-6)
         power = 10 ** math.floor(math.log10(rough))
-        step = max(least, power * max(m for m in (1, 2, 5) if m * power <= rough * 1.0001))
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        return cls([i * step for i in range(first, max(last, first + 1) + 1)], step)
+        self.step: float = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.9999)
+        first, last = math.floor(low / self.step + 1e-9), math.ceil(high / self.step - 1e-9)
+        self.ticks = [i * self.step for i in range(first, max(last, first + 1) + 1)]
 
-    def place(self, value: float) -> float:
+    def place(self, value: float) -> str:
         """Per cent of the way along the axis."""
-        return 100 * (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
+        return f"{100 * (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0]):.2f}"
 
     def label(self, tick: float) -> str:
         """0.25, 4, 20k or 1.5M."""
-        for size, letter in ((1e6, "M"), (1e3, "k")):
-            if self.ticks[-1] >= 10 * size or (size == 1e6 and self.ticks[-1] >= size):
-                return f"{tick / size:g}{letter}" if tick else "0"
-        return f"{tick:.{max(0, -math.floor(math.log10(self.step) + 1e-9))}f}"
+        size, letter = next(((n, a) for n, a in ((1e6, "M"), (1e3, "k")) if self.ticks[-1] >= n), (1, ""))
+        digits = max(0, -math.floor(math.log10(self.step / size) + 1e-9))
+        return f"{tick / size:.{digits}f}{letter}" if tick else "0"
 
 
 def plot(title: str, x_title: str, y_title: str, series: Sequence[Series]) -> Html:
-    """A figure of the series; nothing where they have no points."""
-    series = [Series(s.name, s.kind, [p for p in s.points if known(p[1])], s.tip) for s in series]
-    points = [point for s in series for point in s.points]
-    if not points:
+    """A figure of the series, from 0 on the x axis; nothing where they have no points."""
+    series = [s for s in series if s.points]
+    if not series:
         return Html()
-    x, y = Axis.around([p[0] for p in points], least=1.0), Axis.around([p[1] for p in points])
-    lines = [_line(s, x, y) for s in series if s.kind not in ("dots", "crosses") and s.points]
-    marks = [
-        _mark(s, x.place(p), 100 - y.place(q)) for s in series if s.kind in ("dots", "crosses") for p, q in s.points
-    ]
-    stretched = el("svg", *lines, viewBox="0 0 100 100", preserveAspectRatio="none", width="100%", height="100%")
+    x = Axis([0.0, *(p for s in series for p, _ in s.points)], least=1.0)
+    y = Axis([q for s in series for _, q in s.points])
+    # Upside down, since y grows downwards on a screen
+    lines = el("g", *(_line(s, x, y) for s in series if s.is_line), transform="matrix(1 0 0 -1 0 100)")
+    stretched = el("svg", lines, viewBox="0 0 100 100", preserveAspectRatio="none", width="100%", height="100%")
+    marks = [_mark(s, x.place(p), y.place(q)) for s in series if not s.is_line for p, q in s.points]
     drawing = el("svg", *_grid(x, y), stretched, *marks, role="img", aria_label=f"{title}: {y_title} by {x_title}")
-    legend = {s.name: s.kind for s in series if s.points}
+    legend = {s.name: s.kind for s in series}
     keys = [el("span", el("i", class_=kind), name) for name, kind in legend.items()]
-    return el(
-        "figure",
-        el("div", y_title, class_="axis"),
-        el("div", drawing, class_="plot"),
-        el("div", x_title, class_="axis under"),
-        el("figcaption", *keys) if len(keys) > 1 else Html(),
-    )
+    below = el("figcaption", *keys) if len(keys) > 1 else Html()
+    ends = el("div", y_title), el("div", drawing, class_="plot"), el("div", x_title, class_="under")
+    return el("figure", *ends, below)
 
 
 def _grid(x: Axis, y: Axis) -> list[Html]:
-    levels = [(y.label(tick), f"{100 - y.place(tick):.2f}%") for tick in y.ticks]
-    places = [(x.label(tick), f"{x.place(tick):.2f}%") for tick in x.ticks]
-    rules = [el("line", x1="0", x2="100%", y1=at, y2=at) for _, at in levels]
-    left = [el("text", label, x="-8", y=at, dy=".35em", text_anchor="end") for label, at in levels]
-    below = [el("text", label, x=at, y="100%", dy="1.6em", text_anchor="middle") for label, at in places]
+    levels = [(y.label(tick), f"{100 - float(y.place(tick)):.2f}%") for tick in y.ticks]
+    rules = [el("line", x1="0", x2="100%", y1=level, y2=level) for _, level in levels]
+    left = [el("text", label, x="-8", y=level, dy=".35em", text_anchor="end") for label, level in levels]
+    below = [el("text", x.label(t), x=f"{x.place(t)}%", y="100%", dy="1.6em", text_anchor="middle") for t in x.ticks]
     return rules + left + below
 
 
 def _line(series: Series, x: Axis, y: Axis) -> Html:
-    corners = " L".join(f"{x.place(p):.2f} {100 - y.place(q):.2f}" for p, q in series.points)
-    # The zero-length end makes a dot of a line of one point
+    corners = " L".join(f"{x.place(p)} {y.place(q)}" for p, q in series.points)
+    # The end of no length makes a dot of a line of one point
     return el("path", el("title", series.tip or series.name), class_=series.kind, d=f"M{corners} h0")
 
 
-def _mark(series: Series, x: float, y: float) -> Html:
-    tip = el("title", series.tip or series.name)
+def _mark(series: Series, x: str, y: str) -> Html:
+    tip, down = el("title", series.tip or series.name), f"{100 - float(y):.2f}%"
     if series.kind == "dots":
-        return el("circle", tip, class_=series.kind, cx=f"{x:.2f}%", cy=f"{y:.2f}%", r="3.5")
-    return el("text", "×", tip, class_=series.kind, x=f"{x:.2f}%", y=f"{y:.2f}%", dy=".35em", text_anchor="middle")
+        return el("circle", tip, class_=series.kind, cx=f"{x}%", cy=down, r="3.5")
+    return el("text", "×", tip, class_=series.kind, x=f"{x}%", y=down, dy=".35em", text_anchor="middle")
 
 
-# --- Evidence: figures of one model, or of several side by side -------------------------------------------------------
+# --- Evidence: figures of one model, or of several side by side ------------------------------------------------------
 
 
-def evidence(columns: Columns) -> Html:
+def evidence(title: str, columns: Columns) -> Html:
     """All that the models' `metrics.json` hold, a chapter for each kind."""
+    variants = {"same": "Same-variant", "cross": "Cross-variant"}
+    texts = {"text_to_image": "Text to image", "image_to_text": "Image to text"}
     return join(
-        chapter("Figures", figure_table(columns), _counted(columns)),
-        chapter(
-            "Same and other variants",
-            _parts(columns, ("variant",), {"same": "Same", "cross": "Other"}),
-            _variants(columns),
-        ),
-        chapter(
-            "Between text and image",
-            _parts(columns, (), {"text_to_image": "Text to image", "image_to_text": "Image to text"}),
-        ),
+        chapter(title, figure_table(columns), counted(columns)),
+        chapter("Same variant and other variants", _parts(columns, ("variant",), variants), _variants(columns)),
+        chapter("Between text and image", _parts(columns, (), texts)),
         chapter("Random splits", _splits(columns)),
         chapter("By category", _groups(columns, "by_category", "Category")),
         chapter("By gender", _groups(columns, "by_gender", "Gender")),
     )
 
 
-def figure_table(columns: Columns) -> Html:
-    """A row for each figure that any of the models has."""
+def figure_table(columns: Columns, *first: Sequence[str]) -> Html:
+    """A row for each figure that any of the models has, after the first ones."""
     rows = [
         [label, *(with_interval(figures, key) for _, figures in columns)]
         for key, label in LABELS.items()
         if any(figures.get(key) is not None for _, figures in columns)
     ]
-    return table(["", *(name for name, _ in columns)], rows) if rows else Html()
+    return table(_heads(columns), [*first, *rows])
 
 
-def _counted(columns: Columns) -> Html:
-    sizes = {(count(f.get("num_query")), count(f.get("num_gallery"))) for _, f in columns if f}
+def _heads(columns: Columns) -> list[str]:
+    """Names of the columns; none where there is but one model."""
+    return ["", *(name for name, _ in columns)] if len(columns) > 1 else []
+
+
+def counted(columns: Columns) -> Html:
+    """How many images the figures are over, and how to read them."""
+    sizes = [tuple(count(f.get(f"num_{key}")) for key in ("query", "gallery")) for _, f in columns if f]
+    if not sizes:
+        return Html()
+    alone = f"{sizes[0][0]} queries, {sizes[0][1]} gallery images."
     said = (
         " In brackets the 95% interval, by bootstrap over items. Rank-k is the share of queries with a right image "
         "among the first k; mAP judges the place of every right image."
     )
-    if len(sizes) != 1:
-        return text("The columns do not rank the same images: compare them with care.", said)
-    query, gallery = sizes.pop()
-    return text(f"{query} queries, {gallery} gallery images.", said)
+    differing = "The columns do not rank the same images: compare them with care."
+    return el("p", alone if len(set(sizes)) == 1 else differing, said)
 
 
 def _parts(columns: Columns, path: Sequence[str], names: Mapping[str, str]) -> Html:
     """mAP and Rank-1, 5 and 10 of parts of the figures."""
     rows = []
     for part, label in names.items():
-        found = [_at(figures, *path, part) for _, figures in columns]
+        found = [at(figures, *path, part) for _, figures in columns]
         for key in ("mAP", "rank1", "rank5", "rank10"):
             if any(figures.get(key) is not None for figures in found):
-                rows.append([f"{label}: {LABELS[key]}", *(with_interval(figures, key) for figures in found)])
-    return table(["", *(name for name, _ in columns)], rows) if rows else Html()
+                rows.append([f"{label} {LABELS[key]}", *(with_interval(figures, key) for figures in found)])
+    return table(_heads(columns), rows)
 
 
 def _variants(columns: Columns) -> Html:
-    same, cross = (_at(columns[0][1], "variant", part) for part in ("same", "cross"))
-    if not same and not cross:
+    sizes = [count(at(columns[0][1], "variant", part).get("num_query")) for part in ("same", "cross")]
+    if sizes == [NONE, NONE]:
         return Html()
-    sizes = f"{count(same.get('num_query'))} and {count(cross.get('num_query'))}"
-    return text(
-        "Same: only the item's images of the query's own variant are to be found, and its others are ignored. Other: "
-        f"the reverse. Queries that have any to find: {sizes}."
+    return el(
+        "p",
+        "Same-variant ignores the item's images of other variants: they are neither right nor wrong. Cross-variant ",
+        f"ignores those of the query's own. Queries that have one to find: {sizes[0]} and {sizes[1]}.",
     )
 
 
 def _splits(columns: Columns) -> Html:
     rows, number = [], 0
     for key, label in LABELS.items():
-        found = [_at(figures, "random_splits", key) for _, figures in columns]
+        found = [at(figures, "random_splits", key) for _, figures in columns]
         if any(known(each.get("mean")) for each in found):
             rows.append([label, *(f"{score(each.get('mean'))} ± {score(each.get('std'))}" for each in found)])
             number = max(number, *(len(each.get("values", ())) for each in found))
@@ -322,25 +323,17 @@ def _splits(columns: Columns) -> Html:
         f"Mean and standard deviation over {number} splits. In each, one random image of every item is the query, and "
         "all other images are the gallery."
     )
-    return join(table(["", *(name for name, _ in columns)], rows), text(said))
+    return join(table(_heads(columns), rows), el("p", said))
 
 
 def _groups(columns: Columns, key: str, title: str) -> Html:
-    groups = [_at(figures, key) for _, figures in columns]
+    groups = [at(figures, key) for _, figures in columns]
     sizes = {name: group.get("num_query") or 0 for each in groups for name, group in each.items()}
     rows = [
-        [name or NONE, count(size), *(with_interval(_at(each, name), k) for each in groups for k in ("mAP", "rank1"))]
+        [name or NONE, count(size), *(with_interval(at(each, name), k) for each in groups for k in ("mAP", "rank1"))]
         for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
     ]
-    heads = [f"{name} {LABELS[k]}" for name, _ in columns for k in ("mAP", "rank1")]
-    return table([title, "Queries", *heads], rows) if rows else Html()
-
-
-def _at(figures: Figures, *path: str) -> Figures:
-    """A part of the figures; empty where it is missing or null."""
-    for name in path:
-        figures = figures.get(name) or {}
-    return figures
+    return table([title, "Queries", *(f"{n} {LABELS[k]}".strip() for n, _ in columns for k in ("mAP", "rank1"))], rows)
 
 
 # --- An evaluation ---------------------------------------------------------------------------------------------------
@@ -350,7 +343,7 @@ def _at(figures: Figures, *path: str) -> Figures:
 class Evaluation:
     """`metrics.json`."""
 
-    path: Path
+    name: str
     figures: Figures
     kind = "Evaluation"
     val_mAP = None
@@ -362,7 +355,7 @@ class Evaluation:
 
     def body(self) -> Html:
         """What stands below the verdict."""
-        return evidence([("", self.figures)])
+        return evidence("Figures", [("", self.figures)])
 
 
 # --- A run -----------------------------------------------------------------------------------------------------------
@@ -378,7 +371,7 @@ LAST = {
     "image_text_cosine": ("Cosine of image and text", score),
     "lr": ("Learning rate", short),
     "images_per_second": ("Images a second", short),
-    "data_wait": ("Share of the time spent waiting for images", score),
+    "data_wait": ("Share of time waiting for images", score),
 }
 
 
@@ -386,85 +379,80 @@ LAST = {
 class Run:
     """`experiment.json` and `metrics.jsonl`."""
 
-    path: Path
+    name: str
     settings: dict[str, Any]
-    lines: list[dict[str, Any]]
+    reports: list[dict[str, Any]]
+    diverged: dict[str, Any]
+    """the line that tells of it, or empty"""
     kind = "Run"
 
     @property
     def figures(self) -> Figures:
-        """None: a run has only its validation mAP."""
+        """None: a run has its validation mAP only."""
         return {}
 
     @property
-    def reports(self) -> list[dict[str, Any]]:
-        """The lines without the one that tells of a divergence."""
-        return [line for line in self.lines if "diverged" not in line]
-
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The report with the highest validation mAP."""
-        return max((r for r in self.reports if known(r.get("val_mAP"))), key=lambda r: r["val_mAP"], default=None)
+    def best(self) -> dict[str, Any]:
+        """The report with the highest validation mAP, or empty."""
+        return max((r for r in self.reports if known(r.get("val_mAP"))), key=lambda r: r["val_mAP"], default={})
 
     @property
     def val_mAP(self) -> float | None:
         """The highest."""
-        return self.best["val_mAP"] if self.best else None
+        return self.best.get("val_mAP")
 
     @property
     def verdict(self) -> Html:
         """One or two sentences."""
-        said = []
-        if self.lines and "diverged" in self.lines[-1]:
-            said.append(f"Diverged after {count(self.lines[-1].get('images'))} images: {self.lines[-1]['diverged']}. ")
-        if self.best is None:
-            return join(*said, "No validation figure yet.")
-        seen, total = self.reports[-1].get("images"), self.settings["budget.images"]
-        budget = f"{count(total)} images" if total else f"{short(self.settings['budget.epochs'])} epochs"
-        said.append(f"Best validation mAP {score(self.val_mAP)}, after {count(self.best.get('images'))} images. ")
-        return join(*said, f"{count(seen)} images seen, of a budget of {budget}.")
+        end = ""
+        if self.diverged:
+            end = f" Diverged after {count(self.diverged.get('images'))} images: {self.diverged['diverged']}."
+        if not self.best:
+            return join("No validation figure yet.", end)
+        images, epochs = (self.settings[f"budget.{unit}"] for unit in ("images", "epochs"))
+        budget = f"{count(images)} images" if images else f"{short(epochs)} epochs"
+        best = f"Best validation mAP {score(self.val_mAP)}, after {count(self.best.get('images'))} images"
+        return join(f"{best}; {count(self.reports[-1].get('images'))} seen of a budget of {budget}.", end)
 
     def body(self) -> Html:
         """What stands below the verdict."""
         learning = [Series("validation mAP", "main", curve(self.reports))]
         last = self.reports[-1] if self.reports else {}
-        rows = [[label, form(last[key])] for key, (label, form) in LAST.items() if key in last]
+        meaning = {name: said for name, _, _, said in config.fields()}
+        settings = [[n, short(v), el("span", meaning.get(n, ""), class_="words")] for n, v in self.settings.items()]
         return join(
             chapter("Learning curve", plot("Learning curve", "images seen", "validation mAP", learning)),
             chapter("Losses", self._losses()),
-            chapter("Last report", table(["", ""], rows) if rows else Html()),
-            chapter("Settings", self._settings()),
+            chapter(
+                "Last report", table([], [[label, form(last[k])] for k, (label, form) in LAST.items() if k in last])
+            ),
+            chapter("Settings", table(["Setting", "Value", ""], settings)),
         )
 
     def _losses(self) -> Html:
         terms = list(dict.fromkeys(k.removeprefix("loss_") for r in self.reports for k in r if k.startswith("loss_")))
         if not terms:
             return Html()
-        heads = ["Term", "Last", "Floor", "Collapse", "Way from floor to collapse"]
-        said = (
-            "Floor: the loss with perfect embeddings. Collapse: with all embeddings equal, where nothing is told apart."
-        )
-        plots = [self._loss_plot(term) for term in terms]
-        return join(el("div", *plots, class_="plots"), table(heads, [self._loss_row(t) for t in terms]), text(said))
+        heads = ["Term", "Last", "Floor", "Collapse", "From floor to collapse"]
+        said = "Floor: the loss with perfect embeddings. Collapse: with equal ones, which tell no item from another."
+        plots = el("div", *map(self._loss_plot, terms), class_="plots")
+        return join(plots, table(heads, [self._loss_row(term) for term in terms]), el("p", said))
 
     def _loss_plot(self, term: str) -> Html:
-        kinds = (("loss", "main"), ("floor", "dashed"), ("collapse", "quiet"))
-        series = [Series(f"{term} {key}", kind, curve(self.reports, f"{key}_{term}")) for key, kind in kinds]
-        return plot(f"Loss {term}", "images seen", "loss", series)
+        kinds = {"loss": "main", "floor": "dashed", "collapse": "quiet"}
+        series = [Series(end, kind, curve(self.reports, f"{end}_{term}")) for end, kind in kinds.items()]
+        return plot(f"Loss {term}", "images seen", term, series)
 
     def _loss_row(self, term: str) -> list[str]:
-        loss, floor, collapse = (self.reports[-1].get(f"{key}_{term}") for key in ("loss", "floor", "collapse"))
-        way = (loss - floor) / (collapse - floor) if known(loss) and floor is not None and collapse != floor else None
-        return [term, short(loss), short(floor), short(collapse), f"{way:.0%}" if known(way) else NONE]
-
-    def _settings(self) -> Html:
-        meaning = {name: said for name, _, _, said in config.fields()}
-        return table(["Setting", "Value", ""], [[n, short(v), meaning.get(n, "")] for n, v in self.settings.items()])
+        values: list[Any] = [self.reports[-1].get(f"{end}_{term}") for end in ("loss", "floor", "collapse")]
+        loss, floor, collapse = values
+        way = all(map(known, values)) and collapse != floor
+        return [term, *map(short, values), f"{(loss - floor) / (collapse - floor):.0%}" if way else NONE]
 
 
 def curve(lines: Sequence[Mapping[str, Any]], key: str = "val_mAP") -> list[tuple[float, float]]:
-    """A quantity against the images seen."""
-    return [(line["images"], line[key]) for line in lines if key in line and "diverged" not in line]
+    """A quantity against the images seen, but for what a divergence left."""
+    return [(line["images"], line[key]) for line in lines if known(line.get(key)) and "diverged" not in line]
 
 
 # --- A sweep ---------------------------------------------------------------------------------------------------------
@@ -474,11 +462,12 @@ def curve(lines: Sequence[Mapping[str, Any]], key: str = "val_mAP") -> list[tupl
 class Sweep:
     """`sweep.yaml`, `leaderboard.csv`, the trials' `metrics.jsonl`, and at the end `summary.json`."""
 
-    path: Path
-    file: Mapping[str, Any]
+    name: str
+    planned: str
+    """number of trials"""
     rows: list[dict[str, str]]
-    trials: dict[str, list[dict[str, Any]]]
-    """reports of each trial"""
+    curves: dict[str, list[tuple[float, float]]]
+    """validation mAP of each trial by images seen"""
     summary: Figures
     """empty while there is none"""
     kind = "Sweep"
@@ -492,7 +481,7 @@ class Sweep:
     @property
     def figures(self) -> Figures:
         """The winner's on the test split."""
-        return _at(self.summary, "test")
+        return at(self.summary, "test")
 
     @property
     def val_mAP(self) -> float | None:
@@ -506,150 +495,116 @@ class Sweep:
     def verdict(self) -> Html:
         """What came of it, in plain words."""
         if not self.summary:
-            return self._so_far()
-        before, after = _at(self.summary, "zero_shot"), self.figures
-        figures = [with_interval(each, "mAP") for each in (after, before)]
+            return join(self._so_far())
+        before, after = at(self.summary, "zero_shot"), self.figures
+        old, new = with_interval(before, "mAP"), with_interval(after, "mAP")
         if self.best == ZERO_SHOT:
-            return join(
-                "Tuning made nothing better: the zero-shot model wins, with mAP ", figures[1], " on the test split."
-            )
-        told = join(
-            f"The winner, trial {self.best}, finds the same item with mAP ",
-            figures[0],
-            " against ",
-            figures[1],
-            " zero-shot on the test split.",
-        )
-        return join(told, _caution(before, after))
+            return join("Tuning made nothing better: zero-shot wins, with mAP ", old, " on the test split.")
+        found = f"The winner, trial {self.best}, finds the same item with mAP "
+        return join(found, new, " against ", old, " zero-shot on the test split.", _caution(before, after))
 
-    def _so_far(self) -> Html:
+    def _so_far(self) -> str:
         ended = sum(row["status"] not in ("zero-shot", "running") for row in self.rows)
-        of = f"{ended} of {self.file.get('trials', NONE)} trials over"
-        said = f"Not finished: this sweep is still running or was broken off, with {of}. "
+        state = f"Not finished: running or broken off, with {ended} of {self.planned} trials ended."
         if not self.best:
-            return join(said, "There is no validation figure yet.")
-        leader = "The zero-shot model" if self.best == ZERO_SHOT else f"Trial {self.best}"
-        against = "" if self.best == ZERO_SHOT else f" against {score(self._val(ZERO_SHOT))} zero-shot"
-        leads = f"{leader} leads with validation mAP {score(self.val_mAP)}{against}. "
-        return join(said, leads, "The test split is untouched until the end.")
+            return f"{state} The leaderboard has no figure yet."
+        zero_shot = f"{score(self._val(ZERO_SHOT))} zero-shot"
+        leads = f"trial {self.best} leads with validation mAP {score(self.val_mAP)} against {zero_shot}"
+        leader = f"nothing beats the validation mAP of {zero_shot}" if self.best == ZERO_SHOT else leads
+        return f"{state} So far {leader}. The test split is left for the end."
 
     def body(self) -> Html:
         """What stands below the verdict."""
-        columns = [("zero-shot", _at(self.summary, "zero_shot")), ("winner", self.figures)]
-        curves = plot("Learning curves", "images seen", "validation mAP", self._curves())
-        history = plot("History", "trial", "validation mAP", self._history())
+        columns = [("Zero-shot", at(self.summary, "zero_shot")), ("Winner", self.figures)]
+        history, curves = self._history(), self._curves()
         return join(
-            evidence(columns) if self.summary else Html(),
+            evidence("On the test split", columns) if self.summary else Html(),
             chapter("Leaderboard", self._leaderboard()),
-            chapter("Course of the search", history),
-            chapter("Learning curves", curves),
+            chapter("Course of the search", plot("Course of the search", "trial", "validation mAP", history)),
+            chapter("Learning curves", plot("Learning curves", "images seen", "validation mAP", curves)),
             chapter("The winner's settings", self._command()),
-            chapter("What it took", self._cost()),
+            chapter("What it took", table([], self._cost())),
         )
 
     def _leaderboard(self) -> Html:
-        if not self.rows:
-            return Html()
         plain = ("rank", "trial", "status", "val_mAP", "images", "seconds", "error")
-        searched = [name for name in self.rows[0] if name not in plain]
-        heads = ["Trial", "Validation mAP", "Status", "Images", "Time", *(_dotted(name) for name in searched), "Error"]
-        rows = [
-            [
-                row["trial"],
-                score(number_in(row["val_mAP"])),
-                row["status"],
-                count(number_in(row["images"])),
-                duration(number_in(row["seconds"])),
-                *(_cell(row[name]) for name in searched),
-                el("span", row["error"] or NONE, class_="words"),
-            ]
-            for row in self.rows
-        ]
-        place = [row["trial"] for row in self.rows].index(self.best) if self._val(self.best) is not None else -1
-        return table(heads, rows, marked=place, tall=True)
+        searched = [name for name in next(iter(self.rows), {}) if name not in plain]
+        heads = ["Trial", "Validation mAP", "Status", "Images", "Time", *map(_dotted, searched), "Error"]
+        rows = []
+        for row in self.rows:
+            seen, seconds = count(number_in(row["images"])), duration(number_in(row["seconds"]))
+            fixed = [row["trial"], score(number_in(row["val_mAP"])), row["status"], seen, seconds]
+            error = el("span", row["error"], class_="words") if row["error"] else NONE
+            rows.append([*fixed, *(_cell(row[n]) for n in searched), error])
+        return table(heads, rows, marked=[*(row[0] for row in rows), self.best].index(self.best), tall=True)
 
     def _history(self) -> list[Series]:
         """Each trial's figure by its number, and the best so far."""
-        rows = sorted((row for row in self.rows if row["trial"].isdigit()), key=lambda row: int(row["trial"]))
-        value = {
-            int(row["trial"]): number_in(row["val_mAP"]) for row in rows if row["status"] not in ("failed", "diverged")
-        }
-        found = {number: v for number, v in value.items() if v is not None}
-        low, top, best = min(found.values(), default=0.0), -math.inf, []
-        for number, v in found.items():
-            best += [(number, max(top, v))] if top == -math.inf else [(number, top), (number, max(top, v))]
-            top = max(top, v)
-        dots = [Series("a trial", "dots", [(n, v)], f"trial {n:04d}: {score(v)}") for n, v in found.items()]
-        lost = [row for row in rows if row["status"] in ("failed", "diverged")]
-        crosses = [
-            Series("failed or diverged", "crosses", [(int(r["trial"]), low)], f"trial {r['trial']} {r['status']}")
-            for r in lost
-        ]
+        status = {int(row["trial"]): row["status"] for row in self.rows}
+        value = {int(row["trial"]): number_in(row["val_mAP"]) for row in self.rows}
+        # A trial that diverged has a figure for the search's sake only; one that failed may have had a real one before
+        found = sorted((n, v) for n, v in value.items() if v is not None and status[n] != "diverged")
+        lost = [n for n, v in value.items() if status[n] == "diverged" or (v is None and status[n] == "failed")]
+        if not found:
+            return []
+        best: list[tuple[float, float]] = [found[0]]
+        for number, v in found:
+            best += [(number, best[-1][1]), (number, max(best[-1][1], v))]
+        low = min(v for _, v in found)
+        dots = [Series("a trial", "dots", [(n, v)], f"trial {n:04d}: {score(v)}") for n, v in found]
+        crosses = [Series("failed or diverged", "crosses", [(n, low)], f"trial {n:04d} {status[n]}") for n in lost]
         return [Series("best so far", "main", best), *dots, *crosses]
 
     def _curves(self) -> list[Series]:
-        """All trials' curves, the best one's last and so on top, and zero-shot as a level."""
-        curves = {trial: curve(lines) for trial, lines in self.trials.items()}
-        others = [
-            Series("other trials", "quiet", points, f"trial {trial}")
-            for trial, points in curves.items()
-            if trial != self.best
-        ]
-        level, end = self._val(ZERO_SHOT), max((p[0] for points in curves.values() for p in points), default=0)
+        """All trials' curves, with zero-shot as a level and the best one's on top."""
+        others = [Series("other trials", "quiet", c, f"trial {n}") for n, c in self.curves.items() if n != self.best]
+        best = [Series(f"best, trial {self.best}", "main", c) for n, c in self.curves.items() if n == self.best]
+        level, end = self._val(ZERO_SHOT), max((p for c in self.curves.values() for p, _ in c), default=0)
         zero_shot = [Series("zero-shot", "dashed", [(0, level), (end, level)])] if level is not None and end else []
-        best = [Series(f"best, trial {self.best}", "main", curves[self.best])] if self.best in curves else []
         return [*others, *zero_shot, *best]
 
     def _command(self) -> Html:
         experiment = self.summary.get("experiment")
         if not experiment or self.best == ZERO_SHOT:
             return Html()
-        return join(
-            el("pre", command(experiment, self.summary.get("searched") or ()), tabindex="0"),
-            text("Trains the winner again."),
-        )
+        return el("pre", command(experiment, self.summary.get("searched") or ()), tabindex="0")
 
-    def _cost(self) -> Html:
+    def _cost(self) -> list[list[str]]:
         statuses = Counter(row["status"] for row in self.rows)
-        told = ", ".join(
-            f"{statuses[s]} {s}" for s in ("done", "stopped", "diverged", "failed", "running") if statuses[s]
-        )
-        total = {key: sum(number_in(row[key]) or 0 for row in self.rows) for key in ("images", "seconds")}
-        rows = [
-            ["Trials", told or NONE],
-            ["Images seen, all trials", count(total["images"])],
-            ["Time of the trials, added up", duration(total["seconds"])],
-        ]
+        told = [f"{statuses[s]} {s}" for s in ("done", "stopped", "diverged", "failed", "running") if statuses[s]]
+        images, seconds = (sum(number_in(row[key]) or 0 for row in self.rows) for key in ("images", "seconds"))
+        rows = [["Trials", ", ".join(told) or NONE], ["Images seen by all trials", count(images)]]
+        rows.append(["Time of all trials, added up", duration(seconds)])
         if self.summary:
             rows.append(["Time from start to end", duration(self.summary.get("seconds"))])
-        catalogue = _at(self.summary, "catalogue")
-        rows += [[f"Catalogue: {key}", short(catalogue[key])] for key in ("path", "hash") if key in catalogue]
-        for split, size in _at(catalogue, "counts").items():
-            rows.append(
-                [f"Catalogue: {split}", f"{count(size.get('images'))} images, {count(size.get('items'))} items"]
-            )
-        return table(["", ""], rows)
+        catalogue = at(self.summary, "catalogue")
+        rows += [[f"Catalogue, {key}", short(catalogue[key])] for key in ("path", "hash") if key in catalogue]
+        for split, size in at(catalogue, "counts").items():
+            contents = f"{count(size.get('images'))} images, {count(size.get('items'))} items"
+            rows.append([f"Catalogue, {split}", contents])
+        return rows
 
 
 def _caution(before: Figures, after: Figures) -> str:
-    """What must be said where the gain is none, or not sure."""
+    """What must be said where there is no gain, or none that is sure."""
     if not known(before.get("mAP")) or not known(after.get("mAP")):
         return ""
     if after["mAP"] <= before["mAP"]:
-        return " It led on the validation items only: on the test split it is not better."
-    ends = [_at(each, "intervals").get("mAP") for each in (before, after)]
-    return " The 95% intervals overlap: the gain may be chance." if all(ends) and ends[0][1] >= ends[1][0] else ""
+        return " It was better on the validation items only."
+    old, new = (at(each, "intervals").get("mAP") for each in (before, after))
+    return " The intervals overlap: the gain may be chance." if old and new and old[1] >= new[0] else ""
 
 
 def _dotted(name: str) -> Html:
     """A setting's name on two lines."""
     group, _, leaf = name.rpartition(".")
-    return join(el("small", group), Html("<br>"), leaf) if group else join(leaf)
+    return join(el("small", group), Html("<br>"), leaf)
 
 
-def _cell(value: str | None) -> str:
+def _cell(value: str) -> str:
+    """A setting from a CSV file."""
     number = number_in(value)
-    return short(number if number is not None and not str(value).isdigit() else value)
+    return short(value if number is None or value.isdigit() else number)
 
 
 def command(experiment: Mapping[str, Any], searched: Sequence[str]) -> str:
@@ -659,15 +614,12 @@ def command(experiment: Mapping[str, Any], searched: Sequence[str]) -> str:
         experiment: dotted settings.
         searched: names to show in any case.
     """
-    stage, name = experiment["stage"], experiment["model.name"]
-    usual = config.flat(config.resolve(stage, None, {"model.name": name}))
-    told = {"model.name", *searched, *(n for n, value in experiment.items() if value != usual.get(n))} - {"stage"}
-    words = (
-        f"--{n} {shlex.quote(str(v).lower() if isinstance(v, bool) else str(v))}"
-        for n, v in experiment.items()
-        if n in told
-    )
-    return " \\\n  ".join([f"clipfh train {stage} CATALOGUE --out DIR", *words])
+    stage = experiment["stage"]
+    usual = config.flat(config.resolve(stage, None, {"model.name": experiment["model.name"]}))
+    told = {"model.name", *searched, *(n for n, value in experiment.items() if value != usual.get(n))}
+    given = {n: str(v).lower() if isinstance(v, bool) else str(v) for n, v in experiment.items() if n in told}
+    options = (f"--{name} {shlex.quote(value)}" for name, value in given.items())
+    return " \\\n  ".join([f"clipfh train {stage} CATALOGUE --out DIR", *options])
 
 
 # --- Folders ---------------------------------------------------------------------------------------------------------
@@ -687,12 +639,15 @@ def read(path: str | Path) -> Shown:
         raise UserError(f"{path}: no such folder; name an evaluation, a run or a sweep")
     if (folder / "sweep.yaml").is_file():
         return _read_sweep(folder)
+    name = folder.resolve().name
     if (folder / "experiment.json").is_file() and (folder / "metrics.jsonl").is_file():
-        settings = config.flat(config.load(folder / "experiment.json"))
-        return Run(folder, settings, _read_lines(folder / "metrics.jsonl"))
+        lines = _read_lines(folder / "metrics.jsonl")
+        reports = [line for line in lines if "diverged" not in line]
+        diverged = next((line for line in lines if "diverged" in line), {})
+        return Run(name, config.flat(config.load(folder / "experiment.json")), reports, diverged)
     figures = _read_json(folder / "metrics.json")
     if "mAP" in figures:
-        return Evaluation(folder, figures)
+        return Evaluation(name, figures)
     raise UserError(
         f"{path} holds nothing to report: name the folder of an evaluation (metrics.json), of a sweep (sweep.yaml) "
         "or of a run that has reported (experiment.json, metrics.jsonl)"
@@ -701,15 +656,16 @@ def read(path: str | Path) -> Shown:
 
 def _read_sweep(folder: Path) -> Sweep:
     try:
-        file = yaml.safe_load((folder / "sweep.yaml").read_text())
+        settings = yaml.safe_load((folder / "sweep.yaml").read_text()) or {}
     except yaml.YAMLError as error:
         raise _unreadable(folder / "sweep.yaml", error) from error
     rows = []
     if (folder / "leaderboard.csv").exists():
-        with (folder / "leaderboard.csv").open(newline="") as table_:
-            rows = list(csv.DictReader(table_, restval=""))
-    trials = {path.parent.name: _read_lines(path) for path in sorted(folder.glob("trials/*/metrics.jsonl"))}
-    return Sweep(folder, file if isinstance(file, dict) else {}, rows, trials, _read_json(folder / "summary.json"))
+        with (folder / "leaderboard.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file, restval=""))
+    curves = {f.parent.name: curve(_read_lines(f)) for f in sorted(folder.glob("trials/*/metrics.jsonl"))}
+    name, planned = (str(settings.get(key, NONE)) for key in ("name", "trials"))
+    return Sweep(name, planned, rows, curves, _read_json(folder / "summary.json"))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -731,51 +687,46 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} can't be read ({' '.join(str(error).split())}): is it whole?")
+    return UserError(f"{file} can't be read ({' '.join(str(error).split())}): write it again")
 
 
 # --- The page --------------------------------------------------------------------------------------------------------
 
 
-def page(shown: Sequence[Shown]) -> str:
-    """The whole file."""
-    names = _names([each.path for each in shown])
-    several = len(shown) > 1
-    title = "Comparison" if several else f"{shown[0].kind} {names[0]}"
+def page(names: Sequence[str], shown: Sequence[Shown]) -> str:
+    """The whole file.
+
+    Args:
+        names: of the columns of the comparison.
+        shown: what to report, one or several.
+    """
     articles = [
-        el(
-            "article",
-            el("h1", f"{each.kind} {name}"),
-            el("p", each.verdict, class_="verdict"),
-            each.body(),
-            id=f"part-{i}",
-        )
-        for i, (name, each) in enumerate(zip(names, shown, strict=True), 1)
+        el("article", _title(each), el("p", each.verdict, class_="verdict"), each.body(), id=f"part-{i}")
+        for i, each in enumerate(shown, 1)
     ]
+    several = len(shown) > 1
     foot = el("footer", f"clipfh {__version__}, {datetime.now():%Y-%m-%d %H:%M}")
     body = el("body", el("main", compare(names, shown) if several else Html(), *articles, foot))
-    head = join(Html(HEAD), el("title", title), el("style", Html(STYLE)))
-    return f"<!DOCTYPE html>\n{el('html', el('head', head), body, lang='en')}\n"
+    title = el("title", "Comparison" if several else f"{shown[0].kind} {shown[0].name}")
+    head = el("head", Html(HEAD), title, el("style", Html(STYLE)))
+    return f"<!DOCTYPE html>\n{el('html', head, body, lang='en')}\n"
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' own names, or as they were given where two are alike."""
-    own = [path.resolve().name for path in paths]
-    return own if len(set(own)) == len(own) else [str(path) for path in paths]
+def _title(shown: Shown) -> Html:
+    return el("h1", el("small", shown.kind), " ", shown.name)
 
 
 def compare(names: Sequence[str], shown: Sequence[Shown]) -> Html:
     """A column for each, at a glance."""
-    columns = [(name, each.figures) for name, each in zip(names, shown, strict=True)]
-    rows: list[list[str]] = [["Kind", *(each.kind for each in shown)]]
+    links = [el("a", name, href=f"#part-{i}") for i, name in enumerate(names, 1)]
+    columns = [(link, each.figures) for link, each in zip(links, shown, strict=True)]
+    rows = [["", *(each.kind for each in shown)]]
     if any(each.val_mAP is not None for each in shown):
         rows.append(["Validation mAP", *(score(each.val_mAP) for each in shown)])
-    for key, label in LABELS.items():
-        if any(figures for _, figures in columns):
-            rows.append([label, *(with_interval(figures, key) for _, figures in columns)])
-    links = [el("a", name, href=f"#part-{i}") for i, name in enumerate(names, 1)]
-    said = "A sweep stands for its winner on the test split. A run has its validation mAP only: evaluate it for the rest."
-    return el("article", el("h1", "Comparison"), table(["", *links], rows), _counted(columns), text(said))
+    said = (
+        "A sweep stands for its winner on the test split. A run has its validation mAP only: evaluate it for the rest."
+    )
+    return el("article", el("h1", "Comparison"), figure_table(columns, *rows), counted(columns), el("p", said))
 
 
 HEAD = (
@@ -798,6 +749,7 @@ STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.55 var(--serif); }
 main { max-width: 58rem; margin: 0 auto; padding: clamp(1.25rem, 5vw, 4rem) clamp(1rem, 4vw, 2rem); }
 h1 { font-size: 1.9rem; font-weight: 400; line-height: 1.2; margin: 0 0 .8rem; overflow-wrap: anywhere; }
+h1 small { font-size: .6em; margin-right: .15em; }
 h2 { font-size: 1.15rem; font-weight: 600; margin: 2.8rem 0 .7rem; }
 p { max-width: 40rem; margin: .7rem 0; color: var(--soft); font-size: .92rem; overflow-wrap: anywhere; }
 p.verdict { color: var(--ink); font-size: 1.2rem; line-height: 1.5; }
@@ -811,8 +763,8 @@ table, figure, pre { font-family: var(--sans); font-size: .84rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; line-height: 1.35; }
 th, td { padding: .38rem 1.6rem .38rem 0; border-bottom: 1px solid var(--rule); }
 th, td { text-align: left; vertical-align: baseline; white-space: nowrap; font-weight: 400; }
+.num { text-align: right; }
 thead th { color: var(--soft); vertical-align: bottom; }
-thead tr:not(:has(:not(:empty))) { display: none; }
 .tall thead th { position: sticky; top: 0; background: var(--paper); box-shadow: inset 0 -1px var(--rule); }
 .marked > * { color: var(--main); font-weight: 600; }
 .words { display: block; min-width: 14rem; max-width: 28rem; white-space: normal; overflow-wrap: anywhere; }
@@ -822,14 +774,13 @@ figure { margin: 1rem 0; color: var(--soft); break-inside: avoid; }
 .plot { height: 17rem; margin: .7rem 1.2rem 1.9rem 2.9rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0 2rem; }
 .plots .plot { height: 12rem; }
-.axis { font-size: .92em; }
-.axis.under { text-align: right; margin: -.4rem 1.2rem 0 0; }
+.under { text-align: right; margin: -.4rem 1.2rem 0 0; }
 svg { display: block; width: 100%; height: 100%; overflow: visible; font-size: 12px; }
 svg text { fill: var(--soft); }
 svg line { stroke: var(--rule); }
 svg path { fill: none; stroke: var(--quiet); stroke-width: 1.2; vector-effect: non-scaling-stroke; }
 svg path { stroke-linejoin: round; stroke-linecap: round; }
-svg .quiet { opacity: .75; }
+svg .quiet { opacity: .65; }
 svg .main { stroke: var(--main); stroke-width: 2.2; }
 svg .dashed { stroke: var(--ink); stroke-dasharray: 2 5; stroke-width: 1.5; }
 svg .dots { fill: var(--paper); stroke: var(--soft); stroke-width: 1.3; }
@@ -843,7 +794,7 @@ figcaption i.dots { width: 8px; height: 8px; vertical-align: 0; border: 1.3px so
 figcaption i.crosses { width: auto; border: 0; vertical-align: 0; }
 figcaption i.crosses::before { content: "×"; font-style: normal; }
 @media print {
-  body { font-size: 10pt; }
+  :root { font-size: 10pt; --paper: #fff; }
   main { max-width: none; padding: 0; }
   .box, .box.tall, pre { overflow: visible; max-height: none; }
   table { font-size: 7.5pt; }

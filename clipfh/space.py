@@ -15,6 +15,9 @@ from clipfh import UserError, config
 if TYPE_CHECKING:
     import optuna
 
+SWITCH = "?"
+"""Ends the name of the parameter by which Optuna switches a setting between its range and its `or`."""
+
 KINDS = ("loguniform", "uniform", "int", "choice")
 
 
@@ -31,7 +34,7 @@ class Range:
 
     def suggest(self, trial: optuna.Trial, name: str) -> Any:
         """Ask Optuna for a value."""
-        if self.off is not None and not trial.suggest_categorical(f"{name}?", [True, False]):
+        if self.off is not None and not trial.suggest_categorical(name + SWITCH, [True, False]):
             return self.off
         if self.kind == "choice":
             return trial.suggest_categorical(name, list(self.values))
@@ -49,7 +52,7 @@ class Range:
         """Optuna's parameters that give the value."""
         if self.off is None:
             return {name: value}
-        return {f"{name}?": False} if value == self.off else {f"{name}?": True, name: value}
+        return {name + SWITCH: False} if value == self.off else {name + SWITCH: True, name: value}
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Sweep:
 
     def experiment(self, sampled: Mapping[str, Any]) -> config.Experiment:
         """The experiment of a trial."""
-        return config.resolve(self.stage, self.preset, {**self.base, **sampled})
+        drawn = {name: value for name, value in sampled.items() if not name.endswith(SWITCH)}
+        return config.resolve(self.stage, self.preset, {**self.base, **drawn})
 
     def sampled(self, trial: optuna.Trial) -> dict[str, Any]:
         """A trial's settings. An option of a loss term is drawn only where the term is on."""

@@ -8,7 +8,8 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Trial(tune.Trainable):
         assert sweep is not None and inputs is not None and resources is not None
         cluster.end(self.trial_id)  # what an attempt that was killed may have left
         self.experiment = sweep.experiment(config)
-        self.folder = Path(out) / "trials" / number_of(self.trial_id)
+        self.folder = Path(out) / "trials" / self.trial_name
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / checkpoint.EXPERIMENT).write_text(to_json(self.experiment))
         self.total = train.budget_of(self.experiment, inputs.num_images).total
@@ -85,9 +86,9 @@ class Trial(tune.Trainable):
         cluster.end(self.trial_id)
 
 
-def number_of(trial_id: str) -> str:
-    """'0001' for the first trial; 0000 is the zero-shot model."""
-    return f"{int(trial_id.rsplit('_', 1)[-1]) + 1:04d}"
+def number_of(trial: Any) -> str:
+    """'0001' for the first trial, also after a resume; 0000 is the zero-shot model."""
+    return f"{int(trial.experiment_tag.split('_')[0]):04d}"
 
 
 def _result(line: dict[str, Any], done: bool) -> dict[str, Any]:
@@ -103,13 +104,15 @@ class Watch(tune.Callback):
         self.ended: set[str] = set()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        shown = ", ".join(f"{name} {_short(value)}" for name, value in trial.config.items())
-        self.tell(f"trial {number_of(trial.trial_id)} starts: {shown}")
+        shown = ", ".join(
+            f"{name} {_short(value)}" for name, value in trial.config.items() if name in self.board.searched
+        )
+        self.tell(f"trial {number_of(trial)} starts: {shown}")
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         best = max((t.last_result or {}).get(OBJECTIVE, 0.0) for t in trials)
         self.tell(
-            f"trial {number_of(trial.trial_id)}: {result['images']:,} images, val mAP {result['val_mAP']:.3f}, "
+            f"trial {number_of(trial)}: {result['images']:,} images, val mAP {result['val_mAP']:.3f}, "
             f"best so far {max(best, self.board.zero_shot):.3f}"
         )
 
@@ -122,8 +125,7 @@ class Watch(tune.Callback):
     def _ended(self, trials: list, trial: Any) -> None:
         cluster.end(trial.trial_id)
         self.ended.add(trial.trial_id)
-        self.board.write(trials)
-        row = self.board.row(trial)
+        row = next(row for row in self.board.write(trials, self.ended) if row["trial"] == number_of(trial))
         self.tell(f"trial {row['trial']} {row['status']} ({len(self.ended)} of {self.count} trials over)")
 
 
@@ -140,13 +142,13 @@ class Leaderboard:
     zero_shot: float
     """validation mAP"""
 
-    def row(self, trial: Any) -> dict[str, Any]:
-        """A trial's line."""
+    def row(self, trial: Any, over: bool) -> dict[str, Any]:
+        """A trial's line. Tune says that a trial is over before it changes the trial's status."""
         last = trial.last_result or {}
         found = {"val_mAP": f"{last[OBJECTIVE]:.6f}"} if last.get(OBJECTIVE) is not None else {}
         return {
-            "trial": number_of(trial.trial_id),
-            "status": _status(trial.status, last),
+            "trial": number_of(trial),
+            "status": _status(trial.status, last, over),
             **found,
             "images": last.get("images", 0),
             "seconds": round(last.get("time_total_s", 0.0), 1),
@@ -154,8 +156,8 @@ class Leaderboard:
             "error": _why(trial, last),
         }
 
-    def write(self, trials: Sequence[Any]) -> list[dict[str, Any]]:
-        """Write the file anew and return its rows."""
+    def write(self, trials: Sequence[Any], over: Container[str] = ()) -> list[dict[str, Any]]:
+        """Write the file anew and return its rows. `over`: ids of trials that have ended."""
         first = {
             "trial": ZERO_SHOT,
             "status": "zero-shot",
@@ -163,7 +165,7 @@ class Leaderboard:
             "images": 0,
             "seconds": 0,
         }
-        rows = [first, *(self.row(trial) for trial in trials)]
+        rows = [first, *(self.row(trial, trial.trial_id in over) for trial in trials)]
         rows.sort(key=lambda row: float(row.get("val_mAP", -1)), reverse=True)
         text = io.StringIO()
         columns = ["rank", "trial", "status", "val_mAP", "images", "seconds", *self.searched, "error"]
@@ -176,10 +178,12 @@ class Leaderboard:
         return rows
 
 
-def _status(tunes: str, last: Mapping[str, Any]) -> str:
-    if tunes == "TERMINATED":
-        return "diverged" if "diverged" in last else "done" if last.get("finished") else "stopped"
-    return "failed" if tunes == "ERROR" else "running"
+def _status(tunes: str, last: Mapping[str, Any], over: bool) -> str:
+    if tunes == "ERROR":
+        return "failed"
+    if tunes != "TERMINATED" and not over:
+        return "running"
+    return "diverged" if "diverged" in last else "done" if last.get("finished") else "stopped"
 
 
 def _why(trial: Any, last: Mapping[str, Any]) -> str:
@@ -262,6 +266,7 @@ def _search(
         callbacks=[watch],
         verbose=0,
         failure_config=tune.FailureConfig(max_failures=RETRIES),
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
     )
     if resume and tune.Tuner.can_restore(str(out / "tune")):
         tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_unfinished=True, restart_errored=True)
@@ -272,6 +277,8 @@ def _search(
             scheduler=_scheduler(sweep),
             num_samples=sweep.trials,
             max_concurrent_trials=concurrent,
+            trial_name_creator=number_of,
+            trial_dirname_creator=number_of,
         )
         tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
     return list(tuner.fit()._experiment_analysis.trials)
@@ -279,6 +286,9 @@ def _search(
 
 def _searcher(sweep: Sweep, out: Path) -> OptunaSearch:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter(
+        "ignore", optuna.exceptions.ExperimentalWarning
+    )  # of `group`, which conditional settings need
     journal = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
     points = [
         {k: v for n, value in p.items() for k, v in sweep.search[n].point(n, value).items()} for p in sweep.points

@@ -1,4 +1,4 @@
-"""Sources with every oddity, honest splits, and a catalogue that is whole or not there."""
+"""Honest splits, images as they should be, and a catalogue that is whole or not there."""
 
 import csv
 import io
@@ -10,19 +10,20 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import Future
+from dataclasses import asdict
 from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipfh import UserError, catalogue
-from clipfh.catalogue import Photo, open_catalogue, prepare
+from clipfh import UserError, catalogue, sources
+from clipfh.catalogue import open_catalogue, prepare
+from clipfh.sources import Photo
 
 
 class SameProcess:
@@ -53,30 +54,14 @@ def draw(path, size=(24, 32), number=0, **options):
     return path
 
 
-INSHOP = [  # path, item, split
-    *((f"img/WOMEN/Dresses/id_{i:08d}/0{v}_1_front.jpg", f"id_{i:08d}", "train") for i in range(9) for v in (1, 2)),
-    ("img/WOMEN/Tees/id_00000000/03_7_additional.jpg", "id_00000000", "train"),  # an item in two categories
-    ("img/MEN/Denim/id_00000090/01_3_back.jpg", "id_00000090", "train"),  # one image
-    *((f"img/UNISEX/Some Hats/id_{i:08d}/01_{v}_side.jpg", f"id_{i:08d}", split) for i in (100, 101)
+SHOP = [  # path, item, split
+    *((f"dresses/{i}/0{v}_1_front.jpg", f"item{i}", "train") for i in range(9) for v in (1, 2)),
+    ("tees/0/03_7_additional.jpg", "item0", "train"),  # an item in two categories
+    ("denim/90/01_3_back.jpg", "item90", "train"),  # one image
+    *((f"hats/{i}/01_{v}_side.jpg", f"item{i}", split) for i in (100, 101)
       for v, split in ((1, "query"), (2, "gallery"), (4, "gallery"))),
 ]  # fmt: skip
-TEXTS = [
-    {"item": "id_00000000", "color": "Black-cream", "description": ["Caf\u8305  twice", "line\r\nbreak", ""]},
-    {"item": "id_00000001", "color": "Red", "description": []},
-    {"item": "id_00000100", "color": None, "description": ["A hat.", "half a pair \ud83d"]},
-]
-
-
-def inshop(root, partition="Eval/list_eval_partition.txt", images="img", rows=INSHOP, texts="Anno"):
-    for number, (path, *_) in enumerate(rows):
-        draw(root / images / path.removeprefix("img/"), number=number)
-    listed = "".join(f"{path:70} {item}   {split}\r\n" for path, item, split in rows)
-    (root / partition).parent.mkdir(parents=True, exist_ok=True)
-    (root / partition).write_text(f"{len(rows)}\nimage_name item_id evaluation_status\n{listed}\n", newline="")
-    if texts:
-        (root / texts).mkdir(parents=True, exist_ok=True)
-        (root / texts / "list_description_inshop.json").write_text(json.dumps(TEXTS))
-    return root
+DESCRIBED = {"item0": ("Black-cream", "Warm.\nLong."), "item1": ("Red", ""), "item100": ("", "A \u7ea2 hat")}
 
 
 def table(path, rows, columns=("image_path", "item_id", "split")):
@@ -85,54 +70,52 @@ def table(path, rows, columns=("image_path", "item_id", "split")):
     return path
 
 
+def shop(root, rows=SHOP):
+    """A source of a few items with some oddities; `rows` as in SHOP."""
+    for number, (path, *_) in enumerate(rows):
+        draw(root / path, number=number)
+    full = [(*row, row[0].split("/")[0], "KIDS", *DESCRIBED.get(row[1], ("", ""))) for row in rows]
+    return table(root / "shop.csv", full, ("image_path", "item_id", "split", "category", "gender", "color", "text"))
+
+
 def rows_of(made, *splits):
     return [row for split in splits or catalogue.SPLITS for row in made.rows(split).to_pylist()]
 
 
-def test_inshop_in_every_layout_gives_the_same_catalogue(tmp_path, quick):
-    layouts = {
-        "plain": {},
-        "distributed": {"images": "Img/img"},
-        "highres": {"images": "Img/img_highres", "partition": "list_eval_partition.txt"},
-        "bare": {"images": "img_highres", "partition": "list_eval_partition.txt", "texts": "."},
-    }
-    made = {name: prepare(inshop(tmp_path / name, **how), tmp_path / f"{name}-out") for name, how in layouts.items()}
-    inshop(tmp_path / "nested" / "In-shop Clothes Retrieval Benchmark", images="Img/img")
-    made["nested"] = prepare(str(tmp_path / "nested"), tmp_path / "nested-out")
-    made["uri"] = prepare((tmp_path / "plain").as_uri(), tmp_path / "uri-out")
-    assert len({one.manifest["hash"] for one in made.values()}) == 1
-    counts = {split: (made["plain"].num_images(split), made["plain"].num_items(split)) for split in catalogue.SPLITS}
+def test_rows_are_those_of_the_source(tmp_path, quick):
+    source = shop(tmp_path / "source")
+    made = prepare(source, tmp_path / "out")
+    said = {photo.path: asdict(photo) for photo in sources.read(source).photos}
+    assert sorted(said) == sorted(row["path"] for row in rows_of(made))
+    for split in catalogue.SPLITS:
+        for row in rows_of(made, split):
+            assert row == {name: said[row["path"]][name] for name in catalogue.COLUMNS} | {"split": split}
+    counts = {split: (made.num_images(split), made.num_items(split)) for split in catalogue.SPLITS}
     assert counts["query"] == (2, 2)
     assert counts["gallery"] == (4, 2)
     assert sum(counts[split][1] for split in ("train", "val_query")) == 10
     assert counts["val_query"][1] == counts["val_gallery"][1] == 2, "a fifth of ten items"
+    assert prepare(source.as_uri(), tmp_path / "uri").manifest["hash"] == made.manifest["hash"]
 
 
-def test_inshop_rows_and_notes(tmp_path, quick):
-    made = prepare(inshop(tmp_path / "source"), tmp_path / "out")
-    rows = {row["path"]: row for row in rows_of(made)}
-    assert sorted(rows) == sorted(path for path, *_ in INSHOP)
-    assert {path: row["item_id"] for path, row in rows.items()} == {path: item for path, item, _ in INSHOP}
-    tee = rows["img/WOMEN/Tees/id_00000000/03_7_additional.jpg"]
-    assert (tee["gender"], tee["category"], tee["variant"], tee["view"]) == ("WOMEN", "Tees", "03", "additional")
-    assert (tee["text"], tee["color"]) == ("Caf\u8305  twice line\r\nbreak", "Black-cream"), "repair is not done here"
-    hat = rows["img/UNISEX/Some Hats/id_00000100/01_1_side.jpg"]
-    assert (hat["gender"], hat["category"], hat["text"], hat["color"]) == (
-        "UNISEX",
-        "Some Hats",
-        "A hat. half a pair ?",
-        "",
-    )
-    notes = "\n".join(made.manifest["notes"])
-    for said in ("26 images (52,712)", "1 train items have one image", "1 items lie in several categories",
-                 "2 items have several variants but one color", "10 items have no text"):  # fmt: skip
-        assert said in notes, notes
-    assert "no text" in "".join(prepare(inshop(tmp_path / "s", texts=""), tmp_path / "o").manifest["notes"])
+def test_oddities_are_noted(tmp_path, quick):
+    notes = prepare(shop(tmp_path / "source"), tmp_path / "out").manifest["notes"]
+    assert notes == [
+        "1 train items have one image: terms that need a positive leave them out",
+        "1 items lie in several categories",
+        "2 items have several variants but one color",
+        "10 items have no text",
+    ]
+    listed = [*SHOP, SHOP[0]]
+    assert prepare(shop(tmp_path / "twice", listed), tmp_path / "out2").manifest["notes"] == [
+        "1 rows repeat another one and were dropped",
+        *notes,
+    ], "those of the source come first"
 
 
 def test_train_is_grouped_by_item_and_never_cut_within_one(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(catalogue, "SHARD_IMAGES", 5)
-    made = prepare(inshop(tmp_path / "source"), tmp_path / "out")
+    made = prepare(shop(tmp_path / "source"), tmp_path / "out")
     shards = [pq.ParquetFile(path).read(["item_id"])["item_id"].to_pylist() for path in made.shards("train")]
     assert len(shards) > 2
     assert all(len(items) <= 5 for items in shards)
@@ -211,85 +194,26 @@ def test_another_seed_draws_other_validation_items():
     assert drawn[0] != drawn[1]
 
 
-def test_csv_and_parquet_with_all_columns(tmp_path, quick):
-    columns = ("image_path", "item_id", "split", "text", "view", "variant", "gender", "category", "color", "price")
-    listed = []
-    for item in range(8):
-        for view in range(4):
-            draw(tmp_path / f"photos/{item}-{view}.jpg", number=item + view)
-            split = ("train", "train", "train", "train", "val", "val", "test", "test")[item]
-            row = [
-                f"./photos/{item}-{view}.jpg",
-                item,
-                split,
-                "red, \u00e9\nand warm",
-                "front",
-                "2",
-                "KIDS",
-                "Hats",
-                "red",
-            ]
-            listed.append([*row, "9"])
-    made = prepare(table(tmp_path / "all.csv", [*listed, listed[0]], columns), tmp_path / "out")
-    assert {split: made.num_images(split) for split in catalogue.SPLITS} == {
-        "train": 16, "val_gallery": 4, "val_query": 4, "gallery": 4, "query": 4
-    }  # fmt: skip
-    row = rows_of(made, "query")[0]
-    assert row | {"path": ""} == {
-        "item_id": "6", "variant": "2", "view": "front", "gender": "KIDS", "category": "Hats", "path": "",
-        "split": "query", "text": "red, \u00e9\nand warm", "color": "red"
-    }  # fmt: skip
-    assert made.manifest["notes"][:2] == [
-        "columns that were not used: price",
-        "1 rows repeat another one and were dropped",
-    ]
-
-    arrays = [pa.array([str(row[i]) if i != 1 else row[i] for row in listed]) for i in range(len(columns))]
-    pq.write_table(pa.table(arrays, list(columns)), tmp_path / "all.parquet")
-    same = prepare(tmp_path / "all.parquet", tmp_path / "out2")
-    assert same.manifest["hash"] == made.manifest["hash"]
-
-
-def test_folder_of_item_folders_is_split_by_identity(tmp_path, quick):
+def test_without_splits_items_are_drawn_for_test_and_validation(tmp_path, quick):
     for item in range(20):
         for view in range(4):
             draw(tmp_path / f"s/shoes/boot {item:02d}/view{view}.JPG", number=item)
-    (tmp_path / "s/shoes/boot 00/.hidden.jpg").write_bytes(b"")
-    (tmp_path / "s/shoes/boot 00/notes.txt").write_text("")
     made = prepare(tmp_path / "s", tmp_path / "out")
     assert {split: made.num_images(split) for split in catalogue.SPLITS} == {
         "train": 60, "val_gallery": 6, "val_query": 6, "gallery": 4, "query": 4
     }  # fmt: skip
-    row = rows_of(made, "train")[0]
-    assert (row["category"], row["gender"], row["variant"]) == ("shoes", "", "")
-    assert row["item_id"].startswith("shoes/boot ")
-    assert row["view"].startswith("view")
 
 
-def test_the_original_systems_metadata(tmp_path, quick):
-    split = {path: "val" if path == INSHOP[2][0] else split for path, item, split in INSHOP}
-    known = {path: {"item_id": item, "split": split[path]} for path, item, _ in INSHOP}
-    by_split = {name: [path for path in split if split[path] == name] for name in split.values()}
-    forms = [(known, None), ({str(i): path for i, path in enumerate(split)}, split), ({"all": list(split)}, by_split)]
-    prompts = {"id_00000000": "A clothing item in Black-cream. Warm.\nLong. ", "id_00000001": "A hat"}
-    hashes = set()
-    for number, (paths, splits) in enumerate(forms):
-        root = tmp_path / str(number)
-        for image, path in enumerate(split):
-            draw(root / "splits" / split[path] / path, number=image)
-        (root / "metadata").mkdir()
-        (root / "metadata/image_paths.json").write_text(json.dumps(paths))
-        (root / "metadata/image_prompts_per_identity.json").write_text(json.dumps(prompts))
-        if splits:
-            (root / "metadata/image_splits.json").write_text(json.dumps(splits))
-        made = prepare(root / "metadata" if number else root, tmp_path / f"out{number}")
-        hashes.add(made.manifest["hash"])
-    assert len(hashes) == 1
-    assert made.num_images("query") == 2
-    assert made.num_items("train") + made.num_items("val_query") == 10, "its validation images are of training items"
-    texts = {row["item_id"]: (row["text"], row["color"]) for row in rows_of(made)}
-    assert texts["id_00000000"] == ("Warm.\nLong. ", "Black-cream")
-    assert texts["id_00000001"] == ("A hat", "")
+def test_given_validation_and_test_items_are_halved(tmp_path, quick):
+    splits = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    listed = [(f"{item}-{view}.jpg", item, split) for item, split in enumerate(splits) for view in range(4)]
+    for number, (path, *_) in enumerate(listed):
+        draw(tmp_path / path, number=number)
+    made = prepare(table(tmp_path / "l.csv", listed), tmp_path / "out")
+    assert {split: made.num_images(split) for split in catalogue.SPLITS} == {
+        "train": 16, "val_gallery": 4, "val_query": 4, "gallery": 4, "query": 4
+    }  # fmt: skip
+    assert {row["item_id"] for row in rows_of(made, "val_query")} == {"4", "5"}
 
 
 def bad_source(root):
@@ -324,13 +248,13 @@ def test_bad_images_are_left_out_listed_and_limited(tmp_path):
     assert dict(left_out["list"]) == {
         "good/cut.jpg": "unreadable (OSError)",
         "good/text.jpg": "unreadable (UnidentifiedImageError)",
-        "good/link.jpg": catalogue.OUTSIDE,
+        "good/link.jpg": sources.OUTSIDE,
         "good/huge.png": catalogue.TOO_LARGE,
-        "good/gone.jpg": catalogue.MISSING,
-        "../outside.jpg": catalogue.OUTSIDE,
-        bad[-1]: catalogue.OUTSIDE,
+        "good/gone.jpg": sources.MISSING,
+        "../outside.jpg": sources.OUTSIDE,
+        bad[-1]: sources.OUTSIDE,
     }
-    assert left_out["reasons"][catalogue.OUTSIDE] == 3
+    assert left_out["reasons"][sources.OUTSIDE] == 3
     assert not {row["path"] for row in rows_of(made)} & set(bad)
 
     with pytest.raises(UserError, match=r"5 of 31 images .*--max-bad 0.15; first \.\./outside.jpg \(path climbs"):
@@ -378,14 +302,14 @@ def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
 
 
 def test_kept_where_up_to_date_and_never_overwritten(tmp_path, quick):
-    source = inshop(tmp_path / "source")
+    source = shop(tmp_path / "source")
     first = prepare(source, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert prepare(source, tmp_path / "out") == first == open_catalogue(tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     with pytest.raises(UserError, match="another source or settings"):
         prepare(source, tmp_path / "out", seed=1)
-    draw(source / INSHOP[0][0], number=999)
+    draw(source.parent / SHOP[0][0], number=999)
     with pytest.raises(UserError, match="another source or settings"):
         prepare(source, tmp_path / "out")
     (tmp_path / "mine").mkdir()
@@ -400,7 +324,7 @@ def test_kept_where_up_to_date_and_never_overwritten(tmp_path, quick):
 
 
 def test_open_catalogue_refuses_what_is_not_whole(tmp_path, quick):
-    made = prepare(inshop(tmp_path / "source"), tmp_path / "out")
+    made = prepare(shop(tmp_path / "source"), tmp_path / "out")
     manifest = tmp_path / "out/catalogue.json"
     content = json.loads(manifest.read_text())
     shard = made.shards("train")[0]
@@ -424,8 +348,8 @@ def test_open_catalogue_refuses_what_is_not_whole(tmp_path, quick):
 
 
 def test_require(tmp_path, quick):
-    rows = [row for row in INSHOP if row[2] != "train" or row[1] == "id_00000000"]
-    made = prepare(inshop(tmp_path / "source", rows=rows), tmp_path / "out")
+    rows = [row for row in SHOP if row[2] != "train" or row[1] == "item0"]
+    made = prepare(shop(tmp_path / "source", rows=rows), tmp_path / "out")
     made.require("train", "query", "gallery")
     assert made.rows("val_query").num_rows == made.images("val_gallery").num_rows == 0
     assert made.rows("val_query").schema.names == list(catalogue.COLUMNS)
@@ -434,56 +358,27 @@ def test_require(tmp_path, quick):
         made.require("train", "val_query")
 
 
-HEADER = "image_path,item_id,split\n"
-PARTITION = "s/Eval/list_eval_partition.txt"
-INSHOP_HEADER = "1\nimage_name item_id evaluation_status\n"
-DESCRIPTION = "s/Anno/list_description_inshop.json"
-
-
 @pytest.mark.parametrize(
-    ("files", "source", "said"),
+    ("listed", "said"),
     [
-        ({}, "gone", "gone: no such file or folder"),
-        ({}, "nowhere://bucket", "nowhere://bucket: can't be read"),
-        ({"a/b.txt": ""}, "a", "no images found"),
-        ({"img.zip": ""}, "img.zip", "unpack it"),
-        ({"s/Img/img.zip": ""}, "s", "unpack Img/img.zip"),
-        ({"s/Img/img.zip": "", PARTITION: "1\n\nimg/a/b.jpg i train"}, "s", "unpack Img/img.zip"),
-        ({PARTITION: INSHOP_HEADER + "a/b.jpg i train"}, "s", "1 images are listed, none"),
-        ({PARTITION: INSHOP_HEADER + "a/b.jpg i"}, "s", "line 3: 'a/b.jpg i'"),
-        ({PARTITION: INSHOP_HEADER + "a/b.jpg i best"}, "s", "line 3: split 'best'"),
-        ({PARTITION: "", DESCRIPTION: "[\n{"}, "s", "line 2: not valid JSON"),
-        ({PARTITION: "", DESCRIPTION: '[{"item_id": 1}]'}, "s", "no 'item'"),
-        ({"s.csv": "image,item\n"}, "s.csv", "no column image_path or item_id .found: image, item"),
-        ({"s.csv": HEADER + "a.jpg,i,train\nb.jpg,i\n"}, "s.csv", "line 3: malformed"),
-        ({"s.csv": HEADER + "a.jpg,i,train,extra\n"}, "s.csv", "line 2: malformed"),
-        ({"s.csv": HEADER + 'a.jpg,i,"train\n'}, "s.csv", "line 2: malformed"),
-        ({"s.csv": HEADER + "a.jpg,,train\n"}, "s.csv", "line 2: no item_id"),
-        ({"s.csv": HEADER + "a.jpg,i,Train\n"}, "s.csv", "line 2: split 'Train' is none of train"),
-        ({"s.csv": HEADER + "a.jpg,i,train\n"}, "s.csv", "no query images"),
-        ({"s.csv": HEADER + "a.jpg,i,query\na.jpg,i,gallery\n"}, "s.csv", "no train images"),
-        ({"s.csv": HEADER + "a.jpg,i,train\na.jpg,j,\n"}, "s.csv", "a.jpg: has no split"),
-        ({"s.csv": HEADER + "a.jpg,i,train\na.jpg,i,query\n"}, "s.csv", "item i is in test and train"),
-        ({"s.csv": HEADER + "a.jpg,i,train\n" + "x" * 300 + ".jpg,i,train\n"}, "s.csv", "File name too long"),
-        ({"s.parquet": "no parquet"}, "s.parquet", "can't be read"),
-        ({"s.json": ""}, "s.json", "give a .csv"),
-        ({"s/image_paths.json": '{"0": "a.jpg"}'}, "s", "no item_id"),
+        ([("a.jpg", "i", "train")], "no query images"),
+        ([("a.jpg", "i", "query"), ("a.jpg", "i", "gallery")], "no train images"),
+        ([("a.jpg", "i", "train"), ("a.jpg", "j", "")], "a.jpg: has no split"),
+        ([("a.jpg", "i", "train"), ("a.jpg", "i", "query")], "item i is in test and train"),
+        ([("gone.jpg", "i", "train")], "1 images are listed, none is there"),
     ],
-)  # fmt: skip
-def test_what_the_user_can_mend_is_said_in_one_line(tmp_path, files, source, said):
+)
+def test_what_the_user_can_mend_is_said_in_one_line(tmp_path, listed, said):
     draw(tmp_path / "a.jpg")
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=said) as caught:
-        prepare(source if "://" in source else tmp_path / source, tmp_path / "out")
+        prepare(table(tmp_path / "s.csv", listed), tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.jpg", "s.csv"]
 
 
 def test_a_full_disk_is_named_and_leaves_work_to_go_on_with(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(catalogue, "SHARD_IMAGES", 5)
-    source = inshop(tmp_path / "source")
+    source = shop(tmp_path / "source")
     whole = prepare(source, tmp_path / "whole")
     second = f"train-00001.parquet.{os.getpid()}.tmp"
 
@@ -503,7 +398,7 @@ def test_a_full_disk_is_named_and_leaves_work_to_go_on_with(tmp_path, quick, mon
 
 
 def test_a_partial_of_other_settings_is_cleared(tmp_path, quick):
-    source = inshop(tmp_path / "source")
+    source = shop(tmp_path / "source")
     prepare(source, tmp_path / "out", seed=1)
     (tmp_path / "out/plan.json").write_text("{}")
     (tmp_path / "out").rename(tmp_path / "out.partial")

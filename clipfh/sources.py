@@ -1,0 +1,377 @@
+"""A source, in any of the forms that people have, becomes a listing: which photos there are, of which item, and where.
+
+Sources are In-Shop as distributed, the original system's processed metadata, a folder of item folders, and a CSV or
+Parquet file; on a disk or at any URI that Arrow opens. `read` looks at names and annotations, never into an image.
+"""
+
+import csv
+import io
+import json
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from clipfh import UserError
+
+MISSING = "missing"
+OUTSIDE = "path climbs out of the source"
+LeftOut = tuple[str, str]  # path and why
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """One listed image: what the source says of it, and where it was found. What is not known is empty."""
+
+    path: str
+    """As the source writes it."""
+    item_id: str
+    split: str = ""
+    """train, val, val_query, val_gallery, test, query, gallery or, where the source has none, empty."""
+    variant: str = ""
+    view: str = ""
+    gender: str = ""
+    category: str = ""
+    text: str = ""
+    """Description of the item as it stands; paragraphs that come one by one are joined to one a line."""
+    color: str = ""
+    file: str = ""
+    """Path below the listing's store."""
+    stamp: str = ""
+    """Size in bytes and time of change."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source holds. Every image is to be read from `store`, which is a folder, and from nowhere outside it."""
+
+    store: fs.SubTreeFileSystem
+    photos: list[Photo]
+    """Those whose file is there, without repeats, in no particular order."""
+    left_out: list[LeftOut]
+    """Those whose file is not there, or would be outside."""
+    notes: list[str]
+    """What a person should know about the source."""
+
+
+def read(source: str | Path) -> Listing:
+    """List the photos of a source: a path or a URI.
+
+    A CSV or Parquet file has the columns image_path (relative to the file), item_id and, where it likes, text, split,
+    variant, view, gender, category and color. Raises UserError where the source can't be read, contradicts its form,
+    or none of its images is there.
+    """
+    try:
+        store, file = _open(str(source))
+        return _read_file(store, file) if file else _read_folder(store)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{source}: can't be read ({' '.join(str(error).split())}): check --source") from error
+
+
+_ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".rar", ".7z")
+
+
+def _open(source: str) -> tuple[fs.SubTreeFileSystem, str]:
+    """The source's folder and, where the source is a file, its name."""
+    if "://" in source:
+        base, path = fs.FileSystem.from_uri(source)
+    else:
+        base, path = fs.LocalFileSystem(), Path(source).absolute().as_posix()
+    kind = base.get_file_info(path).type
+    if kind == fs.FileType.NotFound:
+        raise UserError(f"{source}: no such file or folder: check --source")
+    folder, name = (path, "") if kind == fs.FileType.Directory else posixpath.split(path)
+    return fs.SubTreeFileSystem(folder, base), name
+
+
+def _read_file(store: fs.SubTreeFileSystem, name: str) -> Listing:
+    suffix = posixpath.splitext(name)[1].lower()
+    if suffix == ".csv":
+        return _read_csv(store, name)
+    if suffix == ".parquet":
+        return _read_parquet(store, name)
+    remedy = "unpack it and give the folder" if suffix in _ARCHIVE_SUFFIXES else "give a .csv, a .parquet or a folder"
+    raise UserError(f"{store.base_path}{name}: not a source that can be read: {remedy} as --source")
+
+
+def _read_folder(store: fs.SubTreeFileSystem) -> Listing:
+    """In-Shop may lie one folder deeper, as its archive unpacks."""
+    inside = store.get_file_info(fs.FileSelector(""))
+    folders = ["", *sorted(f"{info.path}/" for info in inside if info.type == fs.FileType.Directory)]
+    places = list(product(folders, ("Eval/list_eval_partition.txt", "list_eval_partition.txt")))
+    infos = store.get_file_info([folder + partition for folder, partition in places])
+    for (folder, partition), info in zip(places, infos, strict=True):
+        if info.is_file:
+            return _read_inshop(fs.SubTreeFileSystem(store.base_path + folder, store.base_fs), partition)
+    for folder in ("metadata/", ""):
+        if _first_file(store, folder + "image_paths.json"):
+            return _read_processed(store, folder)
+    return _read_item_folders(store)
+
+
+# A table
+
+_COLUMNS = ("image_path", "item_id", "text", "split", "variant", "view", "gender", "category", "color")
+_SPLITS = ("", "train", "val", "val_query", "val_gallery", "test", "query", "gallery")
+
+
+def _read_csv(store: fs.SubTreeFileSystem, name: str) -> Listing:
+    where = f"{store.base_path}{name}"
+    reader = csv.DictReader(io.StringIO(_text(store, name), newline=""), strict=True)
+    photos = []
+    try:
+        notes = _check_columns(reader.fieldnames or [], where)
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(f"not {len(reader.fieldnames or [])} fields")
+            photos.append(_photo(row, f"{where} line {reader.line_num}"))
+    except csv.Error as error:
+        raise UserError(f"{where} line {reader.reader.line_num}: malformed ({error}): mend the line") from error
+    return _find(store, photos, notes)
+
+
+def _read_parquet(store: fs.SubTreeFileSystem, name: str) -> Listing:
+    where = f"{store.base_path}{name}"
+    with store.open_input_file(name) as file:
+        table = pq.ParquetFile(file)
+        notes = _check_columns(table.schema_arrow.names, where)
+        columns = [column for column in table.schema_arrow.names if column in _COLUMNS]
+        rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
+        photos = [_photo(row, f"{where} row {number}") for number, row in enumerate(rows, start=1)]
+    return _find(store, photos, notes)
+
+
+def _check_columns(names: Sequence[str], where: str) -> list[str]:
+    """Raise where a column that must be there is not; note those that are not used."""
+    if missing := {"image_path", "item_id"} - set(names):
+        found = ", ".join(names)[:200]
+        raise UserError(f"{where}: no column {' or '.join(sorted(missing))} (found: {found}): rename it")
+    unused = [name for name in names if name not in _COLUMNS]
+    return [f"columns that were not used: {', '.join(unused)}"] if unused else []
+
+
+# Item folders
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def _read_item_folders(store: fs.SubTreeFileSystem) -> Listing:
+    """An item is a folder that holds images, called by its whole path; the folder around it is its category."""
+    photos = []
+    for info in store.get_file_info(fs.FileSelector("", recursive=True)):
+        folder, name = posixpath.split(info.path)
+        if info.is_file and folder and name.lower().endswith(_IMAGE_SUFFIXES) and not name.startswith("."):
+            category = posixpath.basename(posixpath.dirname(folder))
+            photos.append(_photo({"image_path": info.path, "item_id": folder, "category": category}, info.path))
+    return _find(store, photos)
+
+
+# In-Shop
+
+_OFFICIAL_COUNTS = {
+    "images": 52_712,
+    "train images": 25_882,
+    "train items": 3_997,
+    "query images": 14_218,
+    "gallery images": 12_612,
+    "test items": 3_985,
+}
+
+
+def _read_inshop(store: fs.SubTreeFileSystem, partition: str) -> Listing:
+    """DeepFashion In-Shop. Identity is what the partition file says: 99 items lie in two categories."""
+    texts, notes = _inshop_texts(store)
+    photos = []
+    for number, line in enumerate(_text(store, partition).splitlines(), start=1):
+        where = f"{store.base_path}{partition} line {number}"
+        columns = line.rsplit(None, 2)
+        is_head = (number == 1 and len(columns) == 1) or (number <= 2 and columns[:1] == ["image_name"])
+        if is_head or not columns:
+            continue
+        if len(columns) != 3:
+            raise UserError(f"{where}: {line[:80]!r} is not 'image_name item_id evaluation_status': mend it")
+        path, item_id, split = columns
+        text, color = texts.get(item_id, ("", ""))
+        row = {"image_path": path, "item_id": item_id, "split": split, "text": text, "color": color}
+        photos.append(_photo(row | _inshop_folders(path), where))
+    trees = ("img/", "Img/img/", "img_highres/", "Img/img_highres/", "Img/", "")
+    return _find(store, photos, [*notes, _official_note(photos)], [tree + "{inner}" for tree in trees])
+
+
+def _inshop_folders(path: str) -> dict[str, str]:
+    """Gender and category from `img/WOMEN/Dresses/id_00000002/02_1_front.jpg`; any names will do."""
+    *_, gender, category = ["", "", *path.removeprefix("img/").split("/")[:-2]]
+    return {"gender": gender, "category": category}
+
+
+def _inshop_texts(store: fs.SubTreeFileSystem) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """Item to (text, color), and a note where there are none. A paragraph is a line and otherwise left as it is."""
+    names = ("Anno/list_description_inshop.json", "list_description_inshop.json")
+    file = _first_file(store, *names)
+    if not file:
+        return {}, [f"{names[0]} is not there: the items have no text"]
+    texts = {}
+    for number, entry in enumerate(_json(store, file, list)):
+        if not isinstance(entry, dict) or "item" not in entry:
+            raise UserError(f"{store.base_path}{file}: entry {number} has no 'item': mend the file or take it away")
+        paragraphs = [text for text in _list(entry.get("description")) if isinstance(text, str) and text.strip()]
+        texts[entry["item"]] = ("\n".join(paragraphs), entry.get("color") or "")
+    return texts, []
+
+
+def _official_note(photos: list[Photo]) -> str:
+    images = Counter(photo.split for photo in photos)
+    train = {photo.item_id for photo in photos if photo.split == "train"}
+    test = {photo.item_id for photo in photos if photo.split in ("query", "gallery")}
+    found = (len(photos), images["train"], len(train), images["query"], images["gallery"], len(test))
+    pairs = zip(_OFFICIAL_COUNTS.items(), found, strict=True)
+    differing = [f"{number:,} {what} ({official:,})" for (what, official), number in pairs if number != official]
+    if not differing:
+        return "the counts are those of the official In-Shop split"
+    return f"the counts differ from the official In-Shop split (in brackets): {', '.join(differing)}"
+
+
+# The original system's metadata
+
+
+def _read_processed(store: fs.SubTreeFileSystem, folder: str) -> Listing:
+    """The original system's metadata in `folder`: `image_paths.json` maps a path to {"item_id", "split"}.
+
+    It may also map keys to paths or lists of paths, with the identity in the path and the split (of a path or key) in
+    `image_splits.json`. The original validates on images of training items; those are training images here.
+    """
+    if not folder:
+        parent, name = posixpath.split(store.base_path.rstrip("/"))
+        around = fs.SubTreeFileSystem(parent, store.base_fs)
+        if around.get_file_info("splits").type == fs.FileType.Directory:
+            store, folder = around, f"{name}/"  # the original keeps its images beside its metadata
+    splits = _processed_splits(store, folder)
+    prompts = _processed_prompts(store, folder)
+    photos = []
+    for key, entry in _json(store, f"{folder}image_paths.json", dict).items():
+        known = entry if isinstance(entry, dict) else {}
+        for path in [key] if isinstance(entry, dict) else _list(entry):
+            item_id = known.get("item_id") or next(iter(re.findall(r"id_\d{8}", path)), "")
+            split = known.get("split") or splits.get(path) or splits.get(key)
+            text, color = prompts.get(item_id, ("", ""))
+            row = {"image_path": path, "item_id": item_id, "text": text, "color": color}
+            row |= {"split": "train" if split == "val" else split, **_inshop_folders(path)}
+            photos.append(_photo(row, f"{store.base_path}{folder}image_paths.json, {key!r}"))
+    return _find(store, photos, layouts=("splits/{split}/{path}", "splits/val/{path}", "{path}"))
+
+
+def _processed_splits(store: fs.SubTreeFileSystem, folder: str) -> dict[str, str]:
+    """Path or key to split, from {path: split} or {split: [path, ...]}."""
+    file = _first_file(store, f"{folder}image_splits.json")
+    by_path: dict[str, str] = {}
+    for key, value in (_json(store, file, dict) if file else {}).items():
+        by_path |= {key: value} if isinstance(value, str) else dict.fromkeys(value, key)
+    return by_path
+
+
+def _processed_prompts(store: fs.SubTreeFileSystem, folder: str) -> dict[str, tuple[str, str]]:
+    """Item to (text, color), from prompts of the form "A clothing item in {color}. {description}"."""
+    names = ("image_prompts_per_identity.json", "image_prompts_clean.json")
+    file = _first_file(store, *(folder + name for name in names))
+    parts = {}
+    for item, prompt in (_json(store, file, dict) if file else {}).items():
+        match = re.fullmatch(r"A clothing item in (.*?)\. ?(.*)", prompt, re.DOTALL)
+        parts[item] = (match[2], match[1]) if match else (prompt, "")
+    return parts
+
+
+# From rows to photos, and from photos to their files
+
+
+def _photo(row: Mapping[str, Any], where: str) -> Photo:
+    """A listed row as a Photo; view and variant, where not given, come from a name like `02_1_front.jpg`."""
+    # A string that can't be written as UTF-8 (half of a surrogate pair in JSON) must not stop a catalogue
+    given = {name: str(row[name]).encode("utf-8", "replace").decode() for name in _COLUMNS if row.get(name) is not None}
+    path = given.pop("image_path", "")
+    if not path or not given.get("item_id"):
+        raise UserError(f"{where}: no {'item_id' if path else 'image_path'}: mend it or take it out")
+    if given.get("split", "") not in _SPLITS:
+        raise UserError(f"{where}: split {given['split']!r} is none of {', '.join(_SPLITS[1:])}: mend it")
+    stem = posixpath.splitext(posixpath.basename(path))[0]
+    match = re.fullmatch(r"(\d+)_\d+_(.+)", stem)
+    variant, view = match.groups() if match else ("", stem)
+    return Photo(path, **{"variant": variant, "view": view} | given)
+
+
+def _find(
+    store: fs.SubTreeFileSystem, photos: list[Photo], notes: Iterable[str] = (), layouts: Sequence[str] = ("{path}",)
+) -> Listing:
+    """The photos with their files: of each the one in the first of `layouts` that has it, or it is left out.
+
+    In a layout, `inner` stands for a photo's path without a leading `img/`.
+    """
+    unique = {(photo.path, photo.item_id, photo.split): photo for photo in photos}.values()
+    notes = list(notes)
+    if repeats := len(photos) - len(unique):
+        notes.append(f"{repeats:,} rows repeat another one and were dropped")
+    missing = [photo for photo in unique if not _climbs(photo)]
+    found: list[Photo] = []
+    for layout in layouts:
+        files = [layout.format(path=p.path, inner=p.path.removeprefix("img/"), split=p.split) for p in missing]
+        looked = list(zip(missing, store.get_file_info(files), strict=True))
+        hits = [replace(p, file=at.path, stamp=f"{at.size} {at.mtime_ns}") for p, at in looked if at.is_file]
+        missing = [photo for photo, at in looked if not at.is_file]
+        found += hits
+        if hits and len(layouts) > 1:
+            notes.append(f"{len(hits):,} images were found as {layout.format(path='*', inner='*', split='*')}")
+    if not found:
+        raise UserError(_nothing_found(store, len(unique)))
+    climbing = [(photo.path, OUTSIDE) for photo in unique if _climbs(photo)]
+    return Listing(store, found, climbing + [(photo.path, MISSING) for photo in missing], notes)
+
+
+def _climbs(photo: Photo) -> bool:
+    return photo.path.startswith("/") or ".." in photo.path.split("/") or "\0" in photo.path
+
+
+def _nothing_found(store: fs.SubTreeFileSystem, num_listed: int) -> str:
+    folders = [folder for folder in ("", "Img") if store.get_file_info(folder).type == fs.FileType.Directory]
+    infos = [info for folder in folders for info in store.get_file_info(fs.FileSelector(folder))]
+    archives = [info.path for info in infos if info.is_file and info.path.lower().endswith(_ARCHIVE_SUFFIXES)]
+    remedy = f"unpack {', '.join(sorted(archives))} there" if archives else "put images there"
+    listed = f"{num_listed:,} images are listed, none is there" if num_listed else "no images found"
+    return f"{store.base_path}: {listed}: {remedy}, or check --source"
+
+
+# Files of a source
+
+
+def _first_file(store: fs.SubTreeFileSystem, *paths: str) -> str:
+    """The first of these paths that is a file; empty where none is."""
+    return next((path for path in paths if store.get_file_info(path).is_file), "")
+
+
+def _text(store: fs.SubTreeFileSystem, path: str) -> str:
+    with store.open_input_file(path) as file:
+        try:
+            return file.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{store.base_path}{path}: not UTF-8 ({error}): save it as UTF-8") from error
+
+
+def _json(store: fs.SubTreeFileSystem, path: str, kind: type) -> Any:
+    where = f"{store.base_path}{path}"
+    try:
+        value = json.loads(_text(store, path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} line {error.lineno}: not valid JSON ({error.msg}): mend it") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{where}: holds a {type(value).__name__} where a {kind.__name__} belongs: mend it")
+    return value
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,51 @@
+"""One small drawn catalogue and one Ray cluster for the whole suite."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from clipfh import catalogue, config, demo
+
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
+
+TINY = {
+    "model.name": config.SMALL,
+    "batch.items": 8,
+    "batch.views": 2,
+    "budget.images": 192,
+    "budget.report_every": 64,
+    "augment.crop_min": 0.5,
+}
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """Photos of 40 drawn garments, as In-Shop is distributed."""
+    out = tmp_path_factory.mktemp("source") / "photos"
+    demo.write_source(out, items=40, seed=1, size=64)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_catalogue(source, tmp_path_factory) -> catalogue.Catalogue:
+    return catalogue.prepare(str(source), tmp_path_factory.mktemp("catalogue") / "tiny", image_size=64)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory):
+    """The suite's own cluster, its files out of the way of any other."""
+    import ray
+
+    from clipfh import cluster
+
+    os.environ["RAY_TMPDIR"] = "/tmp/clipfh-tests"  # a socket's path has room for no more than about 100 letters
+    cluster.connect("local", config.Placement(workers=2))
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> config.Experiment:
+    return config.resolve("image", None, TINY)

@@ -1,0 +1,142 @@
+"""Towers: names, weights, freezing, depth; the real loading code on small files in the real formats."""
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clipfh import UserError, config, model
+
+SMALL = config.Model(name=config.SMALL, freeze_patch=False)
+
+
+@pytest.mark.parametrize(
+    "settings,name",
+    [
+        (config.Model(name="ViT-B/16"), "ViT-B-16-quickgelu"),
+        (config.Model(name="RN50"), "RN50-quickgelu"),
+        (config.Model(name="ViT-B/16", pretrained="laion2b_s34b_b88k"), "ViT-B-16"),
+        (config.Model(name="ViT-B-16", pretrained="openai"), "ViT-B-16-quickgelu"),
+        (config.Model(name="ViT-B-16"), "ViT-B-16"),
+        (SMALL, "clipfh-small"),
+    ],
+)
+def test_openai_names_mean_quickgelu(settings, name):
+    assert model.architecture(settings) == name
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_local_file_gives_its_weights(tmp_path, suffix):
+    state = model.initial(SMALL, seed=1).state_dict()
+    file = tmp_path / f"weights{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    loaded = model.initial(config.Model(name=config.SMALL, pretrained=str(file)), seed=2)
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (config.Model(name="ViT-B/17"), "--model.name ViT-B/17: no such model, did you mean ViT-B-16"),
+        (
+            config.Model(name="ViT-B/16", pretrained="no.pt"),
+            "--model.pretrained no.pt: no such file, nor a tag of ViT-B/16",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line(settings, message):
+    with pytest.raises(UserError) as error:
+        model.initial(settings, 0)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    file = tmp_path / "other.safetensors"
+    save_file({"visual.proj": torch.zeros(3, 3)}, file)
+    with pytest.raises(UserError, match="does not hold weights of clipfh-small"):
+        model.initial(config.Model(name=config.SMALL, pretrained=str(file)), 0)
+
+
+def test_weights_that_cannot_be_downloaded_name_the_remedy(monkeypatch):
+    monkeypatch.setattr("socket.create_connection", lambda *a, **k: (_ for _ in ()).throw(OSError("unreachable")))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"weights 'openai' of RN50 can't be downloaded .* --model.pretrained FILE"):
+        model.initial(config.Model(name="RN50"), 0)
+
+
+def test_random_weights_follow_the_seed():
+    first, again, other = (model.initial(SMALL, seed).visual.proj for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_towers_see_what_open_clip_sees():
+    clip = model.initial(SMALL, 0)
+    images = torch.randint(0, 255, (4, 64, 64, 3), dtype=torch.uint8)
+    preprocess = model.preprocess_of(clip)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    pixels = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    expected = clip.encode_image(pixels, normalize=True)
+    ours = model.embed(model.Towers(clip), images.numpy(), torch.float32, batch=3)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "RN50-quickgelu", "clipfh-small"])
+def test_depth_rises_from_stem_to_head(name):
+    with torch.device("meta"):
+        clip = open_clip.create_model(name, device="meta")
+    names = list(model.split_towers(clip)["image"])
+    blocks = model.num_blocks(names)
+    depths = [model.depth(n, blocks) for n in names]
+    assert blocks == {"ViT-B-32-quickgelu": 12, "RN50-quickgelu": 4, "clipfh-small": 4}[name]
+    assert set(depths) == set(range(blocks + 2))
+
+
+def test_freezing_by_stage_and_setting():
+    clip = model.build(SMALL)
+    model.freeze(clip, "image", config.Model(name=config.SMALL, freeze_patch=True, freeze_blocks=2), learn_scale=True)
+    trained = {name for name, p in clip.named_parameters() if p.requires_grad}
+    assert all(name.startswith("visual.") for name in trained), "the image stage leaves text tower and scale alone"
+    assert not any("resblocks.0." in n or "resblocks.1." in n or "conv1" in n for n in trained)
+    assert any("resblocks.2." in n for n in trained)
+    model.freeze(clip, "joint", SMALL, learn_scale=True)
+    assert all(p.requires_grad for p in clip.parameters())
+    with pytest.raises(UserError, match="freeze_blocks 9: clipfh-small has 4 blocks"):
+        model.freeze(clip, "image", config.Model(name=config.SMALL, freeze_blocks=9), learn_scale=True)
+
+
+def test_batch_norm_stays_in_eval_mode():
+    clip = open_clip.create_model("RN50-quickgelu", device="meta")
+    towers = model.Towers.__new__(model.Towers)
+    torch.nn.Module.__init__(towers)
+    towers.clip = clip
+    towers.train()
+    norms = [m for m in towers.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and not any(m.training for m in norms) and clip.visual.training
+
+
+@pytest.mark.parametrize(
+    "setting,device,expected",
+    [("auto", "cpu", torch.float32), ("float32", "cuda", torch.float32), ("bfloat16", "cpu", torch.bfloat16)],
+)
+def test_precision(setting, device, expected):
+    assert model.precision(setting, torch.device(device)) == expected
+
+
+def test_auto_precision_asks_the_gpu(monkeypatch):
+    for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda has=has: has)
+        assert model.precision("auto", torch.device("cuda")) == expected
+
+
+def test_images_go_to_a_gpu_by_pinned_memory(monkeypatch):
+    import numpy as np
+
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: asked.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, on, non_blocking=False: asked.append(non_blocking) or self)
+    model.to_device(np.zeros((1, 2, 2, 3), np.uint8), torch.device("cuda"))
+    assert asked == ["pinned", True]
+    asked.clear()
+    model.to_device(np.zeros((1, 2, 2, 3), np.uint8), torch.device("cpu"))
+    assert asked == []

@@ -1,0 +1,69 @@
+"""What reaches the workers is the plan, in order, the same for any number of workers and after any restart."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from clipfh import stream
+from clipfh.batches import Plan
+
+
+@pytest.fixture(scope="module")
+def shared(ray_cluster, small_catalogue):
+    return stream.share(small_catalogue)
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny):
+    return stream.Recipe(tiny.batch, tiny.augment, seed=3, size=64)
+
+
+def streamed(shared, recipe, first, last, workers):
+    """Step to (rows, images) of the global batch, put together from what each rank got."""
+    config = stream.Stream(shared, recipe)
+    counted = stream.steps(first, last, recipe.batch.images)
+    ranks = config.configure({"train": counted}, workers, None, None)
+    parts = [list(stream.batches(rank["train"])) for rank in ranks]
+    for part in parts:
+        assert [step for step, _, _ in part] == list(range(first, last)), "every step once, in order"
+    return {
+        together[0][0]: tuple(np.concatenate([each[i] for each in together]) for i in (1, 2))
+        for together in zip(*parts, strict=True)
+    }
+
+
+def test_the_stream_is_the_plan_decoded(shared, recipe, small_catalogue):
+    found = streamed(shared, recipe, 0, 6, workers=1)
+    table = small_catalogue.images("train")
+    index = stream.index_of(small_catalogue.rows("train"), np.array([len(table)]))
+    plan = Plan(index.item, recipe.batch.items, recipe.batch.views, recipe.seed, index.category)
+    for step, (rows, images) in found.items():
+        np.testing.assert_array_equal(rows, plan.batch(step))
+        expected = stream.decode(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
+        np.testing.assert_array_equal(images, expected)
+
+
+def test_two_workers_get_the_same_batches_and_pixels(shared, recipe):
+    one, two = (streamed(shared, recipe, 0, 4, workers) for workers in (1, 2))
+    for step in one:
+        np.testing.assert_array_equal(one[step][0], two[step][0])
+        np.testing.assert_array_equal(one[step][1], two[step][1])
+
+
+def test_a_restart_goes_on_where_it_was(shared, recipe):
+    whole, rest = streamed(shared, recipe, 0, 7, 1), streamed(shared, recipe, 4, 7, 1)
+    for step in rest:
+        np.testing.assert_array_equal(whole[step][1], rest[step][1])
+
+
+def test_another_seed_is_another_stream(shared, recipe):
+    other = dataclasses.replace(recipe, seed=4)
+    assert not np.array_equal(streamed(shared, recipe, 0, 1, 1)[0][0], streamed(shared, other, 0, 1, 1)[0][0])
+
+
+def test_digest_tells_streams_apart():
+    rows = np.arange(4)
+    assert stream.digest("", 0, rows) == stream.digest("", 0, rows.astype(np.int32))
+    different = {stream.digest("", 0, rows), stream.digest("", 1, rows), stream.digest("", 0, rows[::-1])}
+    assert len(different | {stream.digest("x", 0, rows)}) == 4

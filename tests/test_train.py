@@ -1,0 +1,207 @@
+"""Runs: what they leave behind, the same for any number of workers, exact after kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+from clipfh import UserError, checkpoint, cluster, config, train
+
+
+@pytest.fixture(scope="module")
+def fitted(ray_cluster, small_catalogue, tmp_path_factory):
+    """Run an experiment in a folder of its own; (experiment, workers) to the folder."""
+
+    def fit(experiment, workers=1, name="run"):
+        out = tmp_path_factory.mktemp(name) / "run"
+        clip, experiment = train.begin(out, experiment, small_catalogue)
+        resources = cluster.Resources(workers=workers, cpus=1, gpus=0, threads=1)
+        train.fit(experiment, train.inputs_of(small_catalogue, experiment, clip), out, resources)
+        return out
+
+    return fit
+
+
+@pytest.fixture(scope="module")
+def image_run(fitted, tiny):
+    return fitted(tiny)
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    """Raw weights of the run's last checkpoint."""
+    snapshot = json.loads((run / "checkpoints" / checkpoint.SNAPSHOT).read_text())
+    return load_file(run / "checkpoints" / snapshot["latest_checkpoint_result"]["checkpoint_dir_name"] / checkpoint.RAW)
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_a_run_leaves_what_it_should(image_run, tiny):
+    lines = train.read_metrics(image_run)
+    assert [line["images"] for line in lines] == [64, 128, 192]
+    for key in (
+        "loss",
+        "loss_supcon",
+        "floor_supcon",
+        "collapse_supcon",
+        "grad_norm",
+        "val_mAP",
+        "data_wait",
+        "stream",
+    ):
+        assert all(key in line for line in lines), key
+    assert lines[-1]["best_val_mAP"] == max(line["val_mAP"] for line in lines)
+    assert config.load(image_run / "experiment.json") == tiny
+    assert len((image_run / "stream.jsonl").read_text().splitlines()) == 12
+    assert list((image_run / "tensorboard").iterdir())
+    weights = checkpoint.load(image_run)
+    assert weights.metrics["val_mAP"] == lines[-1]["best_val_mAP"], "a run's weights are its best checkpoint's"
+
+
+def test_only_the_image_tower_moves_in_the_image_stage(image_run, tiny):
+    before, after = train.start_of(tiny).state_dict(), final(image_run)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("visual.") for name in moved)
+
+
+def test_a_run_repeats_to_the_last_digit(image_run, fitted, tiny):
+    again = fitted(tiny)
+    timing = ("images_per_second", "data_wait")
+    first, second = (
+        [{k: v for k, v in m.items() if k not in timing} for m in train.read_metrics(r)] for r in (image_run, again)
+    )
+    assert first == second
+    assert apart(final(image_run), final(again)) == 0
+
+
+@pytest.mark.parametrize("stage", ["image", "joint"])
+def test_two_workers_train_what_one_does(fitted, stage):
+    loss = {"loss.ce": 0.2, "loss.triplet": 1.0, "loss.center": 1e-3, "loss.infonce": 0.5, "optimizer.lr": 1e-4}
+    experiment = config.resolve(stage, None, {**TINY, **loss, "budget.images": 64})
+    one, two = fitted(experiment, 1), fitted(experiment, 2)
+    assert (one / "stream.jsonl").read_text() == (two / "stream.jsonl").read_text()
+    losses = [train.read_metrics(run)[-1] for run in (one, two)]
+    for term in ("loss", *(f"loss_{t}" for t in config.TERMS)):
+        assert losses[0][term] == pytest.approx(losses[1][term], rel=1e-4), term
+    assert apart(final(one), final(two)) < 5e-4, "a step of AdamW turns rounding of tiny gradients into up to lr"
+
+
+def test_divergence_ends_the_run_with_the_reason(fitted):
+    run = fitted(config.resolve("image", None, {**TINY, "optimizer.lr": 1e30, "optimizer.clip": 0.0}))
+    last = train.read_metrics(run)[-1]
+    assert "the loss is not finite at step" in last["diverged"] and last["val_mAP"] == 0.0
+
+
+def test_patience_stops_a_run_that_no_longer_improves(fitted, tiny):
+    still = config.replace(tiny, {"optimizer.lr": 1e-12, "budget.images": 640, "budget.patience": 2})
+    assert len(train.read_metrics(fitted(still))) == 3
+
+
+def test_begin_refuses_what_does_not_fit(image_run, small_catalogue, tiny, tmp_path):
+    cases = [
+        (tmp_path / "new", tiny, True, "holds no run; leave --resume out"),
+        (image_run, tiny, False, "is not empty: --resume goes on with its run"),
+        (image_run, config.replace(tiny, {"optimizer.lr": 0.5}), True, "the settings differ from those in"),
+    ]
+    for out, experiment, resume, message in cases:
+        with pytest.raises(UserError, match=message):
+            train.begin(out, experiment, small_catalogue, resume=resume)
+    assert train.begin(image_run, None, small_catalogue, resume=True)[1] == tiny
+
+
+def test_warm_start_takes_another_runs_weights(image_run, tiny):
+    clip = train.start_of(tiny, str(image_run))
+    expected = checkpoint.load(image_run).state
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in clip.state_dict().items())
+
+
+@pytest.mark.parametrize("views,batch,every,total,steps_between", [(2, 16, 64, 12, 4), (2, 16, 0, 12, 1)])
+def test_budget_in_steps(views, batch, every, total, steps_between):
+    experiment = config.resolve("image", None, {**TINY, "batch.views": views, "budget.report_every": every})
+    assert train.budget_of(experiment, 100) == train.Budget(total, steps_between)
+    in_epochs = config.resolve("image", None, {**TINY, "budget.epochs": 2.0, "budget.images": 0})
+    assert train.budget_of(in_epochs, 100).total == 13
+
+
+# --- Kills -----------------------------------------------------------------------------------------------------------
+
+LONG = {**TINY, "budget.images": 960, "budget.report_every": 192}
+
+
+def command(catalogue, out, *more: str) -> list[str]:
+    settings = [f"--{name}={value}" for name, value in LONG.items()] if "--resume" not in more else []
+    clipfh = [sys.executable, "-m", "clipfh.cli"]
+    return [*clipfh, "train", "image", str(catalogue.path), f"--out={out}", "--cpus-per-worker=1", *settings, *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_catalogue, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    subprocess.run(command(small_catalogue, out), check=True, capture_output=True)
+    return out
+
+
+def await_reports(process: subprocess.Popen, run: Path, count: int) -> None:
+    """Wait until a checkpoint follows so many reports, and the next steps have begun."""
+    while len(train.read_metrics(run)) < count or checkpoint.latest_step(run) < train.read_metrics(run)[-1]["step"]:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def assert_same(run: Path, undisturbed: Path) -> None:
+    assert (run / "stream.jsonl").read_text() == (undisturbed / "stream.jsonl").read_text()
+    assert [m["step"] for m in train.read_metrics(run)] == [m["step"] for m in train.read_metrics(undisturbed)]
+    assert apart(final(run), final(undisturbed)) < 1e-6
+
+
+@pytest.mark.resilience
+def test_a_killed_command_resumes_to_the_same_end(small_catalogue, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(small_catalogue, run), start_new_session=True, stdout=subprocess.PIPE)
+    await_reports(process, run, 2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert checkpoint.latest_step(run) < 60, "killed in mid-run"
+    subprocess.run(command(small_catalogue, run, "--resume"), check=True, capture_output=True)
+    assert_same(run, undisturbed)
+
+
+@pytest.mark.resilience
+def test_a_killed_worker_is_replaced_and_the_end_is_the_same(small_catalogue, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(small_catalogue, run), stdout=subprocess.PIPE)
+    await_reports(process, run, 2)
+    pids = subprocess.run(["pgrep", "-f", "ray::.*TrainWorker"], capture_output=True, text=True).stdout.split()
+    ours = [pid for pid in map(int, pids) if process.pid in ancestors(pid)]
+    assert len(ours) == 1, pids
+    os.kill(ours[0], signal.SIGKILL)
+    assert process.wait(240) == 0
+    assert_same(run, undisturbed)
+
+
+def ancestors(pid: int) -> list[int]:
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        found.append(pid)
+    return found
+
+
+def test_labels_name_every_caption_once(ray_cluster, small_catalogue, tiny):
+    clip = train.start_of(tiny)
+    worker = train.Worker(tiny, train.inputs_of(small_catalogue, tiny, clip), threads=1)
+    rows = np.arange(0, len(worker.index.item), 3)
+    labels = worker._labels(rows)
+    caption = worker.captions.of_item[worker.index.item[rows]]
+    np.testing.assert_array_equal(labels.captions[labels.caption].numpy(), caption[caption >= 0])
+    assert len(labels.captions.unique()) == len(labels.captions)
