@@ -115,7 +115,7 @@ def _snapshot(run: Path) -> dict[str, Any]:
 
 def _load_file(file: Path) -> dict[str, Tensor]:
     try:
-        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        state: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0][:160]
         raise UserError(

@@ -100,7 +100,8 @@ def disconnect() -> None:
 
 def logs() -> str:
     """Where Ray's own logs of this session lie, on the head."""
-    return f"{ray._private.worker.global_worker.node.get_session_dir_path()}/logs"
+    node = ray._private.worker.global_worker.node
+    return f"{node.get_session_dir_path()}/logs" if node else "on the cluster's head"
 
 
 def _cores() -> int:
@@ -174,7 +175,7 @@ class Register(ControllerCallback, WorkerGroupCallback):
 
 
 def end(run: str) -> None:
-    """Free what a run still holds. The controller goes first, or it would take the loss for a failure and start anew."""
+    """Free what a run still holds. The controller goes first: it would take the loss for a failure and start anew."""
     controller, group = _take(f"controller:{run}"), _take(f"group:{run}")
     if controller is not None:
         ray.kill(controller)

@@ -412,8 +412,8 @@ def resolve(stage: str, preset: str | None = None, settings: Mapping[str, Any] |
         raise UserError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
     if stage not in PRESETS[preset]:
         raise UserError(f"preset {preset} is not for the {stage} stage: its presets are {', '.join(presets_of(stage))}")
-    base = PRESETS[preset][typing.cast(Stage, stage)]
-    return replace(Experiment(stage=typing.cast(Stage, stage)), {**_one_budget(base), **_one_budget(settings)})
+    base = PRESETS[preset][stage]
+    return replace(Experiment(stage=stage), {**_one_budget(base), **_one_budget(settings)})
 
 
 def presets_of(stage: str) -> list[str]:
@@ -426,8 +426,8 @@ def _one_budget(settings: Mapping[str, Any]) -> dict[str, Any]:
     given = {k for k in ("budget.images", "budget.epochs") if settings.get(k)}
     if len(given) == 2:
         raise UserError("give --budget.images or --budget.epochs, not both")
-    other = {"budget.images": {"budget.epochs": 0.0}, "budget.epochs": {"budget.images": 0}}
-    return {**settings, **(other[given.pop()] if given else {})}
+    other: dict[str, dict[str, Any]] = {"budget.images": {"budget.epochs": 0.0}, "budget.epochs": {"budget.images": 0}}
+    return {**other[given.pop()], **settings} if given else dict(settings)
 
 
 def replace(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:

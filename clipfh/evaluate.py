@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,13 +43,12 @@ class Embedded:
 
 
 class _Embedder:
-    """A copy of the model in a process of its own, fed with batches by Ray Data."""
+    """A copy of the model, fed with batches of images or of tokens by Ray Data."""
 
     def __init__(self, clip: Any, precision: str) -> None:
-        self.clip: nn.Module = ray.get(clip)
-        self.device = model.device()
-        self.towers = model.Towers(self.clip).to(self.device).eval()
-        self.precision = model.precision(precision, self.device)
+        device = model.device()
+        self.towers = model.Towers(ray.get(clip)).to(device).eval()
+        self.precision = model.precision(precision, device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if "image" in batch:
@@ -56,6 +56,14 @@ class _Embedder:
         else:
             embedding = model.embed_text(self.towers, torch.from_numpy(batch["tokens"]).long(), self.precision)
         return {"embedding": embedding.cpu().numpy()}
+
+
+_embedder = functools.lru_cache(maxsize=1)(_Embedder)
+
+
+def _embed_on_cpu(batch: Any, clip: Any, precision: str) -> Any:
+    """The same in a task: processes that have torch loaded serve one dataset after another."""
+    return _embedder(clip, precision)(batch)
 
 
 def embed(
@@ -80,7 +88,7 @@ def embed(
     held = ray.put(clip)
     decode = {"preprocess": model.preprocess_of(clip)}
     encoded = ray.data.read_parquet(paths, columns=["image"], partitioning=None)
-    decoded = encoded.map_batches(_decode, batch_size=EMBED_BATCH, num_cpus=0.5, fn_kwargs=decode)
+    decoded = encoded.map_batches(_decode, batch_size=EMBED_BATCH, num_cpus=0.5, fn_kwargs=decode)  # type: ignore[arg-type]
     embedding = _run(decoded, held, settings.precision)
     codes = _codes(tables)
     rows = metrics.Embeddings(embedding, *(torch.from_numpy(c) for c in codes))
@@ -90,44 +98,42 @@ def embed(
     return Embedded(rows.select(query), rows.select(gallery), tables[0], tables[1], captions)
 
 
-def _decode(batch: dict[str, np.ndarray], preprocess: images.Preprocess) -> dict[str, np.ndarray]:
+def _decode(batch: Any, preprocess: images.Preprocess) -> Any:
     return {"image": np.stack([images.for_evaluation(encoded, preprocess) for encoded in batch["image"]])}
 
 
 def _run(rows: ray.data.Dataset, clip: Any, precision: str) -> Tensor:
     """Embeddings of the dataset's rows, in its order."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
     rows.context.execution_options.preserve_order = True
     rows.context.enable_progress_bars = False
-    embedded = rows.map_batches(
-        _Embedder,
-        fn_constructor_args=(clip, precision),
-        batch_size=EMBED_BATCH,
-        num_cpus=1,
-        num_gpus=1 if gpus else 0,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=gpus or _cpu_copies()),
-    )
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus:
+        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)
+        how: dict[str, Any] = {"fn_constructor_args": (clip, precision), "compute": pool, "num_gpus": 1}
+        embedded = rows.map_batches(_Embedder, batch_size=EMBED_BATCH, **how)
+    else:
+        how = {"num_cpus": 1, "fn_kwargs": {"clip": clip, "precision": precision}}
+        embedded = rows.map_batches(_embed_on_cpu, batch_size=EMBED_BATCH, **how)  # type: ignore[arg-type]
     return torch.from_numpy(
         np.concatenate([b["embedding"] for b in embedded.iter_batches(batch_format="numpy")]).copy()
     )
 
 
-def _cpu_copies() -> int:
-    """One model for every four CPUs: each wants threads, memory and images decoded for it."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) // 4)
-
-
 def _codes(tables: Sequence[pa.Table]) -> list[np.ndarray]:
     """Codes of item, (item, variant) and path over the rows of all tables; no variant known is a variant of its own."""
-    item, variant, path = (sum((t[c].to_pylist() for t in tables), []) for c in ("item_id", "variant", "path"))
+    item, variant, path = (_column(tables, name) for name in ("item_id", "variant", "path"))
     pair = [f"{i} {v}" for i, v in zip(item, variant, strict=True)]
     return [np.unique(names, return_inverse=True)[1] for names in (item, pair, path)]
+
+
+def _column(tables: Sequence[pa.Table], name: str) -> list[str]:
+    return [value for table in tables for value in table[name].to_pylist()]
 
 
 def _captions(
     tables: Sequence[pa.Table], item_codes: np.ndarray, prompts: dict[str, str], clip: Any, settings: config.Model
 ) -> metrics.Captions | None:
-    items = sum((t["item_id"].to_pylist() for t in tables), [])
+    items = _column(tables, "item_id")
     code_of = {name: code for name, code in zip(items, item_codes.tolist(), strict=True) if name in prompts}
     if not code_of:
         return None
@@ -170,7 +176,7 @@ def write(out: str | Path, found: dict[str, Any], embedded: Embedded) -> None:
 
 
 def predictions(embedded: Embedded, top: int = TOP) -> pa.Table:
-    """The first `top` gallery images of each query, without the query's own photo, in the order that metrics rank by."""
+    """The first `top` gallery images of each query, without its own photo, in the order that metrics rank by."""
     query, gallery = embedded.query, embedded.gallery
     columns: list[Tensor] = []
     values: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that any open_clip user can load, checked against the checkpoint before it is called done."""
+"""A checkpoint as a folder that any open_clip user can load, checked against the checkpoint before it is done."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -63,10 +62,11 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
 @torch.no_grad()
 def _check_parity(clip: nn.Module, folder: Path) -> None:
     """Embeddings of the written folder equal the model's."""
-    loaded, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    loaded, _, _ = model.library().create_model_and_transforms(f"local-dir:{folder}")
     side = model.preprocess_of(clip).size
     pixels = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(0))
-    ours, theirs = (m.eval().cpu().encode_image(pixels, normalize=True) for m in (clip, loaded))
+    both: list[Any] = [clip, loaded]
+    ours, theirs = (m.eval().cpu().encode_image(pixels, normalize=True) for m in both)
     worst = (ours - theirs).abs().max().item()
     assert worst <= TOLERANCE, f"the export's embeddings differ from the checkpoint's by {worst:g}"
 
@@ -79,7 +79,6 @@ def _card(experiment: config.Experiment, metrics: dict[str, Any]) -> str:
 Tuned by clipfh {__version__}, {experiment.stage} stage.
 
 ```python
-import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH_OF_THIS_FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:PATH_OF_THIS_FOLDER")
 model.eval()

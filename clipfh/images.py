@@ -73,6 +73,10 @@ def for_evaluation(encoded: bytes, preprocess: Preprocess) -> np.ndarray:
             resized = (
                 (size, int(size * long / short)) if image.width <= image.height else (int(size * long / short), size)
             )
-            image = image.resize(resized, resampling)  # noqa: PLW2901
-        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-        return np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB"))
+            return _middle(image.resize(resized, resampling), size)
+        return _middle(image, size)
+
+
+def _middle(image: Image.Image, size: int) -> np.ndarray:
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB"))

@@ -22,7 +22,8 @@ from clipfh import UserError
 
 RANKS = (1, 5, 10, 20, 30, 40, 50)
 KEYS = ("mAP", *(f"rank{k}" for k in RANKS), "mAP_at_R", "mINP")
-BLOCK = 2**22  # similarities held at once: it bounds the memory and changes no figure
+BLOCK = 2**24  # similarities held at once: they bound the memory and change no figure
+PART = 2**21  # similarities looked at while they are in the cache
 TILE = 64  # rows and columns of a product come in multiples of this
 
 
@@ -176,8 +177,9 @@ def count_ahead(similarity: Tensor, order: Tensor, column: Tensor, level: Tensor
     """
     ahead = torch.zeros(level.shape, dtype=torch.float64, device=level.device)
     flags = torch.empty_like(similarity)
-    number = torch.arange(1, len(level) + 1, device=level.device)[:, None]
-    for slot, rows in enumerate(((level < math.inf) * number).amax(0).tolist()):  # up to the last row with such a slot
+    number = torch.arange(len(level) + 1, device=level.device)[:, None]
+    last = (pad(level < math.inf, (0, 0, 1, 0)) * number).amax(0).tolist()  # for each slot, the last row that has it
+    for slot, rows in enumerate(last):
         block, flag, threshold = similarity[:rows], flags[:rows], level[:rows, slot, None]
         # Comparisons written as floats are summed several times faster than booleans; below 2**24 they are exact.
         ahead[:rows, slot] = torch.gt(block, threshold, out=flag).sum(1)
@@ -242,18 +244,19 @@ def _blocks(query: Embeddings, gallery: Embeddings, kin: _Index) -> Iterator[_Bl
     asking, answering = query.embedding.detach(), gallery.embedding.detach()
     assert len(query) and 0 < len(gallery) < 2**24
     item, photo, photos, twins = query.item.cpu(), query.image.cpu(), gallery.image.cpu(), _Index.of(gallery.image)
-    height = max(1, BLOCK // len(gallery) // TILE) * TILE
-    buffer = answering.new_empty(height, len(gallery))
-    # Queries with as many positives share a block, so that each slot of `count_ahead` is about full or empty.
-    for rows in kin.count(item).argsort(descending=True, stable=True).split(height):
-        similarity = _product(asking.index_select(0, rows.to(asking.device)), answering, buffer)
-        positives = kin.rows(item[rows])
-        positives.masked_fill_(photos[positives] == photo[rows, None], -1)
-        column, level = _descending(similarity, positives.to(asking.device))
-        for dropped in (column, twins.rows(photo[rows]).to(asking.device)):
-            row, slot = (dropped >= 0).nonzero(as_tuple=True)
-            similarity[row, dropped[row, slot]] = -math.inf
-        yield _Block(rows, column.cpu(), level, similarity)
+    height, few = (max(1, size // len(gallery) // TILE) * TILE for size in (BLOCK, PART))
+    buffer = answering.new_empty(min(height, len(query) + TILE), len(gallery))
+    # Queries with as many positives stand together, so that each slot of `count_ahead` is about full or empty.
+    for block in kin.count(item).argsort(descending=True, stable=True).split(height):
+        product = _product(asking.index_select(0, block.to(asking.device)), answering, buffer)
+        for rows, similarity in zip(block.split(few), product.split(few), strict=True):
+            positives = kin.rows(item[rows])
+            positives.masked_fill_(photos[positives] == photo[rows, None], -1)
+            column, level = _descending(similarity, positives.to(asking.device))
+            for dropped in (column, twins.rows(photo[rows]).to(asking.device)):
+                row, slot = (dropped >= 0).nonzero(as_tuple=True)
+                similarity[row, dropped[row, slot]] = -math.inf
+            yield _Block(rows, column.cpu(), level, similarity)
 
 
 def _product(query: Tensor, gallery: Tensor, buffer: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,10 +23,17 @@ from torch import Tensor, nn
 from clipfh import UserError, config
 from clipfh.images import Preprocess
 
-open_clip.add_model_config(Path(__file__).parent / f"{config.SMALL}.json")
-
 CONFIG_FILE = "open_clip_config.json"
 MAX_LOG_SCALE = math.log(100)
+
+
+@functools.cache
+def library() -> Any:
+    """open_clip, with our architecture known to it. It takes seconds to import, and most processes need none of it."""
+    import open_clip
+
+    open_clip.add_model_config(Path(__file__).parent / f"{config.SMALL}.json")
+    return open_clip
 
 
 def architecture(settings: config.Model) -> str:
@@ -39,10 +46,10 @@ def architecture(settings: config.Model) -> str:
         UserError: open_clip has no such model.
     """
     name, tag = settings.name.replace("/", "-"), settings.pretrained
-    known = open_clip.list_models()
+    known = library().list_models()
     if name not in known:
         raise UserError(f"--model.name {settings.name}: no such model{config.nearest(name, known)}")
-    trained = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    trained = library().get_pretrained_cfg(name, tag) if tag else {}
     quick = trained.get("quick_gelu", False) if trained else is_openai_name(settings.name)
     return f"{name}-quickgelu" if quick and f"{name}-quickgelu" in known else name
 
@@ -61,7 +68,7 @@ def weights_of(settings: config.Model) -> str:
 def build(settings: config.Model) -> nn.Module:
     """The architecture with random weights, float32, on the CPU."""
     with _quiet():
-        return open_clip.create_model(architecture(settings), pretrained_text=False)
+        return library().create_model(architecture(settings), pretrained_text=False)
 
 
 @contextlib.contextmanager
@@ -88,7 +95,7 @@ def initial(settings: config.Model, seed: int) -> nn.Module:
     _without_network_only_the_cache()
     try:
         with _quiet():
-            return open_clip.create_model(architecture(settings), pretrained=weights)
+            return library().create_model(architecture(settings), pretrained=weights)
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         raise _weights_error(settings, weights, error) from error
 
@@ -123,7 +130,7 @@ def _weights_error(settings: config.Model, weights: str, error: Exception) -> Us
     name, reason = settings.name, " ".join(str(error).split())[:160]
     if Path(weights).is_file():
         return UserError(f"--model.pretrained {weights} does not hold weights of {name} ({reason}): take its own file")
-    tags = open_clip.list_pretrained_tags_by_model(architecture(settings))
+    tags = library().list_pretrained_tags_by_model(architecture(settings))
     if weights not in tags:
         return UserError(
             f"--model.pretrained {weights}: no such file, nor a tag of {name} (its tags: {', '.join(tags) or 'none'})"
@@ -136,7 +143,7 @@ def _weights_error(settings: config.Model, weights: str, error: Exception) -> Us
 
 def preprocess_of(model: nn.Module) -> Preprocess:
     """How the model wants its images."""
-    cfg: dict[str, Any] = open_clip.get_model_preprocess_cfg(model)
+    cfg: dict[str, Any] = library().get_model_preprocess_cfg(model)
     size = cfg["size"]
     return Preprocess(
         size if isinstance(size, int) else size[0],
@@ -149,7 +156,7 @@ def preprocess_of(model: nn.Module) -> Preprocess:
 
 def open_clip_config(settings: config.Model, preprocess: Preprocess) -> str:
     """The text of `open_clip_config.json`, from which open_clip builds the model of a folder."""
-    model_cfg = open_clip.get_model_config(architecture(settings))
+    model_cfg = library().get_model_config(architecture(settings))
     shown = {"mean": preprocess.mean, "std": preprocess.std, "interpolation": preprocess.interpolation}
     return json.dumps(
         {"model_cfg": model_cfg, "preprocess_cfg": {**shown, "resize_mode": preprocess.resize_mode}}, indent=2
@@ -158,12 +165,12 @@ def open_clip_config(settings: config.Model, preprocess: Preprocess) -> str:
 
 def tokenizer(settings: config.Model) -> Callable[[list[str]], Tensor]:
     """The model's tokenizer: prompts to (N, context) int64."""
-    return open_clip.get_tokenizer(architecture(settings))
+    return library().get_tokenizer(architecture(settings))
 
 
 def token_counter(settings: config.Model) -> Callable[[str], int]:
     """How many tokens a prompt takes, start and end included."""
-    tokens = open_clip.get_tokenizer(architecture(settings))
+    tokens = library().get_tokenizer(architecture(settings))
     return lambda prompt: len(tokens.encode(prompt)) + 2
 
 
@@ -175,7 +182,7 @@ class Towers(nn.Module):
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip: Any = clip
         preprocess = preprocess_of(clip)
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)

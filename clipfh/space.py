@@ -226,10 +226,15 @@ def resolved(sweep: Sweep) -> str:
     """The sweep as YAML, all defaults filled in."""
     everything = config.flat(sweep.experiment(sweep.first))
     base = {n: v for n, v in everything.items() if n not in sweep.search and n != "stage"}
-    search = {
+    search: dict[str, Any] = {
         n: {r.kind: list(r.values)} | ({"or": r.off} if r.off is not None else {}) for n, r in sweep.search.items()
     }
-    tree = {"name": sweep.name, "stage": sweep.stage, "base": {"preset": sweep.preset, **base}, "search": search}
+    tree: dict[str, Any] = {
+        "name": sweep.name,
+        "stage": sweep.stage,
+        "base": {"preset": sweep.preset, **base},
+        "search": search,
+    }
     tree |= {"points": sweep.points, "trials": sweep.trials, "budget": dataclasses.asdict(sweep.halving)}
     tree |= {"placement": dataclasses.asdict(sweep.placement), "seed": sweep.seed}
     return yaml.safe_dump(tree, sort_keys=False)

@@ -107,7 +107,7 @@ class Stream(DataConfig):
         super().__init__()
         self.shared, self.recipe = shared, recipe
 
-    def configure(self, datasets: dict, world_size: int, *_: object, **__: object) -> list[dict]:  # type: ignore[override]
+    def configure(self, datasets: dict, world_size: int, *_: object, **__: object) -> list[dict]:
         """Called by Ray Train at every start of its workers."""
         return [
             {name: self._pipeline(steps, rank, world_size) for name, steps in datasets.items()}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
@@ -207,8 +208,8 @@ def run(
         UserError: a folder that holds another sweep, or nothing to resume; an empty split.
     """
     out, started = Path(out).absolute(), time.monotonic()
-    _begin(sweep, out, resume)
     catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
+    _begin(sweep, out, resume)
     base = sweep.experiment(sweep.first)
     resources = cluster.place(sweep.placement, alone=False)
     concurrent = cluster.at_once(sweep.placement, resources)
@@ -270,6 +271,7 @@ def _search(
     )
     if resume and tune.Tuner.can_restore(str(out / "tune")):
         tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_unfinished=True, restart_errored=True)
+        assert tuner._local_tuner is not None
         tuner._local_tuner._run_config.callbacks = [watch]  # not kept by Tune
     else:
         tune_config = tune.TuneConfig(
@@ -289,7 +291,7 @@ def _searcher(sweep: Sweep, out: Path) -> OptunaSearch:
     warnings.simplefilter(
         "ignore", optuna.exceptions.ExperimentalWarning
     )  # of `group`, which conditional settings need
-    journal = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
+    journal = JournalFileBackend(str(out / "study.journal"))
     points = [
         {k: v for n, value in p.items() for k, v in sweep.search[n].point(n, value).items()} for p in sweep.points
     ]
@@ -375,7 +377,8 @@ def outcome(summary: dict[str, Any], out: str | Path) -> str:
     if summary["best_trial"] == ZERO_SHOT:
         lines.append("Tuning made nothing better: the zero-shot model is the winner.")
     lines.append(
-        f"trials      {summary['trials']} ({summary['failed']} failed), winner {summary['best_trial']}: {out}/leaderboard.csv"
+        f"trials      {summary['trials']} ({summary['failed']} failed), winner {summary['best_trial']}: "
+        f"{out}/leaderboard.csv"
     )
     lines.append(f"export      {out}/best")
     lines.append(f"report      {out}/report.html")

@@ -248,7 +248,7 @@ class Worker:
         self.average = optimizer.Average(self.clip, experiment.optimizer.ema)
         self.step = 0
 
-    def _build_clip(self) -> nn.Module:
+    def _build_clip(self) -> Any:
         clip, settings = model.build(self.experiment.model), self.experiment.loss
         clip.load_state_dict({n: torch.from_numpy(w.copy()) for n, w in ray.get(self.inputs.weights).items()})
         stage = "joint" if self.trains_text else "image"
@@ -489,13 +489,14 @@ def _write_events(out: str, values: dict[str, Any]) -> None:
 # --- The driver ------------------------------------------------------------------------------------------------------
 
 
-class _Trainer(TorchTrainer):
+class _Trainer(TorchTrainer):  # of Train V2, the default; its types are those of V1
     """TorchTrainer without its placement-group cleaner, whose part `cluster.Register` and `cluster.end` play."""
 
     def _create_default_callbacks(self) -> list:
         from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+        usual = super()._create_default_callbacks()  # type: ignore[misc]
+        return [callback for callback in usual if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 def fit(
@@ -541,8 +542,8 @@ def fit(
         run_config=ray.train.RunConfig(
             name="checkpoints",
             storage_path=out,
-            callbacks=[cluster.Register(name)],
-            failure_config=ray.train.FailureConfig(max_failures=retries, controller_failure_limit=3),
+            callbacks=[cluster.Register(name)],  # type: ignore[list-item]
+            failure_config=ray.train.FailureConfig(max_failures=retries, controller_failure_limit=3),  # type: ignore[call-arg]
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute="val_mAP", checkpoint_score_order="max"
             ),

@@ -1,0 +1,132 @@
+"""A small sweep, whole: every trial accounted for, the best exported and tested, everything free again."""
+
+import csv
+import json
+import time
+
+import open_clip
+import optuna
+import pytest
+import ray
+import torch
+from ray.util.placement_group import placement_group_table
+
+from clipfh import UserError, catalogue, checkpoint, images, model, report, space, sweep
+
+TEXT = """
+name: tiny
+stage: image
+base: {model.name: clipfh-small, batch.items: 8, augment.crop_min: 0.5}
+search:
+  optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
+  batch.views: {choice: [2, 4]}
+  loss.triplet: {loguniform: [0.1, 2.0], or: 0.0}
+  loss.triplet_margin: {uniform: [0.1, 0.4]}
+points:
+  - {optimizer.lr: 1.0e-3, batch.views: 2, loss.triplet: 0.0}
+trials: 4
+budget: {images: 256, first_rung: 64, reduction: 2}
+placement: {concurrent: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, small_catalogue, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "tiny.yaml").write_text(TEXT)
+    before = held()
+    summary = sweep.run(space.load(folder / "tiny.yaml"), small_catalogue, folder / "out", tell=lambda line: None)
+    return folder / "out", summary, before
+
+
+# Ray Data's own, one of each for a cluster
+RAYS = {"_StatsActor", "_AutoscalingCoordinatorActor", "_DatasetStateActor"}
+
+
+def held() -> tuple[float, int, set[str]]:
+    """Free CPUs, placement groups that are there, actors that are alive."""
+    groups = sum(group["state"] != "REMOVED" for group in placement_group_table().values())
+    alive = [a["ActorClassName"] for a in ray._private.state.actors().values() if a["State"] != "DEAD"]
+    return ray.available_resources().get("CPU", 0.0), groups, set(alive) - RAYS
+
+
+def rows(out):
+    with (out / "leaderboard.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_trial_is_accounted_for(finished):
+    out, summary, _ = finished
+    assert sorted(row["trial"] for row in rows(out)) == ["0000", "0001", "0002", "0003", "0004"]
+    assert {row["status"] for row in rows(out)} <= {"zero-shot", "done", "stopped"}
+    assert [int(row["rank"]) for row in rows(out)] == [1, 2, 3, 4, 5]
+    for row in rows(out)[1:]:
+        assert float(row["val_mAP"]) <= float(rows(out)[0]["val_mAP"])
+    assert (summary["trials"], summary["failed"], summary["best_trial"]) == (4, 0, rows(out)[0]["trial"])
+
+
+def test_what_it_held_is_free_again_within_seconds(finished):
+    deadline = time.monotonic() + 10
+    while held() != finished[2] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert held() == finished[2] and not held()[2]
+
+
+def test_the_study_holds_every_trial_and_a_margin_only_where_its_loss_is_on(finished):
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(f"{finished[0]}/study.journal"))
+    trials = optuna.load_study(study_name="tiny", storage=storage).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 4
+    for trial in trials:
+        assert (
+            ("loss.triplet_margin" in trial.params) == trial.params["loss.triplet?"] == ("loss.triplet" in trial.params)
+        )
+    assert trials[0].params == {"optimizer.lr": 1e-3, "batch.views": 2, "loss.triplet?": False}
+
+
+def test_the_export_embeds_photos_as_the_checkpoint_does(finished, small_catalogue):
+    out, summary, _ = finished
+    loaded, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out / 'best'}")
+    winner = checkpoint.load(out / "trials" / summary["best_trial"])
+    ours = model.with_weights(winner.experiment.model, winner.state, "winner")
+    preprocess = model.preprocess_of(loaded)
+    photos = [photo.as_py() for photo in small_catalogue.images("query")["image"][:8]]
+    pixels = torch.stack([torch.from_numpy(images.for_evaluation(p, preprocess).copy()) for p in photos])
+    theirs = model.embed(model.Towers(loaded), pixels.numpy(), torch.float32)
+    expected = model.embed(model.Towers(ours), pixels.numpy(), torch.float32)
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)
+
+
+def test_the_summary_has_both_models_on_the_test_split(finished):
+    out, summary, _ = finished
+    assert json.loads((out / "summary.json").read_text()) == summary
+    for which in ("test", "zero_shot"):
+        low, high = summary[which]["intervals"]["mAP"]
+        assert low <= summary[which]["mAP"] <= high
+    assert summary["test"]["num_query"] == summary["zero_shot"]["num_query"]
+    assert "zero-shot" in sweep.outcome(summary, out) and report.read(out).kind == "Sweep"
+
+
+def test_a_finished_sweep_resumes_to_itself(finished, small_catalogue):
+    out, summary, _ = finished
+    loaded = space.load(out / "sweep.yaml")
+    before = {path: path.stat().st_mtime_ns for path in (out / "trials").glob("*/metrics.jsonl")}
+    again = sweep.run(loaded, small_catalogue, out, resume=True, tell=lambda line: None)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "no trial ran twice"
+
+
+def test_out_in_use_and_nothing_to_resume(finished, small_catalogue, tmp_path):
+    loaded = space.load(finished[0] / "sweep.yaml")
+    with pytest.raises(UserError, match="is not empty: --resume goes on with its sweep"):
+        sweep.run(loaded, small_catalogue, finished[0])
+    with pytest.raises(UserError, match="holds no sweep"):
+        sweep.run(loaded, small_catalogue, tmp_path, resume=True)
+
+
+def test_an_empty_split_is_found_before_anything_starts(small_catalogue, tmp_path):
+    counts = {**small_catalogue.manifest["counts"], "query": {"images": 0, "items": 0}}
+    empty = catalogue.Catalogue(small_catalogue.path, {**small_catalogue.manifest, "counts": counts})
+    (tmp_path / "tiny.yaml").write_text(TEXT)
+    with pytest.raises(UserError, match="no query images"):
+        sweep.run(space.load(tmp_path / "tiny.yaml"), empty, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
