@@ -19,7 +19,6 @@ from clipfh.config import Placement
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 # What people should read, the commands say in words; the rest is in Ray's log files.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 HEAD = "node:__internal_head__"
 """A resource that every Ray head has: drivers of trials take a sliver of it, so they run there and take no CPU."""
@@ -61,21 +60,18 @@ def connect(address: str | None = None, placement: Placement | None = None, dash
         return
     _hush()
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    env = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": env | {"TOKENIZERS_PARALLELISM": "false"}},
-    }
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         workers = placement.workers if placement else 1
         slots = max(2 * _cores(), 4, 4 * workers)
-        ray.init("local", num_cpus=slots, include_dashboard=dashboard, **common)
+        # Processes inherit our environment; a runtime_env would keep them from those that Ray starts beforehand
+        ray.init("local", num_cpus=slots, include_dashboard=dashboard, **quiet)
         return
     if address != "auto":
         _check_reachable(address)
     try:
-        ray.init(address, **common)
+        env = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+        ray.init(address, runtime_env={"env_vars": env}, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(

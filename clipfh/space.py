@@ -100,6 +100,12 @@ class Sweep:
         """A term's weight where it is not searched."""
         return float(config.flat(self.experiment(self.first))[f"loss.{term}"])
 
+    def corners(self, name: str) -> list[dict[str, Any]]:
+        """Points of the space that differ in one setting: its ends or choices; one point where it is not searched."""
+        return (
+            [{**self.first, name: value} for value in self.search[name].values] if name in self.search else [self.first]
+        )
+
     @property
     def first(self) -> dict[str, Any]:
         """The first value of every range: one point of the space."""
@@ -174,9 +180,13 @@ def _check_values(sweep: Sweep) -> None:
         raise UserError(f"trials must be a whole number above 0, not {sweep.trials!r}")
     if type(sweep.seed) is not int:
         raise UserError(f"seed must be a whole number, not {sweep.seed!r}")
-    for name, r in sweep.search.items():
-        for value in r.values:
-            sweep.experiment({**sweep.first, name: value})
+    for name in sweep.search:
+        for corner in sweep.corners(name):
+            experiment = sweep.experiment(corner)
+            if experiment.batch.items % sweep.placement.workers:
+                raise UserError(
+                    f"batch.items {experiment.batch.items} can't be shared by {sweep.placement.workers} workers"
+                )
     for point in sweep.points:
         for name, value in point.items():
             if name not in sweep.search:

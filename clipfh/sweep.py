@@ -219,7 +219,10 @@ def run(
     zero_shot = _zero_shot(catalogue, clip, base, texts, out / "trials" / ZERO_SHOT)
     tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {zero_shot:.3f}")
     board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
-    inputs = train.inputs_of(catalogue, base, clip)
+    widest = max((sweep.experiment(each) for each in sweep.corners("batch.items")), key=lambda e: e.batch.items)
+    inputs = train.inputs_of(catalogue, widest, clip)  # raises where the largest P is more than the items
+    if inputs.num_single:
+        tell(train.single_views(inputs.num_single))
     trials = _search(sweep, inputs, out, resources, concurrent, Watch(board, tell, sweep.trials), resume)
     rows = board.write(trials)
     return _finish(sweep, catalogue, clip, base, texts, out, rows, time.monotonic() - started, tell)

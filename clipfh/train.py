@@ -103,6 +103,11 @@ def begin(
     return clip, experiment
 
 
+def single_views(count: int) -> str:
+    """What to tell people of items that can't be positives."""
+    return f"note: {count:,} train items have one view and are left out of terms that need a positive"
+
+
 def start_of(experiment: config.Experiment, warm_start: str | None = None) -> nn.Module:
     """The model as training finds it: pretrained or random, then the weights to warm-start from."""
     if warm_start:
@@ -173,23 +178,28 @@ def item_texts(catalogue: Catalogue, *splits: str) -> list[prompts.ItemText]:
 
 @dataclass(frozen=True)
 class Budget:
-    """An experiment's budget in steps."""
+    """An experiment's budget, for batches of so many images."""
 
     total: int
-    every: int
-    """steps between two reports"""
+    """steps"""
+    every: float
+    """images between two reports"""
+    batch: int
 
     def is_report(self, done: int) -> bool:
-        """Whether a report is due after this many steps."""
-        return done % self.every == 0 or done == self.total
+        """Whether a report is due after so many steps: the first to reach a multiple of `every`, and the last.
+
+        So a report comes at no fewer images than was asked for, by less than a batch, whatever P x K: a sweep's rungs
+        are the same for all its trials.
+        """
+        return done == self.total or done * self.batch // self.every > (done - 1) * self.batch // self.every
 
 
 def budget_of(experiment: config.Experiment, num_images: int) -> Budget:
-    """Steps of the run and between its reports."""
+    """The run's steps and reports."""
     budget, batch = experiment.budget, experiment.batch.images
     images = budget.images or math.ceil(budget.epochs * num_images)
-    every = budget.report_every or images / 10
-    return Budget(batches.num_steps(images, batch), max(1, round(every / batch)))
+    return Budget(batches.num_steps(images, batch), budget.report_every or images / 10, batch)
 
 
 # --- The worker ------------------------------------------------------------------------------------------------------

@@ -125,10 +125,20 @@ def test_warm_start_takes_another_runs_weights(image_run, tiny):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in clip.state_dict().items())
 
 
-@pytest.mark.parametrize("views,batch,every,total,steps_between", [(2, 16, 64, 12, 4), (2, 16, 0, 12, 1)])
-def test_budget_in_steps(views, batch, every, total, steps_between):
-    experiment = config.resolve("image", None, {**TINY, "batch.views": views, "budget.report_every": every})
-    assert train.budget_of(experiment, 100) == train.Budget(total, steps_between)
+@pytest.mark.parametrize("views", [2, 3, 5, 7])
+@pytest.mark.parametrize("every", [0, 50, 64, 1000])
+def test_reports_come_at_the_same_images_for_every_batch(views, every):
+    experiment = config.resolve(
+        "image", None, {**TINY, "batch.views": views, "budget.images": 600, "budget.report_every": every}
+    )
+    budget, batch = train.budget_of(experiment, 100), 8 * views
+    seen = [step * batch for step in range(1, budget.total + 1) if budget.is_report(step)]
+    asked = [image for image in np.arange(1, 600) if image % (every or 60) == 0]
+    assert seen == sorted({*(-(-int(image) // batch) * batch for image in asked), budget.total * batch})
+    assert 600 <= budget.total * batch < 600 + batch
+
+
+def test_budget_in_epochs():
     in_epochs = config.resolve("image", None, {**TINY, "budget.epochs": 2.0, "budget.images": 0})
     assert train.budget_of(in_epochs, 100).total == 13
 

@@ -1,0 +1,96 @@
+"""Sweep files: the shipped ones fit, and every mistake is one clear line before anything starts."""
+
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+from clipfh import UserError, config, space
+
+SWEEPS = Path(__file__).parents[1] / "sweeps"
+GOOD = {
+    "name": "x",
+    "stage": "image",
+    "base": {"model.name": config.SMALL, "loss.supcon": 1.0},
+    "search": {
+        "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
+        "loss.triplet": {"loguniform": [0.1, 2.0], "or": 0.0},
+        "loss.triplet_margin": {"uniform": [0.1, 0.4]},
+        "batch.views": {"choice": [2, 4]},
+    },
+    "points": [{"optimizer.lr": 1e-3, "loss.triplet": 0.0}],
+    "trials": 3,
+    "budget": {"images": 1000, "first_rung": 100},
+}
+
+
+def write(tmp_path, **changes):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({**GOOD, **changes}))
+    return file
+
+
+@pytest.mark.parametrize("name", ["demo", "image", "joint"])
+def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
+    loaded = space.load(SWEEPS / f"{name}.yaml")
+    (tmp_path / "resolved.yaml").write_text(space.resolved(loaded))
+    again = space.load(tmp_path / "resolved.yaml")
+    assert space.resolved(again) == space.resolved(loaded)
+    assert again.experiment(again.first) == loaded.experiment(loaded.first)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"serach": {}}, "unknown key serach, did you mean search?"),
+        ({"base": {"loss.tripet": 1.0}}, "unknown setting loss.tripet, did you mean loss.triplet?"),
+        ({"base": {"optimizer.clip": "1e-5"}}, "optimizer.clip must be a number, not '1e-5' (in YAML write 1.0e-5"),
+        ({"base": {"preset": "bset"}}, "unknown preset 'bset'"),
+        ({"stage": "text"}, "stage must be one of image, joint"),
+        ({"search": {"optimizer.lr": {"loguniform": [1.0, 0.1]}}}, "wants [low, high] with low below high"),
+        ({"search": {"optimizer.lr": {"loguniform": [0.0, 0.1]}}}, "wants values above 0"),
+        ({"search": {"optimizer.lr": {"normal": [0, 1]}}}, "unknown key normal"),
+        ({"search": {"optimizer.lr": {}}}, "needs one of loguniform, uniform, int, choice"),
+        ({"search": {"batch.views": {"choice": []}}}, "choice wants a list"),
+        ({"search": {"batch.views": {"choice": [2, 2.5]}}}, "batch.views must be a whole number, not 2.5"),
+        ({"search": {"optimizer.lr": 1e-3}}, "search: optimizer.lr must be a mapping"),
+        ({"search": {"optimizer.ema": {"uniform": [0.5, 1.5]}}}, "--optimizer.ema must be from 0 to below 1"),
+        ({"points": [{"optimizer.lr": 1.0}]}, "points: optimizer.lr 1.0 lies outside its range"),
+        ({"points": [{"optimizer.clip": 1.0}]}, "points: optimizer.clip is not searched"),
+        ({"trials": 0}, "trials must be a whole number above 0, not 0"),
+        ({"budget": {"first_rnug": 5}}, "unknown setting budget.first_rnug"),
+        ({"placement": {"worker": 2}}, "placement: unknown setting worker, did you mean workers?"),
+        ({"placement": {"workers": 5}}, "batch.items 32 can't be shared by 5 workers"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(tmp_path, changes, message):
+    with pytest.raises(UserError) as error:
+        space.load(write(tmp_path, **changes))
+    assert message in str(error.value) and "sweep.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_file_no_yaml_no_mapping(tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [")
+    (tmp_path / "list.yaml").write_text("- a")
+    for name, message in [("none.yaml", "no such sweep file"), ("bad.yaml", "is not YAML"), ("list.yaml", "mapping")]:
+        with pytest.raises(UserError, match=message):
+            space.load(tmp_path / name)
+
+
+def test_options_are_drawn_only_where_their_term_is_on(tmp_path):
+    loaded = space.load(write(tmp_path))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [loaded.sampled(study.ask()) for _ in range(40)]
+    assert {("loss.triplet_margin" in d) == (d["loss.triplet"] > 0) for d in drawn} == {True}
+    assert any(d["loss.triplet"] for d in drawn) and not all(d["loss.triplet"] for d in drawn)
+    for settings in drawn:
+        loaded.experiment(settings)
+
+
+def test_overrides_and_rungs(tmp_path):
+    loaded = space.load(write(tmp_path), {"seed": 7}, trials=9)
+    assert loaded.trials == 9 and loaded.experiment(loaded.first).seed == 7
+    assert loaded.experiment(loaded.first).budget == config.Budget(images=1000, report_every=100)
+    with pytest.raises(UserError, match="optimizer.lr is searched"):
+        space.load(write(tmp_path), {"optimizer.lr": 1.0})
