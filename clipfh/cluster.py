@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray._raylet import PlacementGroupID
+from ray.core.generated import gcs_pb2
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.util.placement_group import PlacementGroup
 
 from clipfh import UserError
 from clipfh.config import Placement
@@ -150,12 +153,12 @@ def _share(placement: Placement, have: dict[str, float], gpus: float, alone: boo
 def at_once(placement: Placement, resources: Resources) -> int:
     """How many such runs go at a time: as many as asked for, or as the cluster holds."""
     have = ray.cluster_resources()
-    fits = max(1, min(int(have.get(name, 0) // amount) for name, amount in resources.total.items() if amount))
+    fits = max(1, min(int(have.get(name, 0) / amount + 1e-9) for name, amount in resources.total.items() if amount))
     return fits if placement.concurrent == "auto" else min(fits, placement.concurrent)
 
 
-class Register(ControllerCallback, WorkerGroupCallback):
-    """Leave word of a run's controller and placement group, so that `end` finds them.
+class Register(ControllerCallback):
+    """Leave word of a run's controller, so that `end` finds it.
 
     It stands in for Ray Train's own cleaner: a detached process for each run, which needs a running dashboard.
     """
@@ -164,19 +167,23 @@ class Register(ControllerCallback, WorkerGroupCallback):
         self.run = run
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        _put(f"controller:{self.run}", ray.get_runtime_context().current_actor)
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        _put(f"group:{self.run}", worker_group.get_worker_group_state().placement_group_handle.placement_group)
+        _put(self.run, ray.get_runtime_context().current_actor)
 
 
 def end(run: str) -> None:
     """Free what a run still holds. The controller goes first: it would take the loss for a failure and start anew."""
-    controller, group = _take(f"controller:{run}"), _take(f"group:{run}")
+    controller = _take(run)
     if controller is not None:
         ray.kill(controller)
-    if group is not None:
-        ray.util.remove_placement_group(group)
+        for group in _groups_of(controller._actor_id.binary()):
+            ray.util.remove_placement_group(group)
+
+
+def _groups_of(actor: bytes) -> list[PlacementGroup]:
+    """The placement groups that an actor made, ready or still waited for. They outlive it."""
+    table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
+    groups = [gcs_pb2.PlacementGroupTableData.FromString(row) for row in table]  # type: ignore[attr-defined]
+    return [PlacementGroup(PlacementGroupID(g.placement_group_id)) for g in groups if g.creator_actor_id == actor]
 
 
 def _put(key: str, value: Any) -> None:

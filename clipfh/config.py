@@ -82,8 +82,8 @@ class Loss:
     """margin on the Euclidean distance of embeddings; below 0: soft margin"""
     supcon_temperature: float = 0.07
     """temperature of supcon"""
-    infonce_temperature: float = 0.07
-    """temperature of infonce at the start; pretrained models keep their own"""
+    infonce_temperature: float = 0.0
+    """temperature of infonce at the start; 0: the model's own (.01 for OpenAI's, .07 for random weights)"""
     learn_scale: bool = True
     """learn the logit scale of infonce (joint stage)"""
 
@@ -93,7 +93,8 @@ class Loss:
         require(
             any(getattr(self, term) for term in TERMS), "loss", "at least one term above 0 of " + ", ".join(TERMS), 0
         )
-        for name in ("ce_scale", "supcon_temperature", "infonce_temperature"):
+        require(self.infonce_temperature >= 0, "loss.infonce_temperature", "0 or more", self.infonce_temperature)
+        for name in ("ce_scale", "supcon_temperature"):
             require(getattr(self, name) > 0, f"loss.{name}", "above 0", getattr(self, name))
         require(0 <= self.ce_smoothing < 1, "loss.ce_smoothing", "from 0 to 1", self.ce_smoothing)
 

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from clipfh import UserError
 
 RANKS = (1, 5, 10, 20, 30, 40, 50)
 KEYS = ("mAP", *(f"rank{k}" for k in RANKS), "mAP_at_R", "mINP")
-BLOCK = 2**24  # similarities held at once: they bound the memory and change no figure
-PART = 2**21  # similarities looked at while they are in the cache
+BLOCK = 2**23  # similarities held at once: they bound the memory and change no figure
+PART = 2**20  # similarities looked at again and again while they are in the cache
 TILE = 64  # rows and columns of a product come in multiples of this
 
 
@@ -169,24 +170,32 @@ def image_to_text(images: Embeddings, captions: Captions) -> dict[str, Any]:
 
 
 def count_ahead(similarity: Tensor, order: Tensor, column: Tensor, level: Tensor) -> Tensor:
-    """How many entries of a row stand ahead of each of its thresholds, (B, P) in float64: the core of every figure.
+    """How many entries of a row stand ahead of each of its thresholds, (B, P): the core of every figure.
 
     Ahead are entries greater than the threshold, and those equal to it in an earlier column.
     similarity: (B, N). order: (N,), the numbers of its columns. column, level: (B, P), the column and the height of
-    each threshold; +inf where there is none. Rows with most thresholds are best put first.
+    each threshold; +inf after the last of a row. Rows with most thresholds are best put first.
     """
-    ahead = torch.zeros(level.shape, dtype=torch.float64, device=level.device)
+    few = max(1, PART // similarity.shape[1])
+    parts = zip(similarity.split(few), column.split(few), level.split(few), strict=True)
+    return torch.cat([_count_part(part, order, *thresholds) for part, *thresholds in parts])
+
+
+def _count_part(similarity: Tensor, order: Tensor, column: Tensor, level: Tensor) -> Tensor:
+    ahead, equal = level.new_zeros(2, level.shape[1], len(level))
     flags = torch.empty_like(similarity)
     number = torch.arange(len(level) + 1, device=level.device)[:, None]
     last = (pad(level < math.inf, (0, 0, 1, 0)) * number).amax(0).tolist()  # for each slot, the last row that has it
-    for slot, rows in enumerate(last):
+    for slot, rows in enumerate(takewhile(bool, last)):
         block, flag, threshold = similarity[:rows], flags[:rows], level[:rows, slot, None]
         # Comparisons written as floats are summed several times faster than booleans; below 2**24 they are exact.
-        ahead[:rows, slot] = torch.gt(block, threshold, out=flag).sum(1)
-        tied = torch.eq(block, threshold, out=flag).sum(1).nonzero().flatten()
-        if len(tied):
-            ahead[tied, slot] += (flag.index_select(0, tied) * (order < column[tied, slot, None])).sum(1)
-    return ahead
+        torch.sum(torch.gt(block, threshold, out=flag), 1, out=ahead[slot, :rows])
+        torch.sum(torch.eq(block, threshold, out=flag), 1, out=equal[slot, :rows])
+    for slot in equal.any(1).nonzero().flatten().tolist():
+        tied = equal[slot].nonzero().flatten()
+        same = similarity.index_select(0, tied) == level[tied, slot, None]
+        ahead[slot, tied] += (same & (order < column[tied, slot, None])).sum(1)
+    return ahead.T
 
 
 @dataclass(frozen=True)
@@ -244,19 +253,18 @@ def _blocks(query: Embeddings, gallery: Embeddings, kin: _Index) -> Iterator[_Bl
     asking, answering = query.embedding.detach(), gallery.embedding.detach()
     assert len(query) and 0 < len(gallery) < 2**24
     item, photo, photos, twins = query.item.cpu(), query.image.cpu(), gallery.image.cpu(), _Index.of(gallery.image)
-    height, few = (max(1, size // len(gallery) // TILE) * TILE for size in (BLOCK, PART))
+    height = max(1, BLOCK // len(gallery) // TILE) * TILE
     buffer = answering.new_empty(min(height, len(query) + TILE), len(gallery))
     # Queries with as many positives stand together, so that each slot of `count_ahead` is about full or empty.
-    for block in kin.count(item).argsort(descending=True, stable=True).split(height):
-        product = _product(asking.index_select(0, block.to(asking.device)), answering, buffer)
-        for rows, similarity in zip(block.split(few), product.split(few), strict=True):
-            positives = kin.rows(item[rows])
-            positives.masked_fill_(photos[positives] == photo[rows, None], -1)
-            column, level = _descending(similarity, positives.to(asking.device))
-            for dropped in (column, twins.rows(photo[rows]).to(asking.device)):
-                row, slot = (dropped >= 0).nonzero(as_tuple=True)
-                similarity[row, dropped[row, slot]] = -math.inf
-            yield _Block(rows, column.cpu(), level, similarity)
+    for rows in kin.count(item).argsort(descending=True, stable=True).split(height):
+        similarity = _product(asking.index_select(0, rows.to(asking.device)), answering, buffer)
+        positives = kin.rows(item[rows])
+        positives.masked_fill_(photos[positives] == photo[rows, None], -1)
+        column, level = _descending(similarity, positives.to(asking.device))
+        for dropped in (column, twins.rows(photo[rows]).to(asking.device)):
+            row, slot = (dropped >= 0).nonzero(as_tuple=True)
+            similarity[row, dropped[row, slot]] = -math.inf
+        yield _Block(rows, column.cpu(), level, similarity)
 
 
 def _product(query: Tensor, gallery: Tensor, buffer: Tensor) -> Tensor:
@@ -291,7 +299,7 @@ def _values(relevant: Tensor, ahead: Tensor) -> Tensor:
     """
     position = relevant.cumsum(1)
     total = position[:, -1]
-    rank = position + ahead
+    rank = (position + ahead).double()
     precision = (position / rank).masked_fill(~relevant, 0)
     first = rank.masked_fill(~relevant, math.inf).amin(1)
     last = rank.masked_fill(~relevant, 0).amax(1)

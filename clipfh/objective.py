@@ -73,7 +73,8 @@ class Objective(nn.Module):
             "supcon": lambda: self._supcon(embedding_BD[paired], item_B[paired]),
             "infonce": lambda: self._infonce(embedding_BD[labels.captioned], _unit(text_CD), labels, log_scale),
         }
-        terms = {term: of_term[term]() for term in self.weights}
+        nothing = feature_BD.sum() * 0
+        terms = {term: of_term[term]() if self._concerns(term, labels) else nothing for term in self.weights}
         return torch.stack([self.weights[term] * value for term, value in terms.items()]).sum(), terms
 
     def move_centers(self, feature_BD: Tensor, labels: Labels, rate: float) -> None:
@@ -94,7 +95,12 @@ class Objective(nn.Module):
                 labels.caption,
             ),
         }
-        return {term: of_term[term]() for term in self.weights if term in of_term}
+        return {term: of_term[term]() for term in self.weights if term in of_term and self._concerns(term, labels)}
+
+    def _concerns(self, term: str, labels: Labels) -> bool:
+        """Whether the batch has an image that the term takes."""
+        taken = {"triplet": labels.paired, "supcon": labels.paired, "infonce": labels.captioned}
+        return term not in taken or bool(taken[term].any())
 
     def _cosine(self, feature_BD: Tensor) -> Tensor:
         """(B, I) cosines of the features, after the batch-norm neck, with the weights of all train items."""

@@ -15,6 +15,9 @@ from clipfh import UserError, config
 if TYPE_CHECKING:
     import optuna
 
+SHARED = ("stage", "model.name", "model.pretrained")
+"""What all trials of a sweep have in common, beside the prompts."""
+
 SWITCH = "?"
 """Ends the name of the parameter by which Optuna switches a setting between its range and its `or`."""
 
@@ -31,6 +34,11 @@ class Range:
     """low and high, or the choices"""
     off: Any = None
     """the value of `or`: tried beside the range, as a switch of its own"""
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """Low, high or the choices, and the value of `or`."""
+        return self.values if self.off is None else (*self.values, self.off)
 
     def suggest(self, trial: optuna.Trial, name: str) -> Any:
         """Ask Optuna for a value."""
@@ -102,9 +110,8 @@ class Sweep:
 
     def corners(self, name: str) -> list[dict[str, Any]]:
         """Points of the space that differ in one setting: its ends or choices; one point where it is not searched."""
-        return (
-            [{**self.first, name: value} for value in self.search[name].values] if name in self.search else [self.first]
-        )
+        found = self.search.get(name)
+        return [{**self.first, name: value} for value in found.ends] if found else [self.first]
 
     @property
     def first(self) -> dict[str, Any]:
@@ -187,6 +194,7 @@ def _check_values(sweep: Sweep) -> None:
                 raise UserError(
                     f"batch.items {experiment.batch.items} can't be shared by {sweep.placement.workers} workers"
                 )
+    sweep.experiment({**sweep.first, **{name: r.off for name, r in sweep.search.items() if r.off is not None}})
     for point in sweep.points:
         for name, value in point.items():
             if name not in sweep.search:
@@ -197,6 +205,10 @@ def _check_values(sweep: Sweep) -> None:
 
 
 def _range(name: str, spec: Any) -> Range:
+    if name in SHARED or name.startswith("text."):
+        raise UserError(
+            f"search: {name} can't be searched: all trials share weights and prompts; make a sweep for each"
+        )
     spec = _mapping(spec, f"search: {name}")
     _known(spec, (*KINDS, "or"))
     kinds = [kind for kind in KINDS if kind in spec]

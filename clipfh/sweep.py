@@ -6,6 +6,8 @@ import csv
 import functools
 import io
 import json
+import os
+import shutil
 import threading
 import time
 import warnings
@@ -23,12 +25,14 @@ from torch import nn
 
 from clipfh import UserError, checkpoint, cluster, config, evaluate, export, model, report, train
 from clipfh.catalogue import Catalogue
-from clipfh.config import to_json
 from clipfh.space import Sweep, resolved
 
 ZERO_SHOT = "0000"
 OBJECTIVE = "best_val_mAP"
 RETRIES = 2
+
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep; Tune would call it complete
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a kill of the driver may cost of the search's state
 
 
 # --- Trials ----------------------------------------------------------------------------------------------------------
@@ -50,8 +54,7 @@ class Trial(tune.Trainable):
         cluster.end(self.trial_id)  # what an attempt that was killed may have left
         self.experiment = sweep.experiment(config)
         self.folder = Path(out) / "trials" / self.trial_name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / checkpoint.EXPERIMENT).write_text(to_json(self.experiment))
+        _clear_of_another(self.folder, self.experiment)
         self.total = train.budget_of(self.experiment, inputs.num_images).total
         self.reported = 0
         self.error: Exception | None = None
@@ -68,16 +71,20 @@ class Trial(tune.Trainable):
         """The next report; waits for it."""
         while True:
             running = self.thread.is_alive()
-            lines = train.read_metrics(self.folder)
-            new = [line for line in lines if line["step"] > self.reported]
-            if new and not (running and self._is_last(new[0])):
-                self.reported = new[0]["step"]
-                return _result(new[0], self._is_last(new[0]))
             if not running and self.error:
                 raise self.error
+            lines = train.read_metrics(self.folder)
+            new = next((line for line in lines if line["step"] > self.reported and self._is_saved(line)), None)
+            if new and not (running and self._is_last(new)):
+                self.reported = new["step"]
+                return _result(new, self._is_last(new))
             if not running:
                 return _result(lines[-1], True)
             self.thread.join(0.1)
+
+    def _is_saved(self, line: dict[str, Any]) -> bool:
+        """Whether the report's checkpoint is on the list: a score without its weights must not win."""
+        return "diverged" in line or line["step"] <= checkpoint.latest_step(self.folder)
 
     def _is_last(self, line: dict[str, Any]) -> bool:
         return "diverged" in line or line["step"] >= self.total
@@ -85,6 +92,25 @@ class Trial(tune.Trainable):
     def cleanup(self) -> None:
         """Called by Tune when the trial ends, also where the scheduler stops it in mid-training."""
         cluster.end(self.trial_id)
+
+
+def _clear_of_another(folder: Path, experiment: config.Experiment) -> None:
+    """Make the trial's folder. One of this number may have begun, with other settings, just before a kill."""
+    file = folder / checkpoint.EXPERIMENT
+    if file.exists() and file.read_text() != config.to_json(experiment):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(config.to_json(experiment))
+
+
+class Searcher(OptunaSearch):
+    """OptunaSearch that tells Optuna of ended trials only.
+
+    No pruner listens to reports; and after a kill Optuna's journal may be ahead of Tune, which then reports anew.
+    """
+
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        """Nothing."""
 
 
 def number_of(trial: Any) -> str:
@@ -272,11 +298,15 @@ def _search(
         failure_config=tune.FailureConfig(max_failures=RETRIES),
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
     )
-    if resume and tune.Tuner.can_restore(str(out / "tune")):
-        tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_unfinished=True, restart_errored=True)
+    if resume and list((out / "tune").glob("experiment_state-*.json")):
+        tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_unfinished=True, resume_errored=True)
         assert tuner._local_tuner is not None
-        tuner._local_tuner._run_config.callbacks = [watch]  # not kept by Tune
+        # Tune keeps neither of these
+        tuner._local_tuner._run_config.callbacks = [watch]
+        tuner._local_tuner._tune_config.scheduler = _scheduler_as_left(sweep, out)
     else:
+        shutil.rmtree(out / "tune", ignore_errors=True)
+        (out / "study.journal").unlink(missing_ok=True)
         tune_config = tune.TuneConfig(
             search_alg=_searcher(sweep, out),
             scheduler=_scheduler(sweep),
@@ -289,7 +319,7 @@ def _search(
     return list(tuner.fit()._experiment_analysis.trials)
 
 
-def _searcher(sweep: Sweep, out: Path) -> OptunaSearch:
+def _searcher(sweep: Sweep, out: Path) -> Searcher:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter(
         "ignore", optuna.exceptions.ExperimentalWarning
@@ -298,7 +328,7 @@ def _searcher(sweep: Sweep, out: Path) -> OptunaSearch:
     points = [
         {k: v for n, value in p.items() for k, v in sweep.search[n].point(n, value).items()} for p in sweep.points
     ]
-    return OptunaSearch(
+    return Searcher(
         functools.partial(_sampled, sweep),
         metric=OBJECTIVE,
         mode="max",
@@ -327,6 +357,19 @@ def _scheduler(sweep: Sweep) -> TrialScheduler:
     )
 
 
+def _scheduler_as_left(sweep: Sweep, out: Path) -> TrialScheduler:
+    """The scheduler with its rungs as the trials' own metrics have them."""
+    scheduler = _scheduler(sweep)
+    if isinstance(scheduler, AsyncHyperBandScheduler):
+        for trial in tune.ExperimentAnalysis(str(out / "tune")).trials or []:
+            lines = train.read_metrics(out / "trials" / number_of(trial))
+            for milestone, recorded in scheduler._brackets[0]._rungs:
+                reached = next((line[OBJECTIVE] for line in lines if line["images"] >= milestone), None)
+                if reached is not None:
+                    recorded[trial.trial_id] = reached
+    return scheduler
+
+
 def _finish(
     sweep: Sweep,
     catalogue: Catalogue,
@@ -351,8 +394,8 @@ def _finish(
         embedded = evaluate.embed(catalogue, evaluate.splits_of("test"), each, base.model, texts)
         tested[name] = evaluate.figures(embedded, 10)
         evaluate.write(out / "test" / ("zero-shot" if name == "zero_shot" else "winner"), tested[name], embedded)
-    if not (out / "best").exists():
-        export.export(best, experiment, out / "best", tested)
+    shutil.rmtree(out / "best", ignore_errors=True)
+    export.export(best, experiment, out / "best", tested)
     summary = {
         "name": sweep.name,
         "best_trial": winner,

@@ -259,8 +259,11 @@ class Worker:
         self.step = 0
 
     def _build_clip(self) -> Any:
-        clip, settings = model.build(self.experiment.model), self.experiment.loss
+        settings = self.experiment.loss
+        clip: Any = model.build(self.experiment.model)
         clip.load_state_dict({n: torch.from_numpy(w.copy()) for n, w in ray.get(self.inputs.weights).items()})
+        if settings.infonce_temperature:
+            clip.logit_scale.data.fill_(-math.log(settings.infonce_temperature))
         stage = "joint" if self.trains_text else "image"
         model.freeze(clip, stage, self.experiment.model, settings.learn_scale)
         return clip
@@ -298,9 +301,8 @@ class Worker:
         self.labels = labels = self._labels(rows)
         features, text, log_scale = self._features(images, labels)
         total, terms = self.objective(features, text, log_scale, labels)
-        if not torch.isfinite(total):
+        if not self._update(total):
             raise Diverged(self._divergence(rows, terms))
-        self._update(total)
         self.objective.move_centers(features, labels, self.experiment.optimizer.center_lr)
         self.cosine = _pair_cosine(features, text, labels)
         named = {f"loss_{term}": value.detach() for term, value in terms.items()}
@@ -317,15 +319,19 @@ class Worker:
             text = self.caption_features[labels.captions]
         return gather(image.float()), text, log_scale
 
-    def _update(self, total: Tensor) -> None:
+    def _update(self, total: Tensor) -> bool:
+        """The optimizer's step; False, and no step, where loss or gradient are not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.grad_norm = nn.utils.clip_grad_norm_(trained, self.experiment.optimizer.clip or math.inf).detach()
+        if not torch.isfinite(total + self.grad_norm):
+            return False
         self.optimizer.step()
         self.schedule.step()
         self.average.update(self.step)
         self.step += 1
+        return True
 
     def _labels(self, rows: np.ndarray) -> Labels:
         item = self.index.item[rows]
@@ -342,6 +348,8 @@ class Worker:
 
     def _own_tokens(self, labels: Labels) -> Tensor:
         """This rank's share of the batch's captions: as many on each rank, the last repeated to fill up."""
+        if not len(labels.captions):
+            return torch.from_numpy(self.captions.tokens[:1]).long().to(self.device)
         share = math.ceil(len(labels.captions) / self.world_size)
         places = torch.arange(self.rank * share, (self.rank + 1) * share).clamp(max=len(labels.captions) - 1)
         own = self.captions.tokens[labels.captions.cpu()[places].numpy()]
@@ -369,12 +377,16 @@ class Worker:
 
     def report(self, tally: Tally) -> dict[str, Any]:
         """All that a report carries, with floor and collapse value of each term."""
-        bounds = self.objective.bounds(self.labels, self.clip.logit_scale.detach())
+        bounds = self.objective.bounds(self.labels, self.clip.logit_scale.detach().clamp(max=model.MAX_LOG_SCALE))
         ends = {f"{end}_{term}": value for term, b in bounds.items() for end, value in b._asdict().items()}
         images = self.step * self.experiment.batch.images
         place = {"step": self.step, "images": images, "epoch": images / len(self.index.item)}
         cosine = {} if self.cosine is None else {"image_text_cosine": self.cosine.item()}
-        return place | self.validate() | tally.means() | ends | cosine | {"lr": self.schedule.get_last_lr()[-1]}
+        return place | self.validate() | tally.means() | ends | cosine | {"lr": self._rate()}
+
+    def _rate(self) -> float:
+        """optimizer.lr as the schedule has it now."""
+        return self.experiment.optimizer.lr * self.schedule.lr_lambdas[0](self.step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""
@@ -400,7 +412,7 @@ class Worker:
 
 def _pair_cosine(feature_BD: Tensor, text_CD: Tensor | None, labels: Labels) -> Tensor | None:
     """Mean cosine of an image and its caption."""
-    if text_CD is None:
+    if text_CD is None or not labels.captioned.any():
         return None
     return F.cosine_similarity(feature_BD.detach()[labels.captioned], text_CD.detach()[labels.caption]).mean()
 
@@ -553,7 +565,9 @@ def fit(
             name="checkpoints",
             storage_path=out,
             callbacks=[cluster.Register(name)],  # type: ignore[list-item]
-            failure_config=ray.train.FailureConfig(max_failures=retries, controller_failure_limit=3),  # type: ignore[call-arg]
+            failure_config=ray.train.FailureConfig(
+                max_failures=retries, max_preemption_failures=retries, controller_failure_limit=3
+            ),  # type: ignore[call-arg]
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute="val_mAP", checkpoint_score_order="max"
             ),

@@ -37,6 +37,16 @@ def test_single_views_and_items_without_prompt_stay_out():
     assert terms["infonce"] == losses.infonce(embedding, item, F.normalize(TEXT), caption, SCALE.exp())
 
 
+def test_a_batch_that_concerns_no_term_costs_nothing_and_does_not_stop():
+    none = torch.zeros(6, dtype=torch.bool)
+    empty = Labels(ITEM, none, none, torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+    objective = Objective(config.Loss(triplet=1.0, supcon=1.0, infonce=1.0), 16, 3)
+    features = FEATURES.clone().requires_grad_()
+    total, _ = objective(features, TEXT[:0], SCALE, empty)
+    total.backward()
+    assert total.item() == 0 and not features.grad.any() and objective.bounds(empty, SCALE) == {}
+
+
 def test_a_term_that_is_off_has_no_head_and_is_not_computed(monkeypatch):
     monkeypatch.setattr(losses, "triplet", lambda *a: pytest.fail("triplet is off"))
     only = Objective(config.Loss(supcon=1.0), 16, 3)

@@ -102,6 +102,14 @@ def test_divergence_ends_the_run_with_the_reason(fitted):
     assert "the loss is not finite at step" in last["diverged"] and last["val_mAP"] == 0.0
 
 
+def test_the_temperature_of_infonce_is_where_training_starts(ray_cluster, small_catalogue, tiny):
+    for given, expected in ((0.0, 0.07), (0.02, 0.02)):
+        experiment = config.replace(tiny, {"loss.infonce": 1.0, "loss.infonce_temperature": given})
+        inputs = train.inputs_of(small_catalogue, experiment, train.start_of(experiment))
+        scale = train.Worker(experiment, inputs, threads=1).clip.logit_scale.exp().item()
+        assert scale == pytest.approx(1 / expected, rel=1e-4)
+
+
 def test_patience_stops_a_run_that_no_longer_improves(fitted, tiny):
     still = config.replace(tiny, {"optimizer.lr": 1e-12, "budget.images": 640, "budget.patience": 2})
     assert len(train.read_metrics(fitted(still))) == 3
