@@ -217,7 +217,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{experiment.stage} stage of {experiment.model.name} on {opened.num_images('train'):,} images: {resources}")
     inputs = train.inputs_of(opened, experiment, clip)
     if inputs.num_single:
-        print(f"note: {inputs.num_single:,} train items have one view and are left out of terms that need a positive")
+        print(train.single_views(inputs.num_single))
     with _followed(out, train.budget_of(experiment, inputs.num_images).total * experiment.batch.images):
         train.fit(experiment, inputs, out, resources, retries=3)
     last = train.read_metrics(out)[-1]
@@ -371,7 +371,8 @@ def _mendable(error: BaseException) -> str | None:
         if isinstance(seen, UserError):
             return str(seen)
         if "No space left on device" in str(seen) or getattr(seen, "errno", None) == errno.ENOSPC:
-            return f"no room on disk for {getattr(seen, 'filename', None) or 'the output'}: free some, then go on with --resume"
+            where = getattr(seen, "filename", None) or "the output"
+            return f"no room on disk for {where}: free some, then run the same again, a run or sweep with --resume"
         if isinstance(seen, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
             return f"{seen.filename}: {seen.strerror.lower()}: check the path" if seen.strerror else str(seen)
         seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__

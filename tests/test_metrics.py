@@ -177,10 +177,11 @@ def test_count_ahead_for_a_given_similarity_matrix(data):
     entries = st.sampled_from([-2.0, -0.0, 0.0, 1e-45, 0.3, 0.3000001, 7.0])
     similarity = torch.tensor(data.draw(st.lists(entries, min_size=rows * columns, max_size=rows * columns)))
     level = torch.tensor(data.draw(st.lists(entries | st.just(math.inf), min_size=rows * slots, max_size=rows * slots)))
-    similarity, level = similarity.view(rows, columns), level.view(rows, slots)
+    similarity, level = similarity.view(rows, columns), level.view(rows, slots).sort(dim=1).values
     order = torch.arange(columns) * 3 + 1
     column = torch.arange(rows * slots).view(rows, slots) % (3 * columns)
-    found = metrics.count_ahead(similarity, order, column, level)
+    with small_blocks(data.draw):
+        found = metrics.count_ahead(similarity, order, column, level)
     for row in range(rows):
         for slot in range(slots):
             if level[row, slot] < math.inf:
@@ -193,9 +194,9 @@ def test_no_digit_depends_on_block_or_threads(halves):
     query, gallery = halves
     threads = torch.get_num_threads()
     expected = metrics.score(query, gallery)[0].values
-    for block, num_threads in ((1, 1), (100 * len(gallery), 2), (130 * len(gallery), 1)):
+    for block, part, num_threads in ((1, 1, 1), (100 * len(gallery), 2000, 2), (130 * len(gallery), 9999, 1)):
         torch.set_num_threads(num_threads)
-        with mock.patch.object(metrics, "BLOCK", block):
+        with mock.patch.multiple(metrics, BLOCK=block, PART=part):
             assert torch.equal(metrics.score(query, gallery)[0].values, expected)
     torch.set_num_threads(threads)
 
