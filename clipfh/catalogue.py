@@ -96,7 +96,7 @@ class Catalogue:
 
 def open_catalogue(path: str | Path) -> Catalogue:
     """Open what `prepare` wrote. Raises UserError where it is no catalogue, of another version, or not whole."""
-    path = Path(path)
+    path = Path(path).absolute()  # workers of a cluster have another working directory
     file = path / "catalogue.json"
     if not file.is_file():
         if _partial(path).exists() or (path / "plan.json").exists():
