@@ -5,112 +5,197 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import os
+import shutil
 import sys
 import threading
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from clipfh import UserError, __version__, config
 
-DESCRIPTION = "Tune CLIP to find the same item again in a catalogue of photos."
+DESCRIPTION = """Tune CLIP to find the same item again in a catalogue of photos.
 
+In order: prepare, evaluate (zero-shot), train or sweep, export, report. The demo shows them all."""
+
+# Name -> (what follows it in the usage line, what it does)
 COMMANDS = {
-    "prepare": "photos and texts to a catalogue",
-    "prompts": "report on the texts, and write an item's prompt each",
-    "evaluate": "measure a model, or the pretrained one (zero-shot)",
-    "train": "fine-tune the image tower, or both",
-    "sweep": "search settings with Ray Tune and Optuna, export the best trial",
-    "export": "a run's or sweep's best model, for any open_clip user",
-    "report": "an HTML page on an evaluation, a run, a sweep, or several",
-    "demo": "all of it on a small drawn catalogue",
+    "prepare": ("--source PATH --out CATALOGUE [options]", "make a catalogue of photos and their texts"),
+    "prompts": ("CATALOGUE [options]", "report on the texts, and write a prompt for each item"),
+    "evaluate": ("CATALOGUE --out DIR [options] [settings]", "measure a model, or the pretrained one (zero-shot)"),
+    "train": ("image|joint CATALOGUE --out DIR [options] [settings]", "fine-tune the image tower, or both towers"),
+    "sweep": (
+        "FILE.yaml CATALOGUE --out DIR [options] [settings]",
+        "search settings with Ray Tune and Optuna, and export the best model",
+    ),
+    "export": ("RUN_OR_SWEEP --out DIR", "write a run's or sweep's best model for any open_clip user"),
+    "report": ("DIR [DIR ...] [--out FILE.html]", "write an HTML page on evaluations, runs and sweeps"),
+    "demo": ("[--out DIR]", "do all of it on a small drawn catalogue"),
 }
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Names and their meaning in two columns, as wide as most names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+
 class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and the nearest valid name for a misspelt one."""
+    """argparse whose errors are one plain line, and which takes no abbreviations."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs, allow_abbrev=False)
+        super().__init__(**kwargs, allow_abbrev=False, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        plain = message.replace("invalid int value", "not a whole number").replace("invalid float value", "no number")
+        raise UserError(f"{plain} (see {self.prog} --help)")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = _Parser(prog="clipfh", description=DESCRIPTION)
+def parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The command line, and its commands by name."""
+    top = _Parser(prog="clipfh", usage="clipfh COMMAND ...", description=DESCRIPTION)
     top.add_argument("--version", action="version", version=f"clipfh {__version__}")
-    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-    commands = {name: subparsers.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    group = top.add_subparsers(
+        prog="clipfh",
+        title="commands",
+        description="clipfh COMMAND --help tells more.",
+        dest="command",
+        metavar="COMMAND",
+        required=True,
+    )
+    commands = {
+        name: group.add_parser(name, usage=f"clipfh {name} {usage}", help=text, description=text[0].upper() + text[1:])
+        for name, (usage, text) in COMMANDS.items()
+    }
     _prepare_arguments(commands["prepare"])
     _prompts_arguments(commands["prompts"])
     _evaluate_arguments(commands["evaluate"])
     _train_arguments(commands["train"])
     _sweep_arguments(commands["sweep"])
-    commands["export"].add_argument("path", help="a run, a checkpoint or a sweep")
-    commands["export"].add_argument("--out", required=True, help="folder to write")
+    commands["export"].add_argument("path", metavar="RUN_OR_SWEEP", help="a run, a checkpoint or a sweep")
+    commands["export"].add_argument("--out", required=True, metavar="DIR", help="folder to write")
     commands["report"].add_argument("paths", nargs="+", metavar="DIR", help="evaluations, runs, sweeps")
-    commands["report"].add_argument("--out", help="HTML file; default: report.html in the first DIR")
-    commands["demo"].add_argument("--out", default="demo", help="folder to write (default: %(default)s)")
-    return top
+    commands["report"].add_argument("--out", metavar="FILE", help="HTML file (default: report.html in the first DIR)")
+    commands["demo"].add_argument("--out", default="demo", metavar="DIR", help="folder to write (default: demo)")
+    return top, commands
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command and its arguments.
+
+    argparse alone would tell of what is missing before it tells of what is misspelt, and takes `-1e-3` for an option.
+
+    Raises:
+        UserError: anything that does not fit.
+    """
+    top, commands = parsers()
+    words = list(argv[: argv.index("--")]) if "--" in argv else list(argv)
+    command = next((word for word in words if not word.startswith("-")), None)
+    if command and command not in commands:
+        raise UserError(f"unknown command {command}{config.nearest(command, list(commands))} (see clipfh --help)")
+    asked = commands[command] if command else top
+    options = [name[2:] for name in asked._option_string_actions if name.startswith("--")]
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name[2:] not in options:
+            near = config.nearest(name[2:], options).replace("mean ", "mean --")
+            raise UserError(f"{asked.prog} has no option {name}{near} (see {asked.prog} --help)")
+    return top.parse_args(_joined(argv))
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """The words, with a setting and its value as one where the value begins with a dash."""
+    settings = {f"--{name}" for name, *_ in config.fields()}
+    joined: list[str] = []
+    for word in argv:
+        if joined and joined[-1] in settings and word.startswith("-") and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _prepare_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--source", required=True, help="In-Shop as distributed, a CSV or Parquet file, a folder of item folders"
+        "--source",
+        required=True,
+        metavar="PATH",
+        help="In-Shop as distributed, a CSV or Parquet file, or a folder of item folders; a URI will do",
     )
-    p.add_argument("--out", required=True, help="catalogue to write")
+    p.add_argument("--out", required=True, metavar="CATALOGUE", help="folder to write")
     p.add_argument(
-        "--val-fraction", type=float, default=0.1, help="share of train items held out (default: %(default)s)"
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of the train items held out for validation (default: %(default)s)",
     )
-    p.add_argument("--image-size", type=int, default=256, help="short side kept, pixels (default: %(default)s)")
     p.add_argument(
-        "--max-bad", type=_share, default=0.01, metavar="SHARE", help="unreadable images allowed (default: 1%%)"
+        "--image-size", type=int, default=256, metavar="N", help="pixels of the short side kept (default: %(default)s)"
     )
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--max-bad", type=_share, default=0.01, metavar="X%", help="share of unreadable images allowed (default: 1%%)"
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="draws the validation items (default: %(default)s)")
 
 
 def _share(text: str) -> float:
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write 1% or 0.01") from None
 
 
 def _prompts_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("catalogue")
-    p.add_argument("--strategy", choices=("raw", "clean", "structured"), default="structured")
-    p.add_argument("--out", help="JSON of item to prompt, to edit and train on (--text.file)")
-    p.add_argument("--model", default="ViT-B/16", help="whose tokenizer counts (default: %(default)s)")
+    p.add_argument("catalogue", metavar="CATALOGUE")
+    p.add_argument(
+        "--strategy",
+        choices=("raw", "clean", "structured"),
+        default="structured",
+        help="how a description becomes a prompt (default: %(default)s)",
+    )
+    p.add_argument("--out", metavar="FILE", help="JSON of item to prompt, to edit and train on (--text.file)")
+    p.add_argument("--model", default="ViT-B/16", metavar="NAME", help="whose tokenizer counts (default: %(default)s)")
 
 
 def _evaluate_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("catalogue")
-    p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--checkpoint", help="a run, checkpoint, export or weights file; default: zero-shot")
-    p.add_argument("--split", choices=("test", "val"), default="test")
-    p.add_argument("--random-splits", type=int, default=10, metavar="N")
+    p.add_argument("catalogue", metavar="CATALOGUE")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    p.add_argument("--checkpoint", metavar="PATH", help="a run, checkpoint, export or weights file; without: zero-shot")
+    p.add_argument("--split", choices=("test", "val"), default="test", help="what to measure on (default: %(default)s)")
+    p.add_argument(
+        "--random-splits",
+        type=int,
+        default=10,
+        metavar="N",
+        help="how often a random image of each item is drawn as its query (default: %(default)s)",
+    )
     _cluster_arguments(p)
-    _setting_arguments(p, ("model.", "text.", "seed"))
+    _setting_arguments(p, ("", "model", "text"))
 
 
 def _train_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("stage", choices=("image", "joint"))
-    p.add_argument("catalogue")
-    p.add_argument("--out", required=True, help="folder of the run")
-    p.add_argument("--preset", help=f"settings to start from: {', '.join(config.PRESETS)}")
+    p.add_argument("stage", choices=("image", "joint"), help="train the image tower, or both")
+    p.add_argument("catalogue", metavar="CATALOGUE")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
+    p.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(config.PRESETS)}")
     p.add_argument("--warm-start", metavar="PATH", help="a run, checkpoint, export or weights file to start from")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    p.add_argument("--workers", default="1", help="training processes; divides batch.items (default: 1)")
-    p.add_argument("--gpus-per-worker", default="auto", metavar="X")
-    p.add_argument("--cpus-per-worker", default="auto", metavar="X")
+    for name, hint, default, doc in config.fields(config.Placement):
+        if name != "concurrent":
+            p.add_argument(f"--{_dashed(name)}", metavar=_metavar(hint), help=f"{doc} (default: {default})")
     _cluster_arguments(p)
     _setting_arguments(p)
 
 
 def _sweep_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("file", metavar="FILE.yaml", help="sweep file; sweeps/ has some")
-    p.add_argument("catalogue")
-    p.add_argument("--out", required=True, help="folder of the sweep")
-    p.add_argument("--trials", type=int, help="in place of the file's")
+    p.add_argument("catalogue", metavar="CATALOGUE")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of the sweep")
+    p.add_argument("--trials", type=int, metavar="N", help="in place of the file's")
     p.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
     p.add_argument("--dry-run", action="store_true", help="show what would be done")
     _cluster_arguments(p)
@@ -118,28 +203,68 @@ def _sweep_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _cluster_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--address", help="Ray cluster, HOST:6379 or auto; default: RAY_ADDRESS, else this machine alone")
+    p.add_argument("--address", help="Ray cluster, HOST:6379 or auto (default: RAY_ADDRESS, else this machine alone)")
     p.add_argument("--dashboard", action="store_true", help="Ray's dashboard, on this machine's loopback")
 
 
-def _setting_arguments(p: argparse.ArgumentParser, groups: Sequence[str] = ("",)) -> None:
-    group = p.add_argument_group("settings")
-    for name, _, default, doc in config.fields():
-        if name != "stage" and name.startswith(tuple(groups)):
-            group.add_argument(
-                f"--{name}", dest=name, metavar="X", help=f"{doc} (default: {default})".replace("%", "%%")
-            )
-    group.add_argument("--model", dest="model.name", metavar="NAME", help="the same as --model.name")
-    if "" in groups:
-        group.add_argument("--loss", metavar="A+B", help=f"terms to switch on: {', '.join(config.TERMS)}")
-        group.add_argument("--prompt-json", dest="text.file", metavar="FILE", help="the same as --text.file")
+def _setting_arguments(p: argparse.ArgumentParser, shown: Sequence[str] = ()) -> None:
+    """An option for each setting, by groups; all of them, or those of the groups shown."""
+    image, joint = (config.flat(config.resolve(stage)) for stage in ("image", "joint"))
+    groups: dict[str, Any] = {}
+    for name, hint, _, doc in config.fields():
+        of = name.rpartition(".")[0]
+        if name == "stage" or (shown and of not in shown):
+            continue
+        if of not in groups:
+            groups[of] = p.add_argument_group(*_group(of))
+        groups[of].add_argument(
+            f"--{name}", metavar=_metavar(hint), help=(doc + _default(image[name], joint[name])).replace("%", "%%")
+        )
+    groups["model"].add_argument("--model", dest="model.name", metavar="NAME", help="the same as --model.name")
+    groups["text"].add_argument("--prompt-json", dest="text.file", metavar="FILE", help="the same as --text.file")
+    if "loss" in groups:
+        terms = "+".join(config.TERMS)
+        groups["loss"].add_argument("--loss", metavar="A+B", help=f"switch on these terms alone, of {terms}")
+
+
+def _group(name: str) -> tuple[str, str]:
+    """Title and text of a group of settings."""
+    if not name:
+        return "settings", "Defaults are those of the preset 'recommended'; clipfh-small takes 'scratch'."
+    return f"{name} settings", str(typing.get_type_hints(config.Experiment)[name].__doc__)
+
+
+def _metavar(hint: Any) -> str:
+    choices = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(choices)
+    return {bool: "true|false", int: "N", str: "TEXT"}.get(hint, "X" if not choices else "X|auto")
+
+
+def _default(image: Any, joint: Any) -> str:
+    if image != joint:
+        return f" (default: {image}; joint stage: {joint})"
+    text = str(image).lower() if isinstance(image, bool) else str(image)
+    return f" (default: {text})" if text else ""
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings given on the command line, typed."""
-    names = [name for name, *_ in config.fields()]
-    given = {n: config.parse(n, v) for n, v in vars(args).items() if n in names and n != "stage" and v is not None}
-    return {**(config.loss_terms(args.loss) if getattr(args, "loss", None) else {}), **given}
+    names = [name for name, *_ in config.fields() if name != "stage"]
+    given = {n: config.parse(n, vars(args)[n]) for n in names if vars(args).get(n) is not None}
+    shorthand = getattr(args, "loss", None)
+    return {**({} if shorthand is None else config.loss_terms(shorthand)), **given}
+
+
+def _placement(args: argparse.Namespace) -> config.Placement:
+    given = {name: getattr(args, name) for name in ("workers", "gpus_per_worker", "cpus_per_worker")}
+    return config.Placement(
+        **{n: config.parse(n, text, config.Placement) for n, text in given.items() if text is not None}
+    )
 
 
 # --- The commands ----------------------------------------------------------------------------------------------------
@@ -167,10 +292,13 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def prompts(args: argparse.Namespace) -> None:
-    from clipfh import catalogue, model, prompts, train
+    from clipfh import catalogue
+
+    opened = catalogue.open_catalogue(args.catalogue)
+    from clipfh import model, prompts, train
 
     counter = model.token_counter(config.Model(name=args.model))
-    items = train.item_texts(catalogue.open_catalogue(args.catalogue), *catalogue.SPLITS)
+    items = train.item_texts(opened, *catalogue.SPLITS)
     print(prompts.format_report(prompts.report(items, counter)))
     if args.out:
         made = prompts.build(args.strategy, items, counter)
@@ -179,69 +307,77 @@ def prompts(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from clipfh import catalogue, checkpoint, cluster, evaluate, model, train
+    from clipfh import catalogue
 
+    settings, out = _settings(args), Path(args.out)
+    config.require(args.random_splits >= 0, "random-splits", "0 or more", args.random_splits)
     opened = catalogue.open_catalogue(args.catalogue)
+    if _in_use(out) and not (out / "predictions.parquet").exists():
+        raise UserError(f"--out {out} is not empty, and holds no evaluation to replace: name another folder")
+    from clipfh import checkpoint, evaluate, model, train
+
+    splits = evaluate.splits_of(args.split)
+    opened.require(*splits)
     weights = checkpoint.load(args.checkpoint) if args.checkpoint else None
-    experiment = (weights.experiment if weights else None) or config.resolve("image", None, _settings(args))
-    experiment = config.replace(experiment, _settings(args))
+    experiment = (weights.experiment if weights else None) or config.resolve("image", None, settings)
+    experiment = config.replace(experiment, settings)
+    texts = train.prompts_of(opened, experiment, *splits)
     clip = (
         model.with_weights(experiment.model, weights.state, args.checkpoint) if weights else train.start_of(experiment)
     )
-    _connect(args)
-    splits = evaluate.splits_of(args.split)
-    texts = train.prompts_of(opened, experiment, *splits)
-    embedded = evaluate.embed(opened, splits, clip, experiment.model, texts)
-    found = evaluate.figures(embedded, args.random_splits)
-    evaluate.write(args.out, found, embedded)
+    with _all_or_nothing(out, "metrics.json"), _connected(args):
+        embedded = evaluate.embed(opened, splits, clip, experiment.model, texts)
+        found = evaluate.figures(embedded, args.random_splits)
+        evaluate.write(out, found, embedded)
     keys = ("mAP", "rank1", "rank5", "rank10", "mAP_at_R", "mINP")
     print(_table(["", "value", "95% interval"], [[k, f"{found[k]:.4f}", _interval(found, k)] for k in keys]))
-    print(
-        f"{found['num_query']:,} queries, {found['num_gallery']:,} gallery images; all figures: {args.out}/metrics.json"
-    )
-    cluster.disconnect()
+    print(f"{found['num_query']:,} queries, {found['num_gallery']:,} gallery images; all figures: {out}/metrics.json")
 
 
 def train(args: argparse.Namespace) -> None:
-    from clipfh import catalogue, cluster, train
+    from clipfh import catalogue
 
-    placement = _placement(args)
-    settings = _settings(args)
-    opened, out = catalogue.open_catalogue(args.catalogue), Path(args.out)
-    given = (
-        None if args.resume and not settings and not args.preset else config.resolve(args.stage, args.preset, settings)
-    )
-    clip, experiment = train.begin(out, given, opened, args.warm_start, args.resume)
-    _connect(args, placement)
-    resources = cluster.place(placement)
-    print(f"{experiment.stage} stage of {experiment.model.name} on {opened.num_images('train'):,} images: {resources}")
-    inputs = train.inputs_of(opened, experiment, clip)
-    if inputs.num_single:
-        print(train.single_views(inputs.num_single))
-    with _followed(out, train.budget_of(experiment, inputs.num_images).total * experiment.batch.images):
-        train.fit(experiment, inputs, out, resources, retries=3)
+    placement, settings, out = _placement(args), _settings(args), Path(args.out)
+    as_it_was = args.resume and not settings and not args.preset
+    given = None if as_it_was else config.resolve(args.stage, args.preset, settings)
+    opened = catalogue.open_catalogue(args.catalogue)
+    from clipfh import cluster, train
+
+    with _all_or_nothing(out, "checkpoints/checkpoint_*"):
+        clip, experiment = train.begin(out, given, opened, args.warm_start, args.resume)
+        if experiment.stage != args.stage:
+            raise UserError(
+                f"--resume: {out} is of the {experiment.stage} stage: write clipfh train {experiment.stage}"
+            )
+        with _connected(args, placement):
+            resources = cluster.place(placement)
+            images = opened.num_images("train")
+            print(f"{experiment.stage} stage of {experiment.model.name} on {images:,} images: {resources}", flush=True)
+            inputs = train.inputs_of(opened, experiment, clip)
+            if inputs.num_single:
+                print(train.single_views(inputs.num_single))
+            total = train.budget_of(experiment, inputs.num_images).total * experiment.batch.images
+            _followed(lambda: train.fit(experiment, inputs, out, resources, retries=3), out, total)
     last = train.read_metrics(out)[-1]
     if "diverged" in last:
         raise UserError(last["diverged"])
     print(f"best val mAP {last['best_val_mAP']:.4f}: clipfh export {out} --out FOLDER makes a model of it")
-    cluster.disconnect()
 
 
 def sweep(args: argparse.Namespace) -> None:
     from clipfh import catalogue, space
 
     loaded = space.load(args.file, _settings(args), args.trials)
-    opened = catalogue.open_catalogue(args.catalogue)
+    opened, out = catalogue.open_catalogue(args.catalogue), Path(args.out)
     if args.dry_run:
         print(space.resolved(loaded), end="")
         print(f"# {loaded.trials} trials of {loaded.experiment(loaded.first).budget.images:,} images at most")
         return
     from clipfh import cluster, sweep
 
-    _connect(args, loaded.placement)
-    print(f"Ray's logs: {cluster.logs()}")
-    print(sweep.outcome(sweep.run(loaded, opened, args.out, resume=args.resume), args.out))
-    cluster.disconnect()
+    with _all_or_nothing(out, "trials/*/metrics.json"), _connected(args, loaded.placement):
+        print(f"Ray's logs: {cluster.logs()}", flush=True)
+        print(sweep.outcome(sweep.run(loaded, opened, out, resume=args.resume), out))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -269,15 +405,39 @@ def demo(args: argparse.Namespace) -> None:
     demo.run(Path(args.out))
 
 
-def _placement(args: argparse.Namespace) -> config.Placement:
-    names = ("workers", "gpus_per_worker", "cpus_per_worker")
-    return config.Placement(**{n: config.parse(n, getattr(args, n), config.Placement) for n in names})
-
-
-def _connect(args: argparse.Namespace, placement: config.Placement | None = None) -> None:
+@contextlib.contextmanager
+def _connected(args: argparse.Namespace, placement: config.Placement | None = None) -> Iterator[None]:
+    """Connected to the cluster at --address, or to one of our own that ends with the block."""
     from clipfh import cluster
 
     cluster.connect(args.address, placement, args.dashboard)
+    try:
+        yield
+    finally:
+        cluster.disconnect()
+
+
+@contextlib.contextmanager
+def _all_or_nothing(out: Path, worth: str) -> Iterator[None]:
+    """Where the block fails before `out` holds anything worth keeping (a glob), leave it as it was: empty or not there.
+
+    A command that was mended can then simply be given again.
+    """
+    was_there, ours = out.exists(), not _in_use(out)
+    try:
+        yield
+    except BaseException:
+        if ours and out.is_dir() and not any(out.glob(worth)):
+            for made in out.iterdir():
+                shutil.rmtree(made) if made.is_dir() else made.unlink()
+            if not was_there:
+                out.rmdir()
+        raise
+
+
+def _in_use(out: Path) -> bool:
+    """Whether something is there. A file is: nothing can be put into it."""
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
 # --- What people see -------------------------------------------------------------------------------------------------
@@ -324,31 +484,33 @@ class _Tenths:
             print(f"{done:,} of {total:,} {self.unit}", flush=True)
 
 
-@contextlib.contextmanager
-def _followed(out: Path, images: int) -> Iterator[None]:
-    """A line for each report of a run while it trains."""
+def _followed(work: Callable[[], None], out: Path, images: int) -> None:
+    """Do the work in a thread, and print a line for each report of the run meanwhile.
+
+    Here in the main thread Ctrl-C reaches us; Ray Train would take it for itself.
+    """
     from clipfh import train
 
-    over = threading.Event()
-    told = len(train.read_metrics(out))
+    errors: list[Exception] = []
 
-    def follow() -> None:
-        nonlocal told
-        ended = False
-        while not ended:
-            ended = over.wait(0.5)
-            lines = train.read_metrics(out)
-            for line in lines[told:]:
-                print(_report_line(line, images), flush=True)
-            told = max(told, len(lines))
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:  # raised below
+            errors.append(error)
 
-    thread = threading.Thread(target=follow)
+    thread = threading.Thread(target=run, daemon=True)
+    told, over = len(train.read_metrics(out)), False
     thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    while not over:
+        thread.join(0.5)
+        over = not thread.is_alive()
+        lines = train.read_metrics(out)
+        for line in lines[told:]:
+            print(_report_line(line, images), flush=True)
+        told = max(told, len(lines))
+    if errors:
+        raise errors[0]
 
 
 def _report_line(line: dict[str, Any], images: int) -> str:
@@ -363,33 +525,53 @@ def _report_line(line: dict[str, Any], images: int) -> str:
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
-def _mendable(error: BaseException) -> str | None:
-    """The one line for an error that the user can mend, wherever in the chain of causes it stands."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UserError):
-            return str(seen)
-        if "No space left on device" in str(seen) or getattr(seen, "errno", None) == errno.ENOSPC:
-            where = getattr(seen, "filename", None) or "the output"
-            return f"no room on disk for {where}: free some, then run the same again, a run or sweep with --resume"
-        if isinstance(seen, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
-            return f"{seen.filename}: {seen.strerror.lower()}: check the path" if seen.strerror else str(seen)
-        seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from, also in other processes."""
+    if error is None:
+        return
+    yield error
+    inner = [getattr(error, name, None) for name in ("cause", "controller_failure")]
+    for cause in (*inner, *getattr(error, "worker_failures", {}).values(), error.__cause__ or error.__context__):
+        yield from _chain(cause)
+
+
+def _mendable(error: BaseException, args: argparse.Namespace | None) -> str | None:
+    """The one line for an error that the user can mend, wherever it stands in the chain of causes."""
+    for each in _chain(error):
+        if isinstance(each, UserError) and not hasattr(each, "cause"):  # Ray's text for one is a traceback
+            return str(each)
+        if getattr(each, "errno", None) in NO_ROOM or any(os.strerror(code) in str(each) for code in NO_ROOM):
+            where = getattr(each, "filename", None) or getattr(args, "out", None) or "what is written"
+            return f"no room on disk for {where}: free some; {_going_on(args)}"
+        if isinstance(each, WRONG_PATH) and each.filename and each.strerror:
+            return f"{each.filename}: {each.strerror.lower()}: check the path"
     return None
+
+
+def _going_on(args: argparse.Namespace | None) -> str:
+    """How to go on after a stop."""
+    out = Path(getattr(args, "out", None) or "")
+    if any((out / file).exists() for file in ("run.json", "sweep.yaml")):
+        return "the same command with --resume goes on from the last checkpoint"
+    return "give the same command again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on what the user can mend, 1 on our bugs."""
+    args = None
     try:
-        args = parser().parse_args(argv)
+        args = parse(sys.argv[1:] if argv is None else argv)
         globals()[args.command](args)
         return 0
     except KeyboardInterrupt:
-        print("clipfh: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"clipfh: stopped; {_going_on(args)}", file=sys.stderr)
         return 130
     except Exception as error:
-        line = _mendable(error)
+        line = _mendable(error, args)
         if line is None:
             raise
         print(f"clipfh: {' '.join(line.split())}", file=sys.stderr)

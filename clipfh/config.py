@@ -230,7 +230,8 @@ class Placement:
             require(
                 gpus >= 1 or gpus == 0 or self.workers == 1, "gpus-per-worker", "1 or more with several workers", gpus
             )
-        require(self.cpus_per_worker == "auto" or self.cpus_per_worker > 0, "cpus-per-worker", "above 0", 0)
+        cpus = self.cpus_per_worker
+        require(cpus == "auto" or cpus > 0, "cpus-per-worker", "above 0", cpus)
         require(self.concurrent == "auto" or self.concurrent >= 1, "concurrent", "1 or more", self.concurrent)
 
 
@@ -346,8 +347,12 @@ def check(name: str, value: Any, cls: type = Experiment) -> Any:
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        literals = [a for part in typing.get_args(hint) for a in typing.get_args(part)]
-        return value if value in literals else _typed(name, value, typing.get_args(hint)[0])
+        number, literal = typing.get_args(hint)
+        if value in typing.get_args(literal):
+            return value
+        if type(value) not in (int, float):
+            raise UserError(f"{name} must be {_TYPE_NAMES[number]} or {typing.get_args(literal)[0]}, not {value!r}")
+        return _typed(name, value, number)
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value not in choices:

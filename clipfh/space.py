@@ -72,6 +72,10 @@ class Halving:
     reduction: int = 3
     """one trial in so many goes on from a rung"""
 
+    def __post_init__(self) -> None:
+        config.require(self.first_rung >= 0, "first_rung", "0 or more", self.first_rung)
+        config.require(self.reduction >= 2, "reduction", "2 or more", self.reduction)
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -145,7 +149,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None, trials: i
     try:
         tree = yaml.safe_load(path.read_text())
         return _checked(tree, dict(overrides or {}), trials)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -168,10 +172,10 @@ def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> Sweep:
     sweep = Sweep(
         name=str(tree.get("name", "sweep")),
         stage=tree.get("stage", "image"),
-        preset=preset or ("scratch" if base.get("model.name") == config.SMALL else "recommended"),
+        preset=str(preset or ("scratch" if base.get("model.name") == config.SMALL else "recommended")),
         base={name: config.check(name, value) for name, value in base.items()},
         search=search,
-        points=[dict(_mapping(point, "a point")) for point in tree.get("points", [])],
+        points=[dict(_mapping(point, "a point")) for point in _list(tree.get("points", []), "points")],
         trials=trials if trials is not None else tree.get("trials", 16),
         halving=halving,
         placement=_dataclass(config.Placement, _mapping(tree.get("placement", {}), "placement"), "placement"),
@@ -185,8 +189,8 @@ def _check_values(sweep: Sweep) -> None:
     """Build the experiments at the ends of every range and at every point."""
     if type(sweep.trials) is not int or sweep.trials < 1:
         raise UserError(f"trials must be a whole number above 0, not {sweep.trials!r}")
-    if type(sweep.seed) is not int:
-        raise UserError(f"seed must be a whole number, not {sweep.seed!r}")
+    if type(sweep.seed) is not int or sweep.seed < 0:
+        raise UserError(f"seed must be a whole number, 0 or more, not {sweep.seed!r}")
     for name in sweep.search:
         for corner in sweep.corners(name):
             experiment = sweep.experiment(corner)
@@ -215,9 +219,12 @@ def _range(name: str, spec: Any) -> Range:
     if len(kinds) != 1:
         raise UserError(f"search: {name} needs one of {', '.join(KINDS)}")
     kind = kinds[0]
-    if not isinstance(spec[kind], list) or len(spec[kind]) < (1 if kind == "choice" else 2):
-        raise UserError(f"search: {name}: {kind} wants a list, [low, high] or the choices")
-    values = tuple(config.check(name, value) for value in spec[kind])
+    values = tuple(config.check(name, value) for value in _list(spec[kind], f"search: {name}: {kind}"))
+    if not values:
+        raise UserError(f"search: {name}: {kind} wants a list of one value or more, not []")
+    fitting = {int: ("int",), float: ("uniform", "loguniform")}.get(type(values[0]), ())
+    if kind not in (*fitting, "choice"):
+        raise UserError(f"search: {name}: {kind} does not suit it: take {' or '.join((*fitting, 'choice'))}")
     if kind != "choice" and (len(values) != 2 or not values[0] < values[1]):
         raise UserError(f"search: {name}: {kind} wants [low, high] with low below high, not {list(values)}")
     if kind == "loguniform" and values[0] <= 0:
@@ -226,8 +233,14 @@ def _range(name: str, spec: Any) -> Range:
 
 
 def _mapping(tree: Any, where: str) -> dict[str, Any]:
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
         raise UserError(f"{where} must be a mapping of names to values, not {tree!r}")
+    return tree
+
+
+def _list(tree: Any, where: str) -> list[Any]:
+    if not isinstance(tree, list):
+        raise UserError(f"{where} wants a list, not {tree!r}")
     return tree
 
 

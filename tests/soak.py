@@ -22,7 +22,7 @@ trials: 6
 budget: {first_rung: 64, reduction: 2}
 placement: {concurrent: 2}
 """
-LIMIT = 600
+LIMIT = 1800
 """Seconds after which a sweep is taken to hang."""
 RAYS = {"_StatsActor", "_AutoscalingCoordinatorActor", "_DatasetStateActor"}
 """Actors that Ray Data keeps, one of each for a cluster."""

@@ -22,19 +22,22 @@ def rows() -> list[dict]:
     """All measurements, as {name, value, target, ok}. Slow references take fewer queries and are compared per query."""
     query, gallery = in_shop()
     above = memory(lambda: metrics.score(query, gallery))
-    product, evaluation = fastest(lambda: product_alone(query, gallery), lambda: metrics.score(query, gallery))
+    some, few = (query.select(torch.arange(0, NUM_QUERY, NUM_QUERY // number)) for number in (512, 64))
+    product, evaluation, learning, original = fastest(
+        lambda: product_alone(query, gallery),
+        lambda: metrics.score(query, gallery),
+        lambda: metric_learning(some, gallery),
+        lambda: original_algorithm(few, gallery),
+    )
     per_query = evaluation / len(query)
-    some = query.select(torch.arange(0, NUM_QUERY, NUM_QUERY // 512))
-    (learning,) = fastest(lambda: metric_learning(some, gallery), repeats=1)
-    few = query.select(torch.arange(0, NUM_QUERY, NUM_QUERY // 64))
-    (original,) = fastest(lambda: original_algorithm(few, gallery), repeats=1)
     images = everything(query, gallery)
     apart, splits = fastest(lambda: splits_apart(images), lambda: metrics.random_splits(images), repeats=1)
+    # Ten splits ask with some 18,800 of the images, each before all 26,830: 2.8 times the pairs of one evaluation.
     return [
         row("metrics: Rank-k + mAP, time of the matrix product", evaluation / product, at_most=1.5),
         row("metrics: pytorch-metric-learning, our time", learning / len(some) / per_query, at_least=10),
         row("metrics: the original's algorithm, our time", original / len(few) / per_query, at_least=10),
-        row("metrics: ten random splits, time of one evaluation", splits / evaluation, at_most=2),
+        row("metrics: ten random splits, time of one evaluation", splits / evaluation, at_most=4),
         row("metrics: ten random splits, time of each apart", splits / apart, at_most=1),
         row("metrics: memory above the embeddings, MiB", above, at_most=1024),
     ]
