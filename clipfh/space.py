@@ -164,6 +164,7 @@ def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> Sweep:
     if clash := set(search) & set(overrides):
         raise UserError(f"{sorted(clash)[0]} is searched: give another value in the file, not beside it")
     budget = dict(_mapping(tree.get("budget", {}), "budget"))
+    _known(budget, [f.name for cls in (config.Budget, Halving) for f in dataclasses.fields(cls)], "budget.")
     halving = _dataclass(Halving, {k: budget.pop(k) for k in ("first_rung", "reduction") if k in budget}, "budget")
     for name, value in budget.items():
         base.setdefault(f"budget.{name}", value)
@@ -244,10 +245,10 @@ def _list(tree: Any, where: str) -> list[Any]:
     return tree
 
 
-def _known(tree: Mapping[str, Any], names: Sequence[str]) -> None:
+def _known(tree: Mapping[str, Any], names: Sequence[str], where: str = "") -> None:
     for name in tree:
         if name not in names:
-            raise UserError(f"unknown key {name}{config.nearest(str(name), list(names))}")
+            raise UserError(f"unknown key {where}{name}{config.nearest(name, list(names))}")
 
 
 def _dataclass(cls: Any, values: Mapping[str, Any], where: str) -> Any:
