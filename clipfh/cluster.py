@@ -22,6 +22,8 @@ from clipfh.config import Placement
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 # What people should read, the commands say in words; the rest is in Ray's log files.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# A busy machine may take longer than Ray's 30 s to start a node.
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
 
 HEAD = "node:__internal_head__"
 """A resource that every Ray head has: drivers of trials take a sliver of it, so they run there and take no CPU."""
