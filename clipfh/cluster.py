@@ -22,8 +22,6 @@ from clipfh.config import Placement
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 # What people should read, the commands say in words; the rest is in Ray's log files.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-# A busy machine may take longer than Ray's 30 s to start a node.
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
 
 HEAD = "node:__internal_head__"
 """A resource that every Ray head has: drivers of trials take a sliver of it, so they run there and take no CPU."""
@@ -70,7 +68,14 @@ def connect(address: str | None = None, placement: Placement | None = None, dash
         workers = placement.workers if placement else 1
         slots = max(2 * _cores(), 4, 4 * workers)
         # Processes inherit our environment; a runtime_env would keep them from those that Ray starts beforehand
-        ray.init("local", num_cpus=slots, include_dashboard=dashboard, **quiet)
+        try:
+            ray.init("local", num_cpus=slots, include_dashboard=dashboard, **quiet)
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            raise UserError(
+                "Ray did not start within 30 s: the machine is too busy; try again when it is less so"
+            ) from error
         return
     if address != "auto":
         _check_reachable(address)
