@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from clipfh import UserError
+from clipfh import UserError, config
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a plan and the losses need to know of the train images. Rows are those of the catalogue's train split."""
+
+    item: np.ndarray
+    """(N,) int32 item code of each row"""
+    category: np.ndarray
+    """(I,) int32 category code of each item"""
+    names: list[str]
+    """(I,) item ids"""
+    shard_ends: np.ndarray
+    """(S,) rows up to the end of each shard"""
+
+    @property
+    def views(self) -> np.ndarray:
+        """(I,) images of each item."""
+        return np.bincount(self.item, minlength=len(self.names))
 
 
 class Plan:
@@ -126,6 +146,32 @@ def _hash(*parts: int | np.ndarray) -> np.ndarray:
     return value
 
 
-def num_steps(images: int, batch: int) -> int:
-    """Steps that see at least this many images."""
-    return max(1, math.ceil(images / batch))
+@dataclass(frozen=True)
+class Budget:
+    """An experiment's budget, for batches of so many images."""
+
+    total: int
+    """steps"""
+    every: float
+    """images between two reports"""
+    batch: int
+
+    def is_report(self, done: int) -> bool:
+        """Whether a report is due after so many steps: the first to reach a multiple of `every`, and the last.
+
+        So a report comes at no fewer images than was asked for, by less than a batch, whatever P x K: a sweep's rungs
+        are the same for all its trials.
+        """
+        return done == self.total or done * self.batch // self.every > (done - 1) * self.batch // self.every
+
+
+def budget_of(experiment: config.Experiment, num_images: int) -> Budget:
+    """Steps that see at least the images asked for, and the reports on the way.
+
+    Args:
+        experiment: with a budget in images or in epochs.
+        num_images: an epoch.
+    """
+    budget, batch = experiment.budget, experiment.batch.images
+    images = budget.images or math.ceil(budget.epochs * num_images)
+    return Budget(max(1, math.ceil(images / batch)), budget.report_every or images / 10, batch)

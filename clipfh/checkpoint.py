@@ -29,6 +29,8 @@ class Weights:
     """None for a bare weights file"""
     metrics: dict[str, Any]
     path: str
+    model_name: str = ""
+    """architecture that a bare weights file names; often it names none"""
 
 
 def save(
@@ -58,14 +60,14 @@ def load_training(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def load(path: str | Path) -> Weights:
-    """Weights from a sweep, a run (its best checkpoint), a checkpoint, an export, or a safetensors or .pt file.
+    """Weights from a sweep, a run (its best checkpoint), a checkpoint, an export, or a safetensors, .pt or .pth file.
 
     Raises:
         UserError: nothing there to load.
     """
     folder = find(path)
     if folder.is_file():
-        return Weights(_load_file(folder), None, {}, str(folder))
+        return _load_file(folder)
     experiment = config.load(folder / EXPERIMENT)
     metrics = json.loads((folder / METRICS).read_text()) if (folder / METRICS).exists() else {}
     state = load_file(folder / (EXPORTED if (folder / EXPORTED).exists() else RAW))
@@ -113,13 +115,45 @@ def _snapshot(run: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def _load_file(file: Path) -> dict[str, Tensor]:
+STATES = ("model_state_dict", "state_dict", "model")
+"""Keys under which training scripts keep a state dict: the original pipeline's, open_clip's, and others'."""
+
+NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+"""What OpenAI's state dicts hold beside weights."""
+
+
+def _load_file(file: Path) -> Weights:
+    """A bare weights file: a state dict with open_clip's or OpenAI's names, or a mapping with one in it."""
+    tree = _read(file)
+    state = next((tree[key] for key in STATES if isinstance(tree, dict) and isinstance(tree.get(key), dict)), tree)
+    tensors = isinstance(state, dict) and {
+        str(name).removeprefix("module."): tensor for name, tensor in state.items() if name not in NO_WEIGHTS
+    }
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{file} holds no state dict (tensors by name): give a file with one, or under {STATES[0]}")
+    name = tree.get("model_name", "")
+    return Weights(tensors, None, {}, str(file), name if isinstance(name, str) else "")
+
+
+def _read(file: Path) -> Any:
+    """What the file holds, without running any code from it."""
     try:
-        state: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0][:160]
+        reason = str(error)
+        if "TorchScript" in reason:
+            raise UserError(_convert(file, "a TorchScript archive", "torch.jit.load({0}).state_dict()")) from error
+        if "Unsupported global" in reason or "Unsupported class" in reason:
+            pickled = "torch.load({0}, weights_only=False)['model'].state_dict()"
+            raise UserError(_convert(file, "a pickled module, which could run any code", pickled)) from error
+        first = " ".join(reason.split())[:160]
         raise UserError(
-            f"{file} can't be read as weights ({reason}): give a safetensors file or a plain state dict"
+            f"{file} can't be read as weights ({first}): give a safetensors file or a state dict"
         ) from error
-    state = state.get("state_dict", state.get("model_state_dict", state))
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _convert(file: Path, what: str, state: str) -> str:
+    return (
+        f"{file} holds {what}, and is not loaded: where you trust it, make a file of its weights with "
+        f"torch.save({state.format(repr(str(file)))}, 'weights.pth') and give that"
+    )

@@ -30,6 +30,7 @@ COMMANDS = {
         "FILE.yaml CATALOGUE --out DIR [options] [settings]",
         "search settings with Ray Tune and Optuna, and export the best model",
     ),
+    "status": ("DIR", "tell how a run or a sweep stands, without touching it"),
     "export": ("RUN_OR_SWEEP --out DIR", "write a run's or sweep's best model for any open_clip user"),
     "report": ("DIR [DIR ...] [--out FILE.html]", "write an HTML page on evaluations, runs and sweeps"),
     "demo": ("[--out DIR]", "do all of it on a small drawn catalogue"),
@@ -75,6 +76,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _evaluate_arguments(commands["evaluate"])
     _train_arguments(commands["train"])
     _sweep_arguments(commands["sweep"])
+    commands["status"].add_argument("path", metavar="DIR", help="the --out of clipfh train or clipfh sweep")
     commands["export"].add_argument("path", metavar="RUN_OR_SWEEP", help="a run, a checkpoint or a sweep")
     commands["export"].add_argument("--out", required=True, metavar="DIR", help="folder to write")
     commands["report"].add_argument("paths", nargs="+", metavar="DIR", help="evaluations, runs, sweeps")
@@ -341,7 +343,7 @@ def train(args: argparse.Namespace) -> None:
     as_it_was = args.resume and not settings and not args.preset
     given = None if as_it_was else config.resolve(args.stage, args.preset, settings)
     opened = catalogue.open_catalogue(args.catalogue)
-    from clipfh import cluster, train
+    from clipfh import batches, cluster, train
 
     with _all_or_nothing(out, "checkpoints/checkpoint_*"):
         clip, experiment = train.begin(out, given, opened, args.warm_start, args.resume)
@@ -353,10 +355,12 @@ def train(args: argparse.Namespace) -> None:
             resources = cluster.place(placement)
             images = opened.num_images("train")
             print(f"{experiment.stage} stage of {experiment.model.name} on {images:,} images: {resources}", flush=True)
+            if experiment.stage == "joint" and not experiment.loss.takes_text:
+                print("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
             inputs = train.inputs_of(opened, experiment, clip)
             if inputs.num_single:
                 print(train.single_views(inputs.num_single))
-            total = train.budget_of(experiment, inputs.num_images).total * experiment.batch.images
+            total = batches.budget_of(experiment, inputs.num_images).total * experiment.batch.images
             _followed(lambda: train.fit(experiment, inputs, out, resources, retries=3), out, total)
     last = train.read_metrics(out)[-1]
     if "diverged" in last:
@@ -378,6 +382,12 @@ def sweep(args: argparse.Namespace) -> None:
     with _all_or_nothing(out, "trials/*/metrics.json"), _connected(args, loaded.placement):
         print(f"Ray's logs: {cluster.logs()}", flush=True)
         print(sweep.outcome(sweep.run(loaded, opened, out, resume=args.resume), out))
+
+
+def status(args: argparse.Namespace) -> None:
+    from clipfh import status
+
+    print(status.of(args.path))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -508,6 +518,8 @@ def _followed(work: Callable[[], None], out: Path, images: int) -> None:
         lines = train.read_metrics(out)
         for line in lines[told:]:
             print(_report_line(line, images), flush=True)
+            for warning in line.get("warnings", []):
+                print(f"warning: {warning}", flush=True)
         told = max(told, len(lines))
     if errors:
         raise errors[0]

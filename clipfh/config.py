@@ -42,6 +42,12 @@ class Model:
     """keep the patch embedding (ViT) or the stem (ResNet) as it is"""
     freeze_blocks: int = 0
     """keep the first n blocks of the image tower as they are"""
+    freeze_norm: bool = True
+    """keep scale and shift of batch norms (ResNet) as they are; their statistics stay those of pretraining anyway"""
+    checkpointing: bool = False
+    """compute activations again in the backward pass, block by block: less memory, about a third more time"""
+    compile: bool = False
+    """compile the training step's towers by torch.compile: faster on GPUs, after a minute's start"""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "model.name", "a name", "empty")
@@ -82,6 +88,8 @@ class Loss:
     """margin on the Euclidean distance of embeddings; below 0: soft margin"""
     supcon_temperature: float = 0.07
     """temperature of supcon"""
+    supcon_captions: bool = False
+    """let the batch's prompts take part in supcon beside its images"""
     infonce_temperature: float = 0.0
     """temperature of infonce at the start; 0: the model's own (.01 for OpenAI's, .07 for random weights)"""
     learn_scale: bool = True
@@ -93,10 +101,23 @@ class Loss:
         require(
             any(getattr(self, term) for term in TERMS), "loss", "at least one term above 0 of " + ", ".join(TERMS), 0
         )
-        require(self.infonce_temperature >= 0, "loss.infonce_temperature", "0 or more", self.infonce_temperature)
+        if self.infonce_temperature:  # the logit scale is clamped at 100
+            require(
+                0.01 <= self.infonce_temperature < math.inf,
+                "loss.infonce_temperature",
+                "0, or 0.01 or more",
+                self.infonce_temperature,
+            )
         for name in ("ce_scale", "supcon_temperature"):
             require(getattr(self, name) > 0, f"loss.{name}", "above 0", getattr(self, name))
-        require(0 <= self.ce_smoothing < 1, "loss.ce_smoothing", "from 0 to 1", self.ce_smoothing)
+        require(0 <= self.ce_smoothing < 1, "loss.ce_smoothing", "from 0 to below 1", self.ce_smoothing)
+        require(-1 <= self.ce_margin < 2, "loss.ce_margin", "from -1 to below 2", self.ce_margin)
+        require(self.triplet_margin < 2, "loss.triplet_margin", "below 2, the largest distance", self.triplet_margin)
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether a term that is on learns from prompts."""
+        return self.infonce > 0 or (self.supcon > 0 and self.supcon_captions)
 
 
 @dataclass(frozen=True)
@@ -141,11 +162,15 @@ class Batch:
     """K"""
     categories: int = 0
     """about how many categories share a batch; 0: items are drawn from all"""
+    chunk: int = 0
+    """images that a worker takes through the towers at a time, with the gradient of the whole batch; 0: all of them.
+    Less memory, about a third more time"""
 
     def __post_init__(self) -> None:
         require(self.items >= 2, "batch.items", "2 or more", self.items)
         require(self.views >= 1, "batch.views", "1 or more", self.views)
         require(0 <= self.categories <= self.items, "batch.categories", "0 to batch.items", self.categories)
+        require(self.chunk >= 0, "batch.chunk", "0 or more", self.chunk)
 
     @property
     def images(self) -> int:
@@ -161,9 +186,15 @@ class Augment:
     """smallest share of the area that a random crop keeps"""
     flip: bool = True
     """mirror every other image"""
+    randaugment: float = 0.0
+    """strength of RandAugment, 0 to 10: two random changes of shape or colour an image; 0: none"""
+    erase: float = 0.0
+    """probability that a random rectangle of an image is erased"""
 
     def __post_init__(self) -> None:
         require(0 < self.crop_min <= 1, "augment.crop_min", "above 0 and at most 1", self.crop_min)
+        require(0 <= self.randaugment <= 10, "augment.randaugment", "from 0 to 10", self.randaugment)
+        require(0 <= self.erase <= 1, "augment.erase", "from 0 to 1", self.erase)
 
 
 @dataclass(frozen=True)
@@ -251,6 +282,7 @@ _SCRATCH: dict[str, Any] = {
     "optimizer.warmup": 0.1,
     "optimizer.ema": 0.99,
     "model.freeze_patch": False,
+    "model.freeze_norm": False,
     "batch.items": 32,
     "batch.views": 4,
     "augment.crop_min": 0.4,
@@ -270,6 +302,8 @@ _ORIGINAL: dict[str, Any] = {
     "text.strategy": "clean",
 }
 
+_WITH_CAPTIONS: dict[str, Any] = {"loss.supcon": 1.0, "loss.supcon_captions": True}
+
 # Preset name -> stage -> settings that differ from the defaults. joint-v1 to joint-v4 keep the intent of the
 # pipeline that clipfh replaces (losses, prompts, P x K) without its faults.
 PRESETS: dict[str, dict[Stage, dict[str, Any]]] = {
@@ -279,16 +313,10 @@ PRESETS: dict[str, dict[Stage, dict[str, Any]]] = {
     "joint-v1": {
         "joint": {**_ORIGINAL, "loss.infonce": 1.0, "loss.supcon": 0.0, "text.strategy": "raw", "batch.views": 1}
     },
-    "joint-v2": {"joint": {**_ORIGINAL, "loss.supcon": 1.0, "loss.infonce": 1.0}},
-    "joint-v3": {"joint": {**_ORIGINAL, "loss.supcon": 1.0, "loss.infonce": 1.0, "optimizer.lr": 1e-4}},
+    "joint-v2": {"joint": {**_ORIGINAL, **_WITH_CAPTIONS}},
+    "joint-v3": {"joint": {**_ORIGINAL, **_WITH_CAPTIONS, "optimizer.lr": 1e-4}},
     "joint-v4": {
-        "joint": {
-            **_ORIGINAL,
-            "loss.supcon": 1.0,
-            "loss.infonce": 1.0,
-            "text.strategy": "structured",
-            "budget.epochs": 50.0,
-        }
+        "joint": {**_ORIGINAL, **_WITH_CAPTIONS, "text.strategy": "structured", "budget.epochs": 50.0},
     },
 }
 

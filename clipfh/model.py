@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clipfh import UserError, config
 from clipfh.images import Preprocess
@@ -52,6 +53,11 @@ def architecture(settings: config.Model) -> str:
     trained = library().get_pretrained_cfg(name, tag) if tag else {}
     quick = trained.get("quick_gelu", False) if trained else is_openai_name(settings.name)
     return f"{name}-quickgelu" if quick and f"{name}-quickgelu" in known else name
+
+
+def plain_name(name: str) -> str:
+    """A model's name without the ways of writing it: ViT-B/16, ViT-B-16 and ViT-B-16-quickgelu are one."""
+    return name.replace("/", "-").removesuffix("-quickgelu")
 
 
 def is_openai_name(name: str) -> bool:
@@ -175,39 +181,89 @@ def token_counter(settings: config.Model) -> Callable[[str], int]:
 
 
 class Towers(nn.Module):
-    """Both towers in one forward pass, which is what DistributedDataParallel wraps."""
+    """Both towers in one forward pass, which is what DistributedDataParallel wraps.
+
+    Args:
+        clip: open_clip's model.
+        chunk: images, and prompts, that pass at a time where gradients are wanted; 0: all. Each chunk's activations
+            are dropped and computed again when its gradient is due (gradient caching: Gao et al., 2021), so memory
+            goes with the chunk and the gradient is that of the whole batch.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: nn.Module) -> None:
+    def __init__(self, clip: nn.Module, chunk: int = 0) -> None:
         super().__init__()
         self.clip: Any = clip
-        preprocess = preprocess_of(clip)
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+        self.chunk = chunk
+        preprocess, dtype = preprocess_of(clip), next(clip.parameters()).dtype
+        self.register_buffer("mean", torch.tensor(preprocess.mean, dtype=dtype).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std, dtype=dtype).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Features of images and prompts, and the logit scale.
 
         Args:
-            images: (B, H, W, 3) uint8.
+            images: (B, 3, H, W) uint8.
             tokens: (C, context) int64, or None: the text tower is not run.
 
         Returns:
             (B, D) image features, (C, D) text features or None, scalar log of the logit scale.
         """
-        pixels = images.permute(0, 3, 1, 2).to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
-        text = None if tokens is None else self.clip.encode_text(tokens)
-        return self.clip.encode_image(pixels), text, self.clip.logit_scale.clamp(max=MAX_LOG_SCALE)
+        text = None if tokens is None else self._by_chunks(self.clip.encode_text, tokens)
+        return self._by_chunks(self._encode_image, images), text, self.clip.logit_scale
+
+    def _encode_image(self, images: Tensor) -> Tensor:
+        return self.clip.encode_image(images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std))
+
+    def _by_chunks(self, encode: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        if not (0 < self.chunk < len(rows) and torch.is_grad_enabled()):
+            return encode(rows)
+        return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in rows.split(self.chunk)])
 
     def train(self, mode: bool = True) -> Towers:
         """Batch norm stays in eval mode: its statistics are those of pretraining, not of a batch."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if _is_batch_norm(module):
                 module.eval()
         return self
+
+
+_LEAVES = ("weight", "bias")
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def recompute_blocks(clip: Any, name: str) -> None:
+    """Gradient checkpointing: drop the activations inside each block, and compute them again when they are due.
+
+    open_clip does nothing for its own ResNets when asked, and only logs where a tower of timm's can't.
+
+    Raises:
+        UserError: the image tower can't.
+    """
+    if isinstance(clip.visual, library().modified_resnet.ModifiedResNet):
+        for number in range(1, 5):
+            stage = getattr(clip.visual, f"layer{number}")
+            stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False)
+    elif trunk := getattr(clip.visual, "trunk", None):
+        try:
+            trunk.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, NotImplementedError) as error:
+            raise UserError(
+                f"--model.checkpointing: the image tower of {name} can't ({error}): --batch.chunk saves memory too"
+            ) from error
+    clip.set_grad_checkpointing(True)
+
+
+@torch.no_grad()
+def clamp_scale(clip: Any) -> None:
+    """Keep the logit scale between 1 and 100, as CLIP was trained (Radford et al., 2021, 2.5)."""
+    clip.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
 
 def device() -> torch.device:
@@ -223,11 +279,19 @@ def precision(setting: str, on: torch.device) -> torch.dtype:
 
 
 def to_device(images: np.ndarray, on: torch.device) -> Tensor:
-    """The one way of images to the device: from pinned memory without waiting on a GPU, without a copy on the CPU."""
+    """The one way of images to the device: from pinned memory without waiting on a GPU, without a copy on the CPU.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        on: the device.
+
+    Returns:
+        (B, 3, H, W) uint8.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # read-only pages of the object store, which we only read
         batch = torch.from_numpy(images)
-    return batch.pin_memory().to(on, non_blocking=True) if on.type == "cuda" else batch
+    return (batch.pin_memory().to(on, non_blocking=True) if on.type == "cuda" else batch).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -282,10 +346,14 @@ def freeze(clip: nn.Module, stage: str, settings: config.Model, learn_scale: boo
     blocks = num_blocks(list(towers["image"]))
     if settings.freeze_blocks > blocks:
         raise UserError(f"--model.freeze_blocks {settings.freeze_blocks}: {settings.name} has {blocks} blocks")
+    norms = {
+        f"{prefix}.{leaf}" for prefix, module in clip.named_modules() if _is_batch_norm(module) for leaf in _LEAVES
+    }
     for name, parameter in towers["image"].items():
         at = depth(name, blocks)
-        frozen_patch = settings.freeze_patch and re.search(r"\b(conv\d|bn\d|patch_embed)\b", name) and at == 0
-        parameter.requires_grad_(not (frozen_patch or (settings.freeze_blocks and at <= settings.freeze_blocks)))
+        in_patch = re.search(r"\b(conv\d|bn\d|patch_embed)\b", name) and at == 0
+        frozen = (in_patch and settings.freeze_patch) or (name in norms and settings.freeze_norm)
+        parameter.requires_grad_(not (frozen or (settings.freeze_blocks and at <= settings.freeze_blocks)))
     for parameter in towers["text"].values():
         parameter.requires_grad_(stage == "joint")
     for parameter in towers["scale"].values():

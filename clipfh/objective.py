@@ -60,17 +60,16 @@ class Objective(nn.Module):
 
         Args:
             feature_BD: image features, before normalisation.
-            text_CD: features of the batch's distinct captions; needed by infonce only.
+            text_CD: features of the batch's distinct captions; needed by terms that take text only.
             log_scale: log of the logit scale of infonce.
             labels: of the batch.
         """
-        embedding_BD = F.normalize(feature_BD)
-        paired, item_B = labels.paired, labels.item
+        embedding_BD, item_B, paired = F.normalize(feature_BD), labels.item, labels.paired
         of_term: dict[str, Callable[[], Tensor]] = {
             "ce": lambda: self._ce(self._cosine(feature_BD), item_B),
             "triplet": lambda: self._triplet(embedding_BD[paired], item_B[paired]),
             "center": lambda: losses.center(feature_BD, item_B, self.centers),
-            "supcon": lambda: self._supcon(embedding_BD[paired], item_B[paired]),
+            "supcon": lambda: self._supcon_of(embedding_BD, text_CD, labels),
             "infonce": lambda: self._infonce(embedding_BD[labels.captioned], _unit(text_CD), labels, log_scale),
         }
         nothing = feature_BD.sum() * 0
@@ -88,7 +87,7 @@ class Objective(nn.Module):
         of_term: dict[str, Callable[[], losses.Bounds]] = {
             "ce": lambda: losses.bounds(partial(self._ce, item_B=labels.item), labels.item, num_items=self.num_items),
             "triplet": lambda: losses.bounds(partial(self._triplet, item_B=paired_item), paired_item),
-            "supcon": lambda: losses.bounds(partial(self._supcon, item_B=paired_item), paired_item),
+            "supcon": lambda: self._supcon_bounds(labels),
             "infonce": lambda: losses.bounds(
                 partial(self._infonce, labels=labels, log_scale=log_scale),
                 labels.item[labels.captioned],
@@ -99,7 +98,8 @@ class Objective(nn.Module):
 
     def _concerns(self, term: str, labels: Labels) -> bool:
         """Whether the batch has an image that the term takes."""
-        taken = {"triplet": labels.paired, "supcon": labels.paired, "infonce": labels.captioned}
+        supcon = labels.captioned if self.loss.supcon_captions else labels.paired
+        taken = {"triplet": labels.paired, "supcon": supcon, "infonce": labels.captioned}
         return term not in taken or bool(taken[term].any())
 
     def _cosine(self, feature_BD: Tensor) -> Tensor:
@@ -113,8 +113,24 @@ class Objective(nn.Module):
     def _triplet(self, embedding_BD: Tensor, item_B: Tensor) -> Tensor:
         return losses.triplet(embedding_BD, item_B, None if self.loss.triplet_margin < 0 else self.loss.triplet_margin)
 
-    def _supcon(self, embedding_BD: Tensor, item_B: Tensor) -> Tensor:
-        return losses.supcon(embedding_BD, item_B, self.loss.supcon_temperature)
+    def _supcon_of(self, embedding_BD: Tensor, text_CD: Tensor | None, labels: Labels) -> Tensor:
+        """Within the images that have a second view or, with captions, within captioned images and captions."""
+        if self.loss.supcon_captions:
+            captioned = labels.captioned
+            return self._supcon(embedding_BD[captioned], _unit(text_CD), labels.item[captioned], labels.caption)
+        return self._supcon(embedding_BD[labels.paired], None, labels.item[labels.paired], None)
+
+    def _supcon(
+        self, embedding_BD: Tensor, caption_CD: Tensor | None, item_B: Tensor, caption_B: Tensor | None
+    ) -> Tensor:
+        return losses.supcon(embedding_BD, item_B, self.loss.supcon_temperature, caption_CD, caption_B)
+
+    def _supcon_bounds(self, labels: Labels) -> losses.Bounds:
+        if self.loss.supcon_captions:
+            item_B = labels.item[labels.captioned]
+            return losses.bounds(partial(self._supcon, item_B=item_B, caption_B=labels.caption), item_B, labels.caption)
+        item_B = labels.item[labels.paired]
+        return losses.bounds(partial(self._supcon, caption_CD=None, item_B=item_B, caption_B=None), item_B)
 
     def _infonce(self, embedding_BD: Tensor, text_CD: Tensor, labels: Labels, log_scale: Tensor) -> Tensor:
         item_B = labels.item[labels.captioned]

@@ -40,10 +40,10 @@ def _group(parameter: nn.Parameter, rate: float, decay: float) -> Iterator[dict[
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up over a share of the steps, then half a cosine to 0 at the last."""
-    rise = max(1, round(steps * warmup))
+    rise = max(1, round(steps * warmup)) if warmup else 0
 
     def factor(step: int) -> float:
-        if step < rise and warmup:
+        if step < rise:
             return (step + 1) / rise
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
 

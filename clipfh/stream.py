@@ -14,7 +14,7 @@ import ray
 from ray.train import DataConfig
 
 from clipfh import images
-from clipfh.batches import Plan
+from clipfh.batches import Index, Plan
 from clipfh.catalogue import Catalogue
 from clipfh.config import Augment, Batch
 
@@ -26,32 +26,13 @@ TASK_CPUS = 0.5
 
 
 @dataclass(frozen=True)
-class Index:
-    """What a plan and the losses need to know of the train images. Rows are those of the catalogue's train split."""
-
-    item: np.ndarray
-    """(N,) int32 item code of each row"""
-    category: np.ndarray
-    """(I,) int32 category code of each item"""
-    names: list[str]
-    """(I,) item ids"""
-    shard_ends: np.ndarray
-    """(S,) rows up to the end of each shard"""
-
-    @property
-    def views(self) -> np.ndarray:
-        """(I,) images of each item."""
-        return np.bincount(self.item, minlength=len(self.names))
-
-
-@dataclass(frozen=True)
 class Images:
     """The train images in the object store, shared without copies by all tasks, workers and trials."""
 
     index: Any
     """ObjectRef[Index]"""
     shards: list[Any]
-    """ObjectRef[pa.Table] with one column, `image`, in one chunk"""
+    """ObjectRef[pa.Table] with the columns `image` and `path`, each in one chunk"""
 
 
 def share(catalogue: Catalogue, split: str = "train") -> Images:
@@ -75,9 +56,9 @@ def index_of(rows: pa.Table, shard_ends: np.ndarray) -> Index:
 def _read_shard(path: str) -> pa.Table:
     import pyarrow.parquet as pq
 
+    table = pq.ParquetFile(path).read(columns=["image", "path"])
     # int64 offsets: a column of 2 GiB and more stays one chunk
-    column = pq.ParquetFile(path).read(columns=["image"])["image"].cast(pa.large_binary())
-    return pa.table({"image": column.combine_chunks()})
+    return table.set_column(0, "image", table["image"].cast(pa.large_binary())).combine_chunks()
 
 
 @ray.remote(num_cpus=TASK_CPUS)
@@ -152,7 +133,7 @@ def plan_of(index: Index, batch: Batch, seed: int) -> Plan:
 def _load(block: dict[str, np.ndarray], shared: Images, recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
     """Decode a rank's part of some steps: step (S,), row (S, B), image (S, B, size, size, 3)."""
     plan, shard_ends = _plan(shared.index, recipe.batch, recipe.seed)
-    read = _reader(shard_ends, shared.shards)
+    read = _reader(shard_ends, shared.shards, "image")
     rows = np.stack([plan.batch(int(step)).reshape(world_size, -1)[rank] for step in block["step"]])
     first = rank * rows.shape[1]
     pixels = [decode(recipe, read, int(step), first, part) for step, part in zip(block["step"], rows, strict=True)]
@@ -169,14 +150,20 @@ def decode(recipe: Recipe, read: Callable[[int], bytes], step: int, first: int, 
     return out
 
 
-def _reader(shard_ends: np.ndarray, shards: list[Any]) -> Callable[[int], bytes]:
-    """Row to encoded image. A shard is fetched when a row of it is first asked for."""
+def paths(shared: Images, rows: np.ndarray) -> list[str]:
+    """Where the images of some rows lay in the source."""
+    read = _reader(ray.get(shared.index).shard_ends, shared.shards, "path")
+    return [read(int(row)) for row in rows]
+
+
+def _reader(shard_ends: np.ndarray, shards: list[Any], column: str) -> Callable[[int], Any]:
+    """Row to encoded image, or path. A shard is fetched when a row of it is first asked for."""
     columns: dict[int, pa.Array] = {}
 
-    def read(row: int) -> bytes:
+    def read(row: int) -> Any:
         shard = int(np.searchsorted(shard_ends, row, side="right"))
         if shard not in columns:
-            columns[shard] = ray.get(shards[shard])["image"].chunk(0)
+            columns[shard] = ray.get(shards[shard])[column].chunk(0)
         start = shard_ends[shard - 1] if shard else 0
         return columns[shard][row - int(start)].as_py()
 

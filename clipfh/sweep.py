@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import io
 import json
@@ -23,7 +24,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search.optuna import OptunaSearch
 from torch import nn
 
-from clipfh import UserError, checkpoint, cluster, config, evaluate, export, model, report, train
+from clipfh import UserError, batches, checkpoint, cluster, config, evaluate, export, model, report, train
 from clipfh.catalogue import Catalogue
 from clipfh.space import Sweep, resolved
 
@@ -55,7 +56,7 @@ class Trial(tune.Trainable):
         self.experiment = sweep.experiment(config)
         self.folder = Path(out) / "trials" / self.trial_name
         _clear_of_another(self.folder, self.experiment)
-        self.total = train.budget_of(self.experiment, inputs.num_images).total
+        self.total = batches.budget_of(self.experiment, inputs.num_images).total
         self.reported = 0
         self.error: Exception | None = None
         self.thread = threading.Thread(target=self._fit, args=(inputs, resources), daemon=True)
@@ -119,7 +120,8 @@ def number_of(trial: Any) -> str:
 
 
 def _result(line: dict[str, Any], done: bool) -> dict[str, Any]:
-    kept = {k: line[k] for k in ("images", "val_mAP", OBJECTIVE, "loss", "images_per_second", "diverged") if k in line}
+    shown = ("images", "val_mAP", OBJECTIVE, "loss", "images_per_second", "diverged", "warnings")
+    kept = {name: line[name] for name in shown if name in line}
     return {**kept, "done": done, "finished": done}
 
 
@@ -142,6 +144,8 @@ class Watch(tune.Callback):
             f"trial {number_of(trial)}: {result['images']:,} images, val mAP {result['val_mAP']:.3f}, "
             f"best so far {max(best, self.board.zero_shot):.3f}"
         )
+        for warning in result.get("warnings", []):
+            self.tell(f"trial {number_of(trial)}: warning: {warning}")
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._ended(trials, trial)
@@ -247,6 +251,7 @@ def run(
     board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
     widest = max((sweep.experiment(each) for each in sweep.corners("batch.items")), key=lambda e: e.batch.items)
     inputs = train.inputs_of(catalogue, widest, clip)  # raises where the largest P is more than the items
+    inputs = dataclasses.replace(inputs, start_val_mAP=zero_shot)
     if inputs.num_single:
         tell(train.single_views(inputs.num_single))
     trials = _search(sweep, inputs, out, resources, concurrent, Watch(board, tell, sweep.trials), resume)

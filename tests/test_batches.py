@@ -4,10 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipfh import UserError
+from clipfh import UserError, batches, config
 from clipfh.batches import Plan
 
 
@@ -86,3 +87,21 @@ def test_grouping_puts_few_categories_in_a_batch():
 def test_too_few_items():
     with pytest.raises(UserError, match=r"--batch.items 5 is more than the 3 train items"):
         Plan(np.array([0, 1, 2]), 5, 2)
+
+
+@pytest.mark.parametrize("views", [2, 3, 5, 7])
+@pytest.mark.parametrize("every", [0, 50, 64, 1000])
+def test_reports_come_at_the_same_images_for_every_batch(views, every):
+    experiment = config.resolve(
+        "image", None, {**TINY, "batch.views": views, "budget.images": 600, "budget.report_every": every}
+    )
+    budget, batch = batches.budget_of(experiment, 100), 8 * views
+    seen = [step * batch for step in range(1, budget.total + 1) if budget.is_report(step)]
+    asked = [image for image in np.arange(1, 600) if image % (every or 60) == 0]
+    assert seen == sorted({*(-(-int(image) // batch) * batch for image in asked), budget.total * batch})
+    assert 600 <= budget.total * batch < 600 + batch
+
+
+def test_budget_in_epochs():
+    in_epochs = config.resolve("image", None, {**TINY, "budget.epochs": 2.0, "budget.images": 0})
+    assert batches.budget_of(in_epochs, 100).total == 13

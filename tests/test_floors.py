@@ -8,10 +8,10 @@ from pathlib import Path
 import clipfh
 
 FLOORS = [
-    {"config", "metrics", "losses", "gather", "prompts", "images", "sources"},
+    {"config", "metrics", "losses", "gather", "prompts", "images", "augment", "gates", "sources"},
     {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "space", "cluster"},
-    {"stream", "evaluate"},
-    {"train", "export", "report"},
+    {"stream", "evaluate", "learner"},
+    {"train", "export", "report", "status"},
     {"sweep"},
     {"cli", "demo"},
 ]
@@ -48,7 +48,7 @@ def test_imports_go_down():
 
 
 def test_losses_metrics_prompts_and_batches_know_nothing_of_ray():
-    for module in ("losses", "metrics", "prompts", "batches", "gather", "config", "images"):
+    for module in ("losses", "metrics", "prompts", "batches", "gather", "config", "images", "augment", "learner"):
         assert "ray" not in (PACKAGE / f"{module}.py").read_text().replace("array", "").split()
 
 

@@ -42,6 +42,13 @@ def test_warm_up_then_cosine_to_zero():
     assert sgd.param_groups[0]["lr"] == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize("steps,warmup,first", [(1, 0.0, 2.0), (1, 0.5, 2.0), (50, 0.0, 2.0), (50, 0.01, 2.0)])
+def test_the_first_rate_is_never_nothing(steps: int, warmup: float, first: float):
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    optimizer.schedule(sgd, steps, warmup)
+    assert sgd.param_groups[0]["lr"] == pytest.approx(first)
+
+
 def test_average_is_the_weighted_mean_and_applies_for_a_while():
     net = torch.nn.Linear(2, 1, bias=False)
     average = optimizer.Average(net, decay=0.5)

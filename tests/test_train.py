@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -99,15 +98,8 @@ def test_two_workers_train_what_one_does(fitted, stage):
 def test_divergence_ends_the_run_with_the_reason(fitted):
     run = fitted(config.resolve("image", None, {**TINY, "optimizer.lr": 1e30, "optimizer.clip": 0.0}))
     last = train.read_metrics(run)[-1]
-    assert "the loss is not finite at step" in last["diverged"] and last["val_mAP"] == 0.0
-
-
-def test_the_temperature_of_infonce_is_where_training_starts(ray_cluster, small_catalogue, tiny):
-    for given, expected in ((0.0, 0.07), (0.02, 0.02)):
-        experiment = config.replace(tiny, {"loss.infonce": 1.0, "loss.infonce_temperature": given})
-        inputs = train.inputs_of(small_catalogue, experiment, train.start_of(experiment))
-        scale = train.Worker(experiment, inputs, threads=1).clip.logit_scale.exp().item()
-        assert scale == pytest.approx(1 / expected, rel=1e-4)
+    assert "loss or gradient are not finite at step" in last["diverged"] and last["val_mAP"] == 0.0
+    assert len(last["diverged_images"]) == 16 and last["diverged_images"][0] in last["diverged"]
 
 
 def test_patience_stops_a_run_that_no_longer_improves(fitted, tiny):
@@ -131,24 +123,6 @@ def test_warm_start_takes_another_runs_weights(image_run, tiny):
     clip = train.start_of(tiny, str(image_run))
     expected = checkpoint.load(image_run).state
     assert all(torch.equal(tensor, expected[name]) for name, tensor in clip.state_dict().items())
-
-
-@pytest.mark.parametrize("views", [2, 3, 5, 7])
-@pytest.mark.parametrize("every", [0, 50, 64, 1000])
-def test_reports_come_at_the_same_images_for_every_batch(views, every):
-    experiment = config.resolve(
-        "image", None, {**TINY, "batch.views": views, "budget.images": 600, "budget.report_every": every}
-    )
-    budget, batch = train.budget_of(experiment, 100), 8 * views
-    seen = [step * batch for step in range(1, budget.total + 1) if budget.is_report(step)]
-    asked = [image for image in np.arange(1, 600) if image % (every or 60) == 0]
-    assert seen == sorted({*(-(-int(image) // batch) * batch for image in asked), budget.total * batch})
-    assert 600 <= budget.total * batch < 600 + batch
-
-
-def test_budget_in_epochs():
-    in_epochs = config.resolve("image", None, {**TINY, "budget.epochs": 2.0, "budget.images": 0})
-    assert train.budget_of(in_epochs, 100).total == 13
 
 
 # --- Kills -----------------------------------------------------------------------------------------------------------
@@ -213,13 +187,3 @@ def ancestors(pid: int) -> list[int]:
         pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         found.append(pid)
     return found
-
-
-def test_labels_name_every_caption_once(ray_cluster, small_catalogue, tiny):
-    clip = train.start_of(tiny)
-    worker = train.Worker(tiny, train.inputs_of(small_catalogue, tiny, clip), threads=1)
-    rows = np.arange(0, len(worker.index.item), 3)
-    labels = worker._labels(rows)
-    caption = worker.captions.of_item[worker.index.item[rows]]
-    np.testing.assert_array_equal(labels.captions[labels.caption].numpy(), caption[caption >= 0])
-    assert len(labels.captions.unique()) == len(labels.captions)

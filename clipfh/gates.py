@@ -1,0 +1,58 @@
+"""What a report's figures mean, in words: a loss that has collapsed or is used up, a model that gets no better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+ALIKE = 0.99
+"""Mean cosine of images of different items from which on all embeddings are alike."""
+
+NEAR = 0.02
+"""Share of the way from collapse to floor that counts as being at either end."""
+
+FAIR_TRIAL = 1000
+"""Steps after which a model should be better than the one it started from."""
+
+
+def warnings(report: Mapping[str, float], terms: list[str]) -> list[str]:
+    """Warnings about a report that comes after the warm-up; none where all is well.
+
+    Args:
+        report: `loss_TERM`, and `floor_TERM` and `collapse_TERM` of those terms that have them; `image_cosine`, the
+            mean cosine of images of different items; `val_mAP`, `start_val_mAP`, `step`.
+        terms: those that are switched on.
+    """
+    return [*_alike(report, terms), *(w for term in terms for w in _of_term(report, term)), *_no_better(report)]
+
+
+def _alike(report: Mapping[str, float], terms: list[str]) -> Iterator[str]:
+    if report["image_cosine"] > ALIKE:
+        yield (
+            f"{' + '.join(terms)} has collapsed: all embeddings alike (images of different items have a mean cosine of "
+            f"{report['image_cosine']:.3f}); try a lower optimizer.lr, or loss.supcon, which pushes items apart"
+        )
+
+
+def _of_term(report: Mapping[str, float], term: str) -> Iterator[str]:
+    if f"floor_{term}" not in report:
+        return
+    loss, floor, collapse = (report[f"{of}_{term}"] for of in ("loss", "floor", "collapse"))
+    way = (collapse - loss) / max(collapse - floor, 1e-9)
+    if abs(way) < NEAR and report["image_cosine"] <= ALIKE:
+        yield (
+            f"{term} is {loss:.3f}, no better than with equal embeddings ({collapse:.3f}): it has learned nothing so "
+            "far; try another optimizer.lr, or a longer budget"
+        )
+    if way > 1 - NEAR:
+        yield (
+            f"{term} is {loss:.3f}, at its floor ({floor:.3f}): these batches teach nothing more; "
+            "try larger ones (batch.items), or harder ones (batch.categories 4)"
+        )
+
+
+def _no_better(report: Mapping[str, float]) -> Iterator[str]:
+    if report["step"] >= FAIR_TRIAL and report["val_mAP"] <= report["start_val_mAP"]:
+        yield (
+            f"val mAP {report['val_mAP']:.3f} is not above the {report['start_val_mAP']:.3f} it started from, after "
+            f"{report['step']:,} steps; try a lower optimizer.lr"
+        )

@@ -1,0 +1,305 @@
+"""What one worker learns with: towers, losses, optimizer, average of the weights. A step, a report; nothing of Ray."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipfh import UserError, augment, batches, config, gates, metrics, model, optimizer
+from clipfh.gather import gather
+from clipfh.objective import Labels, Objective
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Prompts of the train items; identical ones are one caption."""
+
+    tokens: np.ndarray
+    """(C, context) int32"""
+    of_item: np.ndarray
+    """(I,) int32 caption of each item, -1 for an item without a prompt"""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation images, decoded: the queries, then the gallery."""
+
+    images: np.ndarray
+    """(N, size, size, 3) uint8"""
+    item: np.ndarray
+    """(N,) item codes"""
+    num_query: int
+
+
+class Diverged(Exception):
+    """Loss or gradient are no longer finite.
+
+    Args:
+        step: at which it happened.
+        terms: the loss terms there.
+        rows: (B,) images of the global batch.
+    """
+
+    def __init__(self, step: int, terms: dict[str, float], rows: np.ndarray) -> None:
+        super().__init__(step, terms, rows)
+        self.step, self.terms, self.rows = step, terms, rows
+
+
+@dataclass
+class Tally:
+    """What happened since the last report."""
+
+    start: float = field(default_factory=time.monotonic)
+    images: int = 0
+    waited: float = 0.0
+    """seconds spent waiting for images"""
+    losses: dict[str, float | Tensor] = field(default_factory=dict)
+    """sums over the steps"""
+    steps: int = 0
+
+    def add(self, images: int, waited: float, values: dict[str, Tensor]) -> None:
+        """Take in a step. Tensors are summed where they are: no step waits for the device."""
+        self.images += images
+        self.waited += waited
+        self.steps += 1
+        for name, value in values.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Mean losses, images per second, share of the time spent waiting for data."""
+        seconds = time.monotonic() - self.start
+        rates = {"images_per_second": self.images / seconds, "data_wait": self.waited / seconds}
+        return {name: float(total) / self.steps for name, total in self.losses.items()} | rates
+
+
+class Learner:
+    """One rank of a run.
+
+    Args:
+        experiment: what to compute.
+        clip: the model that training starts from; it is trained in place, in the type that its weights have.
+        index: of the train images.
+        captions: of the train items.
+        on: the device.
+    """
+
+    def __init__(
+        self, experiment: config.Experiment, clip: Any, index: batches.Index, captions: Captions, on: torch.device
+    ) -> None:
+        torch.manual_seed(experiment.seed)
+        self.experiment, self.clip, self.index, self.captions, self.device = experiment, clip, index, captions, on
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.budget = batches.budget_of(experiment, len(index.item))
+        self.precision = model.precision(experiment.model.precision, on)
+        self.trains_text = experiment.stage == "joint" and experiment.loss.takes_text
+        _prepare(clip, experiment, self.trains_text)
+        self.towers = model.Towers(clip, experiment.batch.chunk).to(on).train()
+        self.forward = self._wrapped()
+        dtype = self.towers.mean.dtype
+        self.objective = Objective(experiment.loss, clip.visual.output_dim, len(index.names)).to(on, dtype)
+        self.optimizer = optimizer.adamw(clip, self.objective, experiment.optimizer, on)
+        self.schedule = optimizer.schedule(self.optimizer, self.budget.total, experiment.optimizer.warmup)
+        self.average = optimizer.Average(clip, experiment.optimizer.ema)
+        self.step = 0
+
+    def _wrapped(self) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+        towers: Any = torch.compile(self.towers) if self.experiment.model.compile else self.towers
+        if self.world_size == 1:
+            return towers
+        devices = [self.device] if self.device.type == "cuda" else None
+        # Batch norm is in eval mode, so buffers never differ
+        return nn.parallel.DistributedDataParallel(
+            towers, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    @functools.cached_property
+    def caption_features(self) -> Tensor:
+        """(C, D) features of all captions by the frozen text tower, which is run this once."""
+        with torch.no_grad():
+            parts = torch.from_numpy(self.captions.tokens).long().split(256)
+            return torch.cat([_precise(self.clip.encode_text(part.to(self.device))) for part in parts])
+
+    def train_step(self, rows: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """One optimizer step on the global batch.
+
+        Args:
+            rows: (B,) image rows of this rank's part.
+            images: (B, size, size, 3) uint8.
+
+        Returns:
+            The rows of the global batch, and its losses.
+
+        Raises:
+            Diverged: a loss or gradient that is not finite.
+            UserError: the towers can't be compiled.
+        """
+        rows = gather(torch.from_numpy(rows).to(self.device)).cpu().numpy()
+        self.labels = labels = self._labels(rows)
+        features, text, log_scale = self._features(images, labels)
+        total, terms = self.objective(features, text, log_scale, labels)
+        if not self._update(total):
+            raise Diverged(self.step, {name: value.item() for name, value in terms.items()}, rows)
+        self.objective.move_centers(features, labels, self.experiment.optimizer.center_lr)
+        self.cosines = _cosines(features.detach(), text, labels)
+        named = {f"loss_{term}": value.detach() for term, value in terms.items()}
+        return rows, {"loss": total.detach(), **named, "grad_norm": self.grad_norm}
+
+    def _features(self, images: np.ndarray, labels: Labels) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Features of the global batch's images and distinct captions, and the log of the logit scale."""
+        tokens = self._own_tokens(labels) if self.trains_text else None
+        pixels = self._augmented(model.to_device(images, self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16), _compiling():
+            image, text, log_scale = self.forward(pixels, tokens)
+        if text is not None:
+            text = gather(_precise(text))[: len(labels.captions)]
+        elif self.experiment.loss.takes_text:
+            text = self.caption_features[labels.captions]
+        return gather(_precise(image)), text, log_scale
+
+    def _augmented(self, pixels: Tensor) -> Tensor:
+        """This rank's images changed as the settings ask, drawn from (seed, step) for the whole batch."""
+        settings, batch = self.experiment.augment, self.experiment.batch.images
+        part = slice(self.rank * len(pixels), (self.rank + 1) * len(pixels))
+        rng = np.random.Generator(np.random.SFC64((self.experiment.seed, self.step)))
+        fill = (self.towers.mean.flatten() * 255).round().int().tolist()
+        if settings.randaugment:
+            pixels = augment.randaugment(pixels, settings.randaugment, rng, batch, part, fill)
+        return augment.erase(pixels, settings.erase, rng, batch, part, fill) if settings.erase else pixels
+
+    def _update(self, total: Tensor) -> bool:
+        """The optimizer's step; False, and no step, where loss or gradient are not finite."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with _compiling():
+            total.backward()
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.grad_norm = nn.utils.clip_grad_norm_(trained, self.experiment.optimizer.clip or math.inf).detach()
+        if not torch.isfinite(total + self.grad_norm):
+            return False
+        self.optimizer.step()
+        self.schedule.step()
+        model.clamp_scale(self.clip)
+        self.average.update(self.step)
+        self.step += 1
+        return True
+
+    def _labels(self, rows: np.ndarray) -> Labels:
+        item = self.index.item[rows]
+        caption = self.captions.of_item[item]
+        captions, place = np.unique(caption[caption >= 0], return_inverse=True)
+        put = functools.partial(torch.as_tensor, device=self.device)
+        return Labels(
+            item=put(item).long(),
+            paired=put(self.index.views[item] > 1),
+            captioned=put(caption >= 0),
+            caption=put(place),
+            captions=put(captions).long(),
+        )
+
+    def _own_tokens(self, labels: Labels) -> Tensor:
+        """This rank's share of the batch's captions: as many on each rank, the last repeated to fill up."""
+        if not len(labels.captions):
+            return torch.from_numpy(self.captions.tokens[:1]).long().to(self.device)
+        share = math.ceil(len(labels.captions) / self.world_size)
+        places = torch.arange(self.rank * share, (self.rank + 1) * share).clamp(max=len(labels.captions) - 1)
+        own = self.captions.tokens[labels.captions.cpu()[places].numpy()]
+        return torch.from_numpy(own).long().to(self.device)
+
+    def validate(self, validation: Validation) -> float:
+        """mAP of the validation items by the averaged weights; each rank embeds its part."""
+        images, item, num_query = validation.images, validation.item, validation.num_query
+        share = math.ceil(len(images) / self.world_size)
+        own = np.arange(self.rank * share, (self.rank + 1) * share).clip(max=len(images) - 1)
+        with self.average.applied():
+            embedding = gather(model.embed(self.towers, images[own], self.precision)).cpu()[: len(images)]
+        codes = torch.as_tensor(item)
+        rows = metrics.Embeddings(embedding, item=codes, variant=codes, image=torch.arange(len(codes)))
+        query, gallery = torch.arange(num_query), torch.arange(num_query, len(codes))
+        return metrics.mean_average_precision(rows.select(query), rows.select(gallery))
+
+    def report(self, tally: Tally, validation: Validation, start_val_mAP: float) -> dict[str, Any]:
+        """All that a report carries: place, scores, means since the last one, each term's two ends, warnings.
+
+        Args:
+            tally: since the last report.
+            validation: images to score on.
+            start_val_mAP: score of the model that training started from.
+        """
+        bounds = self.objective.bounds(self.labels, self.clip.logit_scale.detach())
+        ends = {f"{end}_{term}": value for term, b in bounds.items() for end, value in b._asdict().items()}
+        images = self.step * self.experiment.batch.images
+        found: dict[str, Any] = {"step": self.step, "images": images, "epoch": images / len(self.index.item)}
+        found |= {"start_val_mAP": start_val_mAP, "val_mAP": self.validate(validation)} | tally.means() | ends
+        found |= {name: value.item() for name, value in self.cosines.items()}
+        found |= {"lr": self.experiment.optimizer.lr * self.schedule.lr_lambdas[0](self.step)}
+        warm = self.step > 2 * self.experiment.optimizer.warmup * self.budget.total
+        return {**found, "warnings": gates.warnings(found, list(self.objective.weights)) if warm else []}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights."""
+        return {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "objective": self.objective.state_dict(),
+        }
+
+    def restore(self, raw: dict[str, Tensor], average: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's raw weights, averaged weights and `state`."""
+        self.clip.load_state_dict(raw)
+        for name, weights in average.items():
+            self.average.weights[name].copy_(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.objective.load_state_dict(state["objective"])
+        self.step = state["step"]
+
+
+def _prepare(clip: Any, experiment: config.Experiment, trains_text: bool) -> None:
+    """Temperature, freezing and gradient checkpointing, as the settings ask."""
+    if experiment.loss.infonce_temperature:
+        clip.logit_scale.data.fill_(-math.log(experiment.loss.infonce_temperature))
+    model.clamp_scale(clip)
+    model.freeze(clip, "joint" if trains_text else "image", experiment.model, experiment.loss.learn_scale)
+    if experiment.model.checkpointing:
+        model.recompute_blocks(clip, experiment.model.name)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """What the compiler can't do, in the user's terms."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--model.compile: torch.compile can't compile the towers here ({reason}): leave it out, or install what "
+            "is missing (a C++ compiler on CPUs, Triton on GPUs)"
+        ) from error
+
+
+def _precise(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def _cosines(feature_BD: Tensor, text_CD: Tensor | None, labels: Labels) -> dict[str, Tensor]:
+    """Mean cosine of images of different items, and of an image and its caption."""
+    embedding_BD = F.normalize(feature_BD)
+    others_BB = labels.item[:, None] != labels.item
+    found = {"image_cosine": (embedding_BD @ embedding_BD.T)[others_BB].mean()}
+    if text_CD is not None and labels.captioned.any():
+        pairs = feature_BD[labels.captioned], text_CD.detach()[labels.caption]
+        found["image_text_cosine"] = F.cosine_similarity(*pairs).mean()
+    return found

@@ -1,0 +1,141 @@
+"""How a run or a sweep stands, from the files it writes; nothing of it is touched."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clipfh import UserError, config
+
+EXPERIMENT = "experiment.json"  # checkpoint's, which would load torch
+ENDED = ("done", "stopped", "diverged", "failed")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of one run."""
+
+    name: str
+    images: int
+    total: float
+    """images of its budget; NaN before the first report of a budget in epochs"""
+    val_mAP: float
+    best: float
+    rate: float
+    """images per second"""
+    reported: float
+    """seconds since its last report"""
+
+    @property
+    def left(self) -> float:
+        """Seconds to its end, at the rate it has."""
+        return max(0.0, self.total - self.images) / self.rate if self.rate else math.nan
+
+
+def of(path: str | Path) -> str:
+    """How the run or sweep in a folder stands, for a person.
+
+    Raises:
+        UserError: neither is there.
+    """
+    folder = Path(path)
+    if (folder / "sweep.yaml").exists():
+        return _sweep(folder)
+    if (folder / "run.json").exists():
+        return _run(_progress(folder))
+    raise UserError(f"{path} is neither a run nor a sweep: give the --out of clipfh train or clipfh sweep")
+
+
+def _run(run: Progress) -> str:
+    over = run.images >= run.total
+    lines = [f"{run.images:,} of {run.total:,.0f} images, val mAP {run.val_mAP:.4f} (best {run.best:.4f})"]
+    state = "finished" if over else f"{run.rate:.0f} images/s, about {_duration(run.left)} left if it runs"
+    return "\n".join([*lines, f"{state}; last report {_duration(run.reported)} ago"])
+
+
+def _sweep(folder: Path) -> str:
+    wanted = yaml.safe_load((folder / "sweep.yaml").read_text())
+    board = _board(folder)
+    ended = [row for row in board if row["status"] in ENDED]
+    over = {row["trial"] for row in ended} | {row["trial"] for row in board if row["status"] == "zero-shot"}
+    under_way = [_progress(trial) for trial in sorted((folder / "trials").glob("*")) if trial.name not in over]
+    running = [run for run in under_way if run.name != "0000"]
+    to_come = max(0, wanted["trials"] - len(ended) - len(running))
+    finished = (folder / "summary.json").exists()
+    counts = Counter(row["status"] for row in ended) | Counter({"running": len(running), "to come": to_come})
+    lines = [
+        f"sweep {wanted['name']}, {wanted['trials']} trials: "
+        + ", ".join(f"{counts[name]} {name}" for name in (*ENDED, "running", "to come") if counts[name]),
+        _best(board, running),
+    ]
+    if not finished:
+        lines += [_run_line(run) for run in running]
+        lines.append(_outlook(ended, running, to_come))
+    return "\n".join([*lines, f"finished: {folder / 'report.html'}"] if finished else lines)
+
+
+def _board(folder: Path) -> list[dict[str, str]]:
+    file = folder / "leaderboard.csv"
+    if not file.exists():
+        return []
+    with file.open() as opened:
+        return list(csv.DictReader(opened))
+
+
+def _best(board: list[dict[str, str]], running: list[Progress]) -> str:
+    scores = {row["trial"]: float(row["val_mAP"]) for row in board if row.get("val_mAP")}
+    scores |= {run.name: run.best for run in running if run.best > scores.get(run.name, 0.0)}
+    if not scores:
+        return "best so far: no report yet"
+    name = max(scores, key=lambda trial: scores[trial])
+    zero_shot = f" (zero-shot {scores['0000']:.4f})" if "0000" in scores else ""
+    return f"best so far: val mAP {scores[name]:.4f}, trial {name}{zero_shot}"
+
+
+def _run_line(run: Progress) -> str:
+    if not run.images:
+        return f"trial {run.name}: no report yet"
+    scores = f"val mAP {run.val_mAP:.4f} (best {run.best:.4f}), {run.rate:.0f} images/s"
+    ago = _duration(run.reported)
+    return f"trial {run.name}: {run.images:,} of {run.total:,.0f} images, {scores}, last report {ago} ago"
+
+
+def _outlook(ended: list[dict[str, str]], running: list[Progress], to_come: int) -> str:
+    """Speed, and the time left if trials to come see as many images as those that have ended."""
+    rate = sum(run.rate for run in running)
+    if not rate:
+        return "time left: not known before a running trial's first report"
+    seen = [float(row["images"]) for row in ended] or [run.total for run in running if run.total == run.total]
+    images = to_come * sum(seen) / max(1, len(seen)) + sum(run.left * run.rate for run in running if run.rate)
+    return f"{rate:.0f} images/s in all, about {_duration(images / rate)} left if it runs"
+
+
+def _progress(folder: Path) -> Progress:
+    file = folder / "metrics.jsonl"
+    lines: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    reports = [line for line in lines if "diverged" not in line]
+    last: dict[str, Any] = (
+        reports[-1] if reports else {"images": 0, "val_mAP": 0.0, "best_val_mAP": 0.0, "images_per_second": 0.0}
+    )
+    budget = config.load(folder / EXPERIMENT).budget if (folder / EXPERIMENT).exists() else None
+    epoch = last["images"] / last["epoch"] if last.get("epoch") else math.nan
+    total = math.nan if budget is None else budget.images or budget.epochs * epoch
+    reported = time.time() - file.stat().st_mtime if file.exists() else math.nan
+    scores: tuple[float, float, float] = (last["val_mAP"], last["best_val_mAP"], last["images_per_second"])
+    return Progress(folder.name, last["images"], total, *scores, reported)
+
+
+def _duration(seconds: float) -> str:
+    if seconds != seconds:
+        return "an unknown time"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,207 @@
+"""Recipes from random weights at equal images seen: each term alone, combinations, presets, the original pipeline's.
+
+Run: python tests/benchmarks/recipes.py CATALOGUE --out results.jsonl [--images 30000] [--seeds 3] [--only NAME ...]
+
+Prints a table of test mAP: mean over the seeds, lowest and highest. Each run is one process with one thread, as many at
+a time as there are cores; its batches, pixels and steps are those of `clipfh train`, its weights the average at the
+end. Results are kept in a file, a line a run; a run that is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ALONE = {f"loss.{term}": 0.0 for term in ("ce", "triplet", "center", "supcon", "infonce")}
+PLAIN = {
+    "optimizer.lr": 1e-3,
+    "optimizer.ema": 0.0,
+    "optimizer.weight_decay": 1e-4,
+    "augment.crop_min": 1.0,
+    "augment.flip": False,
+    "batch.items": 16,
+    "batch.views": 2,
+    **ALONE,
+    "loss.infonce": 1.0,
+}
+# name -> (stage, preset, settings beside the preset, the original's objective if it is one)
+RECIPES: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "ce": ("image", "scratch", {**ALONE, "loss.ce": 1.0}, ""),
+    "triplet": ("image", "scratch", {**ALONE, "loss.triplet": 1.0}, ""),
+    "soft triplet": ("image", "scratch", {**ALONE, "loss.triplet": 1.0, "loss.triplet_margin": -1.0}, ""),
+    "center": ("image", "scratch", {**ALONE, "loss.center": 1.0}, ""),
+    "supcon": ("image", "scratch", {**ALONE, "loss.supcon": 1.0}, ""),
+    "infonce": ("joint", "scratch", {**ALONE, "loss.infonce": 1.0}, ""),
+    "supcon + triplet": ("image", "scratch", {**ALONE, "loss.supcon": 1.0, "loss.triplet": 1.0}, ""),
+    "supcon + ce": ("image", "scratch", {**ALONE, "loss.supcon": 1.0, "loss.ce": 0.25}, ""),
+    "triplet + ce": ("image", "scratch", {**ALONE, "loss.triplet": 1.0, "loss.ce": 0.25}, ""),
+    "supcon + infonce": ("joint", "scratch", {**ALONE, "loss.supcon": 1.0, "loss.infonce": 1.0}, ""),
+    "preset scratch, image": ("image", "scratch", {}, ""),
+    "preset scratch, joint": ("joint", "scratch", {}, ""),
+    "preset recommended, image": ("image", "recommended", {}, ""),
+    "preset recommended, joint": ("joint", "recommended", {}, ""),
+    "preset image": ("image", "image", {}, ""),
+    "preset joint-v1": ("joint", "joint-v1", {}, ""),
+    "preset joint-v2": ("joint", "joint-v2", {}, ""),
+    "preset joint-v3": ("joint", "joint-v3", {}, ""),
+    "preset joint-v4": ("joint", "joint-v4", {}, ""),
+    # The original pipeline's as they were, but for the rate, which was meant for pretrained weights
+    "original stage 2": ("image", "scratch", PLAIN, "stage 2"),
+    "original v1": ("joint", "scratch", {**PLAIN, "text.strategy": "raw", "batch.items": 32, "batch.views": 1}, "v1"),
+    "original v2": ("joint", "scratch", {**PLAIN, "text.strategy": "clean"}, "v2"),
+}
+
+
+def run(catalogue: str, name: str, seed: int, images: int, extra: dict[str, Any]) -> dict[str, Any]:
+    """Train a recipe and score it on the test split."""
+    import torch
+
+    from clipfh import catalogue as catalogues
+    from clipfh import config
+
+    torch.set_num_threads(1)
+    stage, preset, settings, original = RECIPES[name]
+    given = {**settings, "model.name": config.SMALL, "budget.images": images, "seed": seed, **extra}
+    experiment = config.resolve(stage, preset, given)
+    opened = catalogues.open_catalogue(catalogue)
+    learner = _trained(opened, experiment, original)
+    found = {"recipe": name, "seed": seed, "images": images, **_score(opened, learner)}
+    return {**found, "experiment": config.flat(experiment)}
+
+
+def _trained(opened: Any, experiment: Any, original: str) -> Any:
+    import numpy as np
+    import torch
+
+    from clipfh import model, stream, train
+    from clipfh.learner import Captions, Learner
+
+    table = opened.images("train").combine_chunks()
+    index = stream.index_of(table, np.array([len(table)]))
+    captions = train.captions_of(opened, index.names, experiment)
+    if original == "stage 2":  # one prompt for every image
+        tokens = model.tokenizer(experiment.model)(["a photo of a clothing item"]).numpy().astype(np.int32)
+        captions = Captions(tokens, np.zeros(len(index.names), np.int32))
+    clip = model.initial(experiment.model, experiment.seed)
+    learner = Learner(experiment, clip, index, captions, torch.device("cpu"))
+    if original:
+        learner.objective = _Original(original)
+    plan = stream.plan_of(index, experiment.batch, experiment.seed)
+    recipe = stream.Recipe(experiment.batch, experiment.augment, experiment.seed, model.preprocess_of(clip).size)
+    column = table["image"].chunk(0)
+    for step in range(learner.budget.total):
+        rows = plan.batch(step)
+        if original == "v1":  # its loader did not shuffle
+            rows = (step * len(rows) + np.arange(len(rows))) % len(index.item)
+        pixels = stream.decode(recipe, lambda row: column[row].as_py(), step, 0, rows)
+        learner.train_step(rows, pixels)
+    return learner
+
+
+def _score(opened: Any, learner: Any) -> dict[str, float]:
+    """mAP and Rank-1 on the test split, by the averaged weights."""
+    import numpy as np
+    import torch
+
+    from clipfh import images, metrics, model
+
+    tables = [opened.images(split) for split in ("query", "gallery")]
+    preprocess = model.preprocess_of(learner.clip)
+    pixels = [np.stack([images.for_evaluation(e.as_py(), preprocess) for e in t["image"]]) for t in tables]
+    with learner.average.applied():
+        embeddings = [model.embed(learner.towers, p, learner.precision) for p in pixels]
+    names = [table["item_id"].to_pylist() for table in tables]
+    codes = np.unique(names[0] + names[1], return_inverse=True)[1]
+    parts = torch.from_numpy(codes).split([len(names[0]), len(names[1])])
+    starts = (0, len(names[0]))
+    rows = [
+        metrics.Embeddings(e, item=c, variant=c, image=torch.arange(len(c)) + start)
+        for e, c, start in zip(embeddings, parts, starts, strict=True)
+    ]
+    overall, _, _ = metrics.score(*rows)
+    summary = metrics.summary(overall)
+    return {key: summary[key] for key in ("mAP", "rank1")}
+
+
+class _Original:
+    """The losses of the original pipeline: identical prompts are negatives of each other, or count as often as images.
+
+    Stage 2: contrast of images and prompts with a label an image. v1: CLIP's loss with a label an image. v2: SupCon on
+    images and as many prompts, with a label an item.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.weights = {"original": 1.0}
+
+    def __call__(self, feature_BD: Any, text_CD: Any, log_scale: Any, labels: Any) -> tuple[Any, dict[str, Any]]:
+        import torch
+        import torch.nn.functional as F
+
+        from clipfh import losses
+
+        image_BD = F.normalize(feature_BD)
+        text_BD = F.normalize(text_CD)[labels.caption]
+        label_B = torch.arange(len(image_BD))
+        if self.kind == "v1":
+            logits = log_scale.exp() * image_BD @ text_BD.T
+            total = (F.cross_entropy(logits, label_B) + F.cross_entropy(logits.T, label_B)) / 2
+        else:
+            item_B = labels.item if self.kind == "v2" else label_B
+            total = losses.supcon(torch.cat([image_BD, text_BD]), torch.cat([item_B, item_B]), 0.07)
+        return total, {"original": total}
+
+    def move_centers(self, *_: object) -> None:
+        """It has none."""
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, best first."""
+    found = defaultdict(list)
+    for result in results:
+        found[result["recipe"]].append((result["mAP"], result["rank1"]))
+    lines = ["| recipe | test mAP | lowest to highest | Rank-1 |", "|---|---|---|---|"]
+    for name, scores in sorted(found.items(), key=lambda pair: -mean(s for s, _ in pair[1])):
+        low, high = min(scores)[0], max(scores)[0]
+        maps, ranks = zip(*scores, strict=True)
+        lines.append(f"| {name} | {mean(maps):.3f} | {low:.3f} to {high:.3f} | {mean(ranks):.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("catalogue")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--images", type=int, default=30_000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=list(RECIPES))
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of all runs")
+    args = parser.parse_args()
+
+    from clipfh import config
+
+    extra = {name: config.parse(name, value) for name, value in (pair.split("=") for pair in args.set)}
+    results = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    done = {(r["recipe"], r["seed"]) for r in results}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool, args.out.open("a") as file:
+        runs = [(name, seed) for seed in range(args.seeds) for name in args.only if (name, seed) not in done]
+        for future in as_completed([pool.submit(run, args.catalogue, *one, args.images, extra) for one in runs]):
+            result = future.result()
+            results.append(result)
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            print(f"{result['recipe']}, seed {result['seed']}: mAP {result['mAP']:.4f}", flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

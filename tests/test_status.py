@@ -1,0 +1,77 @@
+"""How things stand is read from files: a run, a sweep under way, one that is over."""
+
+import json
+
+import pytest
+
+from clipfh import UserError, config, status
+
+BOARD = """rank,trial,status,val_mAP,images,seconds,optimizer.lr,error
+1,0001,done,0.510000,2000,20,0.001,
+2,0000,zero-shot,0.230000,0,0,,
+3,0002,stopped,0.200000,1000,10,0.1,
+4,0003,running,,0,0,0.1,
+5,0005,failed,,0,0,0.1,OSError
+"""
+
+
+def report(images: int, score: float, rate: float = 100.0) -> str:
+    scores = {"val_mAP": score, "best_val_mAP": max(score, 0.4)}
+    return json.dumps({"images": images, "epoch": images / 500, **scores, "images_per_second": rate}) + "\n"
+
+
+def make_run(folder, lines: str, **budget) -> None:
+    folder.mkdir(parents=True)
+    (folder / "experiment.json").write_text(config.to_json(config.resolve("image", None, budget)))
+    (folder / "metrics.jsonl").write_text(lines)
+    (folder / "run.json").write_text("{}")
+
+
+def test_a_run_under_way(tmp_path):
+    make_run(tmp_path / "run", report(1000, 0.3), **{"budget.epochs": 4.0})
+    found = status.of(tmp_path / "run")
+    assert "1,000 of 2,000 images, val mAP 0.3000 (best 0.4000)" in found
+    assert "100 images/s, about 10 s left if it runs" in found
+
+
+def test_a_run_that_is_over_and_one_that_has_just_begun(tmp_path):
+    make_run(tmp_path / "over", report(2048, 0.3), **{"budget.images": 2000})
+    make_run(tmp_path / "new", "", **{"budget.images": 2000})
+    assert "finished; last report" in status.of(tmp_path / "over")
+    assert "0 of 2,000 images" in status.of(tmp_path / "new")
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("name: tiny\ntrials: 8\n")
+    (tmp_path / "leaderboard.csv").write_text(BOARD)
+    for name in ("0000", "0001", "0002", "0005"):
+        (tmp_path / "trials" / name).mkdir(parents=True)
+    make_run(tmp_path / "trials" / "0003", report(1000, 0.55), **{"budget.images": 2000})
+    make_run(tmp_path / "trials" / "0004", "", **{"budget.images": 2000})
+    return tmp_path
+
+
+def test_a_sweep_under_way(sweep):
+    before = {path: path.stat().st_mtime_ns for path in sweep.rglob("*")}
+    lines = status.of(sweep).splitlines()
+    assert lines[0] == "sweep tiny, 8 trials: 1 done, 1 stopped, 1 failed, 2 running, 3 to come"
+    assert lines[1] == "best so far: val mAP 0.5500, trial 0003 (zero-shot 0.2300)"
+    assert "trial 0003: 1,000 of 2,000 images" in lines[2] and lines[3] == "trial 0004: no report yet"
+    assert lines[4] == "100 images/s in all, about 40 s left if it runs"  # 3 x 1,000 to come, 1,000 of trial 0003
+    assert {path: path.stat().st_mtime_ns for path in sweep.rglob("*")} == before
+
+
+def test_a_sweep_that_is_over(sweep):
+    (sweep / "summary.json").write_text("{}")
+    assert status.of(sweep).splitlines()[-1] == f"finished: {sweep / 'report.html'}"
+
+
+def test_a_sweep_that_has_just_begun(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("name: tiny\ntrials: 8\n")
+    assert status.of(tmp_path).splitlines()[:2] == ["sweep tiny, 8 trials: 8 to come", "best so far: no report yet"]
+
+
+def test_neither_run_nor_sweep(tmp_path):
+    with pytest.raises(UserError, match="neither a run nor a sweep"):
+        status.of(tmp_path)
