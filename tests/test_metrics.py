@@ -244,7 +244,7 @@ def test_nothing_to_score_is_null():
     assert json.loads(json.dumps(nothing, allow_nan=False)) == nothing
     lone = Embeddings(EXACT[:4], torch.arange(4), torch.arange(4), torch.arange(4))
     assert metrics.random_splits(lone)["mAP"] == {"mean": None, "std": None, "values": [None] * 10}
-    assert metrics.summary(Scores(overall.values, torch.zeros(4), 4))["intervals"]["mAP"] is None
+    assert metrics.summary(Scores(overall.values, overall.first, torch.zeros(4), 4))["intervals"]["mAP"] is None
 
 
 def test_groups_are_means_over_their_queries(halves):
@@ -265,7 +265,7 @@ def test_intervals_have_the_spread_of_a_mean_over_items():
     generator = np.random.default_rng(0)
     hit = generator.random(400) < 0.3
     values = torch.tensor(np.repeat(hit, 9), dtype=torch.float64)[:, None].expand(-1, len(KEYS))
-    scores = Scores(values, torch.arange(400).repeat_interleave(9), num_gallery=1)
+    scores = Scores(values, values[:, 0], torch.arange(400).repeat_interleave(9), num_gallery=1)
     low, high = metrics.summary(scores)["intervals"]["rank1"]
     assert low < hit.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * hit.std() / 400**0.5, rel=0.1)
@@ -276,7 +276,7 @@ def test_intervals_have_the_spread_of_a_mean_over_items():
 def test_intervals_weigh_items_by_their_queries():
     """Two items of 1 and 3 queries: a resample of them averages 0, 3/4 or 1."""
     values = torch.tensor([0.0, 1.0, 1.0, 1.0]).double()[:, None].expand(-1, len(KEYS))
-    figures = metrics.summary(Scores(values, torch.tensor([5, 8, 8, 8]), num_gallery=1))
+    figures = metrics.summary(Scores(values, values[:, 0], torch.tensor([5, 8, 8, 8]), num_gallery=1))
     assert (figures["mAP"], figures["intervals"]["mAP"]) == (0.75, [0.0, 1.0])
 
 
