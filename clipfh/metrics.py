@@ -10,7 +10,7 @@ product that made the block. Same-variant, cross-variant and random-split figure
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from typing import Any
 
@@ -56,6 +56,11 @@ class Embeddings:
         """The rows named by an index or a mask, in that order."""
         codes = (code[rows.to(code.device)] for code in (self.item, self.variant, self.image))
         return Embeddings(self.embedding[rows.to(self.embedding.device)], *codes)
+
+    def join(self, other: "Embeddings") -> "Embeddings":
+        """These rows, then the other's."""
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return Embeddings(*(torch.cat(pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,15 @@ def mean_average_precision(query: Embeddings, gallery: Embeddings) -> float:
 def cosine(query: Embeddings, gallery: Embeddings) -> Similarity:
     """The cosines of queries and gallery, each block in the memory of the last."""
     asking, answering = query.embedding.detach(), gallery.embedding.detach()
-    buffer = answering.new_empty(min(_height(len(gallery)), len(query) + TILE), len(gallery))
-    return lambda rows: _product(asking.index_select(0, rows.to(asking.device)), answering, buffer)
+    buffer = answering.new_empty(0, len(gallery))
+
+    def similarity(rows: Tensor) -> Tensor:
+        nonlocal buffer
+        if len(buffer) < len(rows) + TILE:
+            buffer = answering.new_empty(len(rows) + TILE, len(gallery))
+        return _product(asking.index_select(0, rows.to(asking.device)), answering, buffer)
+
+    return similarity
 
 
 def nearest(
@@ -132,12 +144,17 @@ def nearest(
     Both (Q, top at most), on the CPU; after the last row, since a query's own photo is left out, -1 and -inf.
     """
     similarity, twins, found = similarity or cosine(query, gallery), _Index.of(gallery.image), []
-    for rows in torch.arange(len(query)).split(_height(len(gallery))):
+    for rows in blocks_of_rows(len(query), len(gallery)):
         block = similarity(rows)
         _drop(block, twins.rows(query.image.cpu()[rows]))
         found.append([part.cpu() for part in largest(block, top)])
     column, level = (torch.cat(parts) for parts in zip(*found, strict=True))
     return column.masked_fill_(level == -math.inf, -1), level
+
+
+def blocks_of_rows(rows: int, columns: int) -> Iterator[Tensor]:
+    """Numbers of rows, as many at once as a block of the similarity matrix has."""
+    yield from torch.arange(rows).split(_height(columns))
 
 
 def largest(similarity: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -356,10 +373,12 @@ def _descending(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _values(relevant: Tensor, ahead: Tensor) -> Tensor:
-    """`KEYS` and the rank of the nearest positive, for each query, (B, len(KEYS) + 1), from its item's images in descending order of similarity.
+    """`KEYS` of each query and the rank of its nearest positive, (B, len(KEYS) + 1).
 
-    relevant: (B, P) bool, those that count as positives, the others being ignored. ahead: (B, P), how many images of
-    other items precede each. mAP@R is of Musgrave et al. (arXiv 2003.08505), mINP of Ye et al. (arXiv 2001.04193).
+
+    relevant: (B, P) bool, which images of the query's item, in descending order of similarity, count as positives, the
+    others being ignored. ahead: (B, P), how many images of other items precede each. mAP@R is of Musgrave et al. (arXiv
+    2003.08505), mINP of Ye et al. (arXiv 2001.04193).
     """
     position = relevant.cumsum(1)
     total = position[:, -1]
