@@ -175,6 +175,12 @@ def _evaluate_arguments(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how often a random image of each item is drawn as its query (default: %(default)s)",
     )
+    p.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking of the gallery for each query")
+    p.add_argument(
+        "--skip-unmatched",
+        action="store_true",
+        help="leave out, and count, queries without another image of their item in the gallery; else an error",
+    )
     _cluster_arguments(p)
     _setting_arguments(p, ("", "model", "text"))
 
@@ -314,7 +320,7 @@ def evaluate(args: argparse.Namespace) -> None:
     settings, out = _settings(args), Path(args.out)
     config.require(args.random_splits >= 0, "random-splits", "0 or more", args.random_splits)
     opened = catalogue.open_catalogue(args.catalogue)
-    if _in_use(out) and not (out / "predictions.parquet").exists():
+    if _in_use(out) and not any((out / file).exists() for file in ("predictions.parquet", "embeddings.parquet")):
         raise UserError(f"--out {out} is not empty, and holds no evaluation to replace: name another folder")
     from clipfh import checkpoint, evaluate, model, train
 
@@ -327,13 +333,17 @@ def evaluate(args: argparse.Namespace) -> None:
     clip = (
         model.with_weights(experiment.model, weights.state, args.checkpoint) if weights else train.start_of(experiment)
     )
-    with _all_or_nothing(out, "metrics.json"), _connected(args):
-        embedded = evaluate.embed(opened, splits, clip, experiment.model, texts)
-        found = evaluate.figures(embedded, args.random_splits)
-        evaluate.write(out, found, embedded)
-    keys = ("mAP", "rank1", "rank5", "rank10", "mAP_at_R", "mINP")
-    print(_table(["", "value", "95% interval"], [[k, f"{found[k]:.4f}", _interval(found, k)] for k in keys]))
-    print(f"{found['num_query']:,} queries, {found['num_gallery']:,} gallery images; all figures: {out}/metrics.json")
+    mark = evaluate.fingerprint(opened, splits, clip, experiment.model, texts)
+    embedded = evaluate.kept(out, mark, opened, splits, texts)
+    if embedded:
+        print(f"embeddings of the same model, images and prompts are in {out}: used again")
+    else:
+        with _all_or_nothing(out, "embeddings.parquet"), _connected(args), _progress("images embedded") as tell:
+            embedded = evaluate.embed(opened, splits, clip, experiment.model, texts, tell)
+            evaluate.keep(out, mark, embedded)
+    found = evaluate.measure(out, embedded, args.random_splits, args.skip_unmatched, args.rerank)
+    print(_figures(found))
+    print(f"all figures: {out}/metrics.json; the first {evaluate.TOP} finds of each query: {out}/predictions.parquet")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -466,9 +476,32 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return text.get().rstrip()
 
 
+def _figures(found: dict[str, Any]) -> str:
+    """The figures of an evaluation, and how each way of asking does."""
+    keys = ("mAP", "rank1", "rank5", "rank10", "rank20", "rank50", "mAP_at_R", "mINP")
+    lines = [_table(["", "value", "95% interval"], [[key, _value(found[key]), _interval(found, key)] for key in keys])]
+    names = {"same variant": found["variant"]["same"], "cross variant": found["variant"]["cross"]}
+    names |= {"text to image": found["text_to_image"], "image to text": found["image_to_text"]}
+    rows = [[n, _value(f["mAP"]), _value(f["rank1"]), f["num_query"]] for n, f in names.items() if f]
+    if splits := found["random_splits"]:
+        spread = [f"{_value(splits[key]['mean'])} ± {_value(splits[key]['std'])}" for key in ("mAP", "rank1")]
+        rows.append([f"{len(splits['mAP']['values'])} random splits", *spread, ""])
+    lines += ["", _table(["", "mAP", "rank1", "queries"], rows), ""]
+    if found["rerank"]:
+        lines.append("re-ranked (k-reciprocal), but for text and random splits")
+    unmatched = f", {found['num_unmatched']:,} queries left out: no other image of their item"
+    left_out = unmatched if found["num_unmatched"] else ""
+    lines.append(f"{found['num_query']:,} queries, {found['num_gallery']:,} gallery images{left_out}")
+    return "\n".join(lines)
+
+
+def _value(figure: float | None) -> str:
+    return "none" if figure is None else f"{figure:.4f}"
+
+
 def _interval(found: dict[str, Any], key: str) -> str:
-    low, high = found["intervals"][key]
-    return f"{low:.4f} to {high:.4f}"
+    ends = found["intervals"][key]
+    return f"{ends[0]:.4f} to {ends[1]:.4f}" if ends else "none"
 
 
 @contextlib.contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from clipfh import UserError, config, images, metrics, model
+from clipfh import UserError, __version__, config, images, metrics, model
+from clipfh import rerank as reranking
 from clipfh.catalogue import Catalogue
 
+IMAGES, TEXTS, MARK = "embeddings.parquet", "prompts.parquet", "clipfh"
 EMBED_BATCH = 128
 TOP = 50
 """Gallery images that `predictions.parquet` lists for each query."""
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,13 @@ class Embedded:
     gallery_rows: pa.Table
     captions: metrics.Captions | None
     """of the items that have a prompt"""
+    prompts: list[str]
+    """the captions, in their order"""
 
     @property
     def both(self) -> metrics.Embeddings:
         """Query and gallery as one."""
-        pairs = [(getattr(self.query, f), getattr(self.gallery, f)) for f in ("embedding", "item", "variant", "image")]
-        return metrics.Embeddings(*(torch.cat(pair) for pair in pairs))
+        return self.query.join(self.gallery)
 
 
 class _Embedder:
@@ -67,7 +72,12 @@ def _embed_on_cpu(batch: Any, clip: Any, precision: str) -> Any:
 
 
 def embed(
-    catalogue: Catalogue, splits: tuple[str, str], clip: nn.Module, settings: config.Model, prompts: dict[str, str]
+    catalogue: Catalogue,
+    splits: tuple[str, str],
+    clip: nn.Module,
+    settings: config.Model,
+    prompts: dict[str, str],
+    progress: Progress | None = None,
 ) -> Embedded:
     """Embed a query and a gallery split, and the prompts of their items, over all GPUs or CPUs there are.
 
@@ -77,46 +87,88 @@ def embed(
         clip: the model.
         settings: of the model.
         prompts: item to prompt; items without one are left out of text retrieval.
+        progress: called with the number of images done and of all images.
 
     Raises:
         UserError: an empty split.
     """
-    catalogue.require(*splits)
-    tables = [catalogue.rows(split) for split in splits]
-    paths = [str(path) for split in splits for path in catalogue.shards(split)]
-    # Ray copies what it holds: the caller's model stays as it is
-    held = ray.put(clip)
-    decode = {"preprocess": model.preprocess_of(clip)}
-    encoded = ray.data.read_parquet(paths, columns=["image"], partitioning=None)
-    decoded = encoded.map_batches(_decode, batch_size=EMBED_BATCH, num_cpus=0.5, fn_kwargs=decode)  # type: ignore[arg-type]
-    embedding = _run(decoded, held, settings.precision)
-    codes = _codes(tables)
-    rows = metrics.Embeddings(embedding, *(torch.from_numpy(c) for c in codes))
-    query = torch.arange(len(tables[0]))
-    gallery = torch.arange(len(tables[0]), len(embedding))
-    captions = _captions(tables, codes[0], prompts, held, settings)
-    return Embedded(rows.select(query), rows.select(gallery), tables[0], tables[1], captions)
+    encoder, distinct = Encoder(clip, settings), distinct_prompts(catalogue, splits, prompts)
+    embedding = encoder.images(catalogue, splits, progress)
+    return _assembled(catalogue, splits, prompts, embedding, encoder.texts(distinct) if distinct else None)
+
+
+class Encoder:
+    """A model in Ray's object store, to embed with over all GPUs or CPUs there are."""
+
+    def __init__(self, clip: nn.Module, settings: config.Model) -> None:
+        self.settings, self.preprocess = settings, model.preprocess_of(clip)
+        self.clip = ray.put(clip)  # Ray copies what it holds: the caller's model stays as it is
+
+    def images(self, catalogue: Catalogue, splits: Sequence[str], progress: Progress | None = None) -> Tensor:
+        """Unit embeddings of all images of some splits, (N, D) float32, in the order of `catalogue.rows`.
+
+        Images stream through Ray's object store; this process holds the embeddings alone. UserError: an empty split.
+        """
+        catalogue.require(*splits)
+        paths = [str(path) for split in splits for path in catalogue.shards(split)]
+        how: dict[str, Any] = {"num_cpus": 0.5, "fn_kwargs": {"preprocess": self.preprocess}}
+        encoded = ray.data.read_parquet(paths, columns=["image"], partitioning=None)
+        decoded = encoded.map_batches(_decode, batch_size=EMBED_BATCH, **how)  # type: ignore[arg-type]
+        total, done, parts = sum(map(catalogue.num_images, splits)), 0, []
+        for part in self._run(decoded):
+            parts.append(part)
+            done += len(part)
+            if progress:
+                progress(done, total)
+        return torch.cat(parts)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings of texts, (C, D) float32."""
+        tokens = model.tokenizer(self.settings)(list(texts)).numpy().astype(np.int32)
+        return torch.cat(list(self._run(ray.data.from_numpy(tokens).rename_columns({"data": "tokens"}))))
+
+    def _run(self, rows: ray.data.Dataset) -> Iterator[Tensor]:
+        """Embeddings of the dataset's rows, in its order."""
+        rows.context.execution_options.preserve_order = True
+        rows.context.enable_progress_bars = False
+        arguments = {"clip": self.clip, "precision": self.settings.precision}
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if gpus:
+            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)
+            how: dict[str, Any] = {"fn_constructor_kwargs": arguments, "compute": pool, "num_gpus": 1}
+            embedded = rows.map_batches(_Embedder, batch_size=EMBED_BATCH, **how)
+        else:
+            how = {"num_cpus": 1, "fn_kwargs": arguments}
+            embedded = rows.map_batches(_embed_on_cpu, batch_size=EMBED_BATCH, **how)  # type: ignore[arg-type]
+        for batch in embedded.iter_batches(batch_format="numpy"):
+            yield torch.from_numpy(batch["embedding"].copy())
 
 
 def _decode(batch: Any, preprocess: images.Preprocess) -> Any:
     return {"image": np.stack([images.for_evaluation(encoded, preprocess) for encoded in batch["image"]])}
 
 
-def _run(rows: ray.data.Dataset, clip: Any, precision: str) -> Tensor:
-    """Embeddings of the dataset's rows, in its order."""
-    rows.context.execution_options.preserve_order = True
-    rows.context.enable_progress_bars = False
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if gpus:
-        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)
-        how: dict[str, Any] = {"fn_constructor_args": (clip, precision), "compute": pool, "num_gpus": 1}
-        embedded = rows.map_batches(_Embedder, batch_size=EMBED_BATCH, **how)
-    else:
-        how = {"num_cpus": 1, "fn_kwargs": {"clip": clip, "precision": precision}}
-        embedded = rows.map_batches(_embed_on_cpu, batch_size=EMBED_BATCH, **how)  # type: ignore[arg-type]
-    return torch.from_numpy(
-        np.concatenate([b["embedding"] for b in embedded.iter_batches(batch_format="numpy")]).copy()
-    )
+def _assembled(
+    catalogue: Catalogue, splits: tuple[str, str], prompts: dict[str, str], images: Tensor, texts: Tensor | None
+) -> Embedded:
+    """The embeddings of the splits' images and of their distinct prompts, with what they are of."""
+    tables = [catalogue.rows(split) for split in splits]
+    codes = _codes(tables)
+    rows = metrics.Embeddings(images, *(torch.from_numpy(c) for c in codes))
+    query, gallery = torch.arange(len(images)).split([table.num_rows for table in tables])
+    captions, distinct = None, distinct_prompts(catalogue, splits, prompts)
+    if texts is not None:
+        code_of = dict(zip(_column(tables, "item_id"), codes[0].tolist(), strict=True))
+        row_of = {text: row for row, text in enumerate(distinct)}
+        pairs = [(code, row_of[prompts[name]]) for name, code in code_of.items() if name in prompts]
+        captions = metrics.Captions(texts, *torch.tensor(pairs).T)
+    return Embedded(rows.select(query), rows.select(gallery), tables[0], tables[1], captions, distinct)
+
+
+def distinct_prompts(catalogue: Catalogue, splits: Sequence[str], prompts: dict[str, str]) -> list[str]:
+    """Each prompt of the splits' items once, sorted: the rows of the embedded captions."""
+    items = _column([catalogue.rows(split) for split in splits], "item_id")
+    return sorted({prompts[name] for name in items if name in prompts})
 
 
 def _codes(tables: Sequence[pa.Table]) -> list[np.ndarray]:
@@ -130,65 +182,135 @@ def _column(tables: Sequence[pa.Table], name: str) -> list[str]:
     return [value for table in tables for value in table[name].to_pylist()]
 
 
-def _captions(
-    tables: Sequence[pa.Table], item_codes: np.ndarray, prompts: dict[str, str], clip: Any, settings: config.Model
-) -> metrics.Captions | None:
-    items = _column(tables, "item_id")
-    code_of = {name: code for name, code in zip(items, item_codes.tolist(), strict=True) if name in prompts}
-    if not code_of:
+def fingerprint(
+    catalogue: Catalogue, splits: Sequence[str], clip: nn.Module, settings: config.Model, prompts: dict[str, str]
+) -> str:
+    """A hash of all that embeddings depend on: weights, preprocessing, precision, the images of the splits, prompts."""
+    texts = distinct_prompts(catalogue, splits, prompts)
+    of = [catalogue.manifest["hash"], list(splits), model.architecture(settings), settings.precision, texts]
+    sha = hashlib.sha256(json.dumps([__version__, *of, asdict(model.preprocess_of(clip))]).encode())
+    for name, tensor in sorted(clip.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def keep(folder: str | Path, mark: str, embedded: Embedded) -> None:
+    """Leave the embeddings in a folder, with the fingerprint of what they were made of."""
+    rows = pa.concat_tables([embedded.query_rows, embedded.gallery_rows]).select(["path", "item_id", "split"])
+    if embedded.captions is not None:
+        texts = pa.table({"prompt": embedded.prompts})
+        write_embeddings(Path(folder) / TEXTS, texts, embedded.captions.embedding, mark)
+    write_embeddings(Path(folder) / IMAGES, rows, embedded.both.embedding, mark)
+
+
+def kept(
+    folder: str | Path, mark: str, catalogue: Catalogue, splits: tuple[str, str], prompts: dict[str, str]
+) -> Embedded | None:
+    """What `keep` left in a folder; None where that is nothing, or was made of anything else."""
+    images, texts = (read_embeddings(Path(folder) / name, mark) for name in (IMAGES, TEXTS))
+    lacking = texts is None and distinct_prompts(catalogue, splits, prompts)
+    return None if images is None or lacking else _assembled(catalogue, splits, prompts, images, texts)
+
+
+def write_embeddings(file: Path, rows: pa.Table, embedding: Tensor, mark: str) -> None:
+    """A Parquet file with an embedding for each of the rows, and in its metadata what it was made of."""
+    vectors = pa.FixedSizeListArray.from_arrays(embedding.numpy().ravel(), embedding.shape[1])
+    table = rows.append_column("embedding", vectors).replace_schema_metadata({MARK: mark})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = file.with_name(f"{file.name}.new")
+    pq.write_table(table, whole, compression="none", use_dictionary=False)
+    whole.replace(file)
+
+
+def read_embeddings(file: Path, mark: str) -> Tensor | None:
+    """The embeddings in a file of `write_embeddings`, (N, D); None where there is none or its mark is another."""
+    if not file.exists():
         return None
-    distinct = {text: i for i, text in enumerate(sorted({prompts[name] for name in code_of}))}
-    tokens = model.tokenizer(settings)(list(distinct)).numpy().astype(np.int32)
-    embedding = _run(ray.data.from_numpy(tokens).rename_columns({"data": "tokens"}), clip, settings.precision)
-    caption = [distinct[prompts[name]] for name in code_of]
-    return metrics.Captions(embedding, torch.tensor(list(code_of.values())), torch.tensor(caption))
+    try:
+        if (pq.read_schema(file).metadata or {}).get(MARK.encode()) != mark.encode():
+            return None
+        vectors = pq.ParquetFile(file).read(["embedding"])["embedding"].combine_chunks()
+    except pa.ArrowException as error:
+        raise UserError(f"{file}: can't be read ({error}): delete it, and the images are embedded anew") from error
+    return torch.from_numpy(vectors.flatten().to_numpy().reshape(len(vectors), -1).copy())
 
 
-def figures(embedded: Embedded, random_splits: int) -> dict[str, Any]:
-    """All that `metrics.json` holds.
+def measure(
+    out: str | Path, embedded: Embedded, random_splits: int, skip_unmatched: bool = False, rerank: bool = False
+) -> dict[str, Any]:
+    """Work out the `figures`, re-ranked if asked, and `write` them; returns them. UserError: as `figures`."""
+    similarity = reranking.reranked(embedded.query, embedded.gallery) if rerank else None
+    found = figures(embedded, random_splits, skip_unmatched, similarity)
+    found["rerank"] = {"k1": reranking.K1, "k2": reranking.K2, "lambda": reranking.LAMBDA} if rerank else None
+    write(out, found, embedded, similarity)
+    return found
+
+
+def figures(
+    embedded: Embedded, random_splits: int, skip_unmatched: bool = False, similarity: metrics.Similarity | None = None
+) -> dict[str, Any]:
+    """All that `metrics.json` holds; null where there is nothing to score.
 
     Args:
         embedded: query and gallery.
         random_splits: how many; 0 leaves them out.
+        skip_unmatched: leave out, and count, queries without another image of their item in the gallery.
+        similarity: of queries and gallery, in place of the cosine. Random splits and texts keep the cosine.
+
+    Raises:
+        UserError: a query without such an image, unless skipped.
     """
-    overall, same, cross = metrics.score(embedded.query, embedded.gallery)
-    found = metrics.summary(overall)
-    found["variant"] = {"same": metrics.summary(same), "cross": metrics.summary(cross)}
+    query, gallery = embedded.query, embedded.gallery
+    scores = metrics.score(query, gallery, skip_unmatched=True, similarity=similarity)
+    overall = scores[0]
+    if not skip_unmatched:
+        _require_matched(overall, embedded.query_rows)
+    found = {**metrics.summary(overall), "cmc": metrics.cmc(overall)}
+    found["variant"] = {"same": metrics.summary(scores[1]), "cross": metrics.summary(scores[2])}
     for group in ("category", "gender"):
         found[f"by_{group}"] = metrics.by_group(overall, embedded.query_rows[group].to_pylist())
-    if random_splits:
-        found["random_splits"] = metrics.random_splits(embedded.both, random_splits)
-    if embedded.captions is not None:
-        found["text_to_image"] = metrics.text_to_image(embedded.captions, embedded.gallery)
-        captioned = torch.isin(embedded.query.item, embedded.captions.item)
-        found["image_to_text"] = metrics.image_to_text(embedded.query.select(captioned), embedded.captions)
-    return found
+    found["random_splits"] = metrics.random_splits(embedded.both, random_splits) if random_splits else None
+    return {**found, **_text_figures(embedded)}
 
 
-def write(out: str | Path, found: dict[str, Any], embedded: Embedded) -> None:
+def _require_matched(scores: metrics.Scores, rows: pa.Table) -> None:
+    lonely = scores.first.isnan().nonzero().flatten().tolist()
+    if lonely:
+        raise UserError(
+            f"{len(lonely):,} of {rows.num_rows:,} queries have no other image of their item in the gallery (the first "
+            f"is {rows['path'][lonely[0]].as_py()}): mend the source's splits, or leave them out with --skip-unmatched"
+        )
+
+
+def _text_figures(embedded: Embedded) -> dict[str, Any]:
+    if embedded.captions is None:
+        return {"text_to_image": None, "image_to_text": None}
+    captioned = embedded.query.select(torch.isin(embedded.query.item, embedded.captions.item))
+    return {
+        "text_to_image": metrics.text_to_image(embedded.captions, embedded.gallery),
+        "image_to_text": metrics.image_to_text(captioned, embedded.captions) if len(captioned) else None,
+    }
+
+
+def write(
+    out: str | Path, found: dict[str, Any], embedded: Embedded, similarity: metrics.Similarity | None = None
+) -> None:
     """`metrics.json` and `predictions.parquet` (query, rank, gallery, similarity, match: the TOP of each query)."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(predictions(embedded), folder / "predictions.parquet", compression="zstd")
+    listed = predictions(embedded, similarity=similarity)
+    pq.write_table(listed, folder / "predictions.parquet", compression="zstd")
     whole = folder / "metrics.json.new"
     whole.write_text(json.dumps(found, indent=2) + "\n")
     whole.rename(folder / "metrics.json")
 
 
-def predictions(embedded: Embedded, top: int = TOP) -> pa.Table:
+def predictions(embedded: Embedded, top: int = TOP, similarity: metrics.Similarity | None = None) -> pa.Table:
     """The first `top` gallery images of each query, without its own photo, in the order that metrics rank by."""
     query, gallery = embedded.query, embedded.gallery
-    columns: list[Tensor] = []
-    values: list[Tensor] = []
-    for rows in torch.arange(len(query)).split(1024):
-        similarity = query.embedding[rows] @ gallery.embedding.T
-        similarity.masked_fill_(query.image[rows, None] == gallery.image, -torch.inf)
-        # A stable sort keeps gallery order among equals; topk does not
-        value, column = similarity.sort(dim=1, descending=True, stable=True)
-        columns.append(column[:, :top])
-        values.append(value[:, :top])
-    column, value = torch.cat(columns), torch.cat(values)
-    listed = value > -torch.inf
+    column, value = metrics.nearest(query, gallery, top, similarity)
+    listed = column >= 0
     row = torch.arange(len(query))[:, None].expand_as(column)
     rank = torch.arange(1, column.shape[1] + 1).expand_as(column)
     return pa.table(

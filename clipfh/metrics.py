@@ -9,8 +9,8 @@ product that made the block. Same-variant, cross-variant and random-split figure
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from typing import Any
 
@@ -23,9 +23,14 @@ from clipfh import UserError
 
 RANKS = (1, 5, 10, 20, 30, 40, 50)
 KEYS = ("mAP", *(f"rank{k}" for k in RANKS), "mAP_at_R", "mINP")
+CURVE = 50  # length of the CMC curve
 BLOCK = 2**23  # similarities held at once: they bound the memory and change no figure
 PART = 2**20  # similarities looked at again and again while they are in the cache
 TILE = 64  # rows and columns of a product come in multiples of this
+DRAWS = 2**20  # items drawn at once by the bootstrap
+
+Similarity = Callable[[Tensor], Tensor]
+"""Rows of a similarity matrix: (B,) numbers of queries, on the CPU, to (B, G), which whoever asked may overwrite."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ class Embeddings:
         codes = (code[rows.to(code.device)] for code in (self.item, self.variant, self.image))
         return Embeddings(self.embedding[rows.to(self.embedding.device)], *codes)
 
+    def join(self, other: "Embeddings") -> "Embeddings":
+        """These rows, then the other's."""
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return Embeddings(*(torch.cat(pair) for pair in pairs))
+
 
 @dataclass(frozen=True)
 class Captions:
@@ -74,20 +84,24 @@ class Scores:
     """What each query scored on each of `KEYS`; a row of NaN is a query without a positive."""
 
     values: Tensor  # (Q, len(KEYS)), float64
+    first: Tensor  # (Q,), the rank of the nearest positive
     item: Tensor  # (Q,), what the bootstrap resamples
     num_gallery: int
 
 
-def score(query: Embeddings, gallery: Embeddings, skip_unmatched: bool = False) -> tuple[Scores, Scores, Scores]:
+def score(
+    query: Embeddings, gallery: Embeddings, skip_unmatched: bool = False, similarity: Similarity | None = None
+) -> tuple[Scores, Scores, Scores]:
     """Rank the gallery for each query in one pass, judged three ways: overall, same-variant, cross-variant.
 
     *Same-variant* ignores the item's images of other variants, *cross-variant* those of the query's variant: they are
-    neither right nor wrong. A gallery row with the query's own path is left out of all three.
+    neither right nor wrong. A gallery row with the query's own path is left out of all three. `similarity` takes the
+    place of the cosine; for given similarities no digit depends on BLOCK, PART or the number of threads.
     UserError: a query has no image of its item to find, unless `skip_unmatched` (it then scores NaN).
     """
     tables = _empty_table(3, len(query))
     own, theirs = query.variant.cpu(), gallery.variant.cpu()
-    for block in _blocks(query, gallery, _Index.of(gallery.item)):
+    for block in _blocks(query, gallery, _Index.of(gallery.item), similarity):
         found, ahead = block.column >= 0, block.ahead()
         same = theirs[block.column] == own[block.rows, None]
         for table, relevant in zip(tables, (found, found & same, found & ~same), strict=True):
@@ -98,7 +112,7 @@ def score(query: Embeddings, gallery: Embeddings, skip_unmatched: bool = False) 
             f"{len(unmatched)} of {len(query)} queries (the first is query {int(unmatched[0])}) have no other image of "
             "their item in the gallery: correct the catalogue's splits, or ask for such queries to be left out"
         )
-    overall, same_variant, cross_variant = (Scores(table, query.item.cpu(), len(gallery)) for table in tables)
+    overall, same_variant, cross_variant = (_as_scores(table, query, gallery) for table in tables)
     return overall, same_variant, cross_variant
 
 
@@ -106,6 +120,56 @@ def mean_average_precision(query: Embeddings, gallery: Embeddings) -> float:
     """The mAP alone, as validation during training wants it. UserError: as `score`."""
     overall, _, _ = score(query, gallery)
     return _means(overall.values)["mAP"]
+
+
+def cosine(query: Embeddings, gallery: Embeddings) -> Similarity:
+    """The cosines of queries and gallery, each block in the memory of the last."""
+    asking, answering = query.embedding.detach(), gallery.embedding.detach()
+    buffer = answering.new_empty(0, len(gallery))
+
+    def similarity(rows: Tensor) -> Tensor:
+        nonlocal buffer
+        if len(buffer) < len(rows) + TILE:
+            buffer = answering.new_empty(len(rows) + TILE, len(gallery))
+        return _product(asking.index_select(0, rows.to(asking.device)), answering, buffer)
+
+    return similarity
+
+
+def nearest(
+    query: Embeddings, gallery: Embeddings, top: int, similarity: Similarity | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first `top` gallery rows of each query as the figures rank them, and their similarities.
+
+    Both (Q, top at most), on the CPU; after the last row, since a query's own photo is left out, -1 and -inf.
+    """
+    similarity, twins, found = similarity or cosine(query, gallery), _Index.of(gallery.image), []
+    for rows in blocks_of_rows(len(query), len(gallery)):
+        block = similarity(rows)
+        _drop(block, twins.rows(query.image.cpu()[rows]))
+        found.append([part.cpu() for part in largest(block, top)])
+    column, level = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return column.masked_fill_(level == -math.inf, -1), level
+
+
+def blocks_of_rows(rows: int, columns: int) -> Iterator[Tensor]:
+    """Numbers of rows, as many at once as a block of the similarity matrix has."""
+    yield from torch.arange(rows).split(_height(columns))
+
+
+def largest(similarity: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Columns and values of the `top` greatest entries of each row (B, N), in order; of equal ones the earlier first.
+
+    `topk` takes any of equal ones: where more of them are at the end than it has room for, the row is sorted whole.
+    """
+    level, column = similarity.topk(min(top, similarity.shape[1]))
+    tied = ((similarity >= level[:, -1:]).sum(1) > level.shape[1]).nonzero().flatten()
+    if len(tied):
+        whole = similarity[tied].sort(dim=1, descending=True, stable=True)
+        level[tied], column[tied] = (part[:, : level.shape[1]] for part in whole)
+    column, order = column.sort(dim=1)
+    level, order = level.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return column.gather(1, order), level
 
 
 def summary(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -125,6 +189,12 @@ def summary(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, A
     }
 
 
+def cmc(scores: Scores, length: int = CURVE) -> list[float] | None:
+    """The share of queries with a positive among the first 1, 2, ... `length`; null over no query, as in `summary`."""
+    first = scores.first[~scores.first.isnan()]
+    return [int((first <= k).sum()) / len(first) for k in range(1, length + 1)] if len(first) else None
+
+
 def by_group(scores: Scores, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """mAP and rank1, with `num_query` and `intervals`, of the queries under each label; one label a query."""
     names, group = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
@@ -132,7 +202,7 @@ def by_group(scores: Scores, labels: Sequence[str]) -> dict[str, dict[str, Any]]
     groups = {}
     for number, name in enumerate(names.tolist()):
         chosen = torch.from_numpy(group == number)
-        whole = summary(Scores(scores.values[chosen], scores.item[chosen], scores.num_gallery))
+        whole = summary(replace(scores, values=scores.values[chosen], item=scores.item[chosen]))
         intervals = {key: whole["intervals"][key] for key in ("mAP", "rank1")}
         groups[name] = {key: whole[key] for key in ("mAP", "rank1", "num_query")} | {"intervals": intervals}
     return groups
@@ -153,7 +223,7 @@ def random_splits(images: Embeddings, num_splits: int = 10, seed: int = 0) -> di
             mine = drawn[asking[block.rows]].nonzero().flatten()
             gone = block.ahead_among(mine, drawn.nonzero().flatten())
             table[block.rows[mine]] = _values(block.column[mine] >= 0, ahead[mine] - gone)
-    means = [_means(table[~table[:, 0].isnan()]) for table in tables]
+    means = [_means(table[~table[:, 0].isnan(), :-1]) for table in tables]
     return {key: _spread([mean[key] for mean in means]) for key in KEYS}
 
 
@@ -248,23 +318,34 @@ class _Block:
         return count_ahead(part, among, self.column[mine].to(device), self.level[here]).cpu()
 
 
-def _blocks(query: Embeddings, gallery: Embeddings, kin: _Index) -> Iterator[_Block]:
-    """The similarity matrix block by block, each in the memory of the last. kin: the gallery rows of each item."""
-    asking, answering = query.embedding.detach(), gallery.embedding.detach()
+def _blocks(
+    query: Embeddings, gallery: Embeddings, kin: _Index, similarity: Similarity | None = None
+) -> Iterator[_Block]:
+    """The similarity matrix block by block. kin: the gallery rows of each item."""
     assert len(query) and 0 < len(gallery) < 2**24
+    similarity = similarity or cosine(query, gallery)
     item, photo, photos, twins = query.item.cpu(), query.image.cpu(), gallery.image.cpu(), _Index.of(gallery.image)
-    height = max(1, BLOCK // len(gallery) // TILE) * TILE
-    buffer = answering.new_empty(min(height, len(query) + TILE), len(gallery))
     # Queries with as many positives stand together, so that each slot of `count_ahead` is about full or empty.
-    for rows in kin.count(item).argsort(descending=True, stable=True).split(height):
-        similarity = _product(asking.index_select(0, rows.to(asking.device)), answering, buffer)
+    for rows in kin.count(item).argsort(descending=True, stable=True).split(_height(len(gallery))):
+        block = similarity(rows)
         positives = kin.rows(item[rows])
         positives.masked_fill_(photos[positives] == photo[rows, None], -1)
-        column, level = _descending(similarity, positives.to(asking.device))
-        for dropped in (column, twins.rows(photo[rows]).to(asking.device)):
-            row, slot = (dropped >= 0).nonzero(as_tuple=True)
-            similarity[row, dropped[row, slot]] = -math.inf
-        yield _Block(rows, column.cpu(), level, similarity)
+        column, level = _descending(block, positives.to(block.device))
+        for dropped in (column, twins.rows(photo[rows])):
+            _drop(block, dropped)
+        yield _Block(rows, column.cpu(), level, block)
+
+
+def _height(columns: int) -> int:
+    """How many rows of so many columns a block has."""
+    return max(1, BLOCK // columns // TILE) * TILE
+
+
+def _drop(similarity: Tensor, columns: Tensor) -> None:
+    """Take the columns of each row, (B, P) with -1 for none, out of the ranking."""
+    row, slot = (columns >= 0).nonzero(as_tuple=True)
+    column = columns[row, slot].to(similarity.device)
+    similarity[row.to(similarity.device), column] = -math.inf
 
 
 def _product(query: Tensor, gallery: Tensor, buffer: Tensor) -> Tensor:
@@ -292,10 +373,12 @@ def _descending(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _values(relevant: Tensor, ahead: Tensor) -> Tensor:
-    """`KEYS` of each query, (B, len(KEYS)), from its item's images in descending order of similarity.
+    """`KEYS` of each query and the rank of its nearest positive, (B, len(KEYS) + 1).
 
-    relevant: (B, P) bool, those that count as positives, the others being ignored. ahead: (B, P), how many images of
-    other items precede each. mAP@R is of Musgrave et al. (arXiv 2003.08505), mINP of Ye et al. (arXiv 2001.04193).
+
+    relevant: (B, P) bool, which images of the query's item, in descending order of similarity, count as positives, the
+    others being ignored. ahead: (B, P), how many images of other items precede each. mAP@R is of Musgrave et al. (arXiv
+    2003.08505), mINP of Ye et al. (arXiv 2001.04193).
     """
     position = relevant.cumsum(1)
     total = position[:, -1]
@@ -306,19 +389,25 @@ def _values(relevant: Tensor, ahead: Tensor) -> Tensor:
     # A running sum adds in order, so that the width of the padding cannot change a digit.
     average = precision.cumsum(1)[:, -1] / total
     average_at_r = precision.masked_fill(rank > total[:, None], 0).cumsum(1)[:, -1] / total
-    values = torch.stack([average, *((first <= k).double() for k in RANKS), average_at_r, total / last], dim=1)
+    hits = [(first <= k).double() for k in RANKS]
+    values = torch.stack([average, *hits, average_at_r, total / last, first], dim=1)
     return values.masked_fill(total[:, None] == 0, math.nan)
 
 
 def _empty_table(*shape: int) -> Tensor:
-    return torch.full((*shape, len(KEYS)), math.nan, dtype=torch.float64)
+    """A place for what `_values` makes."""
+    return torch.full((*shape, len(KEYS) + 1), math.nan, dtype=torch.float64)
+
+
+def _as_scores(table: Tensor, query: Embeddings, gallery: Embeddings) -> Scores:
+    return Scores(table[:, :-1], table[:, -1], query.item.cpu(), len(gallery))
 
 
 def _score_text(query: Embeddings, gallery: Embeddings, kin: _Index) -> Scores:
     table = _empty_table(len(query))
     for block in _blocks(query, gallery, kin):
         table[block.rows] = _values(block.column >= 0, block.ahead())
-    return Scores(table, query.item.cpu(), len(gallery))
+    return _as_scores(table, query, gallery)
 
 
 def _as_embeddings(captions: Captions) -> Embeddings:
@@ -356,10 +445,19 @@ def _intervals(values: np.ndarray, item: np.ndarray, resamples: int, seed: int) 
         return dict.fromkeys(KEYS)
     sums = np.zeros((len(codes), len(KEYS) + 1))
     np.add.at(sums, index, np.column_stack([values, np.ones(len(values))]))
-    generator = np.random.default_rng(seed)
-    drawn = np.stack([sums[generator.integers(len(codes), size=len(codes))].sum(0) for _ in range(resamples)])
+    generator, few = np.random.default_rng(seed), max(1, DRAWS // len(codes))
+    parts = [_resample(sums, min(few, resamples - done), generator) for done in range(0, resamples, few)]
+    drawn = np.concatenate(parts)
     low, high = np.quantile(drawn[:, :-1] / drawn[:, -1:], (0.025, 0.975), axis=0)
     return {key: [float(a), float(b)] for key, a, b in zip(KEYS, low, high, strict=True)}
+
+
+def _resample(sums: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """Sums over as many items as there are, drawn with repetition, (resamples, K), from those of each item (I, K)."""
+    number = len(sums)
+    drawn = generator.integers(number, size=(resamples, number)) + number * np.arange(resamples)[:, None]
+    times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
+    return np.einsum("ri,ik->rk", times, sums)  # which, unlike a BLAS, adds in one order for any number of threads
 
 
 def _check_unit(embedding: Tensor) -> None:

@@ -38,9 +38,10 @@ def slow_values(similarity, relevant, competes):
     return torch.tensor(table, dtype=torch.float64)
 
 
-def slow_score(query, gallery, present=None):
+def slow_score(query, gallery, present=None, similarity=None):
     """`score` by the definitions, one query at a time; `present` masks the gallery."""
-    similarity = query.embedding.double() @ gallery.embedding.double().T
+    if similarity is None:
+        similarity = query.embedding.double() @ gallery.embedding.double().T
     item = query.item[:, None] == gallery.item
     variant = query.variant[:, None] == gallery.variant
     competes = query.image[:, None] != gallery.image
@@ -90,6 +91,48 @@ def test_score_equals_a_loop_over_sorted_rows(catalogue, data):
         scores = metrics.score(query, gallery, skip_unmatched=True)
     for found, expected in zip(scores, slow_score(query, gallery), strict=True):
         assert_same(found.values, expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(catalogues(), st.data())
+def test_a_given_similarity_matrix_has_one_result(catalogue, data):
+    """To the last digit, for any block, number of threads, and share-out of the queries among workers."""
+    images, asks, answers = catalogue
+    query, gallery = images.select(asks), images.select(answers)
+    few = st.sampled_from([-3.0, -0.0, 0.0, 1e-45, 0.3, 0.3000001, 7.0])
+    entries = few if data.draw(st.booleans()) else st.floats(-1, 1, width=32)
+    size = len(query) * len(gallery)
+    matrix = torch.tensor(data.draw(st.lists(entries, min_size=size, max_size=size))).view(len(query), -1)
+
+    def score(rows):
+        return metrics.score(query.select(rows), gallery, True, similarity=lambda asked: matrix[rows[asked]])
+
+    everyone = torch.arange(len(query))
+    once = score(everyone)
+    for found, expected in zip(once, slow_score(query, gallery, similarity=matrix), strict=True):
+        assert_same(found.values, expected)
+    workers = everyone.tensor_split(data.draw(st.integers(1, len(query))))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(data.draw(st.integers(1, 3)))
+    with small_blocks(data.draw):
+        parts = [score(rows) for rows in workers]
+        column, level = metrics.nearest(query, gallery, 5, lambda rows: matrix[rows])
+    torch.set_num_threads(threads)
+    for number, whole in enumerate(once):
+        for name in ("values", "first"):
+            joined = torch.cat([getattr(part[number], name) for part in parts])
+            assert torch.equal(joined.nan_to_num(-1), getattr(whole, name).nan_to_num(-1))
+    competes = matrix.masked_fill(query.image[:, None] == gallery.image, -math.inf)
+    expected, order = competes.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(level, expected[:, :5])
+    assert torch.equal(column, order[:, :5].masked_fill(level == -math.inf, -1))
+
+
+def test_cmc_is_rank_k_for_every_k(halves):
+    overall, _, _ = metrics.score(*halves)
+    curve, found = metrics.cmc(overall), metrics.summary(overall)
+    assert len(curve) == 50 and curve == sorted(curve)
+    assert [curve[k - 1] for k in RANKS] == [found[f"rank{k}"] for k in RANKS]
 
 
 @settings(max_examples=60, deadline=None)
@@ -239,12 +282,12 @@ def test_nothing_to_score_is_null():
     images = Embeddings(EXACT[:4], torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 2, 2]), torch.arange(4))
     overall, _, cross = metrics.score(images, images)
     nothing = metrics.summary(cross)
-    assert {nothing[key] for key in KEYS} == {None}
+    assert {nothing[key] for key in KEYS} == {None} == {metrics.cmc(cross)}
     assert nothing["num_unmatched"] == 4
     assert json.loads(json.dumps(nothing, allow_nan=False)) == nothing
     lone = Embeddings(EXACT[:4], torch.arange(4), torch.arange(4), torch.arange(4))
     assert metrics.random_splits(lone)["mAP"] == {"mean": None, "std": None, "values": [None] * 10}
-    assert metrics.summary(Scores(overall.values, torch.zeros(4), 4))["intervals"]["mAP"] is None
+    assert metrics.summary(Scores(overall.values, overall.first, torch.zeros(4), 4))["intervals"]["mAP"] is None
 
 
 def test_groups_are_means_over_their_queries(halves):
@@ -265,7 +308,7 @@ def test_intervals_have_the_spread_of_a_mean_over_items():
     generator = np.random.default_rng(0)
     hit = generator.random(400) < 0.3
     values = torch.tensor(np.repeat(hit, 9), dtype=torch.float64)[:, None].expand(-1, len(KEYS))
-    scores = Scores(values, torch.arange(400).repeat_interleave(9), num_gallery=1)
+    scores = Scores(values, values[:, 0], torch.arange(400).repeat_interleave(9), num_gallery=1)
     low, high = metrics.summary(scores)["intervals"]["rank1"]
     assert low < hit.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * hit.std() / 400**0.5, rel=0.1)
@@ -276,7 +319,7 @@ def test_intervals_have_the_spread_of_a_mean_over_items():
 def test_intervals_weigh_items_by_their_queries():
     """Two items of 1 and 3 queries: a resample of them averages 0, 3/4 or 1."""
     values = torch.tensor([0.0, 1.0, 1.0, 1.0]).double()[:, None].expand(-1, len(KEYS))
-    figures = metrics.summary(Scores(values, torch.tensor([5, 8, 8, 8]), num_gallery=1))
+    figures = metrics.summary(Scores(values, values[:, 0], torch.tensor([5, 8, 8, 8]), num_gallery=1))
     assert (figures["mAP"], figures["intervals"]["mAP"]) == (0.75, [0.0, 1.0])
 
 

@@ -20,7 +20,7 @@ def main() -> int:
     rows = [row for module in modules for row in importlib.import_module(module).rows()]
     table = Table("benchmark", "measured", "target", "", box=None)
     for row in rows:
-        table.add_row(row["name"], f"{row['value']:.2f}", str(row["target"]), "ok" if row["ok"] else "MISSED")
+        table.add_row(row["name"], f"{row['value']:.3g}", str(row["target"]), "ok" if row["ok"] else "MISSED")
     Console().print(table)
     Path("bench.json").write_text(json.dumps(rows, indent=2) + "\n")
     return 0 if all(row["ok"] for row in rows) else 1
