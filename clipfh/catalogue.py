@@ -19,7 +19,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
@@ -42,15 +43,20 @@ SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in CO
 
 SHARD_IMAGES = 1024
 ROW_GROUP_IMAGES = 64
-CHUNK_IMAGES = 16  # one task of a worker
+CHUNK_IMAGES = 32  # one task of a worker
 CHUNKS_AHEAD = 4  # per worker: with the two above it bounds the memory
 MAX_PIXELS = 100_000_000
 LEFT_OUT_LISTED = 1000
+# Encoded images are all different, and zstd makes nothing of them
+_STORED = {
+    "compression": {"image": "none"} | dict.fromkeys(COLUMNS, "zstd"),
+    "use_dictionary": list(COLUMNS),
+    "write_statistics": list(COLUMNS),
+}
 
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
 NO_GALLERY = "query without a gallery image of its item"
 
-_all_of = attrgetter(*(field.name for field in fields(Photo)))
 _row_of = attrgetter(*COLUMNS)
 
 
@@ -89,8 +95,7 @@ class Catalogue:
                 )
 
     def _read(self, split: str, columns: Sequence[str]) -> pa.Table:
-        # ParquetFile, because pq.read_table takes a folder called `a=b` above the file for a column of its own
-        tables = [pq.ParquetFile(path).read(list(columns)).replace_schema_metadata() for path in self.shards(split)]
+        tables = [_read(path, columns) for path in self.shards(split)]
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table().select(columns)
 
 
@@ -155,7 +160,7 @@ def prepare(
     _check_not_empty(Counter(photo.split for photo in photos), source)
     shards = _cut_into_shards(photos)
     settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed}
-    plan = _digest(json.dumps([FORMAT, VERSION, settings]), *(json.dumps(_all_of(photo)) for photo in photos))
+    plan = _digest(json.dumps([FORMAT, VERSION, settings]), *(json.dumps(shard.photos) for shard in shards))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         return _keep_up_to_date(out, plan, tally)
 
@@ -191,7 +196,7 @@ def _assign_splits(photos: list[Photo], val_fraction: float, seed: int) -> list[
         first = next(photo.path for photo in photos if not photo.split)
         raise UserError(f"{first}: has no split while others have one: give all of them a split, or none")
     if given == {""}:
-        photos = [replace(photo, split="train") for photo in photos]
+        photos = [photo._replace(split="train") for photo in photos]
         photos = _hold_out(photos, "test", lambda items: max(1, round(items / 10)), seed)
     if not given & {"val", "val_query", "val_gallery"}:
         photos = _hold_out(photos, "val", lambda items: max(round(val_fraction * items), min(50, items // 5)), seed)
@@ -209,7 +214,7 @@ def _hold_out(photos: list[Photo], name: str, count: Callable[[int], int], seed:
     images = Counter(photo.item_id for photo in photos if photo.split == "train")
     paired = _shuffled((item for item, number in images.items() if number > 1), f"{seed} {name}")
     taken = set(paired[: min(count(len(images)), len(paired) // 2)])
-    return [replace(p, split=name) if p.split == "train" and p.item_id in taken else p for p in photos]
+    return [p._replace(split=name) if p.split == "train" and p.item_id in taken else p for p in photos]
 
 
 def _halve(photos: list[Photo], split: str, query: str, gallery: str, seed: int) -> list[Photo]:
@@ -220,7 +225,7 @@ def _halve(photos: list[Photo], split: str, query: str, gallery: str, seed: int)
             paths[photo.item_id].append(photo.path)
     drawn = {item: set(_shuffled(its, f"{seed} {item}")[: len(its) // 2]) for item, its in paths.items()}
     return [
-        replace(p, split=query if p.path in drawn[p.item_id] else gallery) if p.split == split else p for p in photos
+        p._replace(split=query if p.path in drawn[p.item_id] else gallery) if p.split == split else p for p in photos
     ]
 
 
@@ -346,15 +351,21 @@ def _encode(store: fs.SubTreeFileSystem, file: str, image_size: int) -> bytes | 
 
 def _read_inside(store: fs.SubTreeFileSystem, file: str) -> bytes:
     if isinstance(store.base_fs, fs.LocalFileSystem):
-        root = Path(store.base_path).resolve()
-        if not (root / file).resolve().is_relative_to(root):
+        path, folder = Path(store.base_path + file), file.rpartition("/")[0]
+        if not _is_inside(file if path.is_symlink() else folder, store.base_path):
             raise _Refused(OUTSIDE)
+        return path.read_bytes()
     with store.open_input_file(file) as stream:
         return stream.read()
 
 
+@lru_cache(maxsize=1 << 12)  # a folder is asked for with each of its images
+def _is_inside(path: str, root: str) -> bool:
+    return Path(root, path).resolve().is_relative_to(Path(root).resolve())
+
+
 def _shrink(data: bytes, image_size: int) -> bytes:
-    """The image as JPEG with a short side of `image_size`; its own bytes where it is no larger and stands upright.
+    """The image as JPEG with a short side of `image_size`; its own bytes where it is no larger and needs no care.
 
     Either way it is decoded to its end, so that a cut file is found here and not in training.
     """
@@ -364,14 +375,13 @@ def _shrink(data: bytes, image_size: int) -> bytes:
             raise _Refused(TOO_LARGE)
         is_turned = opened.getexif().get(ORIENTATION_TAG, 1) != 1
         excess = min(width, height) / image_size
-        if excess <= 1 and not is_turned:
+        if excess <= 1 and not is_turned and _is_plain(opened):
             opened.draft("L", (1, 1))  # reads a JPEG to its end, but makes few pixels of it
             opened.load()
             return data
         # A JPEG may decode to a half, quarter or eighth; from twice the wanted size that costs no visible quality
         opened.draft("RGB", (int(2 * width / excess), int(2 * height / excess)))
-        image = ImageOps.exif_transpose(opened) if is_turned else opened
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        image = _as_rgb(ImageOps.exif_transpose(opened) if is_turned else opened)
         if excess > 1:
             long = round(max(width, height) / excess)
             size = (image_size, long) if image.width <= image.height else (long, image_size)
@@ -379,6 +389,24 @@ def _shrink(data: bytes, image_size: int) -> bytes:
         encoded = io.BytesIO()
         image.save(encoded, "JPEG", quality=95)
         return encoded.getvalue()
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether all readers make the same of it: one opaque picture of eight bits a channel."""
+    deep = image.mode.startswith(("I", "F"))
+    return not deep and not image.has_transparency_data and getattr(image, "n_frames", 1) == 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits a channel, what is transparent on white, of several frames the first."""
+    if image.mode in ("I", "F"):
+        raise _Refused("pixels without a known range")
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut off all that is above 255
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # Writing: everything below `<out>.partial`, until the last rename.
@@ -500,19 +528,15 @@ def _write_shard(path: Path, rows: Iterator[tuple[bytes | str, ...]], tally: _Ta
     before, hashes = len(tally.left_out), []
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as sink:
-            names = list(COLUMNS)  # images are all different, and too long for statistics
-            with pq.ParquetWriter(
-                sink, SCHEMA, compression="zstd", use_dictionary=names, write_statistics=names
-            ) as writer:
-                while group := list(islice(rows, ROW_GROUP_IMAGES)):
-                    hashes += [_digest(*row) for row in group]
-                    columns = zip(*group, strict=True)
-                    writer.write_table(pa.table([pa.array(values) for values in columns], schema=SCHEMA))
-                footer = {"hash": _digest(*hashes), "left_out": tally.left_out[before:]}
-                writer.add_key_value_metadata({"clipfh": json.dumps(footer)})
-            sink.flush()
-            os.fsync(sink.fileno())
+        with temporary.open("wb") as sink, pq.ParquetWriter(sink, SCHEMA, **_STORED) as writer:
+            while group := list(islice(rows, ROW_GROUP_IMAGES)):
+                images, *columns = zip(*group, strict=True)
+                hashes.append(_digest(json.dumps(columns), *images))
+                writer.write_table(pa.table([pa.array(values) for values in (images, *columns)], schema=SCHEMA))
+            footer = {"hash": _digest(*hashes), "left_out": tally.left_out[before:]}
+            writer.add_key_value_metadata({"clipfh": json.dumps(footer)})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -527,40 +551,43 @@ def _footer(path: Path) -> dict[str, Any] | None:
     return {"images": metadata.num_rows, **json.loads(metadata.metadata[b"clipfh"])}
 
 
-def _items(folder: Path, shards: list[_Shard]) -> set[str]:
-    tables = [pq.ParquetFile(folder / shard.name).read(["item_id"]) for shard in shards]
+def _items(folder: Path, shards: Iterable[_Shard]) -> set[str]:
+    tables = (_read(folder / shard.name, ["item_id"]) for shard in shards)
     return {item for table in tables for item in table["item_id"].unique().to_pylist()}
+
+
+def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+    # ParquetFile, because pq.read_table takes a folder called `a=b` above the file for a column of its own
+    return pq.ParquetFile(path).read(list(columns)).replace_schema_metadata()
 
 
 def _contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
     """The manifest's account of the shards in `folder`, from what they hold."""
     footers = {shard.name: _footer(folder / shard.name) or {} for shard in shards}
-    sizes: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
-    for shard in shards:
-        if footers[shard.name]["images"]:
-            sizes[shard.split][shard.name] = (folder / shard.name).stat().st_size
-    written = Catalogue(folder, {"shards": sizes})
-    rows = {split: written.rows(split) for split in SPLITS}
+    filled = {split: [s for s in shards if s.split == split and footers[s.name]["images"]] for split in SPLITS}
     return {
         "hash": _digest(*(footer["hash"] for footer in footers.values())),
         "counts": {
-            split: {"images": table.num_rows, "items": len(table["item_id"].unique())} for split, table in rows.items()
+            split: {"images": sum(footers[s.name]["images"] for s in its), "items": len(_items(folder, its))}
+            for split, its in filled.items()
         },
-        "notes": _oddities(rows),
-        "shards": sizes,
+        "notes": _oddities(folder, filled),
+        "shards": {split: {s.name: (folder / s.name).stat().st_size for s in its} for split, its in filled.items()},
     }
 
 
-def _oddities(rows: Mapping[str, pa.Table]) -> list[str]:
-    """What a reader of figures from these rows should know."""
-    images = Counter(rows["train"]["item_id"].to_pylist())
-    values: dict[str, dict[str, set[str]]] = {
-        name: defaultdict(set) for name in ("category", "variant", "color", "text")
-    }
-    for table in rows.values():
-        for name, by_item in values.items():
-            for item, value in zip(table["item_id"].to_pylist(), table[name].to_pylist(), strict=True):
-                by_item[item].update({value} - {""})
+def _oddities(folder: Path, shards: Mapping[str, list[_Shard]]) -> list[str]:
+    """What a reader of figures from these shards should know."""
+    names = ("category", "variant", "color", "text")
+    values: dict[str, dict[str, set[str]]] = {name: defaultdict(set) for name in names}
+    images: Counter[str] = Counter()
+    for split, its in shards.items():
+        for shard in its:
+            rows = _read(folder / shard.name, ["item_id", *names]).to_pydict()
+            images.update(rows["item_id"] if split == "train" else [])
+            for name, by_item in values.items():
+                for item, value in zip(rows["item_id"], rows[name], strict=True):
+                    by_item[item].update({value} - {""})
     variants, colors = values["variant"], values["color"]
     counts = {
         "train items have one image: terms that need a positive leave them out": sum(n == 1 for n in images.values()),
@@ -569,9 +596,7 @@ def _oddities(rows: Mapping[str, pa.Table]) -> list[str]:
         "items have no text": sum(not its for its in values["text"].values()),
     }
     notes = [f"{count:,} {what}" for what, count in counts.items() if count]
-    return (
-        notes if rows["val_query"].num_rows else [*notes, "no validation items: a sweep can't select on this catalogue"]
-    )
+    return notes if shards["val_query"] else [*notes, "no validation items: a sweep can't select on this catalogue"]
 
 
 def _finish(folder: Path, out: Path, manifest: dict[str, Any]) -> None:
