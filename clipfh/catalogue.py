@@ -55,6 +55,7 @@ _STORED = {
 }
 
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
+NO_RANGE = "pixels without a known range"
 NO_GALLERY = "query without a gallery image of its item"
 
 _row_of = attrgetter(*COLUMNS)
@@ -400,7 +401,7 @@ def _is_plain(image: Image.Image) -> bool:
 def _as_rgb(image: Image.Image) -> Image.Image:
     """Eight bits a channel, what is transparent on white, of several frames the first."""
     if image.mode in ("I", "F"):
-        raise _Refused("pixels without a known range")
+        raise _Refused(NO_RANGE)
     if image.mode.startswith("I;16"):
         image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut off all that is above 255
     if image.has_transparency_data:
