@@ -161,7 +161,7 @@ def prepare(
     _check_not_empty(Counter(photo.split for photo in photos), source)
     shards = _cut_into_shards(photos)
     settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed}
-    plan = _digest(json.dumps([FORMAT, VERSION, settings]), *(json.dumps(shard.photos) for shard in shards))
+    plan = _digest(json.dumps([FORMAT, VERSION, settings]), *(_digest(json.dumps(shard.photos)) for shard in shards))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         return _keep_up_to_date(out, plan, tally)
 
