@@ -1,7 +1,8 @@
 """The photos of a source become a catalogue: a folder of Parquet shards with a manifest.
 
-`prepare` goes: listed photos -> splits -> plan of shards -> images encoded by a process pool -> manifest.
-All up to the plan is cheap and done at once; the images are a stream, and every finished shard survives a kill.
+`prepare` goes: listed photos -> splits -> plan of shards -> shards, by a pool of processes -> manifest.
+All up to the plan is cheap and done at once. Each shard is read, encoded and written by one process, a row group at a
+time, and survives a kill when it is finished.
 """
 
 import hashlib
@@ -14,11 +15,11 @@ import signal
 import sys
 import threading
 import warnings
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby, islice
@@ -41,10 +42,8 @@ GALLERY_OF = {"val_query": "val_gallery", "query": "gallery"}
 COLUMNS = ("item_id", "variant", "view", "gender", "category", "path", "split", "text", "color")
 SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in COLUMNS)])
 
-SHARD_IMAGES = 1024
-ROW_GROUP_IMAGES = 64
-CHUNK_IMAGES = 32  # one task of a worker
-CHUNKS_AHEAD = 4  # per worker: with the two above it bounds the memory
+SHARD_IMAGES = 512  # a task of a process: many enough for all cores, and not too much to do again after a kill
+ROW_GROUP_IMAGES = 64  # all that a process has in memory
 MAX_PIXELS = 100_000_000
 LEFT_OUT_LISTED = 1000
 # Encoded images are all different, and zstd makes nothing of them
@@ -156,7 +155,7 @@ def prepare(
     source, out = str(source), Path(out).absolute()
     listing = sources.read(source)
     tally = _Tally(len(listing.photos) + len(listing.left_out), max_bad, progress)
-    tally.leave_out(listing.left_out)
+    tally.add(0, listing.left_out)
     photos = _assign_splits(listing.photos, val_fraction, seed)
     _check_not_empty(Counter(photo.split for photo in photos), source)
     shards = _cut_into_shards(photos)
@@ -287,23 +286,15 @@ class _Refused(Exception):
     """An image that is left out, for the reason given."""
 
 
-def _encode_in_order(store: fs.SubTreeFileSystem, files: list[str], image_size: int) -> Generator[bytes | str]:
-    """For each file its encoded image or, as a string, why there is none; a bounded number of them is under way."""
+@contextmanager
+def _processes(tasks: int) -> Iterator[ProcessPoolExecutor]:
+    """A process a core, and no more than there are tasks; what has not begun when the block fails is dropped."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    chunks = [files[start : start + CHUNK_IMAGES] for start in range(0, len(files), CHUNK_IMAGES)]
-    workers = min(cores, len(chunks))
     # Spawned, not forked: the caller may have threads
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
-    under_way: deque[Future[list[bytes | str]]] = deque()
+    pool = ProcessPoolExecutor(max(1, min(cores, tasks)), mp_context=spawn, initializer=_start_worker)
     try:
-        for chunk in chunks:
-            with _main_module_hidden():  # a submission may start a worker
-                under_way.append(pool.submit(_encode_chunk, store, chunk, image_size))
-            if len(under_way) > workers * CHUNKS_AHEAD:
-                yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -335,10 +326,6 @@ def _die_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _encode_chunk(store: fs.SubTreeFileSystem, files: list[str], image_size: int) -> list[bytes | str]:
-    return [_encode(store, file, image_size) for file in files]
 
 
 def _encode(store: fs.SubTreeFileSystem, file: str, image_size: int) -> bytes | str:
@@ -423,15 +410,12 @@ class _Tally:
     done: int = 0
     left_out: list[LeftOut] = field(default_factory=list)
 
-    def advance(self, images: int) -> None:
-        self.done += images
+    def add(self, images: int, left_out: Sequence[LeftOut]) -> None:
+        """Count images that were written, and photos, each a path and a reason, that were left out."""
+        self.left_out += left_out
+        self.done += images + len(left_out)
         if self.progress:
             self.progress(self.done, self.total)
-
-    def leave_out(self, photos: Sequence[LeftOut]) -> None:
-        """Count photos, each a path and a reason, as done and left out."""
-        self.left_out += photos
-        self.advance(len(photos))
         self.check(len(self.left_out), self.left_out)
 
     def check(self, count: int, listed: Sequence[Sequence[str]]) -> None:
@@ -445,8 +429,9 @@ class _Tally:
 
     def summary(self) -> dict[str, Any]:
         """For the manifest: all counted, the first listed."""
-        reasons = dict(Counter(why for _, why in self.left_out))
-        return {"count": len(self.left_out), "reasons": reasons, "list": self.left_out[:LEFT_OUT_LISTED]}
+        listed = sorted(map(tuple, self.left_out))
+        reasons = dict(sorted(Counter(why for _, why in listed).items()))
+        return {"count": len(listed), "reasons": reasons, "list": listed[:LEFT_OUT_LISTED]}
 
 
 def _partial(out: Path) -> Path:
@@ -493,54 +478,67 @@ def _claim(folder: Path, plan: str) -> None:
 def _write_shards(
     folder: Path, shards: list[_Shard], store: fs.SubTreeFileSystem, image_size: int, tally: _Tally
 ) -> None:
-    """Write all shards that are not there yet."""
-    finished = {shard.name: footer for shard in shards if (footer := _footer(folder / shard.name))}
-    files = [photo.file for shard in shards if shard.name not in finished for photo in shard.photos]
-    with closing(_encode_in_order(store, files, image_size)) as encoded:
-        for split, of_split in groupby(shards, key=lambda shard: shard.split):
-            galleries = [shard for shard in shards if shard.split == GALLERY_OF.get(split)]
-            matched = _items(folder, galleries) if split in GALLERY_OF else None
-            for shard in of_split:
-                if footer := finished.get(shard.name):
-                    tally.advance(footer["images"])
-                    tally.leave_out(footer["left_out"])
-                else:
-                    _write_shard(folder / shard.name, _rows(shard, encoded, matched, tally), tally)
+    """Write all shards that are not there yet, each in one process; those of queries when their gallery is known."""
+    with _processes(len(shards)) as pool:
+        for asks in (False, True):
+            matched = {q: _items(folder, [s for s in shards if s.split == g]) for q, g in GALLERY_OF.items() if asks}
+            under_way = []
+            for shard in (shard for shard in shards if (shard.split in GALLERY_OF) == asks):
+                if footer := _footer(folder / shard.name):
+                    tally.add(footer["images"], footer["left_out"])
+                    continue
+                with _main_module_hidden():  # a submission may start a worker
+                    items = matched.get(shard.split)
+                    under_way.append(
+                        pool.submit(_write_shard, folder / shard.name, shard.photos, store, image_size, items)
+                    )
+            for done in as_completed(under_way):
+                tally.add(*done.result())
 
 
-def _rows(
-    shard: _Shard, encoded: Iterator[bytes | str], matched: set[str] | None, tally: _Tally
-) -> Iterator[tuple[bytes | str, ...]]:
-    """The shard's rows, in the order of SCHEMA. A query whose item is not in `matched` is left out."""
-    for photo in shard.photos:
-        image = next(encoded)
-        if isinstance(image, bytes) and (matched is None or photo.item_id in matched):
-            tally.advance(1)
-            yield (image, *_row_of(photo))
-        else:
-            tally.leave_out([(photo.path, NO_GALLERY if isinstance(image, bytes) else image)])
+def _write_shard(
+    path: Path, photos: list[Photo], store: fs.SubTreeFileSystem, image_size: int, matched: set[str] | None
+) -> tuple[int, list[LeftOut]]:
+    """Write a shard under a temporary name, then rename: a shard with its name is whole.
 
-
-def _write_shard(path: Path, rows: Iterator[tuple[bytes | str, ...]], tally: _Tally) -> None:
-    """Write rows under a temporary name, then rename: a shard with its name is whole.
-
-    Its footer holds the hash of its rows and what `tally` left out meanwhile, for a later run that finds it finished.
+    Its footer holds the hash of its rows and what was left out, for a later run that finds it finished. Returns the
+    number of images and what was left out: also a query whose item is not in `matched`.
     """
-    before, hashes = len(tally.left_out), []
+    num_images, hashes, left_out = 0, [], list[LeftOut]()
+    rows = _rows(photos, store, image_size, matched, left_out)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as sink, pq.ParquetWriter(sink, SCHEMA, **_STORED) as writer:
+        with pq.ParquetWriter(str(temporary), SCHEMA, **_STORED) as writer:
             while group := list(islice(rows, ROW_GROUP_IMAGES)):
                 images, *columns = zip(*group, strict=True)
                 hashes.append(_digest(json.dumps(columns), *images))
                 writer.write_table(pa.table([pa.array(values) for values in (images, *columns)], schema=SCHEMA))
-            footer = {"hash": _digest(*hashes), "left_out": tally.left_out[before:]}
-            writer.add_key_value_metadata({"clipfh": json.dumps(footer)})
+                num_images += len(group)
+            writer.add_key_value_metadata({"clipfh": json.dumps({"hash": _digest(*hashes), "left_out": left_out})})
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+    return num_images, left_out
+
+
+def _rows(
+    photos: list[Photo],
+    store: fs.SubTreeFileSystem,
+    image_size: int,
+    matched: set[str] | None,
+    left_out: list[LeftOut],
+) -> Iterator[tuple[bytes | str, ...]]:
+    """Rows in the order of SCHEMA of the photos that have an image and, where that counts, a match."""
+    for photo in photos:
+        image = _encode(store, photo.file, image_size)
+        if isinstance(image, str):
+            left_out.append((photo.path, image))
+        elif matched is not None and photo.item_id not in matched:
+            left_out.append((photo.path, NO_GALLERY))
+        else:
+            yield image, *_row_of(photo)
 
 
 def _footer(path: Path) -> dict[str, Any] | None:

@@ -262,7 +262,7 @@ def test_bad_images_are_left_out_listed_and_limited(tmp_path):
     assert left_out["reasons"][sources.OUTSIDE] == 3
     assert not {row["path"] for row in rows_of(made)} & set(bad)
 
-    with pytest.raises(UserError, match=r"5 of 31 images .*--max-bad 0.15; first \.\./outside.jpg \(path climbs"):
+    with pytest.raises(UserError, match=r"7 of 31 images .*--max-bad 0.15; first \.\./outside.jpg \(path climbs"):
         prepare(source, tmp_path / "strict", max_bad=0.15, image_size=40)
     assert not (tmp_path / "strict").exists()
     with pytest.raises(UserError, match="--max-bad 0.15"):
@@ -423,7 +423,7 @@ def test_queries_need_a_gallery_image_that_is_left(tmp_path, quick):
 
 def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
     source, _ = bad_source(tmp_path / "source")
-    monkeypatch.setattr(catalogue, "CHUNK_IMAGES", 2)
+    monkeypatch.setattr(catalogue, "SHARD_IMAGES", 4)
     hashes, seen = [], []
     for cores in ({0}, {0, 1, 2}):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
@@ -431,7 +431,7 @@ def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
         hashes.append(made.manifest["hash"])
         assert seen[-1] == (31, 31)
     assert hashes[0] == hashes[1]
-    assert seen == sorted(seen[: len(seen) // 2]) * 2, "progress only grows"
+    assert all(done == sorted(done) for done in (seen[: len(seen) // 2], seen[len(seen) // 2 :])), "it only grows"
 
 
 def test_kept_where_up_to_date_and_never_overwritten(tmp_path, quick):
@@ -526,12 +526,16 @@ def test_a_full_disk_is_named_and_leaves_work_to_go_on_with(tmp_path, quick, mon
     whole = prepare(source, tmp_path / "whole")
     second = f"train-00001.parquet.{os.getpid()}.tmp"
 
-    def fill(done, total):
-        if done == 1:
-            (tmp_path / "out.partial" / second).symlink_to("/dev/full")
+    class FullDisk(SameProcess):
+        def submit(self, function, path, *args):
+            if path.name == "train-00001.parquet":
+                (path.parent / second).symlink_to("/dev/full")
+            return super().submit(function, path, *args)
 
+    monkeypatch.setattr(catalogue, "ProcessPoolExecutor", FullDisk)
     with pytest.raises(UserError, match=r"out.partial: can't be written \(.*No space left on device"):
-        prepare(source, tmp_path / "out", progress=fill)
+        prepare(source, tmp_path / "out")
+    monkeypatch.setattr(catalogue, "ProcessPoolExecutor", SameProcess)
     assert [path.name for path in sorted((tmp_path / "out.partial").iterdir())] == ["plan.json", "train-00000.parquet"]
     with pytest.raises(UserError, match="half-written"):
         open_catalogue(tmp_path / "out")
@@ -551,11 +555,10 @@ def test_a_partial_of_other_settings_is_cleared(tmp_path, quick):
 
 
 PREPARE_SLOWLY = """# a script without a main guard
-import sys, time
+import sys
 from clipfh import catalogue
 catalogue.SHARD_IMAGES = 8
-slowly = lambda done, total: (print(done, flush=True), time.sleep(0.02))
-catalogue.prepare(sys.argv[1], sys.argv[2], max_bad=0.1, progress=slowly)
+catalogue.prepare(sys.argv[1], sys.argv[2], max_bad=0.1, progress=lambda done, total: print(done, flush=True))
 """
 
 
@@ -564,13 +567,13 @@ def test_killed_in_the_middle_and_started_again(tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue, "SHARD_IMAGES", 8)
     listed = [(f"{i}.jpg", f"item{i // 4}", "train" if i < 64 else "test") for i in range(80)]
     for number, (path, *_) in enumerate(listed):
-        draw(tmp_path / path, number=number)
+        draw(tmp_path / path, (2000, 1500), number)
     (tmp_path / "0.jpg").write_bytes(b"cut")
     source, out = table(tmp_path / "l.csv", listed), tmp_path / "out"
     (tmp_path / "script.py").write_text(PREPARE_SLOWLY)
     script = [sys.executable, tmp_path / "script.py", source, out]
     process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True)
-    while int(process.stdout.readline()) < 30:
+    while int(process.stdout.readline()) < 24:
         pass
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
@@ -578,7 +581,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="half-written"):
         open_catalogue(out)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.parquet")}
-    assert len(kept) == 3
+    assert 2 < len(kept) < 10
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{child}/cmdline").exists() for child in children):
         assert time.monotonic() < deadline, "workers outlive the process that started them"
@@ -597,8 +600,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path, monkeypatch):
 @pytest.mark.resilience
 def test_a_killed_worker_is_said(tmp_path, monkeypatch):
     source, _ = bad_source(tmp_path / "source")
-    monkeypatch.setattr(catalogue, "CHUNK_IMAGES", 1)
-    monkeypatch.setattr(catalogue, "CHUNKS_AHEAD", 1)
+    monkeypatch.setattr(catalogue, "SHARD_IMAGES", 3)
 
     def kill(done, total):
         for worker in active_children():
