@@ -115,13 +115,11 @@ def killed_and_started_again(source: Path, work: Path) -> bool:
     """Whether prepare ends with the hash of `work/catalogue` and the right counts, killed in the middle."""
     prepare(source, work / "catalogue")
     process = subprocess.Popen(command(source, work / "again"), stdout=subprocess.PIPE, text=True)
-    while not next(process.stdout).startswith("26,"):  # of the 52,712
+    while int(next(process.stdout).split()[0].replace(",", "")) < inshop.FULL.images // 2:
         pass
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (work / "again").exists()
-    done = len(list((work / "again.partial").glob("*.parquet")))
-    assert 20 < done < 53
+    assert not (work / "again").exists() and any((work / "again.partial").glob("*.parquet"))
     prepare(source, work / "again")
     whole, again = (json.loads((work / name / "catalogue.json").read_text()) for name in ("catalogue", "again"))
     images = {split: counts["images"] for split, counts in again["counts"].items()}
