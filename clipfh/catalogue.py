@@ -1,7 +1,8 @@
 """The photos of a source become a catalogue: a folder of Parquet shards with a manifest.
 
-`prepare` goes: listed photos -> splits -> plan of shards -> images encoded by a process pool -> manifest.
-All up to the plan is cheap and done at once; the images are a stream, and every finished shard survives a kill.
+`prepare` goes: listed photos -> splits -> plan of shards -> shards, by a pool of processes -> manifest.
+All up to the plan is cheap and done at once. Each shard is read, encoded and written by one process, a row group at a
+time, and survives a kill when it is finished.
 """
 
 import hashlib
@@ -14,12 +15,13 @@ import signal
 import sys
 import threading
 import warnings
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
@@ -40,17 +42,21 @@ GALLERY_OF = {"val_query": "val_gallery", "query": "gallery"}
 COLUMNS = ("item_id", "variant", "view", "gender", "category", "path", "split", "text", "color")
 SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in COLUMNS)])
 
-SHARD_IMAGES = 1024
-ROW_GROUP_IMAGES = 64
-CHUNK_IMAGES = 16  # one task of a worker
-CHUNKS_AHEAD = 4  # per worker: with the two above it bounds the memory
+SHARD_IMAGES = 512  # a task of a process: many enough for all cores, and not too much to do again after a kill
+ROW_GROUP_IMAGES = 64  # all that a process has in memory
 MAX_PIXELS = 100_000_000
 LEFT_OUT_LISTED = 1000
+# Encoded images are all different, and zstd makes nothing of them
+_STORED = {
+    "compression": {"image": "none"} | dict.fromkeys(COLUMNS, "zstd"),
+    "use_dictionary": list(COLUMNS),
+    "write_statistics": list(COLUMNS),
+}
 
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
+NO_RANGE = "pixels without a known range"
 NO_GALLERY = "query without a gallery image of its item"
 
-_all_of = attrgetter(*(field.name for field in fields(Photo)))
 _row_of = attrgetter(*COLUMNS)
 
 
@@ -89,8 +95,7 @@ class Catalogue:
                 )
 
     def _read(self, split: str, columns: Sequence[str]) -> pa.Table:
-        # ParquetFile, because pq.read_table takes a folder called `a=b` above the file for a column of its own
-        tables = [pq.ParquetFile(path).read(list(columns)).replace_schema_metadata() for path in self.shards(split)]
+        tables = [_read(path, columns) for path in self.shards(split)]
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table().select(columns)
 
 
@@ -150,12 +155,12 @@ def prepare(
     source, out = str(source), Path(out).absolute()
     listing = sources.read(source)
     tally = _Tally(len(listing.photos) + len(listing.left_out), max_bad, progress)
-    tally.leave_out(listing.left_out)
+    tally.add(0, listing.left_out)
     photos = _assign_splits(listing.photos, val_fraction, seed)
     _check_not_empty(Counter(photo.split for photo in photos), source)
     shards = _cut_into_shards(photos)
     settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed}
-    plan = _digest(json.dumps([FORMAT, VERSION, settings]), *(json.dumps(_all_of(photo)) for photo in photos))
+    plan = _digest(json.dumps([FORMAT, VERSION, settings]), *(_digest(json.dumps(shard.photos)) for shard in shards))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         return _keep_up_to_date(out, plan, tally)
 
@@ -191,7 +196,7 @@ def _assign_splits(photos: list[Photo], val_fraction: float, seed: int) -> list[
         first = next(photo.path for photo in photos if not photo.split)
         raise UserError(f"{first}: has no split while others have one: give all of them a split, or none")
     if given == {""}:
-        photos = [replace(photo, split="train") for photo in photos]
+        photos = [photo._replace(split="train") for photo in photos]
         photos = _hold_out(photos, "test", lambda items: max(1, round(items / 10)), seed)
     if not given & {"val", "val_query", "val_gallery"}:
         photos = _hold_out(photos, "val", lambda items: max(round(val_fraction * items), min(50, items // 5)), seed)
@@ -209,7 +214,7 @@ def _hold_out(photos: list[Photo], name: str, count: Callable[[int], int], seed:
     images = Counter(photo.item_id for photo in photos if photo.split == "train")
     paired = _shuffled((item for item, number in images.items() if number > 1), f"{seed} {name}")
     taken = set(paired[: min(count(len(images)), len(paired) // 2)])
-    return [replace(p, split=name) if p.split == "train" and p.item_id in taken else p for p in photos]
+    return [p._replace(split=name) if p.split == "train" and p.item_id in taken else p for p in photos]
 
 
 def _halve(photos: list[Photo], split: str, query: str, gallery: str, seed: int) -> list[Photo]:
@@ -220,7 +225,7 @@ def _halve(photos: list[Photo], split: str, query: str, gallery: str, seed: int)
             paths[photo.item_id].append(photo.path)
     drawn = {item: set(_shuffled(its, f"{seed} {item}")[: len(its) // 2]) for item, its in paths.items()}
     return [
-        replace(p, split=query if p.path in drawn[p.item_id] else gallery) if p.split == split else p for p in photos
+        p._replace(split=query if p.path in drawn[p.item_id] else gallery) if p.split == split else p for p in photos
     ]
 
 
@@ -281,23 +286,15 @@ class _Refused(Exception):
     """An image that is left out, for the reason given."""
 
 
-def _encode_in_order(store: fs.SubTreeFileSystem, files: list[str], image_size: int) -> Generator[bytes | str]:
-    """For each file its encoded image or, as a string, why there is none; a bounded number of them is under way."""
+@contextmanager
+def _processes(tasks: int) -> Iterator[ProcessPoolExecutor]:
+    """A process a core, and no more than there are tasks; what has not begun when the block fails is dropped."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    chunks = [files[start : start + CHUNK_IMAGES] for start in range(0, len(files), CHUNK_IMAGES)]
-    workers = min(cores, len(chunks))
     # Spawned, not forked: the caller may have threads
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
-    under_way: deque[Future[list[bytes | str]]] = deque()
+    pool = ProcessPoolExecutor(max(1, min(cores, tasks)), mp_context=spawn, initializer=_start_worker)
     try:
-        for chunk in chunks:
-            with _main_module_hidden():  # a submission may start a worker
-                under_way.append(pool.submit(_encode_chunk, store, chunk, image_size))
-            if len(under_way) > workers * CHUNKS_AHEAD:
-                yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -331,10 +328,6 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_chunk(store: fs.SubTreeFileSystem, files: list[str], image_size: int) -> list[bytes | str]:
-    return [_encode(store, file, image_size) for file in files]
-
-
 def _encode(store: fs.SubTreeFileSystem, file: str, image_size: int) -> bytes | str:
     try:
         return _shrink(_read_inside(store, file), image_size)
@@ -346,15 +339,21 @@ def _encode(store: fs.SubTreeFileSystem, file: str, image_size: int) -> bytes | 
 
 def _read_inside(store: fs.SubTreeFileSystem, file: str) -> bytes:
     if isinstance(store.base_fs, fs.LocalFileSystem):
-        root = Path(store.base_path).resolve()
-        if not (root / file).resolve().is_relative_to(root):
+        path, folder = Path(store.base_path + file), file.rpartition("/")[0]
+        if not _is_inside(file if path.is_symlink() else folder, store.base_path):
             raise _Refused(OUTSIDE)
+        return path.read_bytes()
     with store.open_input_file(file) as stream:
         return stream.read()
 
 
+@lru_cache(maxsize=1 << 12)  # a folder is asked for with each of its images
+def _is_inside(path: str, root: str) -> bool:
+    return Path(root, path).resolve().is_relative_to(Path(root).resolve())
+
+
 def _shrink(data: bytes, image_size: int) -> bytes:
-    """The image as JPEG with a short side of `image_size`; its own bytes where it is no larger and stands upright.
+    """The image as JPEG with a short side of `image_size`; its own bytes where it is no larger and needs no care.
 
     Either way it is decoded to its end, so that a cut file is found here and not in training.
     """
@@ -364,14 +363,13 @@ def _shrink(data: bytes, image_size: int) -> bytes:
             raise _Refused(TOO_LARGE)
         is_turned = opened.getexif().get(ORIENTATION_TAG, 1) != 1
         excess = min(width, height) / image_size
-        if excess <= 1 and not is_turned:
+        if excess <= 1 and not is_turned and _is_plain(opened):
             opened.draft("L", (1, 1))  # reads a JPEG to its end, but makes few pixels of it
             opened.load()
             return data
         # A JPEG may decode to a half, quarter or eighth; from twice the wanted size that costs no visible quality
         opened.draft("RGB", (int(2 * width / excess), int(2 * height / excess)))
-        image = ImageOps.exif_transpose(opened) if is_turned else opened
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        image = _as_rgb(ImageOps.exif_transpose(opened) if is_turned else opened)
         if excess > 1:
             long = round(max(width, height) / excess)
             size = (image_size, long) if image.width <= image.height else (long, image_size)
@@ -379,6 +377,24 @@ def _shrink(data: bytes, image_size: int) -> bytes:
         encoded = io.BytesIO()
         image.save(encoded, "JPEG", quality=95)
         return encoded.getvalue()
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether all readers make the same of it: one opaque picture of eight bits a channel."""
+    deep = image.mode.startswith(("I", "F"))
+    return not deep and not image.has_transparency_data and getattr(image, "n_frames", 1) == 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits a channel, what is transparent on white, of several frames the first."""
+    if image.mode in ("I", "F"):
+        raise _Refused(NO_RANGE)
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut off all that is above 255
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # Writing: everything below `<out>.partial`, until the last rename.
@@ -394,15 +410,12 @@ class _Tally:
     done: int = 0
     left_out: list[LeftOut] = field(default_factory=list)
 
-    def advance(self, images: int) -> None:
-        self.done += images
+    def add(self, images: int, left_out: Sequence[LeftOut]) -> None:
+        """Count images that were written, and photos, each a path and a reason, that were left out."""
+        self.left_out += left_out
+        self.done += images + len(left_out)
         if self.progress:
             self.progress(self.done, self.total)
-
-    def leave_out(self, photos: Sequence[LeftOut]) -> None:
-        """Count photos, each a path and a reason, as done and left out."""
-        self.left_out += photos
-        self.advance(len(photos))
         self.check(len(self.left_out), self.left_out)
 
     def check(self, count: int, listed: Sequence[Sequence[str]]) -> None:
@@ -416,8 +429,9 @@ class _Tally:
 
     def summary(self) -> dict[str, Any]:
         """For the manifest: all counted, the first listed."""
-        reasons = dict(Counter(why for _, why in self.left_out))
-        return {"count": len(self.left_out), "reasons": reasons, "list": self.left_out[:LEFT_OUT_LISTED]}
+        listed = sorted(map(tuple, self.left_out))
+        reasons = dict(sorted(Counter(why for _, why in listed).items()))
+        return {"count": len(listed), "reasons": reasons, "list": listed[:LEFT_OUT_LISTED]}
 
 
 def _partial(out: Path) -> Path:
@@ -464,58 +478,67 @@ def _claim(folder: Path, plan: str) -> None:
 def _write_shards(
     folder: Path, shards: list[_Shard], store: fs.SubTreeFileSystem, image_size: int, tally: _Tally
 ) -> None:
-    """Write all shards that are not there yet."""
-    finished = {shard.name: footer for shard in shards if (footer := _footer(folder / shard.name))}
-    files = [photo.file for shard in shards if shard.name not in finished for photo in shard.photos]
-    with closing(_encode_in_order(store, files, image_size)) as encoded:
-        for split, of_split in groupby(shards, key=lambda shard: shard.split):
-            galleries = [shard for shard in shards if shard.split == GALLERY_OF.get(split)]
-            matched = _items(folder, galleries) if split in GALLERY_OF else None
-            for shard in of_split:
-                if footer := finished.get(shard.name):
-                    tally.advance(footer["images"])
-                    tally.leave_out(footer["left_out"])
-                else:
-                    _write_shard(folder / shard.name, _rows(shard, encoded, matched, tally), tally)
+    """Write all shards that are not there yet, each in one process; those of queries when their gallery is known."""
+    with _processes(len(shards)) as pool:
+        for asks in (False, True):
+            matched = {q: _items(folder, [s for s in shards if s.split == g]) for q, g in GALLERY_OF.items() if asks}
+            under_way = []
+            for shard in (shard for shard in shards if (shard.split in GALLERY_OF) == asks):
+                if footer := _footer(folder / shard.name):
+                    tally.add(footer["images"], footer["left_out"])
+                    continue
+                with _main_module_hidden():  # a submission may start a worker
+                    items = matched.get(shard.split)
+                    under_way.append(
+                        pool.submit(_write_shard, folder / shard.name, shard.photos, store, image_size, items)
+                    )
+            for done in as_completed(under_way):
+                tally.add(*done.result())
 
 
-def _rows(
-    shard: _Shard, encoded: Iterator[bytes | str], matched: set[str] | None, tally: _Tally
-) -> Iterator[tuple[bytes | str, ...]]:
-    """The shard's rows, in the order of SCHEMA. A query whose item is not in `matched` is left out."""
-    for photo in shard.photos:
-        image = next(encoded)
-        if isinstance(image, bytes) and (matched is None or photo.item_id in matched):
-            tally.advance(1)
-            yield (image, *_row_of(photo))
-        else:
-            tally.leave_out([(photo.path, NO_GALLERY if isinstance(image, bytes) else image)])
+def _write_shard(
+    path: Path, photos: list[Photo], store: fs.SubTreeFileSystem, image_size: int, matched: set[str] | None
+) -> tuple[int, list[LeftOut]]:
+    """Write a shard under a temporary name, then rename: a shard with its name is whole.
 
-
-def _write_shard(path: Path, rows: Iterator[tuple[bytes | str, ...]], tally: _Tally) -> None:
-    """Write rows under a temporary name, then rename: a shard with its name is whole.
-
-    Its footer holds the hash of its rows and what `tally` left out meanwhile, for a later run that finds it finished.
+    Its footer holds the hash of its rows and what was left out, for a later run that finds it finished. Returns the
+    number of images and what was left out: also a query whose item is not in `matched`.
     """
-    before, hashes = len(tally.left_out), []
+    num_images, hashes, left_out = 0, [], list[LeftOut]()
+    rows = _rows(photos, store, image_size, matched, left_out)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as sink:
-            names = list(COLUMNS)  # images are all different, and too long for statistics
-            with pq.ParquetWriter(
-                sink, SCHEMA, compression="zstd", use_dictionary=names, write_statistics=names
-            ) as writer:
-                while group := list(islice(rows, ROW_GROUP_IMAGES)):
-                    hashes += [_digest(*row) for row in group]
-                    columns = zip(*group, strict=True)
-                    writer.write_table(pa.table([pa.array(values) for values in columns], schema=SCHEMA))
-                footer = {"hash": _digest(*hashes), "left_out": tally.left_out[before:]}
-                writer.add_key_value_metadata({"clipfh": json.dumps(footer)})
-            sink.flush()
-            os.fsync(sink.fileno())
+        with pq.ParquetWriter(str(temporary), SCHEMA, **_STORED) as writer:
+            while group := list(islice(rows, ROW_GROUP_IMAGES)):
+                images, *columns = zip(*group, strict=True)
+                hashes.append(_digest(json.dumps(columns), *images))
+                writer.write_table(pa.table([pa.array(values) for values in (images, *columns)], schema=SCHEMA))
+                num_images += len(group)
+            writer.add_key_value_metadata({"clipfh": json.dumps({"hash": _digest(*hashes), "left_out": left_out})})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+    return num_images, left_out
+
+
+def _rows(
+    photos: list[Photo],
+    store: fs.SubTreeFileSystem,
+    image_size: int,
+    matched: set[str] | None,
+    left_out: list[LeftOut],
+) -> Iterator[tuple[bytes | str, ...]]:
+    """Rows in the order of SCHEMA of the photos that have an image and, where that counts, a match."""
+    for photo in photos:
+        image = _encode(store, photo.file, image_size)
+        if isinstance(image, str):
+            left_out.append((photo.path, image))
+        elif matched is not None and photo.item_id not in matched:
+            left_out.append((photo.path, NO_GALLERY))
+        else:
+            yield image, *_row_of(photo)
 
 
 def _footer(path: Path) -> dict[str, Any] | None:
@@ -527,40 +550,43 @@ def _footer(path: Path) -> dict[str, Any] | None:
     return {"images": metadata.num_rows, **json.loads(metadata.metadata[b"clipfh"])}
 
 
-def _items(folder: Path, shards: list[_Shard]) -> set[str]:
-    tables = [pq.ParquetFile(folder / shard.name).read(["item_id"]) for shard in shards]
+def _items(folder: Path, shards: Iterable[_Shard]) -> set[str]:
+    tables = (_read(folder / shard.name, ["item_id"]) for shard in shards)
     return {item for table in tables for item in table["item_id"].unique().to_pylist()}
+
+
+def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+    # ParquetFile, because pq.read_table takes a folder called `a=b` above the file for a column of its own
+    return pq.ParquetFile(path).read(list(columns)).replace_schema_metadata()
 
 
 def _contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
     """The manifest's account of the shards in `folder`, from what they hold."""
     footers = {shard.name: _footer(folder / shard.name) or {} for shard in shards}
-    sizes: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
-    for shard in shards:
-        if footers[shard.name]["images"]:
-            sizes[shard.split][shard.name] = (folder / shard.name).stat().st_size
-    written = Catalogue(folder, {"shards": sizes})
-    rows = {split: written.rows(split) for split in SPLITS}
+    filled = {split: [s for s in shards if s.split == split and footers[s.name]["images"]] for split in SPLITS}
     return {
         "hash": _digest(*(footer["hash"] for footer in footers.values())),
         "counts": {
-            split: {"images": table.num_rows, "items": len(table["item_id"].unique())} for split, table in rows.items()
+            split: {"images": sum(footers[s.name]["images"] for s in its), "items": len(_items(folder, its))}
+            for split, its in filled.items()
         },
-        "notes": _oddities(rows),
-        "shards": sizes,
+        "notes": _oddities(folder, filled),
+        "shards": {split: {s.name: (folder / s.name).stat().st_size for s in its} for split, its in filled.items()},
     }
 
 
-def _oddities(rows: Mapping[str, pa.Table]) -> list[str]:
-    """What a reader of figures from these rows should know."""
-    images = Counter(rows["train"]["item_id"].to_pylist())
-    values: dict[str, dict[str, set[str]]] = {
-        name: defaultdict(set) for name in ("category", "variant", "color", "text")
-    }
-    for table in rows.values():
-        for name, by_item in values.items():
-            for item, value in zip(table["item_id"].to_pylist(), table[name].to_pylist(), strict=True):
-                by_item[item].update({value} - {""})
+def _oddities(folder: Path, shards: Mapping[str, list[_Shard]]) -> list[str]:
+    """What a reader of figures from these shards should know."""
+    names = ("category", "variant", "color", "text")
+    values: dict[str, dict[str, set[str]]] = {name: defaultdict(set) for name in names}
+    images: Counter[str] = Counter()
+    for split, its in shards.items():
+        for shard in its:
+            rows = _read(folder / shard.name, ["item_id", *names]).to_pydict()
+            images.update(rows["item_id"] if split == "train" else [])
+            for name, by_item in values.items():
+                for item, value in zip(rows["item_id"], rows[name], strict=True):
+                    by_item[item].update({value} - {""})
     variants, colors = values["variant"], values["color"]
     counts = {
         "train items have one image: terms that need a positive leave them out": sum(n == 1 for n in images.values()),
@@ -569,9 +595,7 @@ def _oddities(rows: Mapping[str, pa.Table]) -> list[str]:
         "items have no text": sum(not its for its in values["text"].values()),
     }
     notes = [f"{count:,} {what}" for what, count in counts.items() if count]
-    return (
-        notes if rows["val_query"].num_rows else [*notes, "no validation items: a sweep can't select on this catalogue"]
-    )
+    return notes if shards["val_query"] else [*notes, "no validation items: a sweep can't select on this catalogue"]
 
 
 def _finish(folder: Path, out: Path, manifest: dict[str, Any]) -> None:

@@ -160,6 +160,7 @@ def _prompts_arguments(p: argparse.ArgumentParser) -> None:
         help="how a description becomes a prompt (default: %(default)s)",
     )
     p.add_argument("--out", metavar="FILE", help="JSON of item to prompt, to edit and train on (--text.file)")
+    p.add_argument("--report", metavar="FILE", help="JSON of what was found, with all items named")
     p.add_argument("--model", default="ViT-B/16", metavar="NAME", help="whose tokenizer counts (default: %(default)s)")
 
 
@@ -303,11 +304,14 @@ def prompts(args: argparse.Namespace) -> None:
     from clipfh import catalogue
 
     opened = catalogue.open_catalogue(args.catalogue)
-    from clipfh import model, prompts, train
+    from clipfh import model, prompts
 
     counter = model.token_counter(config.Model(name=args.model))
-    items = train.item_texts(opened, *catalogue.SPLITS)
-    print(prompts.format_report(prompts.report(items, counter)))
+    items = prompts.item_texts(row for split in catalogue.SPLITS for row in opened.rows(split).to_pylist())
+    found = prompts.report(items, counter)
+    print(prompts.format_report(found))
+    if args.report:
+        prompts.save_report(args.report, found)
     if args.out:
         made = prompts.build(args.strategy, items, counter)
         prompts.save_prompts(args.out, made)

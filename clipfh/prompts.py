@@ -8,6 +8,7 @@ The tokenizer comes in as `count_tokens`, which counts the start and end tokens 
 import json
 import re
 from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -41,6 +42,22 @@ class ItemText:
     """Images of the item."""
 
 
+def item_texts(rows: Iterable[Mapping[str, Any]]) -> list[ItemText]:
+    """The texts of the items of a catalogue, from its rows: an ItemText for each text and colour that an item has."""
+    found: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+    variants: dict[str, set[str]] = defaultdict(set)
+    views: Counter[str] = Counter()
+    for row in rows:
+        item = row["item_id"]
+        found.setdefault((item, row["text"], row["color"]), row)
+        variants[item].add(row["variant"])
+        views[item] += 1
+    return [
+        ItemText(item, text, color, row["category"], row["gender"], len(variants[item]), views[item])
+        for (item, text, color), row in found.items()
+    ]
+
+
 def build(strategy: Strategy, items: Sequence[ItemText], count_tokens: CountTokens, limit: int = 77) -> dict[str, str]:
     """Item to prompt, never an empty one. An item given several times takes the first description it has.
 
@@ -49,8 +66,8 @@ def build(strategy: Strategy, items: Sequence[ItemText], count_tokens: CountToke
     *clean*: raw with encodings and white space repaired, of any length; items with fewer than two views or without a
     description are left out.
     *structured*: at most `limit` tokens. A lead of gender, category and the colour where it holds, then the whole
-    sentences that say most about material, pattern and shape. Where the colour cannot hold, sentences that name it are
-    left out as well.
+    sentences that say most in few tokens: one about the material and one about the shape before any others. Where the
+    colour cannot hold, sentences that name it are left out as well.
     """
     merged = _merge(items)
     count_tokens = lru_cache(maxsize=1 << 16)(count_tokens)  # "Hand wash cold." comes with many an item
@@ -87,8 +104,19 @@ def load_prompts(path: str | Path) -> dict[str, str]:
 
 
 def save_prompts(path: str | Path, prompts: Mapping[str, str]) -> None:
-    """Writes the prompts as UTF-8 JSON, one item a line, sorted by item."""
-    text = json.dumps(dict(prompts), ensure_ascii=False, indent=1, sort_keys=True)
+    """Writes the prompts as UTF-8 JSON, one item a line, sorted by item; never over a file that holds other prompts."""
+    if Path(path).is_file() and load_prompts(path) != prompts:
+        raise UserError(f"{path}: holds other prompts, perhaps edited by hand; name another file or delete it")
+    _write(path, dict(sorted(prompts.items())))
+
+
+def save_report(path: str | Path, findings: Mapping[str, Any]) -> None:
+    """Writes what `report` found as UTF-8 JSON."""
+    _write(path, dict(findings))
+
+
+def _write(path: str | Path, value: Any) -> None:
+    text = json.dumps(value, ensure_ascii=False, indent=1)
     try:
         Path(path).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -300,26 +328,31 @@ def _is_known(color: str) -> bool:
 
 
 # The words that tell one garment from another. A word also counts with an ending, as in "pleated" or "neckline".
-_TELLING = """
+_MATERIAL = """
     cotton rayon polyester spandex elastane nylon linen silk satin wool cashmere acrylic viscose modal lyocell tencel
     denim chambray leather suede fur shearling fleece velvet corduroy lace mesh chiffon crochet knit jersey terry
     ribbed tweed twill canvas poplin flannel tulle organza crepe georgette gauze sequin metallic woven
-    stripe striped plaid gingham checked checkered houndstooth floral paisley polka-dot print graphic camo leopard
-    zebra tribal tie-dye ombre marled heather abstract geometric embroider embroidered bead beaded
+"""
+_SHAPE = """
     dress gown romper jumpsuit tunic kimono poncho cape cardigan sweater sweatshirt hoodie pullover jacket blazer coat
     parka trench bomber anorak vest top tee t-shirt shirt blouse henley polo tank cami camisole bodysuit bralette
     skirt skort short pant trouser jean legging jogger chino culotte overall suit tight boot sneaker sandal hat
     maxi midi mini knee cropped crop longline hi-low high-low a-line shift bodycon peplum skater wrap boxy slouchy
     oversized fitted relaxed loose slim skinny straight flared flare bootcut wide-leg boyfriend tapered tailored
-    waisted waistband high-rise mid-rise low-rise sheer lightweight cutout
+    waisted waistband high-rise mid-rise low-rise
     v-neck neck crewneck turtleneck cowl scoop halter strapless shoulder racerback backless collar collared lapel
     hood hooded sleeve sleeved sleeveless strap spaghetti dolman raglan cuff
-    button zip zipper drawstring belt pocket fringe ruffle pleat ruched shirred tiered gathered asymmetrical scallop
-    distressed faded quilted padded lined unlined studded elastic elasticized keyhole slit yoke panel trim hem
 """
-_TELLING_WORD = re.compile(
-    rf"\b({'|'.join(sorted(map(re.escape, _TELLING.split()), key=len, reverse=True))})(?:s|es|ed|y|line)?\b"
-)
+_DETAIL = """
+    stripe striped plaid gingham checked checkered houndstooth floral paisley polka-dot print graphic camo leopard
+    zebra tribal tie-dye ombre marled heather abstract geometric embroider embroidered bead beaded
+    sheer lightweight cutout button zip zipper drawstring belt pocket fringe ruffle pleat ruched shirred tiered gathered
+    asymmetrical scallop distressed faded quilted padded lined unlined studded elastic elasticized keyhole slit yoke
+    panel trim hem
+"""
+_OWED = (frozenset(_MATERIAL.split()), frozenset(_SHAPE.split()))
+_TELLING = sorted(map(re.escape, f"{_MATERIAL} {_SHAPE} {_DETAIL}".split()), key=len, reverse=True)
+_TELLING_WORD = re.compile(rf"\b({'|'.join(_TELLING)})(?:s|es|ed|y|line)?\b")
 _MEASURE = re.compile(r"\d[\d./]*\s*(?:[\"”″]|''|cm\b|inch(?:es)?\b)[^,;.]*")
 _CARE = re.compile(r"\b(?:wash|dry clean|tumble|iron|imported|made in|measured from|usa|model (?:is|wears))\b")
 
@@ -333,18 +366,29 @@ _CLAUSE_END = re.compile(r"(?<=[,;])\s+|(?<=[，；、])(?!$)")
 
 
 def _structured(item: ItemText, count_tokens: CountTokens, limit: int) -> str:
-    """The lead, then sentences by how many new telling words they add a token; those chosen stay in their order."""
+    """The lead, then sentences by how many new telling words they add a token; those chosen stay in their order.
+
+    First comes what is owed: a sentence about the material, and one about the shape.
+    """
     prompt = lead = next(lead for lead in _leads(item) if count_tokens(lead) <= limit)
     room = limit + 2 - count_tokens(lead)  # each count has its own start and end
     pool = _sentences(item, fits=lambda sentence: count_tokens(sentence) <= room)
     words = {sentence: _telling(sentence) for sentence in pool}
-    left, chosen, told = list(pool), set[str](), _telling(lead)
+    left, chosen, told, owed = list(pool), set[str](), _telling(lead), set(_OWED)
     while left:
-        best = max(left, key=lambda s: (len(words[s] - told) / count_tokens(s), len(words[s])))
+        best = max(
+            left,
+            key=lambda s: (
+                any(words[s] & kind for kind in owed),
+                len(words[s] - told) / count_tokens(s),
+                len(words[s]),
+            ),
+        )
         left.remove(best)
         longer = " ".join([lead, *(sentence for sentence in pool if sentence in chosen or sentence == best)])
         if count_tokens(best) <= room and count_tokens(longer) <= limit:
             prompt, chosen, told = longer, chosen | {best}, told | words[best]
+            owed = {kind for kind in owed if not words[best] & kind}
             room = limit + 2 - count_tokens(longer)
     return prompt
 

@@ -9,12 +9,14 @@ import io
 import json
 import posixpath
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,8 +29,7 @@ OUTSIDE = "path climbs out of the source"
 LeftOut = tuple[str, str]  # path and why
 
 
-@dataclass(frozen=True, slots=True)
-class Photo:
+class Photo(NamedTuple):
     """One listed image: what the source says of it, and where it was found. What is not known is empty."""
 
     path: str
@@ -143,19 +144,31 @@ def _read_parquet(store: fs.SubTreeFileSystem, name: str) -> Listing:
     with store.open_input_file(name) as file:
         table = pq.ParquetFile(file)
         notes = _check_columns(table.schema_arrow.names, where)
-        columns = [column for column in table.schema_arrow.names if column in _COLUMNS]
+        columns = [field.name for field in table.schema_arrow if _is_used(field, where)]
         rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
         photos = [_photo(row, f"{where} row {number}") for number, row in enumerate(rows, start=1)]
     return _find(store, photos, notes)
 
 
 def _check_columns(names: Sequence[str], where: str) -> list[str]:
-    """Raise where a column that must be there is not; note those that are not used."""
+    """Raise where a column that must be there is not, or is there twice; note those that are not used."""
+    if twice := [name for name in _COLUMNS if names.count(name) > 1]:
+        raise UserError(f"{where}: several columns are called {twice[0]}: keep one of them")
     if missing := {"image_path", "item_id"} - set(names):
         found = ", ".join(names)[:200]
         raise UserError(f"{where}: no column {' or '.join(sorted(missing))} (found: {found}): rename it")
     unused = [name for name in names if name not in _COLUMNS]
     return [f"columns that were not used: {', '.join(unused)}"] if unused else []
+
+
+def _is_used(field: pa.Field, where: str) -> bool:
+    """Whether a column is one of ours; raise where it is and holds neither text nor numbers."""
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    is_plain = any(is_a(kind) for is_a in (*text, pa.types.is_integer, pa.types.is_floating, pa.types.is_null))
+    if field.name in _COLUMNS and not is_plain:
+        raise UserError(f"{where}: column {field.name} holds {kind}: store it as text")
+    return field.name in _COLUMNS
 
 
 # Item folders
@@ -168,7 +181,12 @@ def _read_item_folders(store: fs.SubTreeFileSystem) -> Listing:
     photos = []
     for info in store.get_file_info(fs.FileSelector("", recursive=True)):
         folder, name = posixpath.split(info.path)
-        if info.is_file and folder and name.lower().endswith(_IMAGE_SUFFIXES) and not name.startswith("."):
+        if (
+            info.type != fs.FileType.Directory
+            and folder
+            and name.lower().endswith(_IMAGE_SUFFIXES)
+            and not name.startswith(".")
+        ):
             category = posixpath.basename(posixpath.dirname(folder))
             photos.append(_photo({"image_path": info.path, "item_id": folder, "category": category}, info.path))
     return _find(store, photos)
@@ -186,24 +204,60 @@ _OFFICIAL_COUNTS = {
 }
 
 
+_TREES = ("img/", "Img/img/", "img_highres/", "Img/img_highres/", "Img/", "")
+
+
 def _read_inshop(store: fs.SubTreeFileSystem, partition: str) -> Listing:
     """DeepFashion In-Shop. Identity is what the partition file says: 99 items lie in two categories."""
     texts, notes = _inshop_texts(store)
     photos = []
-    for number, line in enumerate(_text(store, partition).splitlines(), start=1):
-        where = f"{store.base_path}{partition} line {number}"
-        columns = line.rsplit(None, 2)
-        is_head = (number == 1 and len(columns) == 1) or (number <= 2 and columns[:1] == ["image_name"])
-        if is_head or not columns:
-            continue
-        if len(columns) != 3:
-            raise UserError(f"{where}: {line[:80]!r} is not 'image_name item_id evaluation_status': mend it")
-        path, item_id, split = columns
+    for where, path, item_id, split in _partition(store, partition):
         text, color = texts.get(item_id, ("", ""))
         row = {"image_path": path, "item_id": item_id, "split": split, "text": text, "color": color}
         photos.append(_photo(row | _inshop_folders(path), where))
-    trees = ("img/", "Img/img/", "img_highres/", "Img/img_highres/", "Img/", "")
-    return _find(store, photos, [*notes, _official_note(photos)], [tree + "{inner}" for tree in trees])
+    if unlisted := len(texts.keys() - {photo.item_id for photo in photos}):
+        notes.append(f"{unlisted:,} descriptions are of items that are not listed")
+    tree = _inshop_tree(store, photos)
+    return _find(store, photos, [*notes, _official_note(photos), *_tree_notes(store, tree)], [tree + "{inner}"])
+
+
+def _partition(store: fs.SubTreeFileSystem, file: str) -> Iterator[tuple[str, str, str, str]]:
+    """Rows as (where it stands, path, item, status). A first line with a number counts them."""
+    said, rows = None, 0
+    for number, line in enumerate(io.StringIO(_text(store, file), newline=None), start=1):
+        columns = line.rsplit(None, 2)
+        if number == 1 and len(columns) == 1 and columns[0].isdecimal():
+            said = int(columns[0])
+        elif columns and (rows or columns[0] != "image_name"):
+            where, rows = f"{store.base_path}{file} line {number}", rows + 1
+            if len(columns) != 3:
+                shown = f"{line.strip()[:80]!r}"
+                raise UserError(f"{where}: {shown} is not 'image_name item_id evaluation_status': mend it")
+            path, item, status = columns
+            yield where, path, item, status
+    if said not in (None, rows):
+        raise UserError(
+            f"{store.base_path}{file}: line 1 says {said:,} images and {rows:,} are listed: "
+            "get the whole file, or correct line 1"
+        )
+
+
+def _inshop_tree(store: fs.SubTreeFileSystem, photos: list[Photo]) -> str:
+    """The first of the trees that has any of the photos: all are taken from this one, for one resolution."""
+    inside = [photo for photo in photos if not _climbs(photo)]
+    folders = store.get_file_info([tree.rstrip("/") for tree in _TREES])
+    there = [tree for tree, info in zip(_TREES, folders, strict=True) if info.type == fs.FileType.Directory]
+    for tree in there:
+        if any(info.is_file for info in _look(store, inside, tree + "{inner}")):
+            return tree
+    return ""
+
+
+def _tree_notes(store: fs.SubTreeFileSystem, used: str) -> list[str]:
+    infos = store.get_file_info([tree.rstrip("/") for tree in _TREES[:4] if tree != used])
+    others = [f"{info.path}/" for info in infos if info.type == fs.FileType.Directory]
+    notes = [f"the images are those in {used or 'the folder of the source'}"]
+    return [*notes, f"{', '.join(others)} is not used: to use it, move {used} away"] if others and used else notes
 
 
 def _inshop_folders(path: str) -> dict[str, str]:
@@ -213,18 +267,23 @@ def _inshop_folders(path: str) -> dict[str, str]:
 
 
 def _inshop_texts(store: fs.SubTreeFileSystem) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """Item to (text, color), and a note where there are none. A paragraph is a line and otherwise left as it is."""
+    """Item to (text, color), and notes. A paragraph is a line and otherwise left as it is."""
     names = ("Anno/list_description_inshop.json", "list_description_inshop.json")
     file = _first_file(store, *names)
     if not file:
         return {}, [f"{names[0]} is not there: the items have no text"]
-    texts = {}
+    found: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
     for number, entry in enumerate(_json(store, file, list)):
-        if not isinstance(entry, dict) or "item" not in entry:
-            raise UserError(f"{store.base_path}{file}: entry {number} has no 'item': mend the file or take it away")
-        paragraphs = [text for text in _list(entry.get("description")) if isinstance(text, str) and text.strip()]
-        texts[entry["item"]] = ("\n".join(paragraphs), entry.get("color") or "")
-    return texts, []
+        where = f"{store.base_path}{file}: entry {number}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("item"), str):
+            raise UserError(f"{where} has no 'item': mend the file or take it away")
+        paragraphs = [text for text in _texts(entry.get("description"), where) if text.strip()]
+        found[entry["item"]]["\n".join(paragraphs), " ".join(_texts(entry.get("color"), where))] = None
+    texts = {
+        item: next((own for own in described if own[0]), next(iter(described))) for item, described in found.items()
+    }
+    several = sum(len(described) > 1 for described in found.values())
+    return texts, [f"{several:,} items are described more than once: the first text is used"] if several else []
 
 
 def _official_note(photos: list[Photo]) -> str:
@@ -257,14 +316,15 @@ def _read_processed(store: fs.SubTreeFileSystem, folder: str) -> Listing:
     prompts = _processed_prompts(store, folder)
     photos = []
     for key, entry in _json(store, f"{folder}image_paths.json", dict).items():
+        where = f"{store.base_path}{folder}image_paths.json, {key!r}"
         known = entry if isinstance(entry, dict) else {}
-        for path in [key] if isinstance(entry, dict) else _list(entry):
+        for path in [key] if isinstance(entry, dict) else _texts(entry, where):
             item_id = known.get("item_id") or next(iter(re.findall(r"id_\d{8}", path)), "")
             split = known.get("split") or splits.get(path) or splits.get(key)
-            text, color = prompts.get(item_id, ("", ""))
+            text, color = prompts.get(str(item_id)) or prompts.get(path) or ("", "")
             row = {"image_path": path, "item_id": item_id, "text": text, "color": color}
             row |= {"split": "train" if split == "val" else split, **_inshop_folders(path)}
-            photos.append(_photo(row, f"{store.base_path}{folder}image_paths.json, {key!r}"))
+            photos.append(_photo(row, where))
     return _find(store, photos, layouts=("splits/{split}/{path}", "splits/val/{path}", "{path}"))
 
 
@@ -273,18 +333,29 @@ def _processed_splits(store: fs.SubTreeFileSystem, folder: str) -> dict[str, str
     file = _first_file(store, f"{folder}image_splits.json")
     by_path: dict[str, str] = {}
     for key, value in (_json(store, file, dict) if file else {}).items():
-        by_path |= {key: value} if isinstance(value, str) else dict.fromkeys(value, key)
+        paths = _texts(value, f"{store.base_path}{file}, {key!r}")
+        by_path |= {key: value} if isinstance(value, str) else dict.fromkeys(paths, key)
     return by_path
 
 
+_PROMPT_FILES = (  # the least changed text first
+    "image_prompts_per_identity.json",
+    "image_prompts_clean.json",
+    "image_prompts_cleaned_for_v4.json",
+    "image_prompts.json",
+)
+
+
 def _processed_prompts(store: fs.SubTreeFileSystem, folder: str) -> dict[str, tuple[str, str]]:
-    """Item to (text, color), from prompts of the form "A clothing item in {color}. {description}"."""
-    names = ("image_prompts_per_identity.json", "image_prompts_clean.json")
-    file = _first_file(store, *(folder + name for name in names))
+    """Item or path to (text, color), from prompts of the form "A clothing item in {color}. {description}"."""
+    file = _first_file(store, *(folder + name for name in _PROMPT_FILES))
     parts = {}
-    for item, prompt in (_json(store, file, dict) if file else {}).items():
-        match = re.fullmatch(r"A clothing item in (.*?)\. ?(.*)", prompt, re.DOTALL)
-        parts[item] = (match[2], match[1]) if match else (prompt, "")
+    for key, value in (_json(store, file, dict) if file else {}).items():
+        prompt = "\n".join(_texts(value, f"{store.base_path}{file}, {key!r}"))
+        match = re.fullmatch(r"A clothing item(?: in (.*?))?\. ?(.*)", prompt, re.DOTALL)
+        text, color = (match[2], match[1] or "") if match else (prompt, "")
+        # The original gives this to an item without a description
+        parts[key] = ("" if text == f"A photo of {key.replace('_', ' ')}" else text, color)
     return parts
 
 
@@ -293,17 +364,27 @@ def _processed_prompts(store: fs.SubTreeFileSystem, folder: str) -> dict[str, tu
 
 def _photo(row: Mapping[str, Any], where: str) -> Photo:
     """A listed row as a Photo; view and variant, where not given, come from a name like `02_1_front.jpg`."""
-    # A string that can't be written as UTF-8 (half of a surrogate pair in JSON) must not stop a catalogue
-    given = {name: str(row[name]).encode("utf-8", "replace").decode() for name in _COLUMNS if row.get(name) is not None}
+    given = {name: text for name, value in row.items() if name in _COLUMNS and (text := _plain(value, where))}
     path = given.pop("image_path", "")
-    if not path or not given.get("item_id"):
+    if not path or "item_id" not in given:
         raise UserError(f"{where}: no {'item_id' if path else 'image_path'}: mend it or take it out")
     if given.get("split", "") not in _SPLITS:
         raise UserError(f"{where}: split {given['split']!r} is none of {', '.join(_SPLITS[1:])}: mend it")
     stem = posixpath.splitext(posixpath.basename(path))[0]
     match = re.fullmatch(r"(\d+)_\d+_(.+)", stem)
     variant, view = match.groups() if match else ("", stem)
-    return Photo(path, **{"variant": variant, "view": view} | given)
+    return Photo(path, **{"variant": sys.intern(variant), "view": sys.intern(view)} | given)
+
+
+def _plain(value: Any, where: str) -> str:
+    """A field as text, of which there is one copy. An id that a table holds as 6.0 is 6, and NaN is nothing."""
+    if isinstance(value, float):
+        value = "" if value != value else int(value) if value.is_integer() else value
+    if not isinstance(value, str | int | float | None):
+        raise UserError(f"{where}: holds {value!r:.80} where a text belongs: mend it")
+    text = "" if value is None else str(value)
+    # A string that can't be written as UTF-8 (half of a surrogate pair in JSON) must not stop a catalogue
+    return sys.intern(text if text.isascii() else text.encode("utf-8", "replace").decode())
 
 
 def _find(
@@ -313,37 +394,59 @@ def _find(
 
     In a layout, `inner` stands for a photo's path without a leading `img/`.
     """
-    unique = {(photo.path, photo.item_id, photo.split): photo for photo in photos}.values()
-    notes = list(notes)
-    if repeats := len(photos) - len(unique):
-        notes.append(f"{repeats:,} rows repeat another one and were dropped")
+    unique = list({(photo.path, photo.item_id, photo.split): photo for photo in photos}.values())
+    notes = [*notes, *_repeats(photos, unique)]
     missing = [photo for photo in unique if not _climbs(photo)]
+    outside = [(photo.path, OUTSIDE) for photo in unique if _climbs(photo)]
     found: list[Photo] = []
     for layout in layouts:
-        files = [layout.format(path=p.path, inner=p.path.removeprefix("img/"), split=p.split) for p in missing]
-        looked = list(zip(missing, store.get_file_info(files), strict=True))
-        hits = [replace(p, file=at.path, stamp=f"{at.size} {at.mtime_ns}") for p, at in looked if at.is_file]
+        looked = list(zip(missing, _look(store, missing, layout), strict=True))
+        hits = [photo._replace(file=at.path, stamp=f"{at.size} {at.mtime_ns}") for photo, at in looked if at.is_file]
         missing = [photo for photo, at in looked if not at.is_file]
         found += hits
         if hits and len(layouts) > 1:
             notes.append(f"{len(hits):,} images were found as {layout.format(path='*', inner='*', split='*')}")
     if not found:
-        raise UserError(_nothing_found(store, len(unique)))
-    climbing = [(photo.path, OUTSIDE) for photo in unique if _climbs(photo)]
-    return Listing(store, found, climbing + [(photo.path, MISSING) for photo in missing], notes)
+        raise UserError(_nothing_found(store, len(unique), len(outside)))
+    return Listing(store, found, outside + [(photo.path, MISSING) for photo in missing], notes)
+
+
+def _repeats(photos: list[Photo], unique: list[Photo]) -> list[str]:
+    """Notes on rows that say the same again, and on images that are said to show several items."""
+    items = Counter(path for path, _ in {(photo.path, photo.item_id) for photo in unique})
+    counts = {
+        "rows repeat another one and were dropped": len(photos) - len(unique),
+        "images are listed for several items": sum(number > 1 for number in items.values()),
+    }
+    return [f"{count:,} {what}" for what, count in counts.items() if count]
+
+
+def _look(store: fs.SubTreeFileSystem, photos: Iterable[Photo], layout: str) -> Iterator[fs.FileInfo]:
+    """What is where the photos are in this layout. Object storage is asked many times at once."""
+    files = (layout.format(path=p.path, inner=p.path.removeprefix("img/"), split=p.split) for p in photos)
+    with ThreadPoolExecutor(16) as pool:
+        while window := list(islice(files, 1024)):
+            parts = [window[start : start + 64] for start in range(0, len(window), 64)]
+            for infos in pool.map(store.get_file_info, parts):
+                yield from infos
 
 
 def _climbs(photo: Photo) -> bool:
-    return photo.path.startswith("/") or ".." in photo.path.split("/") or "\0" in photo.path
+    path = photo.path
+    return path.startswith("/") or "://" in path or "\0" in path or ".." in path.split("/")
 
 
-def _nothing_found(store: fs.SubTreeFileSystem, num_listed: int) -> str:
-    folders = [folder for folder in ("", "Img") if store.get_file_info(folder).type == fs.FileType.Directory]
-    infos = [info for folder in folders for info in store.get_file_info(fs.FileSelector(folder))]
-    archives = [info.path for info in infos if info.is_file and info.path.lower().endswith(_ARCHIVE_SUFFIXES)]
-    remedy = f"unpack {', '.join(sorted(archives))} there" if archives else "put images there"
-    listed = f"{num_listed:,} images are listed, none is there" if num_listed else "no images found"
-    return f"{store.base_path}: {listed}: {remedy}, or check --source"
+def _nothing_found(store: fs.SubTreeFileSystem, listed: int, outside: int) -> str:
+    if outside:
+        return f"{store.base_path}: the images listed are not inside it: give paths relative to it"
+    inside = store.get_file_info(fs.FileSelector(""))
+    folders = [info.path for info in inside if info.type == fs.FileType.Directory]
+    infos = inside + [info for folder in folders for info in store.get_file_info(fs.FileSelector(folder))]
+    archives = sorted(info.path for info in infos if info.is_file and info.path.lower().endswith(_ARCHIVE_SUFFIXES))
+    more = f" and {len(archives) - 5} more" if len(archives) > 5 else ""
+    remedy = f"unpack {', '.join(archives[:5])}{more} there" if archives else "put images there"
+    found = f"{listed:,} images are listed, none is there" if listed else "no images are found or listed"
+    return f"{store.base_path}: {found}: {remedy}, or check --source"
 
 
 # Files of a source
@@ -368,10 +471,16 @@ def _json(store: fs.SubTreeFileSystem, path: str, kind: type) -> Any:
         value = json.loads(_text(store, path))
     except json.JSONDecodeError as error:
         raise UserError(f"{where} line {error.lineno}: not valid JSON ({error.msg}): mend it") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise UserError(f"{where}: not valid JSON ({error}): mend it") from error
     if not isinstance(value, kind):
         raise UserError(f"{where}: holds a {type(value).__name__} where a {kind.__name__} belongs: mend it")
     return value
 
 
-def _list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
+def _texts(value: Any, where: str) -> list[str]:
+    """A text, or a list of texts, as a list; nothing is an empty one."""
+    texts = value if isinstance(value, list) else [value] if value else []
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise UserError(f"{where}: holds {wrong[0]!r:.80} where a text belongs: mend it")
+    return texts

@@ -2,13 +2,24 @@ import json
 import re
 from dataclasses import replace
 
+import inshop
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from clipfh import UserError
-from clipfh.prompts import ItemText, build, format_report, load_prompts, report, save_prompts
+from clipfh import UserError, catalogue, cli, config, train
+from clipfh.prompts import (
+    _OWED,
+    ItemText,
+    _telling,
+    build,
+    format_report,
+    item_texts,
+    load_prompts,
+    report,
+    save_prompts,
+)
 
 TOKENIZER = SimpleTokenizer()
 
@@ -88,6 +99,30 @@ def test_clean_is_the_text_set_right_to_the_letter(odd):
     item, right = odd
     expected = {} if not right else {item.item: f"A clothing item in {item.color}. {' '.join(right.split())}"}
     assert build("clean", [item], count_tokens) == expected
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_prompts_of_texts_like_those_of_in_shop_fit_and_say_what_matters(seed):
+    entries = inshop.descriptions([f"id_{number:08d}" for number in range(200)], inshop.FULL.scaled(40), seed)
+    texts = {entry["item"]: "\n".join(entry["description"]) for entry in entries}
+    several = {entry["item"]: 1 + number % 3 for number, entry in enumerate(entries)}
+    items = [
+        an_item(texts[e["item"]], item=e["item"], color=e["color"], num_variants=several[e["item"]]) for e in entries
+    ]
+    raw, clean, prompts = (build(strategy, items, count_tokens) for strategy in ("raw", "clean", "structured"))
+    assert max(map(count_tokens, raw.values())) > 200
+    for item in items:
+        prompt, text = prompts[item.item], item.text.lower()
+        lead = "Women's dresses" + (f" in {item.color}" if item.num_variants == 1 else "")
+        assert prompt.startswith(f"{lead}.") and count_tokens(prompt) <= 77
+        assert words_of(prompt) <= words_of(clean.get(item.item, "")) | words_of(lead)
+        told = [
+            sentence
+            for sentence in re.split(r"\n|(?<=[.!]) +", text)
+            if not (several[item.item] > 1 and any(name in sentence for name in re.split("[-/]", item.color.lower())))
+        ]
+        for owed in _OWED:  # material and shape
+            assert _telling(prompt.removeprefix(lead)) & owed or not any(_telling(sentence) & owed for sentence in told)
 
 
 IN_SHOP = (
@@ -288,6 +323,44 @@ def test_saved_prompts_load_again_and_can_be_edited_by_hand(tmp_path):
     assert path.read_text(encoding="utf-8").splitlines()[2] == ' "id_2": "Café 连衣裙."'
     path.write_text(path.read_text(encoding="utf-8").replace("Café", "Silk"), encoding="utf-8-sig")
     assert load_prompts(path) == {"id_1": 'A "quoted" one.', "id_2": "Silk 连衣裙."}
+
+
+def test_prompts_are_not_written_over_edited_ones(tmp_path):
+    path = tmp_path / "prompts.json"
+    save_prompts(path, {"a": "x"})
+    save_prompts(path, {"a": "x"})
+    path.write_text('{"a": "mine"}')
+    with pytest.raises(UserError, match="holds other prompts, perhaps edited by hand"):
+        save_prompts(path, {"a": "x"})
+    assert load_prompts(path) == {"a": "mine"}
+
+
+def test_the_texts_of_an_item_are_all_there():
+    row = {"item_id": "a", "text": "Soft.", "color": "Red", "category": "Tees", "gender": "MEN", "variant": "01"}
+    items = item_texts([row, row, row | {"text": "Boxy.", "variant": "02"}, row | {"item_id": "b", "text": ""}])
+    assert items == [
+        ItemText("a", "Soft.", "Red", "Tees", "MEN", num_variants=2, num_views=3),
+        ItemText("a", "Boxy.", "Red", "Tees", "MEN", num_variants=2, num_views=3),
+        ItemText("b", "", "Red", "Tees", "MEN", num_variants=1, num_views=1),
+    ]
+    assert report(items, count_tokens)["several_texts"] == {"a": ["Soft.", "Boxy."]}
+
+
+def test_the_command_reports_and_writes_what_can_be_edited_and_trained_on(small_catalogue, tmp_path, capsys):
+    out, found = tmp_path / "prompts.json", tmp_path / "report.json"
+    words = ["prompts", small_catalogue.path, "--model", config.SMALL, "--out", out, "--report", found]
+    assert cli.main([str(word) for word in words]) == 0
+    assert capsys.readouterr().out.endswith(f"40 prompts: {out}\n")
+    assert json.loads(found.read_text())["items"] == 40
+    made = load_prompts(out)
+    settings = {"model.name": config.SMALL}
+    assert train.prompts_of(small_catalogue, config.resolve("joint", None, settings), *catalogue.SPLITS) == made
+    edited = dict(made) | {min(made): "A prompt of mine."}
+    out.write_text(json.dumps(edited))
+    experiment = config.resolve("joint", None, settings | {"text.file": str(out)})
+    assert train.prompts_of(small_catalogue, experiment, *catalogue.SPLITS) == edited
+    assert cli.main([str(word) for word in words]) == 2
+    assert "holds other prompts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

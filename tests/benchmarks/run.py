@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> int:
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
     modules = sorted(path.stem for path in HERE.glob("bench_*.py"))
     rows = [row for module in modules for row in importlib.import_module(module).rows()]
     table = Table("benchmark", "measured", "target", "", box=None)
