@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from pyarrow import fs
@@ -36,13 +37,13 @@ from pyarrow import fs
 from clipfh import UserError, sources
 from clipfh.sources import OUTSIDE, LeftOut, Photo
 
-FORMAT, VERSION = "clipfh-catalogue", 1
+FORMAT, VERSION = "clipfh-catalogue", 2
 SPLITS = ("train", "val_gallery", "val_query", "gallery", "query")  # the order of writing: a gallery before its queries
 GALLERY_OF = {"val_query": "val_gallery", "query": "gallery"}
 COLUMNS = ("item_id", "variant", "view", "gender", "category", "path", "split", "text", "color")
 SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in COLUMNS)])
 
-SHARD_IMAGES = 512  # a task of a process: many enough for all cores, and not too much to do again after a kill
+SHARD_IMAGES = 512  # a task of a process, and what a kill may cost; fewer where they would be few shards for the cores
 ROW_GROUP_IMAGES = 64  # all that a process has in memory
 MAX_PIXELS = 100_000_000
 LEFT_OUT_LISTED = 1000
@@ -153,34 +154,37 @@ def prepare(
     if not (0 <= val_fraction < 1 and 0 <= max_bad <= 1 and image_size > 0):
         raise UserError("--val-fraction must be in [0, 1), --max-bad in [0, 1], --image-size above 0: change it")
     source, out = str(source), Path(out).absolute()
-    listing = sources.read(source)
-    tally = _Tally(len(listing.photos) + len(listing.left_out), max_bad, progress)
-    tally.add(0, listing.left_out)
-    photos = _assign_splits(listing.photos, val_fraction, seed)
-    _check_not_empty(Counter(photo.split for photo in photos), source)
-    shards = _cut_into_shards(photos)
-    settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed}
-    plan = _digest(json.dumps([FORMAT, VERSION, settings]), *(_digest(json.dumps(shard.photos)) for shard in shards))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        return _keep_up_to_date(out, plan, tally)
+    with _processes() as pool:
+        listing = sources.read(source)
+        tally = _Tally(len(listing.photos) + len(listing.left_out), max_bad, progress)
+        tally.add(0, listing.left_out)
+        photos = _assign_splits(listing.photos, val_fraction, seed)
+        _check_not_empty(Counter(photo.split for photo in photos), source)
+        shards = _cut_into_shards(photos)
+        settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed}
+        plan = _digest(
+            json.dumps([FORMAT, VERSION, settings]), *(_digest(json.dumps(shard.photos)) for shard in shards)
+        )
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            return _keep_up_to_date(out, plan, tally)
 
-    folder = _partial(out)
-    with _user_errors(folder):
-        _claim(folder, plan)
-        _write_shards(folder, shards, listing.store, image_size, tally)
-        contents = _contents(folder, shards)
-        _check_not_empty({split: counts["images"] for split, counts in contents["counts"].items()}, source)
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "plan": plan,
-            "settings": {"source": source, **settings, "max_bad": max_bad},
-            **contents,
-            "left_out": tally.summary(),
-            "notes": listing.notes + contents["notes"],
-        }
-        _finish(folder, out, manifest)
-    return open_catalogue(out)
+        folder = _partial(out)
+        with _user_errors(folder):
+            _claim(folder, plan)
+            _write_shards(pool, folder, shards, listing.store, image_size, tally)
+            contents = _contents(folder, shards)
+            _check_not_empty({split: counts["images"] for split, counts in contents["counts"].items()}, source)
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "plan": plan,
+                "settings": {"source": source, **settings, "max_bad": max_bad},
+                **contents,
+                "left_out": tally.summary(),
+                "notes": listing.notes + contents["notes"],
+            }
+            _finish(folder, out, manifest)
+        return open_catalogue(out)
 
 
 # Splits and the plan: pure functions of the listed photos and the seed.
@@ -262,14 +266,15 @@ class _Shard:
 
 
 def _cut_into_shards(photos: list[Photo]) -> list[_Shard]:
-    """Photos by split and item, in shards of SHARD_IMAGES or, for the end of an item, somewhat fewer."""
+    """Photos by split and item, in shards of about as many or, for the end of an item, somewhat fewer."""
+    size = min(SHARD_IMAGES, max(64, len(photos) // 32))
     ordered = sorted(photos, key=lambda photo: (SPLITS.index(photo.split), photo.item_id, photo.path))
     shards = []
     for split, of_split in groupby(ordered, key=lambda photo: photo.split):
         cuts: list[list[Photo]] = [[]]
         for _, of_item in groupby(of_split, key=lambda photo: photo.item_id):
             views = list(of_item)
-            if cuts[-1] and len(cuts[-1]) + len(views) > SHARD_IMAGES:
+            if cuts[-1] and len(cuts[-1]) + len(views) > size:
                 cuts.append([])
             cuts[-1] += views
         shards += [_Shard(f"{split}-{number:05d}.parquet", split, cut) for number, cut in enumerate(cuts)]
@@ -287,12 +292,15 @@ class _Refused(Exception):
 
 
 @contextmanager
-def _processes(tasks: int) -> Iterator[ProcessPoolExecutor]:
-    """A process a core, and no more than there are tasks; what has not begun when the block fails is dropped."""
+def _processes() -> Iterator[ProcessPoolExecutor]:
+    """A process a core, started at once; what has not begun when the block fails is dropped."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Spawned, not forked: the caller may have threads
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max(1, min(cores, tasks)), mp_context=spawn, initializer=_start_worker)
+    pool = ProcessPoolExecutor(cores, mp_context=spawn, initializer=_start_worker)
+    with _main_module_hidden():
+        for _ in range(cores):  # they start while the source is read
+            pool.submit(os.getpid)
     try:
         yield pool
     finally:
@@ -339,10 +347,11 @@ def _encode(store: fs.SubTreeFileSystem, file: str, image_size: int) -> bytes | 
 
 def _read_inside(store: fs.SubTreeFileSystem, file: str) -> bytes:
     if isinstance(store.base_fs, fs.LocalFileSystem):
-        path, folder = Path(store.base_path + file), file.rpartition("/")[0]
-        if not _is_inside(file if path.is_symlink() else folder, store.base_path):
+        path, folder = store.base_path + file, file.rpartition("/")[0]  # a Path costs as much as the reading
+        if not _is_inside(file if os.path.islink(path) else folder, store.base_path):  # noqa: PTH114
             raise _Refused(OUTSIDE)
-        return path.read_bytes()
+        with open(path, "rb", buffering=0) as opened:  # noqa: PTH123
+            return opened.read()
     with store.open_input_file(file) as stream:
         return stream.read()
 
@@ -476,24 +485,25 @@ def _claim(folder: Path, plan: str) -> None:
 
 
 def _write_shards(
-    folder: Path, shards: list[_Shard], store: fs.SubTreeFileSystem, image_size: int, tally: _Tally
+    pool: ProcessPoolExecutor,
+    folder: Path,
+    shards: list[_Shard],
+    store: fs.SubTreeFileSystem,
+    image_size: int,
+    tally: _Tally,
 ) -> None:
     """Write all shards that are not there yet, each in one process; those of queries when their gallery is known."""
-    with _processes(len(shards)) as pool:
-        for asks in (False, True):
-            matched = {q: _items(folder, [s for s in shards if s.split == g]) for q, g in GALLERY_OF.items() if asks}
-            under_way = []
-            for shard in (shard for shard in shards if (shard.split in GALLERY_OF) == asks):
-                if footer := _footer(folder / shard.name):
-                    tally.add(footer["images"], footer["left_out"])
-                    continue
-                with _main_module_hidden():  # a submission may start a worker
-                    items = matched.get(shard.split)
-                    under_way.append(
-                        pool.submit(_write_shard, folder / shard.name, shard.photos, store, image_size, items)
-                    )
-            for done in as_completed(under_way):
-                tally.add(*done.result())
+    for asks in (False, True):
+        matched = {q: _items(folder, [s for s in shards if s.split == g]) for q, g in GALLERY_OF.items() if asks}
+        under_way = []
+        for shard in (shard for shard in shards if (shard.split in GALLERY_OF) == asks):
+            if footer := _footer(folder / shard.name):
+                tally.add(footer["images"], footer["left_out"])
+                continue
+            items = matched.get(shard.split)
+            under_way.append(pool.submit(_write_shard, folder / shard.name, shard.photos, store, image_size, items))
+        for done in as_completed(under_way):
+            tally.add(*done.result())
 
 
 def _write_shard(
@@ -564,38 +574,44 @@ def _contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
     """The manifest's account of the shards in `folder`, from what they hold."""
     footers = {shard.name: _footer(folder / shard.name) or {} for shard in shards}
     filled = {split: [s for s in shards if s.split == split and footers[s.name]["images"]] for split in SPLITS}
+    names = ["item_id", "split", *_TOLD]
+    rows = pa.concat_tables(_read(folder / shard.name, names) for its in filled.values() for shard in its)
+    items = rows.group_by(["item_id", "split"]).aggregate([("item_id", "count")])
     return {
         "hash": _digest(*(footer["hash"] for footer in footers.values())),
         "counts": {
-            split: {"images": sum(footers[s.name]["images"] for s in its), "items": len(_items(folder, its))}
+            split: {
+                "images": sum(footers[s.name]["images"] for s in its),
+                "items": pc.sum(pc.equal(items["split"], split)).as_py() or 0,
+            }
             for split, its in filled.items()
         },
-        "notes": _oddities(folder, filled),
+        "notes": _oddities(rows, items),
         "shards": {split: {s.name: (folder / s.name).stat().st_size for s in its} for split, its in filled.items()},
     }
 
 
-def _oddities(folder: Path, shards: Mapping[str, list[_Shard]]) -> list[str]:
-    """What a reader of figures from these shards should know."""
-    names = ("category", "variant", "color", "text")
-    values: dict[str, dict[str, set[str]]] = {name: defaultdict(set) for name in names}
-    images: Counter[str] = Counter()
-    for split, its in shards.items():
-        for shard in its:
-            rows = _read(folder / shard.name, ["item_id", *names]).to_pydict()
-            images.update(rows["item_id"] if split == "train" else [])
-            for name, by_item in values.items():
-                for item, value in zip(rows["item_id"], rows[name], strict=True):
-                    by_item[item].update({value} - {""})
-    variants, colors = values["variant"], values["color"]
+_TOLD = ("category", "variant", "color", "text")
+
+
+def _oddities(rows: pa.Table, items: pa.Table) -> list[str]:
+    """What a reader of figures from these rows should know; `items` has the number of images by item and split."""
+    for name in _TOLD:
+        known = pc.if_else(pc.equal(rows[name], ""), pa.scalar(None, pa.string()), rows[name])
+        rows = rows.set_column(rows.column_names.index(name), name, known)
+    of_item = rows.group_by("item_id").aggregate([(name, "count_distinct") for name in _TOLD])
+    category, variant, color, text = (of_item[f"{name}_count_distinct"].to_numpy() for name in _TOLD)
+    single = pc.and_(pc.equal(items["split"], "train"), pc.equal(items["item_id_count"], 1))
     counts = {
-        "train items have one image: terms that need a positive leave them out": sum(n == 1 for n in images.values()),
-        "items lie in several categories": sum(len(its) > 1 for its in values["category"].values()),
-        "items have several variants but one color": sum(len(variants[i]) > 1 == len(colors[i]) for i in variants),
-        "items have no text": sum(not its for its in values["text"].values()),
+        "train items have one image: terms that need a positive leave them out": pc.sum(single).as_py() or 0,
+        "items lie in several categories": (category > 1).sum(),
+        "items have several variants but one color": ((variant > 1) & (color == 1)).sum(),
+        "items have no text": (text == 0).sum(),
     }
     notes = [f"{count:,} {what}" for what, count in counts.items() if count]
-    return notes if shards["val_query"] else [*notes, "no validation items: a sweep can't select on this catalogue"]
+    if "val_query" in items["split"].to_pylist():
+        return notes
+    return [*notes, "no validation items: a sweep can't select on this catalogue"]
 
 
 def _finish(folder: Path, out: Path, manifest: dict[str, Any]) -> None:

@@ -378,6 +378,8 @@ def _photo(row: Mapping[str, Any], where: str) -> Photo:
 
 def _plain(value: Any, where: str) -> str:
     """A field as text, of which there is one copy. An id that a table holds as 6.0 is 6, and NaN is nothing."""
+    if type(value) is str and value.isascii():  # nearly all of them
+        return sys.intern(value)
     if isinstance(value, float):
         value = "" if value != value else int(value) if value.is_integer() else value
     if not isinstance(value, str | int | float | None):

@@ -145,25 +145,8 @@ def prompts_of(catalogue: Catalogue, experiment: config.Experiment, *splits: str
     if experiment.text.file:
         return prompts.load_prompts(experiment.text.file)
     counter = model.token_counter(experiment.model)
-    return prompts.build(experiment.text.strategy, item_texts(catalogue, *splits), counter)
-
-
-def item_texts(catalogue: Catalogue, *splits: str) -> list[prompts.ItemText]:
-    """The text of each item of some splits."""
-    found: dict[str, dict[str, Any]] = {}
-    for split in splits:
-        for row in (
-            catalogue.rows(split).select(["item_id", "text", "color", "category", "gender", "variant"]).to_pylist()
-        ):
-            item = found.setdefault(row["item_id"], {**row, "variants": set(), "views": 0})
-            item["variants"].add(row["variant"])
-            item["views"] += 1
-    return [
-        prompts.ItemText(
-            i["item_id"], i["text"], i["color"], i["category"], i["gender"], len(i["variants"]), i["views"]
-        )
-        for i in found.values()
-    ]
+    rows = (row for split in splits for row in catalogue.rows(split).to_pylist())
+    return prompts.build(experiment.text.strategy, prompts.item_texts(rows), counter)
 
 
 # --- The worker ------------------------------------------------------------------------------------------------------

@@ -475,8 +475,8 @@ def test_open_catalogue_refuses_what_is_not_whole(tmp_path, quick):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match="train-00000.*cut short"):
         open_catalogue(tmp_path / "out")
-    manifest.write_text(json.dumps(content | {"version": 2}))
-    with pytest.raises(UserError, match="version 2, and this clipfh reads version 1.*run clipfh prepare again"):
+    manifest.write_text(json.dumps(content | {"version": 1}))
+    with pytest.raises(UserError, match="version 1, and this clipfh reads version 2.*run clipfh prepare again"):
         open_catalogue(tmp_path / "out")
     manifest.write_text(json.dumps({"format": "other"}))
     with pytest.raises(UserError, match="not the manifest"):
@@ -527,10 +527,10 @@ def test_a_full_disk_is_named_and_leaves_work_to_go_on_with(tmp_path, quick, mon
     second = f"train-00001.parquet.{os.getpid()}.tmp"
 
     class FullDisk(SameProcess):
-        def submit(self, function, path, *args):
-            if path.name == "train-00001.parquet":
-                (path.parent / second).symlink_to("/dev/full")
-            return super().submit(function, path, *args)
+        def submit(self, function, *args):
+            if args and args[0].name == "train-00001.parquet":
+                (args[0].parent / second).symlink_to("/dev/full")
+            return super().submit(function, *args)
 
     monkeypatch.setattr(catalogue, "ProcessPoolExecutor", FullDisk)
     with pytest.raises(UserError, match=r"out.partial: can't be written \(.*No space left on device"):
