@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import sys
 import threading
 import typing
@@ -306,14 +307,15 @@ def prompts(args: argparse.Namespace) -> None:
     opened = catalogue.open_catalogue(args.catalogue)
     from clipfh import model, prompts
 
-    counter = model.token_counter(config.Model(name=args.model))
+    settings = config.Model(name=args.model)
+    counter, limit = model.token_counter(settings), model.tokenizer(settings).context_length
     items = prompts.item_texts(row for split in catalogue.SPLITS for row in opened.rows(split).to_pylist())
-    found = prompts.report(items, counter)
+    found = prompts.report(items, counter, limit)
     print(prompts.format_report(found))
     if args.report:
         prompts.save_report(args.report, found)
     if args.out:
-        made = prompts.build(args.strategy, items, counter)
+        made = prompts.build(args.strategy, items, counter, limit)
         prompts.save_prompts(args.out, made)
         print(f"{len(made):,} prompts: {args.out}")
 
@@ -372,8 +374,8 @@ def train(args: argparse.Namespace) -> None:
             if experiment.stage == "joint" and not experiment.loss.takes_text:
                 print("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
             inputs = train.inputs_of(opened, experiment, clip)
-            if inputs.num_single:
-                print(train.single_views(inputs.num_single))
+            for note in train.notes_on(inputs):
+                print(note)
             total = batches.budget_of(experiment, inputs.num_images).total * experiment.batch.images
             _followed(lambda: train.fit(experiment, inputs, out, resources, retries=3), out, total)
     last = train.read_metrics(out)[-1]
@@ -615,7 +617,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         globals()[args.command](args)
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:  # whoever read our output, such as head, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"clipfh: stopped; {_going_on(args)}", file=sys.stderr)
         return 130

@@ -169,15 +169,28 @@ def open_clip_config(settings: config.Model, preprocess: Preprocess) -> str:
     )
 
 
-def tokenizer(settings: config.Model) -> Callable[[list[str]], Tensor]:
-    """The model's tokenizer: prompts to (N, context) int64."""
-    return library().get_tokenizer(architecture(settings))
+def tokenizer(settings: config.Model) -> Any:
+    """The model's tokenizer: called with prompts it gives (N, context) int64; it has a `context_length`.
+
+    Raises:
+        UserError: it can't be had.
+    """
+    try:
+        return library().get_tokenizer(architecture(settings))
+    except (ImportError, OSError, AttributeError, TypeError, ValueError) as error:  # transformers or its files missing
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the tokenizer of {settings.name} can't be loaded ({reason}): pip install transformers, and let it reach "
+            "the Hugging Face hub or its cache; or take a model with CLIP's own tokenizer, such as ViT-B/16"
+        ) from error
 
 
 def token_counter(settings: config.Model) -> Callable[[str], int]:
     """How many tokens a prompt takes, start and end included."""
-    tokens = library().get_tokenizer(architecture(settings))
-    return lambda prompt: len(tokens.encode(prompt)) + 2
+    tokens = tokenizer(settings)
+    if hasattr(tokens, "encode"):
+        return lambda prompt: len(tokens.encode(prompt)) + 2
+    return lambda prompt: len(tokens.tokenizer(tokens.clean_fn(prompt)).input_ids)  # Hugging Face's add start and end
 
 
 class Towers(nn.Module):

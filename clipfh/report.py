@@ -285,7 +285,9 @@ def counted(columns: Columns) -> Html:
         "among the first k; mAP judges the place of every right image."
     )
     differing = "The columns do not rank the same images: compare them with care."
-    return el("p", alone if len(set(sizes)) == 1 else differing, said)
+    names = [name or "the model" for name, figures in columns if figures.get("rerank")]
+    reranked = f" Re-ranked by k-reciprocal neighbours, but for text and random splits: {', '.join(names)}."
+    return el("p", alone if len(set(sizes)) == 1 else differing, said, reranked if names else "")
 
 
 def _parts(columns: Columns, path: Sequence[str], names: Mapping[str, str]) -> Html:

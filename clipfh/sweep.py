@@ -252,8 +252,8 @@ def run(
     widest = max((sweep.experiment(each) for each in sweep.corners("batch.items")), key=lambda e: e.batch.items)
     inputs = train.inputs_of(catalogue, widest, clip)  # raises where the largest P is more than the items
     inputs = dataclasses.replace(inputs, start_val_mAP=zero_shot)
-    if inputs.num_single:
-        tell(train.single_views(inputs.num_single))
+    for note in train.notes_on(inputs):
+        tell(note)
     trials = _search(sweep, inputs, out, resources, concurrent, Watch(board, tell, sweep.trials), resume)
     rows = board.write(trials)
     return _finish(sweep, catalogue, clip, base, texts, out, rows, time.monotonic() - started, tell)

@@ -45,6 +45,8 @@ class Inputs:
     num_images: int
     num_single: int
     """train items with a single view"""
+    num_cut: int
+    """prompts of train items that are longer than the model reads"""
     start_val_mAP: float | None = None
     """validation mAP of the weights, where it is known; else each run measures it"""
 
@@ -89,9 +91,13 @@ def begin(
     return clip, experiment
 
 
-def single_views(count: int) -> str:
-    """What to tell people of items that can't be positives."""
-    return f"note: {count:,} train items have one view and are left out of terms that need a positive"
+def notes_on(inputs: Inputs) -> list[str]:
+    """What to tell people of items and prompts that count for less."""
+    counts = {
+        "train items have one view and are left out of terms that need a positive": inputs.num_single,
+        "prompts of train items are longer than the model reads: their ends are cut off": inputs.num_cut,
+    }
+    return [f"note: {count:,} {what}" for what, count in counts.items() if count]
 
 
 def start_of(experiment: config.Experiment, warm_start: str | None = None) -> nn.Module:
@@ -117,27 +123,31 @@ def inputs_of(catalogue: Catalogue, experiment: config.Experiment, clip: nn.Modu
     preprocess = model.preprocess_of(clip)
     rows = [catalogue.rows(split)["item_id"].to_pylist() for split in ("val_query", "val_gallery")]
     codes = np.unique(rows[0] + rows[1], return_inverse=True)[1]
+    captions, num_cut = captions_of(catalogue, index.names, experiment)
     return Inputs(
         images=images,
-        captions=ray.put(captions_of(catalogue, index.names, experiment)),
+        captions=ray.put(captions),
         weights=ray.put({name: tensor.numpy() for name, tensor in clip.state_dict().items()}),
         validation=stream.decoded(catalogue, ("val_query", "val_gallery"), preprocess),
         items=ray.put((codes, len(rows[0]))),
         size=preprocess.size,
         num_images=len(index.item),
         num_single=int((index.views == 1).sum()),
+        num_cut=num_cut if experiment.loss.takes_text else 0,
     )
 
 
-def captions_of(catalogue: Catalogue, names: list[str], experiment: config.Experiment) -> Captions:
-    """The train items' prompts, tokenized."""
+def captions_of(catalogue: Catalogue, names: list[str], experiment: config.Experiment) -> tuple[Captions, int]:
+    """The train items' prompts, tokenized, and how many of them are longer than the model reads."""
     prompt_of = prompts_of(catalogue, experiment, "train")
     if not set(names) & set(prompt_of):
         raise UserError(f"--text.file {experiment.text.file} names none of the train items, e.g. {names[0]}")
     distinct = {text: i for i, text in enumerate(sorted({prompt_of[n] for n in names if n in prompt_of}))}
     of_item = np.array([distinct[prompt_of[n]] if n in prompt_of else -1 for n in names], np.int32)
     tokens = model.tokenizer(experiment.model)(list(distinct)).numpy().astype(np.int32)
-    return Captions(tokens, of_item)
+    full, count = tokens[:, -1] != 0, model.token_counter(experiment.model)
+    num_cut = sum(count(text) > tokens.shape[1] for text, i in distinct.items() if full[i])
+    return Captions(tokens, of_item), num_cut
 
 
 def prompts_of(catalogue: Catalogue, experiment: config.Experiment, *splits: str) -> dict[str, str]:
@@ -146,7 +156,8 @@ def prompts_of(catalogue: Catalogue, experiment: config.Experiment, *splits: str
         return prompts.load_prompts(experiment.text.file)
     counter = model.token_counter(experiment.model)
     rows = (row for split in splits for row in catalogue.rows(split).to_pylist())
-    return prompts.build(experiment.text.strategy, prompts.item_texts(rows), counter)
+    limit = model.tokenizer(experiment.model).context_length
+    return prompts.build(experiment.text.strategy, prompts.item_texts(rows), counter, limit)
 
 
 # --- The worker ------------------------------------------------------------------------------------------------------

@@ -356,3 +356,16 @@ def test_many_positives_stay_within_the_memory_of_a_block():
         overall, _, _ = metrics.score(images, images)
     assert (overall.values[:, :1] == 1).all()
     assert largest <= 2 * 64 * 600 < 600 * 600
+
+
+@pytest.mark.parametrize("size", [97, 333, 12612])
+def test_equal_images_are_equally_similar_wherever_they_stand(size):
+    generator = torch.Generator().manual_seed(size)
+    gallery, query = (torch.randn(rows, 128, generator=generator) for rows in (size, 70))
+    gallery[torch.randperm(size, generator=generator)[: size // 2]] = gallery[0].clone()
+    query[5:] = query[0].clone()
+    similarity = metrics._product(query, gallery, torch.empty(70 + metrics.TILE, size))
+    alike = similarity[:, (gallery == gallery[0]).all(1)]
+    assert torch.equal(alike, alike[:, :1].expand_as(alike)), "columns"
+    assert torch.equal(similarity[5:], similarity[:1].expand(65, -1)), "rows"
+    torch.testing.assert_close(similarity.double(), query.double() @ gallery.double().T, rtol=0, atol=1e-4)
