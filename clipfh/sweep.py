@@ -139,7 +139,7 @@ class Watch(tune.Callback):
         self.tell(f"trial {number_of(trial)} starts: {shown}")
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        best = max((t.last_result or {}).get(OBJECTIVE, 0.0) for t in trials)
+        best = max(result[OBJECTIVE], *((t.last_result or {}).get(OBJECTIVE, 0.0) for t in trials))
         self.tell(
             f"trial {number_of(trial)}: {result['images']:,} images, val mAP {result['val_mAP']:.3f}, "
             f"best so far {max(best, self.board.zero_shot):.3f}"

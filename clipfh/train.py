@@ -15,6 +15,8 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from torch import nn
 
 from clipfh import UserError, batches, checkpoint, cluster, config, model, prompts, stream
@@ -287,6 +289,25 @@ def _write_events(out: str, values: dict[str, Any]) -> None:
 # --- The driver ------------------------------------------------------------------------------------------------------
 
 
+class _WholeLists(ControllerCallback):
+    """Make the controller write its list of checkpoints whole or not at all.
+
+    Ray Train writes it in place. Whoever reads it meanwhile finds half of it, and so would a resumed run after a kill.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        CheckpointManager._write_state_to_storage = _write_list  # type: ignore[method-assign]
+
+
+def _write_list(manager: Any) -> None:
+    """CheckpointManager's method of that name, by way of a second file."""
+    store = manager._storage_context.storage_filesystem
+    path = manager._storage_context.checkpoint_manager_snapshot_path
+    with store.open_output_stream(f"{path}.new") as file:
+        file.write(manager._save_state().encode())
+    store.move(f"{path}.new", path)
+
+
 class _Trainer(TorchTrainer):  # of Train V2, the default; its types are those of V1
     """TorchTrainer without its placement-group cleaner, whose part `cluster.Register` and `cluster.end` play."""
 
@@ -340,7 +361,7 @@ def fit(
         run_config=ray.train.RunConfig(
             name="checkpoints",
             storage_path=out,
-            callbacks=[cluster.Register(name)],  # type: ignore[list-item]
+            callbacks=[cluster.Register(name), _WholeLists()],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(
                 max_failures=retries, max_preemption_failures=retries, controller_failure_limit=3
             ),  # type: ignore[call-arg]

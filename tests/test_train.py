@@ -1,5 +1,7 @@
 """Runs: what they leave behind, the same for any number of workers, exact after kills."""
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -7,7 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow.fs
 import pytest
 import torch
 from conftest import TINY
@@ -100,6 +104,22 @@ def test_divergence_ends_the_run_with_the_reason(fitted):
     last = train.read_metrics(run)[-1]
     assert "loss or gradient are not finite at step" in last["diverged"] and last["val_mAP"] == 0.0
     assert len(last["diverged_images"]) == 16 and last["diverged_images"][0] in last["diverged"]
+
+
+def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
+    class Full(pyarrow.fs.LocalFileSystem):
+        def open_output_stream(self, path):
+            Path(path).write_text('{"half')
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "list.json").write_text("whole")
+    for store, expected in ((Full(), "whole"), (pyarrow.fs.LocalFileSystem(), "new")):
+        context = SimpleNamespace(
+            storage_filesystem=store, checkpoint_manager_snapshot_path=str(tmp_path / "list.json")
+        )
+        with contextlib.suppress(OSError):
+            train._write_list(SimpleNamespace(_storage_context=context, _save_state=lambda: "new"))
+        assert (tmp_path / "list.json").read_text() == expected
 
 
 def test_patience_stops_a_run_that_no_longer_improves(fitted, tiny):
