@@ -94,7 +94,7 @@ def _hush() -> None:
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told by the sweep, in a line
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     ray._private.worker.print_to_stdstream = lambda *_, **__: None  # raylets' remarks, which no option turns off
 

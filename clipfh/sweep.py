@@ -147,6 +147,9 @@ class Watch(tune.Callback):
         for warning in result.get("warnings", []):
             self.tell(f"trial {number_of(trial)}: warning: {warning}")
 
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.tell(f"trial {number_of(trial)} failed and starts again: {_last_line(trial)}")
+
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._ended(trials, trial)
 
@@ -222,6 +225,11 @@ def _why(trial: Any, last: Mapping[str, Any]) -> str:
         return str(last["diverged"])
     if trial.status != "ERROR":
         return ""
+    return _last_line(trial)
+
+
+def _last_line(trial: Any) -> str:
+    """What a trial failed of."""
     lines = [line for line in str(trial.get_error() or "").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "unknown"
 

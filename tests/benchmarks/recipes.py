@@ -189,7 +189,8 @@ def main() -> None:
     from clipfh import config
 
     extra = {name: config.parse(name, value) for name, value in (pair.split("=") for pair in args.set)}
-    results = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    kept = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    results = [result for result in kept if result["images"] == args.images]
     done = {(r["recipe"], r["seed"]) for r in results}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool, args.out.open("a") as file:
