@@ -106,6 +106,14 @@ def test_divergence_ends_the_run_with_the_reason(fitted):
     assert len(last["diverged_images"]) == 16 and last["diverged_images"][0] in last["diverged"]
 
 
+def test_prompts_that_are_cut_are_counted(small_catalogue, tiny, tmp_path):
+    names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
+    (tmp_path / "prompts.json").write_text(json.dumps({names[0]: "long " * 80, names[1]: "a shirt"}))
+    experiment = config.replace(tiny, {"text.file": str(tmp_path / "prompts.json")})
+    captions, num_cut = train.captions_of(small_catalogue, names, experiment)
+    assert num_cut == 1 and (captions.of_item >= 0).tolist() == [True, True] + [False] * (len(names) - 2)
+
+
 def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
     class Full(pyarrow.fs.LocalFileSystem):
         def open_output_stream(self, path):
