@@ -270,7 +270,8 @@ def _prepare(clip: Any, experiment: config.Experiment, trains_text: bool) -> Non
     if experiment.loss.infonce_temperature:
         clip.logit_scale.data.fill_(-math.log(experiment.loss.infonce_temperature))
     model.clamp_scale(clip)
-    model.freeze(clip, "joint" if trains_text else "image", experiment.model, experiment.loss.learn_scale)
+    learn_scale = experiment.loss.learn_scale and experiment.loss.infonce > 0
+    model.freeze(clip, "joint" if trains_text else "image", experiment.model, learn_scale)
     if experiment.model.checkpointing:
         model.recompute_blocks(clip, experiment.model.name)
 

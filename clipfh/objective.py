@@ -72,7 +72,8 @@ class Objective(nn.Module):
             "supcon": lambda: self._supcon_of(embedding_BD, text_CD, labels),
             "infonce": lambda: self._infonce(embedding_BD[labels.captioned], _unit(text_CD), labels, log_scale),
         }
-        nothing = feature_BD.sum() * 0
+        # Of all that it could depend on: DistributedDataParallel waits for each weight's gradient
+        nothing = (feature_BD.sum() + log_scale + (0 if text_CD is None else text_CD.sum())) * 0
         terms = {term: of_term[term]() if self._concerns(term, labels) else nothing for term in self.weights}
         return torch.stack([self.weights[term] * value for term, value in terms.items()]).sum(), terms
 
