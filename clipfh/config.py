@@ -45,9 +45,9 @@ class Model:
     freeze_norm: bool = True
     """keep scale and shift of batch norms (ResNet) as they are; their statistics stay those of pretraining anyway"""
     checkpointing: bool = False
-    """compute activations again in the backward pass, block by block: less memory, about a third more time"""
+    """compute activations again in the backward pass, block by block: less memory, one more forward pass"""
     compile: bool = False
-    """compile the training step's towers by torch.compile: faster on GPUs, after a minute's start"""
+    """compile the training step's towers by torch.compile; the first step waits for the compiler"""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "model.name", "a name", "empty")
@@ -164,7 +164,7 @@ class Batch:
     """about how many categories share a batch; 0: items are drawn from all"""
     chunk: int = 0
     """images that a worker takes through the towers at a time, with the gradient of the whole batch; 0: all of them.
-    Less memory, about a third more time"""
+    Less memory, one more forward pass"""
 
     def __post_init__(self) -> None:
         require(self.items >= 2, "batch.items", "2 or more", self.items)
@@ -235,7 +235,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", "0 or more", self.seed)
-        needs_positives = [term for term in ("triplet", "supcon") if getattr(self.loss, term)]
+        alone = {"triplet": self.loss.triplet, "supcon": self.loss.supcon and not self.loss.supcon_captions}
+        needs_positives = [term for term, on in alone.items() if on]
         if self.batch.views == 1 and needs_positives:
             raise UserError(f"--batch.views 1 leaves loss.{needs_positives[0]} without positives: take 2 or more views")
 

@@ -27,9 +27,10 @@ def warnings(report: Mapping[str, float], terms: list[str]) -> list[str]:
 
 def _alike(report: Mapping[str, float], terms: list[str]) -> Iterator[str]:
     if report["image_cosine"] > ALIKE:
+        other = "" if "supcon" in terms else ", or loss.supcon, which pushes items apart"
         yield (
             f"{' + '.join(terms)} has collapsed: all embeddings alike (images of different items have a mean cosine of "
-            f"{report['image_cosine']:.3f}); try a lower optimizer.lr, or loss.supcon, which pushes items apart"
+            f"{report['image_cosine']:.3f}); try a lower optimizer.lr{other}"
         )
 
 

@@ -120,3 +120,10 @@ def test_a_file_of_another_version_is_refused(tmp_path):
         config.from_json(config.json.dumps(tree))
     with pytest.raises(UserError, match="not an experiment of this version"):
         config.from_json("{}")
+
+
+def test_a_single_view_will_do_where_captions_are_the_positives():
+    settings = {"batch.views": 1, "loss.supcon": 1.0}
+    with pytest.raises(UserError, match="leaves loss.supcon without positives"):
+        config.resolve("joint", None, settings)
+    assert config.resolve("joint", None, {**settings, "loss.supcon_captions": True}).batch.views == 1
