@@ -390,14 +390,34 @@ def sweep(args: argparse.Namespace) -> None:
     loaded = space.load(args.file, _settings(args), args.trials)
     opened, out = catalogue.open_catalogue(args.catalogue), Path(args.out)
     if args.dry_run:
-        print(space.resolved(loaded), end="")
-        print(f"# {loaded.trials} trials of {loaded.experiment(loaded.first).budget.images:,} images at most")
+        print(space.resolved(loaded), flush=True)
+        print(_estimate(args, loaded, opened))
         return
     from clipfh import cluster, sweep
 
     with _all_or_nothing(out, "trials/*/metrics.json"), _connected(args, loaded.placement):
         print(f"Ray's logs: {cluster.logs()}", flush=True)
         print(sweep.outcome(sweep.run(loaded, opened, out, resume=args.resume), out))
+
+
+def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
+    """What the sweep will take, measured on a worker of the cluster where there is one, else here."""
+    from clipfh import estimate
+
+    if not (args.address or os.environ.get("RAY_ADDRESS")):
+        return estimate.told(
+            loaded, estimate.measure(opened, loaded.experiment(loaded.first)), opened.num_images("train")
+        )
+    import ray
+
+    from clipfh import cluster
+
+    with _connected(args, loaded.placement):
+        resources = cluster.place(loaded.placement, alone=False)
+        task: Any = ray.remote(estimate.measure).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
+        measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), resources.threads))
+        at_once = cluster.at_once(loaded.placement, resources)
+    return f"{estimate.told(loaded, measured, opened.num_images('train'))}\n{at_once} trials at once"
 
 
 def status(args: argparse.Namespace) -> None:
@@ -611,10 +631,22 @@ def _going_on(args: argparse.Namespace | None) -> str:
     return "give the same command again"
 
 
+def _stop(*_: object) -> None:
+    """Ctrl-C: all is brought to an end; given again meanwhile, it ends at once."""
+    signal.signal(signal.SIGINT, _stop_at_once)
+    raise KeyboardInterrupt
+
+
+def _stop_at_once(*_: object) -> NoReturn:
+    os.write(sys.stderr.fileno(), b"\nclipfh: stopped at once\n")
+    os._exit(130)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on what the user can mend, 1 on our bugs."""
     args = None
     try:
+        signal.signal(signal.SIGINT, _stop)
         args = parse(sys.argv[1:] if argv is None else argv)
         globals()[args.command](args)
         sys.stdout.flush()
@@ -625,6 +657,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"clipfh: stopped; {_going_on(args)}", file=sys.stderr)
         return 130
+    except SystemExit as stop:  # Ray makes one of SIGTERM, by which Slurm and Kubernetes announce the end
+        if stop.code == signal.SIGTERM:
+            print(f"clipfh: told to end; {_going_on(args)}", file=sys.stderr)
+            return 128 + signal.SIGTERM
+        raise
     except Exception as error:
         line = _mendable(error, args)
         if line is None:

@@ -12,6 +12,7 @@ FLOORS = [
     {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "space", "cluster"},
     {"stream", "evaluate", "learner"},
     {"train", "export", "report", "status"},
+    {"trials", "final", "estimate"},
     {"sweep"},
     {"cli", "demo"},
 ]
