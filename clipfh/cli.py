@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import signal
@@ -397,7 +398,9 @@ def sweep(args: argparse.Namespace) -> None:
 
     with _all_or_nothing(out, "trials/*/metrics.json"), _connected(args, loaded.placement):
         print(f"Ray's logs: {cluster.logs()}", flush=True)
-        print(sweep.outcome(sweep.run(loaded, opened, out, resume=args.resume), out))
+        with _live(out) as (tell, alone):
+            summary = sweep.run(loaded, opened, out, resume=args.resume, tell=tell, each_report=alone)
+        print(sweep.outcome(summary, out))
 
 
 def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
@@ -541,6 +544,22 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
         task = bar.add_task(unit, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def _live(out: Path) -> Iterator[tuple[Callable[[str], None], bool]]:
+    """A table of the sweep's trials below what is told, in a terminal; elsewhere lines alone, also for each report."""
+    if not sys.stdout.isatty():
+        yield functools.partial(print, flush=True), True
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    from clipfh import status
+
+    console = Console(highlight=False)
+    with Live(get_renderable=lambda: status.table(out, console.height - 4), console=console, refresh_per_second=1):
+        yield functools.partial(console.print, markup=False), False
 
 
 class _Tenths:

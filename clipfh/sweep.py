@@ -21,9 +21,23 @@ from clipfh.trials import ZERO_SHOT, Leaderboard, Watch, search
 
 
 def run(
-    sweep: Sweep, catalogue: Catalogue, out: str | Path, *, resume: bool = False, tell: Callable[[str], None] = print
+    sweep: Sweep,
+    catalogue: Catalogue,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    tell: Callable[[str], None] = print,
+    each_report: bool = True,
 ) -> dict[str, Any]:
     """Run a sweep to its end on the connected cluster; returns what `summary.json` holds.
+
+    Args:
+        sweep: what to do.
+        catalogue: to train, select and test on.
+        out: the sweep's folder.
+        resume: go on with what the folder holds.
+        tell: takes a line for a person.
+        each_report: tell of each report of each trial.
 
     Raises:
         UserError: a folder that holds another sweep, or nothing to resume; an empty split.
@@ -44,7 +58,7 @@ def run(
     inputs = dataclasses.replace(inputs, start_val_mAP=zero_shot)
     for note in train.notes_on(inputs):
         tell(note)
-    trials = search(sweep, inputs, out, resources, Watch(board, tell, sweep.trials), resume)
+    trials = search(sweep, inputs, out, resources, Watch(board, tell, sweep.trials, each_report), resume)
     rows = board.write(trials)
     winner = _winner(sweep, catalogue, clip, inputs, out, rows, resources, tell)
     return _finish(sweep, catalogue, clip, base, texts, out, rows, winner, time.monotonic() - started, tell)

@@ -139,8 +139,8 @@ def _result(line: dict[str, Any], done: bool) -> dict[str, Any]:
 class Watch(tune.Callback):
     """Keep the leaderboard up to date, tell how it goes, and free what ended trials leave."""
 
-    def __init__(self, board: Leaderboard, tell: Callable[[str], None], count: int) -> None:
-        self.board, self.tell, self.count = board, tell, count
+    def __init__(self, board: Leaderboard, tell: Callable[[str], None], count: int, each_report: bool = True) -> None:
+        self.board, self.tell, self.count, self.each_report = board, tell, count, each_report
         self.ended: set[str] = set()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -150,11 +150,12 @@ class Watch(tune.Callback):
         self.tell(f"trial {number_of(trial)} starts: {shown}")
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        best = max(result[OBJECTIVE], *((t.last_result or {}).get(OBJECTIVE, 0.0) for t in trials))
-        self.tell(
-            f"trial {number_of(trial)}: {result['images']:,} images, val mAP {result['val_mAP']:.3f}, "
-            f"best so far {max(best, self.board.zero_shot):.3f}"
-        )
+        if self.each_report:
+            best = max(result[OBJECTIVE], *((t.last_result or {}).get(OBJECTIVE, 0.0) for t in trials))
+            self.tell(
+                f"trial {number_of(trial)}: {result['images']:,} images, val mAP {result['val_mAP']:.3f}, "
+                f"best so far {max(best, self.board.zero_shot):.3f}"
+            )
         for warning in result.get("warnings", []):
             self.tell(f"trial {number_of(trial)}: warning: {warning}")
 
