@@ -9,8 +9,8 @@ import clipfh
 
 FLOORS = [
     {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources"},
-    {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "space", "cluster"},
-    {"stream", "evaluate", "learner"},
+    {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "space", "cluster", "embeddings"},
+    {"stream", "evaluate", "learner", "search"},
     {"train", "export", "report", "status"},
     {"sweep"},
     {"cli", "demo"},
