@@ -33,7 +33,7 @@ COMMANDS = {
         "search settings with Ray Tune and Optuna, and export the best model",
     ),
     "status": ("DIR", "tell how a run or a sweep stands, without touching it"),
-    "export": ("RUN_OR_SWEEP --out DIR", "write a run's or sweep's best model for any open_clip user"),
+    "export": ("RUN_OR_SWEEP --out DIR [--onnx]", "write a run's or sweep's best model for any open_clip user"),
     "embed": (
         "CATALOGUE --out FILE.parquet [options] [settings]",
         "embed all images of a catalogue, to search in them",
@@ -86,6 +86,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     commands["status"].add_argument("path", metavar="DIR", help="the --out of clipfh train or clipfh sweep")
     commands["export"].add_argument("path", metavar="RUN_OR_SWEEP", help="a run, a checkpoint or a sweep")
     commands["export"].add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    commands["export"].add_argument("--onnx", action="store_true", help="also both towers as ONNX")
     _embed_arguments(commands["embed"])
     _search_arguments(commands["search"])
     commands["report"].add_argument("paths", nargs="+", metavar="DIR", help="evaluations, runs, sweeps")
@@ -224,6 +225,7 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(config.PRESETS)}")
     p.add_argument("--warm-start", metavar="PATH", help="a run, checkpoint, export or weights file to start from")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    _track_argument(p)
     for name, hint, default, doc in config.fields(config.Placement):
         if name != "concurrent":
             p.add_argument(f"--{_dashed(name)}", metavar=_metavar(hint), help=f"{doc} (default: {default})")
@@ -238,8 +240,13 @@ def _sweep_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--trials", type=int, metavar="N", help="in place of the file's")
     p.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
     p.add_argument("--dry-run", action="store_true", help="show what would be done")
+    _track_argument(p)
     _cluster_arguments(p)
     _setting_arguments(p)
+
+
+def _track_argument(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--track", choices=("mlflow", "wandb"), help="also send the reports to MLflow or Weights & Biases")
 
 
 def _cluster_arguments(p: argparse.ArgumentParser) -> None:
@@ -396,8 +403,9 @@ def train(args: argparse.Namespace) -> None:
     as_it_was = args.resume and not settings and not args.preset
     given = None if as_it_was else config.resolve(args.stage, args.preset, settings)
     opened = catalogue.open_catalogue(args.catalogue)
-    from clipfh import batches, cluster, train
+    from clipfh import batches, cluster, track, train
 
+    track.require(args.track)
     with _all_or_nothing(out, "checkpoints/checkpoint_*"):
         clip, experiment = train.begin(out, given, opened, args.warm_start, args.resume)
         if experiment.stage != args.stage:
@@ -414,7 +422,8 @@ def train(args: argparse.Namespace) -> None:
             for note in train.notes_on(inputs):
                 print(note)
             total = batches.budget_of(experiment, inputs.num_images).total * experiment.batch.images
-            _followed(lambda: train.fit(experiment, inputs, out, resources, retries=3), out, total)
+            with track.following(args.track, out):
+                _followed(lambda: train.fit(experiment, inputs, out, resources, retries=3), out, total)
     last = train.read_metrics(out)[-1]
     if "diverged" in last:
         raise UserError(last["diverged"])
@@ -430,11 +439,14 @@ def sweep(args: argparse.Namespace) -> None:
         print(space.resolved(loaded), end="")
         print(f"# {loaded.trials} trials of {loaded.experiment(loaded.first).budget.images:,} images at most")
         return
-    from clipfh import cluster, sweep
+    from clipfh import cluster, sweep, track
 
+    track.require(args.track)
     with _all_or_nothing(out, "trials/*/metrics.json"), _connected(args, loaded.placement):
         print(f"Ray's logs: {cluster.logs()}", flush=True)
-        print(sweep.outcome(sweep.run(loaded, opened, out, resume=args.resume), out))
+        with track.following(args.track, out):
+            summary = sweep.run(loaded, opened, out, resume=args.resume)
+        print(sweep.outcome(summary, out))
 
 
 def status(args: argparse.Namespace) -> None:
@@ -452,8 +464,15 @@ def export(args: argparse.Namespace) -> None:
             f"{args.path} is a bare weights file: open_clip loads it as it is; export takes a run or a sweep"
         )
     clip = model.with_weights(weights.experiment.model, weights.state, args.path)
-    export.export(clip, weights.experiment, args.out)
-    print(f'open_clip.create_model_and_transforms("local-dir:{args.out}") loads it; embeddings equal the checkpoint\'s')
+    known = export.known_of(weights)
+    catalogue = export.catalogue_of(known)
+    photos = export.photos_of(catalogue) if catalogue else []
+    export.export(clip, weights.experiment, args.out, known, photos, args.onnx)
+    checked = f"{len(photos)} photos of {catalogue.path}" if catalogue else "noise, since its catalogue is not there"
+    print(f"checked with {checked}: embeddings equal the checkpoint's")
+    if args.onnx:
+        print(f"ONNX towers: {args.out}/{export.ONNX}")
+    print(f'open_clip.create_model_and_transforms("local-dir:{args.out}") loads it; {args.out}/README.md tells more')
 
 
 def embed(args: argparse.Namespace) -> None:
