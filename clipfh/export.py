@@ -65,6 +65,7 @@ def export(
         (folder / model.CONFIG_FILE).write_text(model.open_clip_config(settings, model.preprocess_of(clip)))
         (folder / checkpoint.EXPERIMENT).write_text(config.to_json(experiment))
         (folder / "README.md").write_text(card(experiment, known or {}, clip, with_onnx))
+        shutil.copymode(folder / "README.md", folder / checkpoint.EXPORTED)  # safetensors makes it ours alone
         _check_parity(clip, folder, photos)
         if with_onnx:
             onnx.write(clip, settings, folder / ONNX, photos, TEXTS)
