@@ -179,6 +179,7 @@ def prepare(
         with _user_errors(folder):
             _claim(folder, plan)
             _write_shards(pool, folder, shards, listing.store, image_size, tally)
+            pool.shutdown()  # what follows needs memory, the processes none any more
             contents = _contents(folder, shards)
             _check_not_empty({split: counts["images"] for split, counts in contents["counts"].items()}, source)
             manifest = {
@@ -332,6 +333,7 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     warnings.simplefilter("ignore")  # about odd metadata in images that decode all the same
     Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
+    pa.array([""])  # at its first array pyarrow imports pandas: best while the source is still being read
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
