@@ -30,6 +30,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from pyarrow import fs
@@ -79,6 +80,12 @@ class Catalogue:
     def images(self, split: str) -> pa.Table:
         """A row an image with its encoded bytes: the whole split in memory."""
         return self._read(split, SCHEMA.names)
+
+    def images_at(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """Encoded images by their paths. Only the row groups that may hold one of them are read."""
+        shards = ds.dataset([str(path) for split in SPLITS for path in self.shards(split)], partitioning=None)
+        found = shards.to_table(columns=["path", "image"], filter=ds.field("path").isin(list(paths)))
+        return dict(zip(found["path"].to_pylist(), found["image"].to_pylist(), strict=True))
 
     def num_images(self, split: str) -> int:
         return self.manifest["counts"][split]["images"]
@@ -356,6 +363,16 @@ def _read_inside(store: fs.SubTreeFileSystem, file: str) -> bytes:
             return opened.read()
     with store.open_input_file(file) as stream:
         return stream.read()
+
+
+def photo(path: str | Path, image_size: int) -> bytes:
+    """A photo as `prepare` would put it into a catalogue. Raises UserError where it can't be read as an image."""
+    data = Path(path).read_bytes()
+    try:
+        return _shrink(data, image_size)
+    except Exception as error:  # decoders fail on foreign bytes in every way there is
+        reason = str(error) if isinstance(error, _Refused) else type(error).__name__
+        raise UserError(f"{path} can't be read as an image ({reason}): give a JPEG, PNG or WebP photo") from error
 
 
 @lru_cache(maxsize=1 << 12)  # a folder is asked for with each of its images

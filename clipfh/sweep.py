@@ -161,7 +161,8 @@ def _finish(
         tested[name] = evaluate.figures(embedded, 10)
         evaluate.write(out / "test" / ("zero-shot" if name == "zero_shot" else "winner"), tested[name], embedded)
     shutil.rmtree(out / "best", ignore_errors=True)
-    export.export(best, experiment, out / "best", tested)
+    known = {**tested, "catalogue": export.account(catalogue)}
+    export.export(best, experiment, out / "best", known, export.photos_of(catalogue))
     summary = {
         "name": sweep.name,
         "best_trial": winner.trial,
@@ -174,7 +175,7 @@ def _finish(
         "seconds": round(seconds, 1),
         "experiment": config.flat(experiment),
         "searched": list(sweep.search),
-        "catalogue": {"path": str(catalogue.path), **{k: catalogue.manifest[k] for k in ("hash", "counts")}},
+        "catalogue": known["catalogue"],
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report.write([out], None)

@@ -9,8 +9,19 @@ import clipfh
 
 FLOORS = [
     {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources"},
-    {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "space", "cluster"},
-    {"stream", "evaluate", "learner"},
+    {
+        "catalogue",
+        "batches",
+        "model",
+        "objective",
+        "optimizer",
+        "checkpoint",
+        "space",
+        "cluster",
+        "embeddings",
+        "track",
+    },
+    {"stream", "evaluate", "learner", "search", "onnx"},
     {"train", "export", "report", "status"},
     {"trials", "final", "estimate"},
     {"sweep"},
