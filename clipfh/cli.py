@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
@@ -348,6 +349,9 @@ def evaluate(args: argparse.Namespace) -> None:
             embedded = evaluate.embed(opened, splits, clip, experiment.model, texts, tell)
             evaluate.keep(out, mark, embedded)
     found = evaluate.measure(out, embedded, args.random_splits, args.skip_unmatched, args.rerank)
+    of = {"path": str(opened.path), "hash": opened.manifest["hash"]}
+    told = {"catalogue": of, "split": args.split, "model": experiment.model.name, "checkpoint": args.checkpoint}
+    (out / "evaluation.json").write_text(json.dumps(told, indent=2) + "\n")
     print(_figures(found))
     print(f"all figures: {out}/metrics.json; the first {evaluate.TOP} finds of each query: {out}/predictions.parquet")
 

@@ -28,7 +28,7 @@ WIDTH, HEIGHT = 380, 240
 # Colours that no figure has, each for a variable of the page's style
 INK, SOFT, RULE, QUIET, ACCENT, PAPER = COLOURS = tuple(f"#00000{i}" for i in range(1, 7))
 VARIABLES = dict(zip(COLOURS, ("--ink", "--soft", "--rule", "--quiet", "--accent", "--paper"), strict=True))
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 11,
     "text.color": INK,
@@ -69,7 +69,7 @@ OFF = 0.14
 
 def _axes(x_title: str = "", height: float = HEIGHT) -> Axes:
     """Axes of a figure of their own. What goes up is said by the page, in the figure's caption."""
-    figure = Figure(figsize=(WIDTH / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.03))
+    figure = Figure(figsize=(WIDTH / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.06))
     axes = figure.subplots()
     axes.set_xlabel(x_title)
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -79,7 +79,7 @@ def _axes(x_title: str = "", height: float = HEIGHT) -> Axes:
 def _svg(axes: Axes, title: str) -> Markup:
     """The drawing as an element of the page."""
     file = io.BytesIO()
-    axes.figure.savefig(file, format="svg", transparent=True)
+    axes.figure.savefig(file, format="svg", transparent=True)  # type: ignore[union-attr]
     root = ElementTree.fromstring(file.getvalue())
     own = hashlib.sha256(file.getvalue()).hexdigest()[:6]
     for parent in list(root.iter()):
@@ -121,19 +121,15 @@ def _simplify(element: ElementTree.Element, used: set[str], own: str) -> None:
         element.text = None
 
 
-@dataclass(frozen=True)
-class Dots:
-    """Marks of one look, each with a tip."""
+Mark = tuple[float, float, str]
+"""x, y and a tip"""
 
-    xs: Sequence[float]
-    ys: Sequence[float]
-    tips: Sequence[str]
 
-    def draw(self, axes: Axes, name: str = "", marker: str = "o", **look: Any) -> None:  # noqa: ANN401
-        """Put them on the axes."""
-        if self.xs:
-            marks = axes.scatter(self.xs, self.ys, marker=marker, label=name, clip_on=False, **{"s": DOT, **look})
-            marks.set_urls(list(self.tips))
+def _marks(axes: Axes, marks: Sequence[Mark], name: str = "", **look: Any) -> None:  # noqa: ANN401
+    """Marks of one look."""
+    if marks:
+        xs, ys, tips = zip(*marks, strict=True)
+        axes.scatter(xs, ys, label=name, clip_on=False, **{"s": DOT, **look}).set_urls(list(tips))
 
 
 def _line(axes: Axes, points: Curve, tip: str = "", **look: Any) -> None:  # noqa: ANN401
@@ -166,16 +162,20 @@ def strongest(models: Sequence[Measured]) -> int:
     return max(range(len(models)), key=lambda i: (models[i].figures.get("mAP") or 0, i), default=0)
 
 
-def intervals(models: Sequence[Measured], parts: Sequence[Part], key: str) -> Markup:
-    """A line for each part, with each model's figure and interval."""
+def intervals(models: Sequence[Measured], parts: Sequence[Part], key: str) -> list[Markup]:
+    """A line for each part, with each model's figure and interval; many parts in up to three figures of one scale."""
     rows = [(part.label, [_whisker(figures, key) for figures in part.figures]) for part in parts]
-    return _whiskers(models, [(label, each) for label, each in rows if any(each)], f"{key} with 95% intervals")
+    rows = [(label, each) for label, each in rows if any(each)]
+    step = max(8, math.ceil(len(rows) / 3))
+    ends = _ends(rows)
+    return [_whiskers(models, rows[i : i + step], f"{key} with intervals", ends) for i in range(0, len(rows), step)]
 
 
 def measures(models: Sequence[Measured], labels: Mapping[str, str]) -> Markup:
     """A line for each measure, with each model's figure and interval."""
     rows = [(label, [_whisker(model.figures, key) for model in models]) for key, label in labels.items()]
-    return _whiskers(models, [(label, each) for label, each in rows if any(each)], "Figures with 95% intervals")
+    rows = [(label, each) for label, each in rows if any(each)]
+    return _whiskers(models, rows, "Figures with intervals", _ends(rows)) if rows else Markup()
 
 
 Whisker = tuple[float, float, float]
@@ -183,49 +183,57 @@ Whisker = tuple[float, float, float]
 
 
 def _whisker(figures: Mapping[str, Any], key: str) -> Whisker | None:
-    value = figures.get(key)
+    if not known(figures.get(key)):
+        return None
+    value = figures[key]
     low, high = (figures.get("intervals") or {}).get(key) or (value, value)
-    return (value, low, high) if known(value) else None
+    return value, low, high
 
 
-def _whiskers(models: Sequence[Measured], rows: Sequence[tuple[str, Sequence[Whisker | None]]], title: str) -> Markup:
-    if not rows:
-        return Markup()
-    with rc_context(STYLE):
-        apart, step = 9, 30 + 9 * len(models)
-        axes = _axes(height=26 + step * len(rows) + 16 * (len(models) > 1))
-        best = strongest(models)
-        for i, model in enumerate(models):
-            found = [(-step * j - apart * i, label, each[i]) for j, (label, each) in enumerate(rows)]
-            look = {"color": ACCENT if i == best else SOFT}
-            for y, _, whisker in found:
-                if whisker:
-                    axes.hlines(y, whisker[1], whisker[2], linewidth=2.4 if i == best else 1.4, **look)
-            shown = [(whisker[0], y, _whisker_tip(model, label, whisker)) for y, label, whisker in found if whisker]
-            fill = ACCENT if i == best else PAPER
-            dots = Dots(*([list(column) for column in zip(*shown, strict=True)] or [[], [], []]))
-            dots.draw(axes, model.name, MARKERS[i % 6], facecolors=fill, edgecolors=look["color"], zorder=3, s=30)
-        axes.set_xlim(*_padded([end for _, each in rows for whisker in each if whisker for end in whisker]))
-        axes.set_ylim(-step * len(rows) + 16, 22)
-        axes.set_yticks([])
-        axes.grid(axis="x")
-        for j, (label, each) in enumerate(rows):
-            _heading(axes, -step * j + 13, label, " → ".join(f"{w[0]:.3f}" for w in each if w) if len(each) < 3 else "")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        _legend(axes)
-        return _svg(axes, title)
+Row = tuple[str, Sequence[Whisker | None]]
+"""a label, and each model's"""
 
 
-def _whisker_tip(model: Measured, label: str, whisker: Whisker) -> str:
-    value, low, high = whisker
-    return f"{model.name} {label}: {value:.3f} [{low:.3f}, {high:.3f}]".strip()
-
-
-def _padded(values: Sequence[float]) -> tuple[float, float]:
+def _ends(rows: Sequence[Row]) -> tuple[float, float]:
     """Ends of an axis of shares, with room around the values."""
-    low, high = min(values), max(values)
+    values = [end for _, each in rows for whisker in each if whisker for end in whisker]
+    low, high = min(values, default=0), max(values, default=1)
     room = max(0.08 * (high - low), 0.01)
     return max(0.0, low - room), min(1.0, high + room)
+
+
+@rc_context(STYLE)
+def _whiskers(models: Sequence[Measured], rows: Sequence[Row], title: str, ends: tuple[float, float]) -> Markup:
+    apart, step = 9, 30 + 9 * len(models)
+    axes = _axes(height=26 + step * len(rows) + 16 * (len(models) > 1))
+    best = strongest(models)
+    for i, model in enumerate(models):
+        found = [(-step * j - apart * i, label, each[i]) for j, (label, each) in enumerate(rows)]
+        _model_whiskers(axes, model.name, MARKERS[i % 6], [(y, n, w) for y, n, w in found if w], i == best)
+    for j, (label, each) in enumerate(rows):
+        _heading(axes, -step * j + 13, label, " → ".join(f"{w[0]:.3f}" for w in each if w) if len(each) < 3 else "")
+    axes.set_xlim(*ends)
+    axes.set_ylim(-step * len(rows) + 16, 22)
+    axes.set_yticks([])
+    axes.grid(axis="x")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    _legend(axes)
+    return _svg(axes, title)
+
+
+def _model_whiskers(
+    axes: Axes, name: str, marker: str, placed: Sequence[tuple[float, str, Whisker]], main: bool
+) -> None:
+    """One model's figures and intervals: y, label of the row, figure and ends."""
+    color = ACCENT if main else SOFT
+    for y, _, (_, low, high) in placed:
+        axes.hlines(y, low, high, color=color, linewidth=2.4 if main else 1.4)
+    marks = [
+        (value, y, f"{name} {label}: {value:.3f} [{low:.3f}, {high:.3f}]".strip())
+        for y, label, (value, low, high) in placed
+    ]
+    look = {"facecolors": ACCENT if main else PAPER, "edgecolors": color}
+    _marks(axes, marks, name, marker=marker, s=30, zorder=3, **look)
 
 
 def _heading(axes: Axes, y: float, left: str, right: str = "") -> None:
@@ -236,45 +244,46 @@ def _heading(axes: Axes, y: float, left: str, right: str = "") -> None:
     axes.text(1, y, right, transform=across, va="center", ha="right", color=SOFT)
 
 
+@rc_context(STYLE)
 def cmc(models: Sequence[Measured]) -> Markup:
     """The share of queries with a right image among the first k."""
     curves = [(model, model.figures["cmc"]) for model in models if model.figures.get("cmc")]
     if not curves:
         return Markup()
     best = models[strongest(models)]
-    with rc_context(STYLE):
-        axes = _axes("first k")
-        for i, (model, shares) in enumerate(curves):
-            main = model is best
-            look = {"color": ACCENT, "linewidth": 2.2} if main else {"color": SOFT, "linestyle": DASHES[(i + 1) % 6]}
-            tip = f"{model.name} {', '.join(f'{shares[k - 1]:.3f} at {k}' for k in (1, 5, 10, 20) if k <= len(shares))}"
-            _line(axes, list(enumerate(shares, 1)), tip, label=model.name, **look)
-        axes.set_xlim(1, max(len(shares) for _, shares in curves))
-        axes.set_xticks([k for k in (1, 10, 20, 30, 40, 50) if k <= axes.get_xlim()[1]])
-        axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
-        _legend(axes)
-        return _svg(axes, "Cumulative match curve")
+    axes = _axes("first k")
+    for i, (model, shares) in enumerate(curves):
+        main = model is best
+        look = {"color": ACCENT, "linewidth": 2.2} if main else {"color": SOFT, "linestyle": DASHES[(i + 1) % 6]}
+        tip = f"{model.name} {', '.join(f'{shares[k - 1]:.3f} at {k}' for k in (1, 5, 10, 20) if k <= len(shares))}"
+        _line(axes, list(enumerate(shares, 1)), tip, label=model.name, **look)
+    axes.set_xlim(1, max(len(shares) for _, shares in curves))
+    axes.set_xticks([k for k in (1, 10, 20, 30, 40, 50) if k <= axes.get_xlim()[1]])
+    axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
+    _legend(axes)
+    return _svg(axes, "Cumulative match curve")
 
 
 # --- Figures of a run -------------------------------------------------------------------------------------------------
 
 
+@rc_context(STYLE)
 def run_curves(runs: Sequence[tuple[str, Run]]) -> Markup:
     """Validation mAP of runs by the images seen."""
     found = [(name, run.curve("val_mAP")) for name, run in runs if run.curve("val_mAP")]
     if not found:
         return Markup()
     best = max(range(len(found)), key=lambda i: max(value for _, value in found[i][1]))
-    with rc_context(STYLE):
-        axes = _axes("images seen")
-        for i, (name, points) in enumerate(found):
-            look = {"color": ACCENT, "linewidth": 2.2} if i == best else {"color": SOFT, "linestyle": DASHES[i % 6]}
-            _line(axes, points, name, label=name, **look)
-        _by_images(axes)
-        _legend(axes)
-        return _svg(axes, "Validation mAP by images seen")
+    axes = _axes("images seen")
+    for i, (name, points) in enumerate(found):
+        look = {"color": ACCENT, "linewidth": 2.2} if i == best else {"color": SOFT, "linestyle": DASHES[i % 6]}
+        _line(axes, points, name, label=name, **look)
+    _by_images(axes)
+    _legend(axes)
+    return _svg(axes, "Validation mAP by images seen")
 
 
+@rc_context(STYLE)
 def loss(run: Run, term: str) -> Markup:
     """A loss term, between its floor and its collapse value."""
     kinds: dict[str, dict[str, Any]] = {
@@ -282,14 +291,13 @@ def loss(run: Run, term: str) -> Markup:
         "floor": {"color": SOFT, "linestyle": DASHES[1]},
         "collapse": {"color": SOFT, "linestyle": DASHES[2]},
     }
-    with rc_context(STYLE):
-        axes = _axes("images seen")
-        for kind, look in kinds.items():
-            if points := run.curve(f"{kind}_{term}"):
-                _line(axes, points, f"{kind}, last {points[-1][1]:.3g}", label=kind, **look)
-        _by_images(axes)
-        _legend(axes)
-        return _svg(axes, f"Loss {term} by images seen")
+    axes = _axes("images seen")
+    for kind, look in kinds.items():
+        if points := run.curve(f"{kind}_{term}"):
+            _line(axes, points, f"{kind}, last {points[-1][1]:.3g}", label=kind, **look)
+    _by_images(axes)
+    _legend(axes)
+    return _svg(axes, f"Loss {term} by images seen")
 
 
 def _by_images(axes: Axes) -> None:
@@ -301,45 +309,40 @@ def _by_images(axes: Axes) -> None:
 # --- Figures of a sweep -----------------------------------------------------------------------------------------------
 
 
+@rc_context(STYLE)
 def history(sweep: Sweep) -> Markup:
     """Each trial's figure by its number, and the best so far."""
     found = [trial for trial in sweep.trials if trial.score is not None]
     if not found:
         return Markup()
-    with rc_context(STYLE):
-        axes = _axes("trial")
-        top, steps = -math.inf, []
-        for trial in found:
-            top = max(top, trial.score or 0)
-            steps.append((trial.number, top))
-        _line(axes, [*steps, (sweep.trials[-1].number, top)], color=ACCENT, drawstyle="steps-post", label="best so far")
-        _scattered(axes, sweep, [(trial.number, trial) for trial in found])
-        lost = [trial for trial in sweep.trials if trial.is_lost]
-        low = min(min(trial.score or 0 for trial in found), sweep.zero_shot or 1)
-        tips = [f"trial {t.name} {t.status}: {t.error}" for t in lost]
-        Dots([t.number for t in lost], [low] * len(lost), tips).draw(axes, "failed or diverged", "x", color=SOFT)
-        _level(axes, sweep.zero_shot)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        _legend(axes, columns=3)
-        return _svg(axes, "Validation mAP by trial")
+    axes = _axes("trial")
+    top, steps = -math.inf, []
+    for trial in found:
+        top = max(top, trial.score or 0)
+        steps.append((trial.number, top))
+    _line(axes, [*steps, (sweep.trials[-1].number, top)], color=ACCENT, drawstyle="steps-post", label="best so far")
+    _scattered(axes, sweep, [(trial.number, trial) for trial in found])
+    lost = [trial for trial in sweep.trials if trial.is_lost]
+    scores = [trial.score or 0 for trial in found] + ([] if sweep.zero_shot is None else [sweep.zero_shot])
+    low = min(scores) - 0.1 * (max(scores) - min(scores))
+    crosses = [(t.number, low, f"trial {t.name} {t.status}: {t.error}") for t in lost]
+    _marks(axes, crosses, "failed or diverged", marker="x", color=SOFT)
+    _level(axes, sweep.zero_shot)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _legend(axes, columns=3)
+    return _svg(axes, "Validation mAP by trial")
 
 
 def _scattered(axes: Axes, sweep: Sweep, placed: Sequence[tuple[float, Trial]]) -> None:
     """A mark for each trial: hollow where it was stopped early, large for the best."""
-    few = len(placed) <= 60
-    kinds: list[tuple[str, bool, dict[str, Any]]] = [
-        ("stopped early", False, {"facecolors": PAPER, "edgecolors": QUIET}),
-        ("whole budget", True, {"facecolors": SOFT, "edgecolors": PAPER, "linewidth": 0.5}),
-    ]
-    for name, whole, look in kinds:
-        own = [(x, t) for x, t in placed if t.name != sweep.best and (t.status == "done") == whole]
-        _dots(own).draw(axes, name, s=DOT if few else SMALL_DOT, zorder=2.5, **look)
-    best = [(x, t) for x, t in placed if t.name == sweep.best]
-    _dots(best).draw(axes, "best", s=52, facecolors=ACCENT, edgecolors=PAPER, zorder=3)
-
-
-def _dots(placed: Sequence[tuple[float, Trial]]) -> Dots:
-    return Dots([x for x, _ in placed], [t.score or 0 for _, t in placed], [tip(t) for _, t in placed])
+    size = DOT if len(placed) <= 60 else SMALL_DOT
+    marks = [(trial, (x, trial.score or 0, tip(trial))) for x, trial in placed]
+    others = [(trial.status == "done", mark) for trial, mark in marks if trial.name != sweep.best]
+    hollow, full = ([mark for whole, mark in others if whole == kind] for kind in (False, True))
+    _marks(axes, hollow, "stopped early", s=size, facecolors=PAPER, edgecolors=QUIET, zorder=2.5)
+    _marks(axes, full, "whole budget", s=size, facecolors=SOFT, edgecolors=PAPER, linewidth=0.5, zorder=2.5)
+    best = [mark for trial, mark in marks if trial.name == sweep.best]
+    _marks(axes, best, "best", s=52, facecolors=ACCENT, edgecolors=PAPER, zorder=3)
 
 
 def tip(trial: Trial) -> str:
@@ -357,44 +360,44 @@ def short(value: object) -> str:
     """A setting to three digits; whole numbers and words as they are."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
 
 
+@rc_context(STYLE)
 def learning(sweep: Sweep) -> Markup:
     """The learning curves of all trials, the best on top."""
     trials = [trial for trial in sweep.trials if trial.curve]
     if not trials:
         return Markup()
-    with rc_context(STYLE):
-        axes = _axes("images seen")
-        faint = max(0.25, min(0.8, 12 / len(trials)))
-        for trial in sorted(trials, key=lambda t: t.name == sweep.best):
-            best = trial.name == sweep.best
-            look = {"color": ACCENT, "linewidth": 2.2} if best else {"color": SOFT, "alpha": faint, "linewidth": 1}
-            _line(axes, trial.curve, tip(trial), label="best" if best else "other trials", **look)
-        _level(axes, sweep.zero_shot)
-        _by_images(axes)
-        _legend(axes)
-        return _svg(axes, "Learning curves")
+    axes = _axes("images seen")
+    faint = max(0.25, min(0.8, 12 / len(trials)))
+    for trial in sorted(trials, key=lambda t: t.name == sweep.best):
+        best = trial.name == sweep.best
+        look = {"color": ACCENT, "linewidth": 2.2} if best else {"color": SOFT, "alpha": faint, "linewidth": 1}
+        _line(axes, trial.curve, tip(trial), label="best" if best else "other trials", **look)
+    _level(axes, sweep.zero_shot)
+    _by_images(axes)
+    _legend(axes)
+    return _svg(axes, "Learning curves")
 
 
+@rc_context(STYLE)
 def importance(sweep: Sweep) -> Markup:
     """How much each setting tells the best trials from the others, by Optuna."""
     shares = shares_of(sweep)
     if not shares:
         return Markup()
-    with rc_context(STYLE):
-        names = list(shares)
-        axes = _axes(height=26 + 34 * len(names))
-        for i, (name, share) in enumerate(shares.items()):
-            axes.hlines([-34 * i], 0, 1, color=RULE, linewidth=5)
-            (bar,) = axes.plot([0, max(share, 0.001)], [-34 * i] * 2, color=ACCENT, linewidth=5, clip_on=False)
-            bar.set_url(f"{name}: {share:.0%}")
-            _heading(axes, -34 * i + 14, name, f"{share:.0%}")
-        axes.set_xlim(0, 1)
-        axes.set_ylim(-34 * len(names) + 22, 26)
-        axes.set_axis_off()
-        return _svg(axes, "Importance of the settings")
+    names = list(shares)
+    axes = _axes(height=26 + 34 * len(names))
+    for i, (name, share) in enumerate(shares.items()):
+        axes.hlines([-34 * i], 0, 1, color=RULE, linewidth=5)
+        (bar,) = axes.plot([0, max(share, 0.001)], [-34 * i] * 2, color=ACCENT, linewidth=5, clip_on=False)
+        bar.set_url(f"{name}: {share:.0%}")
+        _heading(axes, -34 * i + 14, name, f"{share:.0%}")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(-34 * len(names) + 22, 26)
+    axes.set_axis_off()
+    return _svg(axes, "Importance of the settings")
 
 
 def shares_of(sweep: Sweep) -> dict[str, float]:
@@ -465,22 +468,22 @@ class Scale:
         return [float(f"{value:.6g}") for value in found if low * 0.999 <= value <= high * 1.001] or [low, high]
 
 
+@rc_context(STYLE)
 def cut(sweep: Sweep, name: str) -> Markup:
     """The trials' figures by one setting."""
     scale = Scale(sweep.search[name])
     found = [t for t in sweep.trials if t.score is not None and name in t.settings]
     if not found:
         return Markup()
-    with rc_context(STYLE):
-        axes = _axes(height=190)
-        if scale.range.off is not None:
-            axes.axvline(OFF / 2, color=RULE)
-        _scattered(axes, sweep, [(scale.place(t.settings[name]) + _aside(scale, t, name), t) for t in found])
-        _level(axes, sweep.zero_shot)
-        axes.set_xlim(-0.04, 1.04)
-        axes.margins(y=0.1)
-        axes.set_xticks(*zip(*scale.ticks, strict=True))
-        return _svg(axes, f"Validation mAP by {name}")
+    axes = _axes(height=190)
+    if scale.range.off is not None:
+        axes.axvline(OFF / 2, color=RULE)
+    _scattered(axes, sweep, [(scale.place(t.settings[name]) + _aside(scale, t, name), t) for t in found])
+    _level(axes, sweep.zero_shot)
+    axes.set_xlim(-0.04, 1.04)
+    axes.margins(y=0.1)
+    axes.set_xticks(*zip(*scale.ticks, strict=True))
+    return _svg(axes, f"Validation mAP by {name}")
 
 
 def _aside(scale: Scale, trial: Trial, name: str) -> float:
@@ -490,6 +493,7 @@ def _aside(scale: Scale, trial: Trial, name: str) -> float:
     return 0.05 * (trial.number * 0.618 % 1 - 0.5)
 
 
+@rc_context(STYLE)
 def parallel(sweep: Sweep) -> Markup:
     """A line a trial through its settings, one axis below the other, down to what it reached."""
     trials = sorted((t for t in sweep.trials if t.score is not None), key=lambda t: t.score or 0)
@@ -499,20 +503,19 @@ def parallel(sweep: Sweep) -> Markup:
     low, high = trials[0].score or 0, trials[-1].score or 0
     reached = Scale(Range("uniform", (low, high if high > low else low + 1e-3)))
     top = max(1, len(trials) // 10)
-    with rc_context(STYLE):
-        step = 54
-        axes = _axes(height=step * (len(scales) + 1) + 6)
-        for i, trial in enumerate(trials):
-            places = [scales[n].place(trial.settings[n]) if n in trial.settings else math.nan for n in scales]
-            ys = [-step * j for j in range(len(scales) + 1)]
-            look = _parallel_look(trial.name == sweep.best, i >= len(trials) - top, len(trials))
-            _line(axes, list(zip([*places, reached.place(trial.score)], ys, strict=True)), tip(trial), **look)
-        for j, (name, scale) in enumerate([*scales.items(), ("validation mAP", reached)]):
-            _parallel_axis(axes, -step * j, name, scale)
-        axes.set_xlim(-0.04, 1.04)
-        axes.set_ylim(-step * len(scales) - 22, 30)
-        axes.set_axis_off()
-        return _svg(axes, "Settings of all trials and what they reached")
+    step = 54
+    axes = _axes(height=step * (len(scales) + 1) + 6)
+    for i, trial in enumerate(trials):
+        places = [scales[n].place(trial.settings[n]) if n in trial.settings else math.nan for n in scales]
+        ys = [-step * j for j in range(len(scales) + 1)]
+        look = _parallel_look(trial.name == sweep.best, i >= len(trials) - top, len(trials))
+        _line(axes, list(zip([*places, reached.place(trial.score)], ys, strict=True)), tip(trial), **look)
+    for j, (name, scale) in enumerate([*scales.items(), ("validation mAP", reached)]):
+        _parallel_axis(axes, -step * j, name, scale)
+    axes.set_xlim(-0.04, 1.04)
+    axes.set_ylim(-step * len(scales) - 22, 30)
+    axes.set_axis_off()
+    return _svg(axes, "Settings of all trials and what they reached")
 
 
 def _parallel_look(best: bool, leading: bool, number: int) -> dict[str, Any]:

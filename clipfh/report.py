@@ -203,7 +203,7 @@ def splits(models: Sequence[Measured]) -> list[tuple[str, list[Figures]]]:
     """Mean and deviation over random splits, a line a measure."""
     found = [
         (label, [(m.figures.get("random_splits") or {}).get(key) or {} for m in models])
-        for key, label in LABELS.items()
+        for key, label in CHARTED.items()
     ]
     return [(label, each) for label, each in found if any(known(one.get("mean")) for one in each)]
 

@@ -48,10 +48,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics.json`, and `evaluation.json`, which names the catalogue."""
+    """`metrics.json`, and `evaluation.json`, which tells of what."""
 
     name: str
     models: list[Measured]
+    """one"""
+    told: Mapping[str, Any]
+    """`catalogue`, `split`, `model` and `checkpoint`; empty where they are not known"""
     kind = "Evaluation"
     val_mAP = None
 
@@ -213,8 +216,9 @@ def read(path: str | Path) -> Shown:
         return _read_run(folder)
     figures = _read_json(folder / "metrics.json")
     if "mAP" in figures:
-        name, catalogue = folder.resolve().name, _read_json(folder / "evaluation.json").get("catalogue", {})
-        return Evaluation(name, [Measured("", figures, folder / "predictions.parquet", catalogue)])
+        told = _read_json(folder / "evaluation.json")
+        model = Measured("", figures, folder / "predictions.parquet", told.get("catalogue", {}))
+        return Evaluation(folder.resolve().name, [model], told)
     raise UserError(
         f"{path} holds nothing to report: name the folder of an evaluation (metrics.json), of a sweep (sweep.yaml) "
         "or of a run that has reported (experiment.json, metrics.jsonl)"

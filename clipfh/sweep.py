@@ -264,7 +264,8 @@ def run(
         tell(note)
     trials = _search(sweep, inputs, out, resources, concurrent, Watch(board, tell, sweep.trials), resume)
     rows = board.write(trials)
-    return _finish(sweep, catalogue, clip, base, texts, out, rows, time.monotonic() - started, tell)
+    about = {"resources": dataclasses.asdict(resources), "notes": train.notes_on(inputs)}
+    return _finish(sweep, catalogue, clip, base, texts, out, rows, about, time.monotonic() - started, tell)
 
 
 def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
@@ -391,6 +392,7 @@ def _finish(
     texts: dict[str, str],
     out: Path,
     rows: list[dict[str, Any]],
+    about: dict[str, Any],
     seconds: float,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -421,6 +423,7 @@ def _finish(
         "experiment": config.flat(experiment),
         "searched": list(sweep.search),
         "catalogue": {"path": str(catalogue.path), **{k: catalogue.manifest[k] for k in ("hash", "counts")}},
+        **about,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report.write([out], None)
