@@ -54,6 +54,7 @@ STYLE: Any = {
     "lines.solid_capstyle": "round",
     "figure.facecolor": "none",
 }
+LINK = "{http://www.w3.org/1999/xlink}href"
 DOT, SMALL_DOT = 22, 14
 """areas of marks, in square points"""
 MARKERS = "osD^vP"
@@ -83,9 +84,9 @@ def _svg(axes: Axes, title: str) -> Markup:
     root = ElementTree.fromstring(file.getvalue())
     own = hashlib.sha256(file.getvalue()).hexdigest()[:6]
     for parent in list(root.iter()):
-        for child in [c for c in parent if c.tag.endswith(("}metadata", "}style"))]:
+        for child in [c for c in parent if c.tag.endswith(("}metadata", "}style", "}clipPath"))]:
             parent.remove(child)
-    used = {word for e in root.iter() for v in e.attrib.values() for word in re.findall(r"#([\w-]+)", v)}
+    used = {value[1:] for element in root.iter() for name, value in element.attrib.items() if name == LINK}
     for element in root.iter():
         _simplify(element, used, own)
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
@@ -96,21 +97,20 @@ def _svg(axes: Axes, title: str) -> Markup:
 def _simplify(element: ElementTree.Element, used: set[str], own: str) -> None:
     """Make an element of matplotlib's fit for HTML: no namespaces, ids of the figure's own, a link's text as a tip."""
     element.tag = element.tag.rpartition("}")[2]
-    link = "{http://www.w3.org/1999/xlink}href"
-    attributes = dict(element.attrib)
+    attributes = {name: value for name, value in element.attrib.items() if name != "clip-path"}
     if attributes.get("id") not in used:
         attributes.pop("id", None)
     if element.tag == "a":
-        element.tag, attributes = "g", {"class": "tip", "tip": attributes[link]}
+        element.tag, attributes = "g", {"class": "tip", "tip": attributes[LINK]}
     for name in ("d", "x", "y", "transform"):
         if name in attributes:
             attributes[name] = re.sub(r"(\.\d\d)\d+", r"\1", attributes[name]).replace("\n", "")
     if "id" in attributes:
         attributes["id"] = f"{own}{attributes['id']}"
-    if link in attributes:
-        attributes["href"] = f"#{own}{attributes.pop(link)[1:]}"
+    if LINK in attributes:
+        attributes["href"] = f"#{own}{attributes.pop(LINK)[1:]}"
     if "style" in attributes:
-        attributes["style"] = re.sub(r"font: ((?:\d+ )?)([\d.]+px)[^;]*", r"font-size: \2", attributes["style"])
+        attributes["style"] = re.sub(r"font-family: [^;]*(; )?", "", attributes["style"])
     if "tip" in attributes:
         tip = ElementTree.Element("title")
         tip.text = attributes.pop("tip")
@@ -163,11 +163,11 @@ def strongest(models: Sequence[Measured]) -> int:
 
 
 def intervals(models: Sequence[Measured], parts: Sequence[Part], key: str) -> list[Markup]:
-    """A line for each part, with each model's figure and interval; many parts in up to three figures of one scale."""
+    """A line for each part (one or more), by model with interval; many parts in up to three figures of one scale."""
     rows = [(part.label, [_whisker(figures, key) for figures in part.figures]) for part in parts]
     rows = [(label, each) for label, each in rows if any(each)]
-    step = max(8, math.ceil(len(rows) / 3))
-    ends = _ends(rows)
+    number = min(3, math.ceil(len(rows) / 8))
+    step, ends = math.ceil(len(rows) / number), _ends(rows)
     return [_whiskers(models, rows[i : i + step], f"{key} with intervals", ends) for i in range(0, len(rows), step)]
 
 
@@ -512,7 +512,7 @@ def parallel(sweep: Sweep) -> Markup:
         _line(axes, list(zip([*places, reached.place(trial.score)], ys, strict=True)), tip(trial), **look)
     for j, (name, scale) in enumerate([*scales.items(), ("validation mAP", reached)]):
         _parallel_axis(axes, -step * j, name, scale)
-    axes.set_xlim(-0.04, 1.04)
+    axes.set_xlim(0, 1)
     axes.set_ylim(-step * len(scales) - 22, 30)
     axes.set_axis_off()
     return _svg(axes, "Settings of all trials and what they reached")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -61,10 +62,10 @@ def page(names: Sequence[str], shown: Sequence[Shown]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    words.filters |= {f.__name__: f for f in (score, count, duration, gap, plots.short, with_interval)}
+    words.filters |= {f.__name__: f for f in (score, count, duration, gap, plots.short, with_interval, breakable)}
     words.globals |= {"plots": plots, "CHARTED": CHARTED, "NONE": NONE}
-    words.globals |= {f.__name__: f for f in (verdict, parts, groups, measures, reranked, counted, splits, wall)}
-    words.globals |= {f.__name__: f for f in (losses, meaning, space_of, command, manifest, cost)}
+    words.globals |= {f.__name__: f for f in (verdict, parts, variants, groups, measures, reranked, counted)}
+    words.globals |= {f.__name__: f for f in (splits, wall, losses, meaning, space_of, command, manifest, cost)}
     made = f"clipfh {__version__}, {datetime.now():%Y-%m-%d %H:%M}"
     models = [
         Measured(name, each.figures, each.models[-1].predictions, each.models[-1].catalogue)
@@ -101,6 +102,11 @@ def with_interval(figures: Figures, key: str) -> Markup:
     ends = (figures.get("intervals") or {}).get(key)
     interval = f" <small>[{score(ends[0])}, {score(ends[1])}]</small>" if ends else ""
     return escape(score(figures.get(key))) + Markup(interval)
+
+
+def breakable(name: str) -> Markup:
+    """A setting's name, which may go on in the next line after a dot or an underscore."""
+    return Markup("<wbr>").join(re.findall(r"[^._]+[._]?", name))
 
 
 def gap(line: Mapping[str, Any], term: str) -> str:
@@ -175,10 +181,17 @@ def parts(models: Sequence[Measured], names: Mapping[str, str], where: str = "")
     return [part for part in found if any(known(each.get("mAP")) for each in part.figures)]
 
 
+def variants(models: Sequence[Measured]) -> list[Part]:
+    """The same and other variants; none where there is but one, which would say what is said already."""
+    found = parts(models, {"same": "Same variant", "cross": "Other variants"}, "variant")
+    return found if len(found) > 1 else []
+
+
 def groups(models: Sequence[Measured], where: str) -> list[Part]:
-    """The groups of `by_category` or `by_gender`, the largest first."""
+    """The groups of `by_category` or `by_gender`, the largest first; none where there is but one."""
     names = {name: name or NONE for model in models for name in model.figures.get(where) or {}}
-    return sorted(parts(models, names, where), key=lambda part: (-part.num_query, part.label))
+    found = sorted(parts(models, names, where), key=lambda part: (-part.num_query, part.label))
+    return found if len(found) > 1 else []
 
 
 def measures(models: Sequence[Measured]) -> dict[str, str]:

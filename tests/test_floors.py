@@ -10,8 +10,9 @@ import clipfh
 FLOORS = [
     {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources"},
     {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "space", "cluster"},
-    {"stream", "evaluate", "learner"},
-    {"train", "export", "report", "status"},
+    {"stream", "evaluate", "learner", "results"},
+    {"train", "export", "plots", "finds", "status"},
+    {"report"},
     {"sweep"},
     {"cli", "demo"},
 ]
