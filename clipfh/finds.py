@@ -40,6 +40,10 @@ class Line:
     model: str
     precision: float
     """average precision, by the finds that are listed"""
+    first: int | None
+    """place of the first right one; None where none is listed"""
+    listed: int
+    """how many finds are"""
     finds: list[Find]
 
 
@@ -80,10 +84,7 @@ def walls(models: Sequence[Measured]) -> tuple[list[Wall], dict[str, str]]:
     shown = []
     for words, own in chosen:
         queries = [
-            Query(
-                listed[0].paths[i],
-                [Line(p.model, float(ap[i]), p.finds(i)) for p, ap in zip(listed, precision, strict=True)],
-            )
+            Query(listed[0].paths[i], [p.line(i, float(ap[i])) for p, ap in zip(listed, precision, strict=True)])
             for i in own
         ]
         shown += [Wall(*words, queries)] if queries else []
@@ -125,10 +126,14 @@ class _Predictions:
         before = np.repeat((found - self.match)[self.starts], np.diff([*self.starts, len(found)]))
         return np.add.reduceat(self.match * (found - before) / self.rank, self.starts) / np.maximum(answers, 1)
 
-    def finds(self, i: int) -> list[Find]:
-        """The first of a query."""
-        ends = [*self.starts, len(self.rank)]
-        rows = range(ends[i], min(ends[i] + TOP, ends[i + 1]))
+    def line(self, i: int, precision: float) -> Line:
+        """What was found for a query."""
+        start, end = [*self.starts, len(self.rank)][i : i + 2]
+        right = np.flatnonzero(self.match[start:end])
+        first = int(right[0]) + 1 if len(right) else None
+        return Line(self.model, precision, first, int(end - start), self._finds(range(start, min(start + TOP, end))))
+
+    def _finds(self, rows: Iterable[int]) -> list[Find]:
         return [Find(self.gallery[r], bool(self.match[r]), float(self.similarity[r])) for r in rows]
 
 

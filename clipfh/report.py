@@ -72,7 +72,8 @@ def page(names: Sequence[str], shown: Sequence[Shown]) -> str:
         for name, each in zip(names, shown, strict=True)
         if each.models
     ]
-    return words.get_template("report.html").render(names=names, shown=shown, models=models, made=made)
+    runs = [(name, each) for name, each in zip(names, shown, strict=True) if isinstance(each, Run)]
+    return words.get_template("report.html").render(names=names, shown=shown, models=models, runs=runs, made=made)
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------

@@ -247,14 +247,13 @@ def test_pictures_show_what_was_gained_and_what_stays_hard(small_catalogue, tmp_
     before = make_pictured(tmp_path / "before", small_catalogue, [i == number - 1 for i in range(number)])
     after = make_pictured(tmp_path / "after", small_catalogue, [i == 0 for i in range(number)])
     paths = small_catalogue.rows("query")["path"].to_pylist()
-    shown = {
-        wall.title: wall.queries
-        for wall in report.wall(report.read(before).models + report.read(after).models)["walls"]
-    }
+    walls, _ = finds.walls(report.read(before).models + report.read(after).models)
+    shown = {wall.title: wall.queries for wall in walls}
     assert [query.path for query in shown["Gained most"]] == [paths[0]]
     assert [query.path for query in shown["Lost most"]] == [paths[-1]]
     gained = shown["Gained most"][0].lines
     assert gained[1].precision == 1 > gained[0].precision and gained[1].finds[0].is_right
+    assert gained[1].first == 1 < gained[0].first
     page = Page(report.write([before, after], tmp_path / "page.html"))
     pictures = page.values("src")
     assert len(pictures) > 40 and all(picture.startswith("data:image/webp;base64,") for picture in pictures)
@@ -282,6 +281,13 @@ def test_several_are_compared_first(tmp_path):
     links = [link for link in page.values("href") if link.startswith("#part")]
     assert {"#part-1", "#part-2", "#part-3"} <= set(links) and {link[1:] for link in links} <= set(page.values("id"))
     assert "compare them with care" not in page.text
+
+
+def test_runs_are_compared_by_their_curves(tmp_path):
+    folders = [make_run(tmp_path / name, reports(top)) for name, top in (("weak", 0.3), ("strong", 0.7))]
+    page = Page(report.write([make_evaluation(tmp_path / "e"), *folders], tmp_path / "page.html"))
+    drawing = page.source[page.source.index('aria-label="Validation mAP by images seen"') :]
+    assert "<title>weak</title>" in drawing and "<title>strong</title>" in drawing
 
 
 def test_a_comparison_over_different_images_is_said_to_be_one(tmp_path):
