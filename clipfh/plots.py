@@ -9,7 +9,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -321,7 +321,7 @@ def history(sweep: Sweep) -> Markup:
         top = max(top, trial.score or 0)
         steps.append((trial.number, top))
     _line(axes, [*steps, (sweep.trials[-1].number, top)], color=ACCENT, drawstyle="steps-post", label="best so far")
-    _scattered(axes, sweep, [(trial.number, trial) for trial in found])
+    _scattered(axes, sweep, [(trial.number, trial, tip(trial, sweep.search)) for trial in found])
     lost = [trial for trial in sweep.trials if trial.is_lost]
     scores = [trial.score or 0 for trial in found] + ([] if sweep.zero_shot is None else [sweep.zero_shot])
     low = min(scores) - 0.1 * (max(scores) - min(scores))
@@ -333,27 +333,23 @@ def history(sweep: Sweep) -> Markup:
     return _svg(axes, "Validation mAP by trial")
 
 
-def _scattered(axes: Axes, sweep: Sweep, placed: Sequence[tuple[float, Trial]]) -> None:
-    """A mark for each trial: hollow where it was stopped early, large for the best."""
+def _scattered(axes: Axes, sweep: Sweep, placed: Sequence[tuple[float, Trial, str]]) -> None:
+    """A mark for each trial, with its tip: hollow where it did not use its whole budget, large for the best."""
     size = DOT if len(placed) <= 60 else SMALL_DOT
-    marks = [(trial, (x, trial.score or 0, tip(trial))) for x, trial in placed]
+    marks = [(trial, (x, trial.score or 0, said)) for x, trial, said in placed]
     others = [(trial.status == "done", mark) for trial, mark in marks if trial.name != sweep.best]
     hollow, full = ([mark for whole, mark in others if whole == kind] for kind in (False, True))
-    _marks(axes, hollow, "stopped early", s=size, facecolors=PAPER, edgecolors=QUIET, zorder=2.5)
+    _marks(axes, hollow, "part of the budget", s=size, facecolors=PAPER, edgecolors=QUIET, zorder=2.5)
     _marks(axes, full, "whole budget", s=size, facecolors=SOFT, edgecolors=PAPER, linewidth=0.5, zorder=2.5)
     best = [mark for trial, mark in marks if trial.name == sweep.best]
     _marks(axes, best, "best", s=52, facecolors=ACCENT, edgecolors=PAPER, zorder=3)
 
 
-def tip(trial: Trial) -> str:
-    """Name, figure and settings of a trial."""
+def tip(trial: Trial, names: Iterable[str]) -> str:
+    """Name and figure of a trial, and these of its settings."""
     score = "no figure" if trial.score is None else f"{trial.score:.3f}"
-    return "\n".join(
-        [
-            f"trial {trial.name}, {trial.status}: {score}",
-            *(f"{name.rpartition('.')[2]} {short(value)}" for name, value in trial.settings.items()),
-        ]
-    )
+    settings = [f"{name} {short(trial.settings[name])}" for name in names if name in trial.settings]
+    return "\n".join([f"trial {trial.name}, {trial.status}: {score}", *settings])
 
 
 def short(value: object) -> str:
@@ -374,7 +370,7 @@ def learning(sweep: Sweep) -> Markup:
     for trial in sorted(trials, key=lambda t: t.name == sweep.best):
         best = trial.name == sweep.best
         look = {"color": ACCENT, "linewidth": 2.2} if best else {"color": SOFT, "alpha": faint, "linewidth": 1}
-        _line(axes, trial.curve, tip(trial), label="best" if best else "other trials", **look)
+        _line(axes, trial.curve, tip(trial, sweep.search), label="best" if best else "other trials", **look)
     _level(axes, sweep.zero_shot)
     _by_images(axes)
     _legend(axes)
@@ -406,7 +402,7 @@ def shares_of(sweep: Sweep) -> dict[str, float]:
     By PED-ANOVA, which also judges a setting that only some of the trials have. One that can be off counts with its
     switch.
     """
-    if not sweep.study.is_file() or len(sweep.search) < 2:
+    if not sweep.study.is_file() or len(sweep.search) < 2 or len(sweep.trials) < ENOUGH:
         return {}
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -478,7 +474,8 @@ def cut(sweep: Sweep, name: str) -> Markup:
     axes = _axes(height=190)
     if scale.range.off is not None:
         axes.axvline(OFF / 2, color=RULE)
-    _scattered(axes, sweep, [(scale.place(t.settings[name]) + _aside(scale, t, name), t) for t in found])
+    places = [scale.place(t.settings[name]) + _aside(scale, t, name) for t in found]
+    _scattered(axes, sweep, [(x, t, tip(t, [name])) for x, t in zip(places, found, strict=True)])
     _level(axes, sweep.zero_shot)
     axes.set_xlim(-0.04, 1.04)
     axes.margins(y=0.1)
@@ -509,7 +506,7 @@ def parallel(sweep: Sweep) -> Markup:
         places = [scales[n].place(trial.settings[n]) if n in trial.settings else math.nan for n in scales]
         ys = [-step * j for j in range(len(scales) + 1)]
         look = _parallel_look(trial.name == sweep.best, i >= len(trials) - top, len(trials))
-        _line(axes, list(zip([*places, reached.place(trial.score)], ys, strict=True)), tip(trial), **look)
+        _line(axes, list(zip([*places, reached.place(trial.score)], ys, strict=True)), tip(trial, sweep.search), **look)
     for j, (name, scale) in enumerate([*scales.items(), ("validation mAP", reached)]):
         _parallel_axis(axes, -step * j, name, scale)
     axes.set_xlim(0, 1)
