@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from clipfh import UserError, __version__, config, finds, plots
-from clipfh.results import ZERO_SHOT, Evaluation, Figures, Measured, Part, Run, Shown, Sweep, known, read, usual
+from clipfh import UserError, __version__, config, finds, plots, searched
+from clipfh.results import ZERO_SHOT, Evaluation, Figures, Measured, Part, Run, Shown, Sweep, known, read, short, usual
 
 NONE = "–"
 RANKS = {f"rank{k}": f"Rank-{k}" for k in (1, 5, 10, 20, 30, 40, 50)}
@@ -62,8 +62,8 @@ def page(names: Sequence[str], shown: Sequence[Shown]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    words.filters |= {f.__name__: f for f in (score, count, duration, gap, plots.short, with_interval, breakable)}
-    words.globals |= {"plots": plots, "CHARTED": CHARTED, "NONE": NONE}
+    words.filters |= {f.__name__: f for f in (score, count, duration, gap, short, with_interval, breakable)}
+    words.globals |= {"plots": plots, "searched": searched, "CHARTED": CHARTED, "NONE": NONE}
     words.globals |= {f.__name__: f for f in (verdict, parts, variants, groups, measures, reranked, counted)}
     words.globals |= {f.__name__: f for f in (splits, wall, losses, meaning, space_of, command, manifest, cost)}
     made = f"clipfh {__version__}, {datetime.now():%Y-%m-%d %H:%M}"
@@ -136,7 +136,7 @@ def _of_run(run: Run) -> Markup:
     if not run.best:
         return escape(f"No validation figure yet.{end}")
     images, epochs = (run.settings[f"budget.{unit}"] for unit in ("images", "epochs"))
-    budget = f"{count(images)} images" if images else f"{plots.short(epochs)} epochs"
+    budget = f"{count(images)} images" if images else f"{short(epochs)} epochs"
     best = f"Best validation mAP {score(run.val_mAP)}, after {count(run.best.get('images'))} images"
     return escape(f"{best}; {count(run.reports[-1].get('images'))} seen of a budget of {budget}.{end}")
 
@@ -246,9 +246,9 @@ def space_of(sweep: Sweep) -> list[tuple[str, str, str]]:
     for name, found in sweep.search.items():
         between = " to " if found.kind != "choice" else ", "
         log = " (log)" if found.kind == "loguniform" else ""
-        off = "" if found.off is None else f", or {plots.short(found.off)}"
-        where = between.join(map(plots.short, found.values)) + log + off
-        rows.append((name, where, plots.short(best[name]) if name in best else NONE))
+        off = "" if found.off is None else f", or {short(found.off)}"
+        where = between.join(map(short, found.values)) + log + off
+        rows.append((name, where, short(best[name]) if name in best else NONE))
     return rows
 
 

@@ -271,6 +271,13 @@ def known(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def short(value: object) -> str:
+    """A setting to three digits; whole numbers and words as they are."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.3g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+
+
 def usual(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the settings of this stage and model are by default."""
     return config.flat(config.resolve(settings["stage"], None, {"model.name": settings["model.name"]}))

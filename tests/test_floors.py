@@ -8,10 +8,10 @@ from pathlib import Path
 import clipfh
 
 FLOORS = [
-    {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources"},
+    {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources", "drawing"},
     {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "space", "cluster"},
     {"stream", "evaluate", "learner", "results"},
-    {"train", "export", "plots", "finds", "status"},
+    {"train", "export", "plots", "searched", "finds", "status"},
     {"report"},
     {"sweep"},
     {"cli", "demo"},

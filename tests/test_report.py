@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from madeup import FILE, figures, finish, reports, write_sweep
 
-from clipfh import UserError, config, finds, report
+from clipfh import UserError, config, finds, report, searched
 
 HOSTILE = "<script>alert('a & \"b\"')</script>"
 VOID = {"meta", "br", "img", "wbr"}
@@ -162,8 +162,8 @@ def drawings(page: Page, *settings: str) -> list[str]:
 
 def test_the_setting_that_matters_is_named_first(tmp_path):
     folder = make_sweep(tmp_path / "s", "d" * 60)
-    assert next(iter(report.plots.shares_of(report.read(folder)))) == "optimizer.lr"
-    assert report.plots.shares_of(report.read(make_sweep(tmp_path / "few", "d" * 5))) == {}
+    assert next(iter(searched.shares_of(report.read(folder)))) == "optimizer.lr"
+    assert searched.shares_of(report.read(make_sweep(tmp_path / "few", "d" * 5))) == {}
 
 
 def test_a_sweep_of_one_setting(tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from clipfh.plots import Scale
+from clipfh.searched import Scale
 from clipfh.space import Range
 
 
