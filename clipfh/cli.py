@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import json
 import os
 import shutil
 import signal
@@ -381,6 +382,9 @@ def evaluate(args: argparse.Namespace) -> None:
             embedded = evaluate.embed(opened, splits, clip, experiment.model, texts, tell)
             evaluate.keep(out, mark, embedded)
     found = evaluate.measure(out, embedded, args.random_splits, args.skip_unmatched, args.rerank)
+    of = {"path": str(opened.path), "hash": opened.manifest["hash"]}
+    told = {"catalogue": of, "split": args.split, "model": experiment.model.name, "checkpoint": args.checkpoint}
+    (out / "evaluation.json").write_text(json.dumps(told, indent=2) + "\n")
     print(_figures(found))
     print(f"all figures: {out}/metrics.json; the first {evaluate.TOP} finds of each query: {out}/predictions.parquet")
 

@@ -20,6 +20,36 @@ from clipfh.space import Sweep, resolved
 from clipfh.trials import ZERO_SHOT, Leaderboard, Watch, search
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """What the parts of a sweep share."""
+
+    sweep: Sweep
+    catalogue: Catalogue
+    out: Path
+    base: config.Experiment
+    """of which the model, its weights and the prompts are those of all trials"""
+    clip: nn.Module
+    """before any tuning"""
+    texts: dict[str, str]
+    """item to prompt, of the items that are not trained on"""
+    resources: cluster.Resources
+    tell: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Winner:
+    """What the search and what follows it came to."""
+
+    trial: str
+    val_mAP: float
+    """of the trial, or the mean of its settings trained again"""
+    run: Path | None
+    """whose weights are taken; None for zero-shot"""
+    again: dict[str, list[float]]
+    """trial to validation mAPs of its settings with other seeds"""
+
+
 def run(
     sweep: Sweep,
     catalogue: Catalogue,
@@ -48,70 +78,16 @@ def run(
     base = sweep.experiment(sweep.first)
     resources = cluster.place(sweep.placement, alone=False)
     tell(f"{sweep.trials} trials, {cluster.at_once(sweep.placement, resources)} at once, each {resources}")
-    clip = train.start_of(base)
-    texts = train.prompts_of(catalogue, base, "val_query", "val_gallery", "query", "gallery")
-    zero_shot = _zero_shot(catalogue, clip, base, texts, out / "trials" / ZERO_SHOT)
-    tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {zero_shot:.3f}")
+    texts = train.prompts_of(catalogue, base, *train.VALIDATION, "query", "gallery")
+    begun = _Begun(sweep, catalogue, out, base, train.start_of(base), texts, resources, tell)
+    zero_shot = _zero_shot(begun)
+    inputs = _inputs(begun, zero_shot)
     board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
-    widest = max((sweep.experiment(each) for each in sweep.corners("batch.items")), key=lambda e: e.batch.items)
-    inputs = train.inputs_of(catalogue, widest, clip)  # raises where the largest P is more than the items
-    inputs = dataclasses.replace(inputs, start_val_mAP=zero_shot)
-    for note in train.notes_on(inputs):
-        tell(note)
-    trials = search(sweep, inputs, out, resources, Watch(board, tell, sweep.trials, each_report), resume)
-    rows = board.write(trials)
-    winner = _winner(sweep, catalogue, clip, inputs, out, rows, resources, tell)
-    return _finish(sweep, catalogue, clip, base, texts, out, rows, winner, time.monotonic() - started, tell)
-
-
-@dataclass(frozen=True)
-class Winner:
-    """What the search and what follows it came to."""
-
-    trial: str
-    val_mAP: float
-    """of the trial, or the mean of its settings trained again"""
-    run: Path | None
-    """whose weights are taken; None for zero-shot"""
-    again: dict[str, list[float]]
-    """trial to validation mAPs of its settings with other seeds"""
-
-
-def _winner(
-    sweep: Sweep,
-    catalogue: Catalogue,
-    clip: nn.Module,
-    inputs: train.Inputs,
-    out: Path,
-    rows: list[dict[str, Any]],
-    resources: cluster.Resources,
-    tell: Callable[[str], None],
-) -> Winner:
-    """Choose by validation mAP alone; train the leading settings again, and the winner with all items, where asked."""
-    trial, score = rows[0]["trial"], float(rows[0]["val_mAP"])
-    run, again = out / "trials" / trial, dict[str, list[float]]()
-    leading = final.leaders(rows, out, sweep.final.top)
-    if leading:
-        tell(f"now trials {', '.join(leading)} again, each with {sweep.final.seeds} other seeds")
-        at_once = cluster.at_once(sweep.placement, resources)
-        again = final.again(leading, sweep.final, inputs, out / "final", resources, at_once, tell)
-        trial = final.best(again)
-        score, run = mean(again[trial]), final.best_run(out / "final", trial, again[trial])
-        if score <= float(zero_shot_of(rows)["val_mAP"]):
-            trial, score = ZERO_SHOT, float(zero_shot_of(rows)["val_mAP"])
-    if trial == ZERO_SHOT:
-        return Winner(trial, score, None, again)
-    if sweep.final.refit:
-        tell(f"now trial {trial}'s settings on train and validation items together")
-        experiment = config.load(out / "trials" / trial / checkpoint.EXPERIMENT)
-        whole = train.inputs_of(catalogue, experiment, clip, with_validation=True)
-        run = final.refit(experiment, whole, out / "final", resources)
-    return Winner(trial, score, run, again)
-
-
-def zero_shot_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The zero-shot model's row of a leaderboard."""
-    return next(row for row in rows if row["trial"] == ZERO_SHOT)
+    watch = Watch(board, tell, sweep.trials, each_report)
+    rows = board.write(search(sweep, inputs, out, resources, watch, resume))
+    winner = _winner(begun, inputs, rows)
+    about = {"resources": dataclasses.asdict(resources), "notes": train.notes_on(inputs)}
+    return _finish(begun, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
 
 
 def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
@@ -126,60 +102,96 @@ def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
     file.write_text(resolved(sweep))
 
 
-def _zero_shot(
-    catalogue: Catalogue, clip: nn.Module, experiment: config.Experiment, texts: dict[str, str], folder: Path
-) -> float:
+def _zero_shot(begun: _Begun) -> float:
     """Validation mAP of the model before any tuning; kept, so that a resumed sweep does not ask again."""
+    folder = begun.out / "trials" / ZERO_SHOT
     if not (folder / "metrics.json").exists():
-        embedded = evaluate.embed(catalogue, evaluate.splits_of("val"), clip, experiment.model, texts)
+        val = evaluate.splits_of("val")
+        embedded = evaluate.embed(begun.catalogue, val, begun.clip, begun.base.model, begun.texts)
         evaluate.write(folder, evaluate.figures(embedded, 0), embedded)
-    return float(json.loads((folder / "metrics.json").read_text())["mAP"])
+    found = float(json.loads((folder / "metrics.json").read_text())["mAP"])
+    begun.tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {found:.3f}")
+    return found
 
 
-def _finish(
-    sweep: Sweep,
-    catalogue: Catalogue,
-    clip: nn.Module,
-    base: config.Experiment,
-    texts: dict[str, str],
-    out: Path,
-    rows: list[dict[str, Any]],
-    winner: Winner,
-    seconds: float,
-    tell: Callable[[str], None],
-) -> dict[str, Any]:
+def _inputs(begun: _Begun, zero_shot: float) -> train.Inputs:
+    """What all trials read.
+
+    Raises:
+        UserError: the largest P that may be drawn is more than the items.
+    """
+    corners = (begun.sweep.experiment(corner) for corner in begun.sweep.corners("batch.items"))
+    widest = max(corners, key=lambda experiment: experiment.batch.items)
+    inputs = train.inputs_of(begun.catalogue, widest, begun.clip)
+    for note in train.notes_on(inputs):
+        begun.tell(note)
+    return dataclasses.replace(inputs, start_val_mAP=zero_shot)
+
+
+def _winner(begun: _Begun, inputs: train.Inputs, rows: list[dict[str, Any]]) -> _Winner:
+    """Choose by validation mAP alone; train the leading settings again, and the winner on all items, where asked."""
+    asked, out, folder = begun.sweep.final, begun.out, begun.out / "final"
+    trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
+    run, again = out / "trials" / trial, dict[str, list[float]]()
+    if leading := final.leaders(rows, out, asked.top):
+        begun.tell(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
+        at_once = cluster.at_once(begun.sweep.placement, begun.resources)
+        again = final.again(leading, asked, inputs, folder, begun.resources, at_once, begun.tell)
+        trial = final.best(again)
+        score, run = mean(again[trial]), final.best_run(folder, trial, again[trial])
+        if score <= zero_shot_of(rows):
+            trial, score = ZERO_SHOT, zero_shot_of(rows)
+    if trial == ZERO_SHOT:
+        return _Winner(trial, score, None, again)
+    if asked.refit:
+        begun.tell(f"now trial {trial}'s settings on train and validation items together")
+        experiment = config.load(out / "trials" / trial / checkpoint.EXPERIMENT)
+        whole = train.inputs_of(begun.catalogue, experiment, begun.clip, with_validation=True)
+        run = final.refit(experiment, whole, folder, begun.resources)
+    return _Winner(trial, score, run, again)
+
+
+def zero_shot_of(rows: list[dict[str, Any]]) -> float:
+    """Validation mAP of the zero-shot model on a leaderboard."""
+    return next(float(row["val_mAP"]) for row in rows if row["trial"] == ZERO_SHOT)
+
+
+def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
     """The winner and the zero-shot model on the test split, the export, the summary, the report."""
-    tell(f"winner: trial {winner.trial}, val mAP {winner.val_mAP:.3f}; now the test split")
-    experiment, best = base, clip
+    begun.tell(f"winner: trial {winner.trial}, val mAP {winner.val_mAP:.3f}; now the test split")
+    experiment, best, out = begun.base, begun.clip, begun.out
     if winner.run:
         weights = checkpoint.load(winner.run)
         assert weights.experiment is not None
         experiment, best = weights.experiment, model.with_weights(weights.experiment.model, weights.state, weights.path)
-    tested = {}
-    for name, each in (("zero_shot", clip), ("test", best)):
-        embedded = evaluate.embed(catalogue, evaluate.splits_of("test"), each, base.model, texts)
-        tested[name] = evaluate.figures(embedded, 10)
-        evaluate.write(out / "test" / ("zero-shot" if name == "zero_shot" else "winner"), tested[name], embedded)
+    tested = {key: _tested(begun, key, each) for key, each in (("zero_shot", begun.clip), ("test", best))}
     shutil.rmtree(out / "best", ignore_errors=True)
-    known = {**tested, "catalogue": export.account(catalogue)}
-    export.export(best, experiment, out / "best", known, export.photos_of(catalogue))
+    known = {**tested, "catalogue": export.account(begun.catalogue)}
+    export.export(best, experiment, out / "best", known, export.photos_of(begun.catalogue))
     summary = {
-        "name": sweep.name,
+        "name": begun.sweep.name,
         "best_trial": winner.trial,
         "val_mAP": winner.val_mAP,
-        "zero_shot_val_mAP": float(zero_shot_of(rows)["val_mAP"]),
-        "final": {"again": winner.again, "refit": bool(winner.run and winner.run.name == "refit")},
-        **tested,
+        "zero_shot_val_mAP": zero_shot_of(rows),
+        "final": {"again": winner.again, "refit": bool(winner.run and begun.sweep.final.refit)},
+        **known,
         "trials": len(rows) - 1,
         "failed": sum(row["status"] == "failed" for row in rows),
-        "seconds": round(seconds, 1),
         "experiment": config.flat(experiment),
-        "searched": list(sweep.search),
-        "catalogue": known["catalogue"],
+        "searched": list(begun.sweep.search),
+        **about,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report.write([out], None)
     return summary
+
+
+def _tested(begun: _Begun, key: str, clip: nn.Module) -> dict[str, Any]:
+    """Figures of a model on the test split; also written."""
+    embedded = evaluate.embed(begun.catalogue, evaluate.splits_of("test"), clip, begun.base.model, begun.texts)
+    found = evaluate.figures(embedded, 10)
+    evaluate.write(begun.out / "test" / {"zero_shot": "zero-shot", "test": "winner"}[key], found, embedded)
+    return found
 
 
 def outcome(summary: dict[str, Any], out: str | Path) -> str:

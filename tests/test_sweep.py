@@ -11,7 +11,7 @@ import ray
 import torch
 from ray.util.placement_group import placement_group_table
 
-from clipfh import UserError, catalogue, checkpoint, config, images, model, report, space, sweep
+from clipfh import UserError, catalogue, checkpoint, config, images, model, results, space, sweep
 
 TEXT = """
 name: tiny
@@ -104,7 +104,7 @@ def test_the_summary_has_both_models_on_the_test_split(finished):
         low, high = summary[which]["intervals"]["mAP"]
         assert low <= summary[which]["mAP"] <= high
     assert summary["test"]["num_query"] == summary["zero_shot"]["num_query"]
-    assert "zero-shot" in sweep.outcome(summary, out) and report.read(out).kind == "Sweep"
+    assert "zero-shot" in sweep.outcome(summary, out) and results.read(out).kind == "Sweep"
 
 
 def test_the_leader_is_trained_again_and_the_winner_with_all_items(finished, small_catalogue):
