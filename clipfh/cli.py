@@ -493,7 +493,7 @@ def export(args: argparse.Namespace) -> None:
     catalogue = export.catalogue_of(known)
     photos = export.photos_of(catalogue) if catalogue else []
     export.export(clip, weights.experiment, args.out, known, photos, args.onnx)
-    checked = f"{len(photos)} photos of {catalogue.path}" if catalogue else "noise, since its catalogue is not there"
+    checked = f"{len(photos)} photos of {catalogue.path}" if catalogue else "noise, as its catalogue is not there"
     print(f"checked with {checked}: embeddings equal the checkpoint's")
     if args.onnx:
         print(f"ONNX towers: {args.out}/{export.ONNX}")

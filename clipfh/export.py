@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clipfh import UserError, __version__, checkpoint, config, model, onnx
-from clipfh.catalogue import Catalogue, open_catalogue
+from clipfh.catalogue import SPLITS, Catalogue, open_catalogue
 
 TOLERANCE = 1e-5
 ONNX = "onnx"
@@ -46,13 +46,13 @@ def export(
         experiment: that made them.
         out: folder to write; must not exist, or be empty.
         known: for the model card.
-        photos: encoded images to check with; without any, noise.
+        photos: encoded images to check with, two or more; else noise is taken.
         with_onnx: also write both towers as ONNX, into `OUT/onnx`.
 
     Raises:
         UserError: something is there already, or a library for ONNX is missing.
     """
-    out, photos = Path(out), photos or _noise()
+    out, photos = Path(out), photos if len(photos) > 1 else _noise()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is not empty: remove it, or name another folder")
     if with_onnx:
@@ -87,7 +87,8 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
 
 def photos_of(catalogue: Catalogue, count: int = 8) -> list[bytes]:
     """Some photos of a catalogue, encoded."""
-    return list(catalogue.images_at(catalogue.rows("gallery")["path"][:count].to_pylist()).values())
+    split = next(name for name in reversed(SPLITS) if catalogue.num_images(name))
+    return list(catalogue.images_at(catalogue.rows(split)["path"][:count].to_pylist()).values())
 
 
 def _noise(count: int = 4) -> list[bytes]:
