@@ -316,6 +316,7 @@ def test_figures_take_their_colours_from_the_page(tmp_path):
     source = Page(report.write([make_sweep(tmp_path / "s", "dds")])).source
     drawn = source[source.index("<svg") : source.rindex("</svg>")]
     assert "var(--accent)" in drawn and "var(--soft)" in drawn and "#0000" not in drawn
+    assert "<title>trial 0001, done: 0." in drawn and "\noptimizer.lr " in drawn
     assert "<text" in drawn and "font-family" not in drawn
 
 
