@@ -30,6 +30,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from pyarrow import fs
@@ -79,6 +80,12 @@ class Catalogue:
     def images(self, split: str) -> pa.Table:
         """A row an image with its encoded bytes: the whole split in memory."""
         return self._read(split, SCHEMA.names)
+
+    def images_at(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """Encoded images by their paths. Only the row groups that may hold one of them are read."""
+        shards = ds.dataset([str(path) for split in SPLITS for path in self.shards(split)], partitioning=None)
+        found = shards.to_table(columns=["path", "image"], filter=ds.field("path").isin(list(paths)))
+        return dict(zip(found["path"].to_pylist(), found["image"].to_pylist(), strict=True))
 
     def num_images(self, split: str) -> int:
         return self.manifest["counts"][split]["images"]
@@ -172,6 +179,7 @@ def prepare(
         with _user_errors(folder):
             _claim(folder, plan)
             _write_shards(pool, folder, shards, listing.store, image_size, tally)
+            pool.shutdown()  # what follows needs memory, the processes none any more
             contents = _contents(folder, shards)
             _check_not_empty({split: counts["images"] for split, counts in contents["counts"].items()}, source)
             manifest = {
@@ -325,6 +333,7 @@ def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     warnings.simplefilter("ignore")  # about odd metadata in images that decode all the same
     Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
+    pa.array([""])  # at its first array pyarrow imports pandas: best while the source is still being read
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
@@ -354,6 +363,16 @@ def _read_inside(store: fs.SubTreeFileSystem, file: str) -> bytes:
             return opened.read()
     with store.open_input_file(file) as stream:
         return stream.read()
+
+
+def photo(path: str | Path, image_size: int) -> bytes:
+    """A photo as `prepare` would put it into a catalogue. Raises UserError where it can't be read as an image."""
+    data = Path(path).read_bytes()
+    try:
+        return _shrink(data, image_size)
+    except Exception as error:  # decoders fail on foreign bytes in every way there is
+        reason = str(error) if isinstance(error, _Refused) else type(error).__name__
+        raise UserError(f"{path} can't be read as an image ({reason}): give a JPEG, PNG or WebP photo") from error
 
 
 @lru_cache(maxsize=1 << 12)  # a folder is asked for with each of its images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -20,7 +21,8 @@ from clipfh import UserError, __version__, config
 
 DESCRIPTION = """Tune CLIP to find the same item again in a catalogue of photos.
 
-In order: prepare, evaluate (zero-shot), train or sweep, export, report. The demo shows them all."""
+In order: prepare, evaluate (zero-shot), train or sweep, export, report. The demo shows them all.
+To look for a photo or words of your own: embed, search."""
 
 # Name -> (what follows it in the usage line, what it does)
 COMMANDS = {
@@ -33,7 +35,12 @@ COMMANDS = {
         "search settings with Ray Tune and Optuna, and export the best model",
     ),
     "status": ("DIR", "tell how a run or a sweep stands, without touching it"),
-    "export": ("RUN_OR_SWEEP --out DIR", "write a run's or sweep's best model for any open_clip user"),
+    "export": ("RUN_OR_SWEEP --out DIR [--onnx]", "write a run's or sweep's best model for any open_clip user"),
+    "embed": (
+        "CATALOGUE --out FILE.parquet [options] [settings]",
+        "embed all images of a catalogue, to search in them",
+    ),
+    "search": ("--embeddings FILE.parquet (--image FILE | --text WORDS) [options]", "find a photo or words in them"),
     "report": ("DIR [DIR ...] [--out FILE.html]", "write an HTML page on evaluations, runs and sweeps"),
     "demo": ("[--out DIR]", "do all of it on a small drawn catalogue"),
 }
@@ -81,6 +88,9 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     commands["status"].add_argument("path", metavar="DIR", help="the --out of clipfh train or clipfh sweep")
     commands["export"].add_argument("path", metavar="RUN_OR_SWEEP", help="a run, a checkpoint or a sweep")
     commands["export"].add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    commands["export"].add_argument("--onnx", action="store_true", help="also both towers as ONNX")
+    _embed_arguments(commands["embed"])
+    _search_arguments(commands["search"])
     commands["report"].add_argument("paths", nargs="+", metavar="DIR", help="evaluations, runs, sweeps")
     commands["report"].add_argument("--out", metavar="FILE", help="HTML file (default: report.html in the first DIR)")
     commands["demo"].add_argument("--out", default="demo", metavar="DIR", help="folder to write (default: demo)")
@@ -188,6 +198,28 @@ def _evaluate_arguments(p: argparse.ArgumentParser) -> None:
     _setting_arguments(p, ("", "model", "text"))
 
 
+def _embed_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("catalogue", metavar="CATALOGUE")
+    p.add_argument("--out", required=True, metavar="FILE.parquet", help="file to write")
+    p.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="a run, sweep, checkpoint, export or weights file; without: the pretrained model",
+    )
+    _cluster_arguments(p)
+    _setting_arguments(p, ("", "model", "text"))
+
+
+def _search_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--embeddings", required=True, metavar="FILE.parquet", help="what clipfh embed wrote")
+    query = p.add_mutually_exclusive_group(required=True)
+    query.add_argument("--image", metavar="FILE", help="photo to look for")
+    query.add_argument("--text", metavar="WORDS", help="words to look for, in quotes")
+    p.add_argument("--top", type=int, default=10, metavar="N", help="how many finds (default: %(default)s)")
+    p.add_argument("--html", metavar="FILE", help="a page with pictures of the finds")
+    p.add_argument("--checkpoint", metavar="PATH", help="where the model lies, if no longer where it was")
+
+
 def _train_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("stage", choices=("image", "joint"), help="train the image tower, or both")
     p.add_argument("catalogue", metavar="CATALOGUE")
@@ -195,6 +227,7 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(config.PRESETS)}")
     p.add_argument("--warm-start", metavar="PATH", help="a run, checkpoint, export or weights file to start from")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    _track_argument(p)
     for name, hint, default, doc in config.fields(config.Placement):
         if name != "concurrent":
             p.add_argument(f"--{_dashed(name)}", metavar=_metavar(hint), help=f"{doc} (default: {default})")
@@ -209,8 +242,13 @@ def _sweep_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--trials", type=int, metavar="N", help="in place of the file's")
     p.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
     p.add_argument("--dry-run", action="store_true", help="show what would be done")
+    _track_argument(p)
     _cluster_arguments(p)
     _setting_arguments(p)
+
+
+def _track_argument(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--track", choices=("mlflow", "wandb"), help="also send the reports to MLflow or Weights & Biases")
 
 
 def _cluster_arguments(p: argparse.ArgumentParser) -> None:
@@ -329,17 +367,12 @@ def evaluate(args: argparse.Namespace) -> None:
     opened = catalogue.open_catalogue(args.catalogue)
     if _in_use(out) and not any((out / file).exists() for file in ("predictions.parquet", "embeddings.parquet")):
         raise UserError(f"--out {out} is not empty, and holds no evaluation to replace: name another folder")
-    from clipfh import checkpoint, evaluate, model, train
+    from clipfh import evaluate, train
 
     splits = evaluate.splits_of(args.split)
     opened.require(*splits)
-    weights = checkpoint.load(args.checkpoint) if args.checkpoint else None
-    experiment = (weights.experiment if weights else None) or config.resolve("image", None, settings)
-    experiment = config.replace(experiment, settings)
+    clip, experiment, _ = _model(args, settings)
     texts = train.prompts_of(opened, experiment, *splits)
-    clip = (
-        model.with_weights(experiment.model, weights.state, args.checkpoint) if weights else train.start_of(experiment)
-    )
     mark = evaluate.fingerprint(opened, splits, clip, experiment.model, texts)
     embedded = evaluate.kept(out, mark, opened, splits, texts)
     if embedded:
@@ -356,6 +389,18 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"all figures: {out}/metrics.json; the first {evaluate.TOP} finds of each query: {out}/predictions.parquet")
 
 
+def _model(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, config.Experiment, str]:
+    """The model at --checkpoint or else the pretrained one, its experiment, and the path of its weights."""
+    from clipfh import checkpoint, model, train
+
+    weights = checkpoint.load(args.checkpoint) if args.checkpoint else None
+    experiment = (weights.experiment if weights else None) or config.resolve("image", None, settings)
+    experiment = config.replace(experiment, settings)
+    if weights is None:
+        return train.start_of(experiment), experiment, ""
+    return model.with_weights(experiment.model, weights.state, args.checkpoint), experiment, weights.path
+
+
 def train(args: argparse.Namespace) -> None:
     from clipfh import catalogue
 
@@ -363,8 +408,9 @@ def train(args: argparse.Namespace) -> None:
     as_it_was = args.resume and not settings and not args.preset
     given = None if as_it_was else config.resolve(args.stage, args.preset, settings)
     opened = catalogue.open_catalogue(args.catalogue)
-    from clipfh import batches, cluster, train
+    from clipfh import batches, cluster, track, train
 
+    track.require(args.track)
     with _all_or_nothing(out, "checkpoints/checkpoint_*"):
         clip, experiment = train.begin(out, given, opened, args.warm_start, args.resume)
         if experiment.stage != args.stage:
@@ -381,7 +427,8 @@ def train(args: argparse.Namespace) -> None:
             for note in train.notes_on(inputs):
                 print(note)
             total = batches.budget_of(experiment, inputs.num_images).total * experiment.batch.images
-            _followed(lambda: train.fit(experiment, inputs, out, resources, retries=3), out, total)
+            with track.following(args.track, out):
+                _followed(lambda: train.fit(experiment, inputs, out, resources, retries=3), out, total)
     last = train.read_metrics(out)[-1]
     if "diverged" in last:
         raise UserError(last["diverged"])
@@ -394,14 +441,37 @@ def sweep(args: argparse.Namespace) -> None:
     loaded = space.load(args.file, _settings(args), args.trials)
     opened, out = catalogue.open_catalogue(args.catalogue), Path(args.out)
     if args.dry_run:
-        print(space.resolved(loaded), end="")
-        print(f"# {loaded.trials} trials of {loaded.experiment(loaded.first).budget.images:,} images at most")
+        print(space.resolved(loaded), flush=True)
+        print(_estimate(args, loaded, opened))
         return
-    from clipfh import cluster, sweep
+    from clipfh import cluster, sweep, track
 
+    track.require(args.track)
     with _all_or_nothing(out, "trials/*/metrics.json"), _connected(args, loaded.placement):
         print(f"Ray's logs: {cluster.logs()}", flush=True)
-        print(sweep.outcome(sweep.run(loaded, opened, out, resume=args.resume), out))
+        with track.following(args.track, out), _live(out) as (tell, alone):
+            summary = sweep.run(loaded, opened, out, resume=args.resume, tell=tell, each_report=alone)
+        print(sweep.outcome(summary, out))
+
+
+def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
+    """What the sweep will take, measured on a worker of the cluster where there is one, else here."""
+    from clipfh import estimate
+
+    if not (args.address or os.environ.get("RAY_ADDRESS")):
+        return estimate.told(
+            loaded, estimate.measure(opened, loaded.experiment(loaded.first)), opened.num_images("train")
+        )
+    import ray
+
+    from clipfh import cluster
+
+    with _connected(args, loaded.placement):
+        resources = cluster.place(loaded.placement, alone=False)
+        task: Any = ray.remote(estimate.measure).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
+        measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), resources.threads))
+        at_once = cluster.at_once(loaded.placement, resources)
+    return f"{estimate.told(loaded, measured, opened.num_images('train'))}\n{at_once} trials at once"
 
 
 def status(args: argparse.Namespace) -> None:
@@ -419,8 +489,51 @@ def export(args: argparse.Namespace) -> None:
             f"{args.path} is a bare weights file: open_clip loads it as it is; export takes a run or a sweep"
         )
     clip = model.with_weights(weights.experiment.model, weights.state, args.path)
-    export.export(clip, weights.experiment, args.out)
-    print(f'open_clip.create_model_and_transforms("local-dir:{args.out}") loads it; embeddings equal the checkpoint\'s')
+    known = export.known_of(weights)
+    catalogue = export.catalogue_of(known)
+    photos = export.photos_of(catalogue) if catalogue else []
+    export.export(clip, weights.experiment, args.out, known, photos, args.onnx)
+    checked = f"{len(photos)} photos of {catalogue.path}" if catalogue else "noise, since its catalogue is not there"
+    print(f"checked with {checked}: embeddings equal the checkpoint's")
+    if args.onnx:
+        print(f"ONNX towers: {args.out}/{export.ONNX}")
+    print(f'open_clip.create_model_and_transforms("local-dir:{args.out}") loads it; {args.out}/README.md tells more')
+
+
+def embed(args: argparse.Namespace) -> None:
+    from clipfh import catalogue
+
+    settings, out = _settings(args), Path(args.out)
+    opened = catalogue.open_catalogue(args.catalogue)
+    from clipfh import embeddings, evaluate, search, train
+
+    if out.is_dir() or (out.exists() and embeddings.mark_of(out) is None):
+        raise UserError(f"--out {out} is there, and holds no embeddings to replace: name another file")
+    clip, experiment, weights = _model(args, settings)
+    splits = [split for split in catalogue.SPLITS if opened.num_images(split)]
+    prompts = train.prompts_of(opened, experiment, *splits)
+    with _connected(args), _progress("images embedded") as tell:
+        embedding = evaluate.Encoder(clip, experiment.model).images(opened, splits, tell)
+    rows = evaluate.prompted(opened, splits, prompts)
+    embeddings.write(out, rows, embedding, search.mark(clip, experiment, weights, opened))
+    print(f"{len(embedding):,} embeddings of {embedding.shape[1]} numbers: {out}")
+    print(f"clipfh search --embeddings {out} --image PHOTO finds the nearest; --text WORDS looks for words")
+
+
+def search(args: argparse.Namespace) -> None:
+    from clipfh import search
+
+    config.require(args.top >= 1, "top", "1 or more", args.top)
+    index = search.load(args.embeddings)
+    clip, settings = search.model_of(index, args.checkpoint)
+    photo = Path(args.image) if args.image else None
+    query = search.embed_photo(index, clip, settings, photo) if photo else search.embed_words(clip, settings, args.text)
+    found = search.nearest(index, query, args.top)
+    rows = [[str(i), f"{find.similarity:.4f}", find.item_id, find.path] for i, find in enumerate(found, 1)]
+    print(_table(["", "similarity", "item", "path"], rows))
+    if args.html:
+        search.write_page(args.html, index, photo.name if photo else args.text, photo, found)
+        print(f"page {args.html}")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -480,10 +593,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     table = Table(*head, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
-    console = Console()
+    # Elsewhere than in a terminal a row is a line, however long. Brackets in names are no markup
+    console = Console(markup=False, width=None if sys.stdout.isatty() else 1000)
     with console.capture() as text:
         console.print(table)
-    return text.get().rstrip()
+    return "\n".join(line.rstrip() for line in text.get().splitlines())
 
 
 def _figures(found: dict[str, Any]) -> str:
@@ -525,6 +639,22 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
         task = bar.add_task(unit, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def _live(out: Path) -> Iterator[tuple[Callable[[str], None], bool]]:
+    """A table of the sweep's trials below what is told, in a terminal; elsewhere lines alone, also for each report."""
+    if not sys.stdout.isatty():
+        yield functools.partial(print, flush=True), True
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    from clipfh import status
+
+    console = Console(highlight=False)
+    with Live(get_renderable=lambda: status.table(out, console.height - 4), console=console, refresh_per_second=1):
+        yield functools.partial(console.print, markup=False), False
 
 
 class _Tenths:
@@ -615,10 +745,22 @@ def _going_on(args: argparse.Namespace | None) -> str:
     return "give the same command again"
 
 
+def _stop(*_: object) -> None:
+    """Ctrl-C: all is brought to an end; given again meanwhile, it ends at once."""
+    signal.signal(signal.SIGINT, _stop_at_once)
+    raise KeyboardInterrupt
+
+
+def _stop_at_once(*_: object) -> NoReturn:
+    os.write(sys.stderr.fileno(), b"\nclipfh: stopped at once\n")
+    os._exit(130)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on what the user can mend, 1 on our bugs."""
     args = None
     try:
+        signal.signal(signal.SIGINT, _stop)
         args = parse(sys.argv[1:] if argv is None else argv)
         globals()[args.command](args)
         sys.stdout.flush()
@@ -629,6 +771,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"clipfh: stopped; {_going_on(args)}", file=sys.stderr)
         return 130
+    except SystemExit as stop:  # Ray makes one of SIGTERM, by which Slurm and Kubernetes announce the end
+        if stop.code == signal.SIGTERM:
+            print(f"clipfh: told to end; {_going_on(args)}", file=sys.stderr)
+            return 128 + signal.SIGTERM
+        raise
     except Exception as error:
         line = _mendable(error, args)
         if line is None:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from clipfh import UserError, __version__, config, images, metrics, model
+from clipfh import UserError, __version__, config, embeddings, images, metrics, model
 from clipfh import rerank as reranking
 from clipfh.catalogue import Catalogue
 
-IMAGES, TEXTS, MARK = "embeddings.parquet", "prompts.parquet", "clipfh"
+IMAGES, TEXTS = "embeddings.parquet", "prompts.parquet"
 EMBED_BATCH = 128
 TOP = 50
 """Gallery images that `predictions.parquet` lists for each query."""
@@ -171,6 +171,12 @@ def distinct_prompts(catalogue: Catalogue, splits: Sequence[str], prompts: dict[
     return sorted({prompts[name] for name in items if name in prompts})
 
 
+def prompted(catalogue: Catalogue, splits: Sequence[str], prompts: dict[str, str]) -> pa.Table:
+    """item_id, path, split and prompt of each image of some splits, in the order that `Encoder.images` has."""
+    rows = pa.concat_tables(catalogue.rows(split).select(["item_id", "path", "split"]) for split in splits)
+    return rows.append_column("prompt", pa.array(map(prompts.get, rows["item_id"].to_pylist()), pa.string()))
+
+
 def _codes(tables: Sequence[pa.Table]) -> list[np.ndarray]:
     """Codes of item, (item, variant) and path over the rows of all tables; no variant known is a variant of its own."""
     item, variant, path = (_column(tables, name) for name in ("item_id", "variant", "path"))
@@ -185,14 +191,10 @@ def _column(tables: Sequence[pa.Table], name: str) -> list[str]:
 def fingerprint(
     catalogue: Catalogue, splits: Sequence[str], clip: nn.Module, settings: config.Model, prompts: dict[str, str]
 ) -> str:
-    """A hash of all that embeddings depend on: weights, preprocessing, precision, the images of the splits, prompts."""
+    """A hash of all that embeddings depend on: the model, the images of the splits, prompts."""
     texts = distinct_prompts(catalogue, splits, prompts)
-    of = [catalogue.manifest["hash"], list(splits), model.architecture(settings), settings.precision, texts]
-    sha = hashlib.sha256(json.dumps([__version__, *of, asdict(model.preprocess_of(clip))]).encode())
-    for name, tensor in sorted(clip.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()
+    of = [__version__, catalogue.manifest["hash"], list(splits), texts, model.identity(clip, settings)]
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
 def keep(folder: str | Path, mark: str, embedded: Embedded) -> None:
@@ -200,40 +202,22 @@ def keep(folder: str | Path, mark: str, embedded: Embedded) -> None:
     rows = pa.concat_tables([embedded.query_rows, embedded.gallery_rows]).select(["path", "item_id", "split"])
     if embedded.captions is not None:
         texts = pa.table({"prompt": embedded.prompts})
-        write_embeddings(Path(folder) / TEXTS, texts, embedded.captions.embedding, mark)
-    write_embeddings(Path(folder) / IMAGES, rows, embedded.both.embedding, mark)
+        embeddings.write(Path(folder) / TEXTS, texts, embedded.captions.embedding, mark)
+    embeddings.write(Path(folder) / IMAGES, rows, embedded.both.embedding, mark)
 
 
 def kept(
     folder: str | Path, mark: str, catalogue: Catalogue, splits: tuple[str, str], prompts: dict[str, str]
 ) -> Embedded | None:
     """What `keep` left in a folder; None where that is nothing, or was made of anything else."""
-    images, texts = (read_embeddings(Path(folder) / name, mark) for name in (IMAGES, TEXTS))
+    images, texts = (_read(Path(folder) / name, mark) for name in (IMAGES, TEXTS))
     lacking = texts is None and distinct_prompts(catalogue, splits, prompts)
     return None if images is None or lacking else _assembled(catalogue, splits, prompts, images, texts)
 
 
-def write_embeddings(file: Path, rows: pa.Table, embedding: Tensor, mark: str) -> None:
-    """A Parquet file with an embedding for each of the rows, and in its metadata what it was made of."""
-    vectors = pa.FixedSizeListArray.from_arrays(embedding.numpy().ravel(), embedding.shape[1])
-    table = rows.append_column("embedding", vectors).replace_schema_metadata({MARK: mark})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    whole = file.with_name(f"{file.name}.new")
-    pq.write_table(table, whole, compression="none", use_dictionary=False)
-    whole.replace(file)
-
-
-def read_embeddings(file: Path, mark: str) -> Tensor | None:
-    """The embeddings in a file of `write_embeddings`, (N, D); None where there is none or its mark is another."""
-    if not file.exists():
-        return None
-    try:
-        if (pq.read_schema(file).metadata or {}).get(MARK.encode()) != mark.encode():
-            return None
-        vectors = pq.ParquetFile(file).read(["embedding"])["embedding"].combine_chunks()
-    except pa.ArrowException as error:
-        raise UserError(f"{file}: can't be read ({error}): delete it, and the images are embedded anew") from error
-    return torch.from_numpy(vectors.flatten().to_numpy().reshape(len(vectors), -1).copy())
+def _read(file: Path, mark: str) -> Tensor | None:
+    """The embeddings in a file; None where there is none or its mark is another."""
+    return embeddings.read(file)[1] if file.exists() and embeddings.mark_of(file) == mark else None
 
 
 def measure(

@@ -1,7 +1,8 @@
-"""One image: decode it, crop it for training, preprocess it for evaluation. Pillow and numpy only."""
+"""One image: decode it, crop it for training, preprocess it for evaluation, show it. Pillow and numpy only."""
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from dataclasses import dataclass
@@ -80,3 +81,14 @@ def for_evaluation(encoded: bytes, preprocess: Preprocess) -> np.ndarray:
 def _middle(image: Image.Image, size: int) -> np.ndarray:
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB"))
+
+
+def thumbnail(encoded: bytes, width: int, height: int) -> str:
+    """The image, shrunk to fit into so many pixels, as a data URI for a page that is one file."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        image.draft("RGB", (width, height))
+        small = image.convert("RGB")
+    small.thumbnail((width, height))
+    webp = io.BytesIO()
+    small.save(webp, "WEBP", quality=75)
+    return f"data:image/webp;base64,{base64.b64encode(webp.getvalue()).decode()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import socket
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,16 @@ def preprocess_of(model: nn.Module) -> Preprocess:
         cfg["interpolation"],
         cfg["resize_mode"],
     )
+
+
+def identity(clip: nn.Module, settings: config.Model) -> str:
+    """A hash of all that an embedding depends on beside its image: architecture, weights, preprocessing, precision."""
+    of = [architecture(settings), settings.precision, asdict(preprocess_of(clip))]
+    sha = hashlib.sha256(json.dumps(of).encode())
+    for name, tensor in sorted(clip.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def open_clip_config(settings: config.Model, preprocess: Preprocess) -> str:

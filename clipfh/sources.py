@@ -402,12 +402,15 @@ def _find(
     outside = [(photo.path, OUTSIDE) for photo in unique if _climbs(photo)]
     found: list[Photo] = []
     for layout in layouts:
-        looked = list(zip(missing, _look(store, missing, layout), strict=True))
-        hits = [photo._replace(file=at.path, stamp=f"{at.size} {at.mtime_ns}") for photo, at in looked if at.is_file]
-        missing = [photo for photo, at in looked if not at.is_file]
-        found += hits
+        num_before, absent = len(found), list[Photo]()
+        for photo, at in zip(missing, _look(store, missing, layout), strict=True):
+            if at.is_file:
+                found.append(photo._replace(file=at.path, stamp=f"{at.size} {at.mtime_ns}"))
+            else:
+                absent.append(photo)
+        missing, hits = absent, len(found) - num_before
         if hits and len(layouts) > 1:
-            notes.append(f"{len(hits):,} images were found as {layout.format(path='*', inner='*', split='*')}")
+            notes.append(f"{hits:,} images were found as {layout.format(path='*', inner='*', split='*')}")
     if not found:
         raise UserError(_nothing_found(store, len(unique), len(outside)))
     return Listing(store, found, outside + [(photo.path, MISSING) for photo in missing], notes)

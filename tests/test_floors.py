@@ -9,10 +9,22 @@ import clipfh
 
 FLOORS = [
     {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources", "drawing"},
-    {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "space", "cluster"},
-    {"stream", "evaluate", "learner", "results"},
+    {
+        "catalogue",
+        "batches",
+        "model",
+        "objective",
+        "optimizer",
+        "checkpoint",
+        "space",
+        "cluster",
+        "embeddings",
+        "track",
+    },
+    {"stream", "evaluate", "learner", "search", "onnx", "results"},
     {"train", "export", "plots", "searched", "finds", "status"},
     {"report"},
+    {"trials", "final", "estimate"},
     {"sweep"},
     {"cli", "demo"},
 ]

@@ -1,4 +1,6 @@
-"""ViT-B/16 and RN50 as they are: one real step of each stage on a CPU. What moves moves, what is frozen stays.
+"""ViT-B/16 and RN50 as they are: one real step of each stage on a CPU, and an export.
+
+What moves moves, what is frozen stays; open_clip and onnxruntime embed photos as the checkpoint does.
 
 `pytest -s` shows peak memory and how many weights moved.
 """
@@ -7,12 +9,13 @@ import multiprocessing
 import resource
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from clipfh import batches, config, learner, model
+from clipfh import batches, config, export, learner, model
 
 P, K = 4, 2
 
@@ -21,10 +24,7 @@ def step(name: str, stage: str) -> tuple[Counter, Counter, float]:
     """Weights that moved and that stayed, by part of the model, and the peak of memory in GiB, of P 4 x K 2."""
     settings = {"model.name": name, "model.pretrained": "none", "batch.items": P, "batch.views": K}
     experiment = config.resolve(stage, "recommended", {**settings, "budget.images": P * K, "optimizer.warmup": 0.0})
-    clip = model.initial(experiment.model, 0)
-    for key, tensor in clip.state_dict().items():
-        if ".bn3.weight" in key:
-            tensor.fill_(1)  # random ones are 0: nothing would reach the blocks
+    clip = initial(experiment.model)
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     index = batches.Index(np.arange(P).repeat(K), np.zeros(P, int), list("abcd"), np.array([P * K]))
     tokens = model.tokenizer(experiment.model)([f"item {i}" for i in range(P)]).numpy()
@@ -36,6 +36,21 @@ def step(name: str, stage: str) -> tuple[Counter, Counter, float]:
     for key, tensor in clip.state_dict().items():
         (stayed if torch.equal(tensor, before[key]) else moved)[part(key)] += tensor.numel()
     return moved, stayed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def initial(settings: config.Model) -> torch.nn.Module:
+    """The model with random weights that reach its output."""
+    clip = model.initial(settings, 0)
+    for key, tensor in clip.state_dict().items():
+        if ".bn3.weight" in key:
+            tensor.fill_(1)  # random ones are 0: nothing would reach the blocks
+    return clip
+
+
+def exported(name: str, photos: list[bytes], out: Path) -> None:
+    """An export with ONNX, which checks both with photos before it is done."""
+    experiment = config.resolve("joint", "recommended", {"model.name": name, "model.pretrained": "none"})
+    export.export(initial(experiment.model), experiment, out, {}, photos, with_onnx=True)
 
 
 def part(key: str) -> str:
@@ -59,3 +74,12 @@ def test_one_step(name: str, stage: str):
     assert set(moved) == {"image tower"} | ({"text tower", "logit_scale"} if stage == "joint" else set())
     assert set(stayed) >= {"patch embedding"} | ({"batch norm"} if name == "RN50" else set())
     assert "image tower" not in stayed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT-B/16", "RN50"])
+def test_export(name: str, source: Path, tmp_path: Path):
+    photos = [file.read_bytes() for file in sorted(source.rglob("*.jpg"))[:3]]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+        alone.submit(exported, name, photos, tmp_path / "model").result()
+    assert {file.name for file in (tmp_path / "model/onnx").iterdir()} >= {"image.onnx", "text.onnx"}

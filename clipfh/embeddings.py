@@ -1,0 +1,55 @@
+"""A file of embeddings: Parquet, a row for each, and in its metadata what they were made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from clipfh import UserError
+
+MARK = "clipfh"
+
+
+def write(file: Path, rows: pa.Table, embedding: Tensor, mark: str) -> None:
+    """Write the file, whole or not at all.
+
+    Args:
+        file: to write; one that is there is replaced.
+        rows: what the embeddings are of, N rows.
+        embedding: (N, D) float32.
+        mark: what they were made of.
+    """
+    vectors = pa.FixedSizeListArray.from_arrays(embedding.numpy().ravel(), embedding.shape[1])
+    table = rows.append_column("embedding", vectors).replace_schema_metadata({MARK: mark})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = file.with_name(f"{file.name}.new")
+    pq.write_table(table, whole, compression="none", use_dictionary=False)
+    whole.replace(file)
+
+
+def mark_of(file: Path) -> str | None:
+    """What the embeddings of a file were made of; None where it is no file of embeddings. UserError: can't be read."""
+    try:
+        mark = (pq.read_schema(file).metadata or {}).get(MARK.encode())
+    except pa.ArrowException as error:
+        raise _unreadable(file, error) from error
+    return mark.decode() if mark is not None else None
+
+
+def read(file: Path) -> tuple[pa.Table, Tensor]:
+    """The rows, without their embeddings, and the embeddings (N, D). UserError: can't be read."""
+    try:
+        table = pq.ParquetFile(file, memory_map=True).read()
+    except pa.ArrowException as error:
+        raise _unreadable(file, error) from error
+    vectors = table["embedding"].combine_chunks()
+    embedding = torch.from_numpy(vectors.flatten().to_numpy().reshape(len(vectors), -1).copy())
+    return table.drop_columns("embedding"), embedding
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file}: can't be read as embeddings ({error}): name another file, or delete it and embed again")
