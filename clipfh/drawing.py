@@ -103,7 +103,7 @@ def _simplify(element: ElementTree.Element, used: set[str], own: str) -> None:
         attributes["style"] = re.sub(r"font-family: [^;]*(; )?", "", attributes["style"])
     if "tip" in attributes:
         tip = ElementTree.Element("title")
-        tip.text = attributes.pop("tip")
+        tip.text = attributes.pop("tip").replace("; ", "\n")  # an attribute holds no line ends
         element.insert(0, tip)
     element.attrib = attributes
     element.tail = None

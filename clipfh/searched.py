@@ -64,7 +64,7 @@ def tip(trial: Trial, names: Iterable[str]) -> str:
     """Name and figure of a trial, and these of its settings."""
     score = "no figure" if trial.score is None else f"{trial.score:.3f}"
     settings = [f"{name} {short(trial.settings[name])}" for name in names if name in trial.settings]
-    return "\n".join([f"trial {trial.name}, {trial.status}: {score}", *settings])
+    return "; ".join([f"trial {trial.name}, {trial.status}: {score}", *settings])
 
 
 @styled

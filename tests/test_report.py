@@ -96,6 +96,7 @@ def test_a_sweep_says_who_won_with_figures_intervals_and_the_command(tmp_path):
     assert page.row("GPU hours of the trials' workers") == ["0.16"]  # 2 workers with half a GPU for 560 s
     assert page.row("Time from start to end") == ["1 h 02 min"]
     assert page.row("train") == ["25,882", "3,997"] and "12 prompts of train items are longer" in page.text
+    assert ["0002", "0.690", "0.700, 0.680"] in page.rows and "on train and validation items together" in page.text
     assert page.row("optimizer. lr")[0] == "0.0001 to 0.01 (log)"
     assert "clipfh train image CATALOGUE --out DIR" in page.text and "--optimizer.lr 0.002" in page.text
     assert page.charts == [
@@ -316,6 +317,7 @@ def test_figures_take_their_colours_from_the_page(tmp_path):
     source = Page(report.write([make_sweep(tmp_path / "s", "dds")])).source
     drawn = source[source.index("<svg") : source.rindex("</svg>")]
     assert "var(--accent)" in drawn and "var(--soft)" in drawn and "#0000" not in drawn
+    assert "<title>trial 0001, done: 0." in drawn and "\noptimizer.lr " in drawn
     assert "<text" in drawn and "font-family" not in drawn
 
 
