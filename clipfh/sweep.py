@@ -21,6 +21,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 from torch import nn
 
@@ -57,16 +58,34 @@ class Trial(tune.Trainable):
         self.folder = Path(out) / "trials" / self.trial_name
         _clear_of_another(self.folder, self.experiment)
         self.total = batches.budget_of(self.experiment, inputs.num_images).total
-        self.reported = 0
+        self.resources = resources
+        self.reported, self.looked = 0, time.monotonic()
         self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._fit, args=(inputs, resources), daemon=True)
+        cluster.queue(self.trial_id)
+        self.thread = threading.Thread(target=self._fit, args=(inputs,), daemon=True)
         self.thread.start()
 
-    def _fit(self, inputs: train.Inputs, resources: cluster.Resources) -> None:
+    def _fit(self, inputs: train.Inputs) -> None:
         try:
-            train.fit(self.experiment, inputs, self.folder, resources, name=self.trial_id)
+            while not self._trained(inputs):
+                pass
         except Exception as error:  # told to Tune by the step that waits for us
             self.error = error
+
+    def _trained(self, inputs: train.Inputs) -> bool:
+        """Train when it is our turn; False where the cluster has become too small meanwhile, so that we gave way."""
+        while not self._is_our_turn():
+            time.sleep(1)
+        try:
+            train.fit(self.experiment, inputs, self.folder, self.resources, name=self.trial_id)
+        except Exception:
+            if self._is_our_turn():
+                raise
+            return False
+        return True
+
+    def _is_our_turn(self) -> bool:
+        return cluster.is_turn_of(self.trial_id, self.resources)
 
     def step(self) -> dict[str, Any]:
         """The next report; waits for it."""
@@ -81,7 +100,15 @@ class Trial(tune.Trainable):
                 return _result(new, self._is_last(new))
             if not running:
                 return _result(lines[-1], True)
+            self._give_way()
             self.thread.join(0.1)
+
+    def _give_way(self) -> None:
+        """Stop training, for now, where the cluster no longer holds us. Looks once a second."""
+        if time.monotonic() > self.looked + 1:
+            self.looked = time.monotonic()
+            if not self._is_our_turn():
+                cluster.end(self.trial_id)
 
     def _is_saved(self, line: dict[str, Any]) -> bool:
         """Whether the report's checkpoint is on the list: a score without its weights must not win."""
@@ -92,6 +119,7 @@ class Trial(tune.Trainable):
 
     def cleanup(self) -> None:
         """Called by Tune when the trial ends, also where the scheduler stops it in mid-training."""
+        cluster.leave(self.trial_id)
         cluster.end(self.trial_id)
 
 
@@ -112,6 +140,19 @@ class Searcher(OptunaSearch):
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         """Nothing."""
+
+
+class Limiter(ConcurrencyLimiter):
+    """As many trials at once as the cluster holds when the next is to be drawn."""
+
+    def __init__(self, searcher: Searcher, placement: config.Placement, resources: cluster.Resources) -> None:
+        super().__init__(searcher, cluster.at_once(placement, resources))
+        self.placement, self.resources = placement, resources
+
+    def suggest(self, trial_id: str) -> dict | None:
+        """The next trial's settings; None where there is no room for it now."""
+        self.max_concurrent = cluster.at_once(self.placement, self.resources)
+        return super().suggest(trial_id)
 
 
 def number_of(trial: Any) -> str:
@@ -157,6 +198,7 @@ class Watch(tune.Callback):
         self._ended(trials, trial)
 
     def _ended(self, trials: list, trial: Any) -> None:
+        cluster.leave(trial.trial_id)
         cluster.end(trial.trial_id)
         self.ended.add(trial.trial_id)
         row = next(row for row in self.board.write(trials, self.ended) if row["trial"] == number_of(trial))
@@ -250,8 +292,7 @@ def run(
     _begin(sweep, out, resume)
     base = sweep.experiment(sweep.first)
     resources = cluster.place(sweep.placement, alone=False)
-    concurrent = cluster.at_once(sweep.placement, resources)
-    tell(f"{sweep.trials} trials, {concurrent} at once, each {resources}")
+    tell(f"{sweep.trials} trials, {cluster.at_once(sweep.placement, resources)} at once, each {resources}")
     clip = train.start_of(base)
     texts = train.prompts_of(catalogue, base, "val_query", "val_gallery", "query", "gallery")
     zero_shot = _zero_shot(catalogue, clip, base, texts, out / "trials" / ZERO_SHOT)
@@ -262,7 +303,8 @@ def run(
     inputs = dataclasses.replace(inputs, start_val_mAP=zero_shot)
     for note in train.notes_on(inputs):
         tell(note)
-    trials = _search(sweep, inputs, out, resources, concurrent, Watch(board, tell, sweep.trials), resume)
+    with cluster.room(sweep.placement, resources):
+        trials = _search(sweep, inputs, out, resources, Watch(board, tell, sweep.trials), resume)
     rows = board.write(trials)
     return _finish(sweep, catalogue, clip, base, texts, out, rows, time.monotonic() - started, tell)
 
@@ -294,7 +336,6 @@ def _search(
     inputs: train.Inputs,
     out: Path,
     resources: cluster.Resources,
-    concurrent: int,
     watch: Watch,
     resume: bool,
 ) -> list[Any]:
@@ -321,10 +362,9 @@ def _search(
         shutil.rmtree(out / "tune", ignore_errors=True)
         (out / "study.journal").unlink(missing_ok=True)
         tune_config = tune.TuneConfig(
-            search_alg=_searcher(sweep, out),
+            search_alg=Limiter(_searcher(sweep, out), sweep.placement, resources),
             scheduler=_scheduler(sweep),
             num_samples=sweep.trials,
-            max_concurrent_trials=concurrent,
             trial_name_creator=number_of,
             trial_dirname_creator=number_of,
         )
