@@ -66,9 +66,7 @@ def connect(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise UserError(f"--address {address}: give the dashboard's, such as http://HEAD:8265")
     try:
-        client = JobSubmissionClient(address)
-        client.list_jobs()  # the first question that a wrong token can't ask
-        return client
+        return JobSubmissionClient(address)
     except AuthenticationError as error:
         _refused(address, error)
     except (ConnectionError, requests.RequestException) as error:
@@ -88,17 +86,19 @@ def _refused(address: str, error: Exception) -> NoReturn:
 
 def follow(client: JobSubmissionClient, job: str, address: str) -> int:
     """Print the job's log until it ends; returns its exit code. A broken connection is taken up again."""
-    log = _Log(client, job)
-    heard = time.monotonic()
+    import aiohttp
+
+    log, lost = _Log(client, job), None
     while True:
         try:
             asyncio.run(log.follow())
             details = client.get_job_info(job)
             if details.status.is_terminal():
                 break
-            heard = time.monotonic()
-        except (OSError, RuntimeError) as error:
-            if time.monotonic() - heard > PATIENCE:
+            lost = None
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+            lost = lost or time.monotonic()
+            if time.monotonic() - lost > PATIENCE:
                 raise UserError(
                     f"the cluster at {address} no longer answers ({_first_line(error)}): if its head was lost, so was "
                     "the job; submit the command again with --resume"

@@ -3,7 +3,7 @@
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
-from clipfh import cli, submit
+from clipfh import UserError, cli, submit
 
 NOBODY = "http://127.0.0.1:1"
 
@@ -69,6 +69,14 @@ def test_a_broken_connection_is_taken_up_where_it_was(capsys, monkeypatch):
     client = Client(["one\ntw", RuntimeError("gone")], ["one\n", "two\n"], ["one\ntwo\nthree\n"], code=2)
     assert submit.follow(client, "job-1", NOBODY) == 2
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_a_cluster_that_stays_away_is_given_up(monkeypatch):
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with pytest.raises(UserError, match="no longer answers .gone."):
+        submit.follow(Client(*[[RuntimeError("gone")]] * 100), "job-1", NOBODY)
 
 
 def test_a_job_that_was_stopped_has_no_exit_code(capsys):
