@@ -40,7 +40,10 @@ def run(address: str, working_dir: Path, words: list[str]) -> int:
     try:
         job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(working_dir)})
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the cluster at {address} did not take the job: {_first_line(error)}") from error
+        raise UserError(
+            f"the cluster at {address} did not take the job, with which --working-dir {working_dir} is sent: "
+            f"{_first_line(error)}"
+        ) from error
     print(f"job {job} on {address}", flush=True)
     try:
         return follow(client, job, address)
