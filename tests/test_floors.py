@@ -20,7 +20,7 @@ FLOORS = [
         "space",
         "cluster",
         "embeddings",
-        "track",
+        "submit",
     },
     {"stream", "evaluate", "learner", "search", "onnx", "results"},
     {"train", "export", "plots", "searched", "finds", "status"},
@@ -47,7 +47,7 @@ def imported(module: str) -> set[str]:
 
 
 def test_every_module_has_a_floor():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(FLOOR_OF)
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} == set(FLOOR_OF)
 
 
 def test_imports_go_down():
