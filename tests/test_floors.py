@@ -8,20 +8,9 @@ from pathlib import Path
 import clipfh
 
 FLOORS = [
-    {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources"}
-    | {"drawing", "track"},
-    {
-        "catalogue",
-        "batches",
-        "model",
-        "objective",
-        "optimizer",
-        "checkpoint",
-        "space",
-        "cluster",
-        "embeddings",
-        "submit",
-    },
+    {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources", "drawing"},
+    {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "embeddings"}
+    | {"space", "cluster", "submit", "track"},
     {"stream", "evaluate", "learner", "search", "onnx", "results"},
     {"train", "export", "plots", "searched", "finds", "status"},
     {"report", "trials", "final", "estimate"},
