@@ -19,7 +19,7 @@ if [ -e "$out/sweep.yaml" ]; then resume=(--resume); fi
 
 . "${SLURM_SUBMIT_DIR:-.}/cluster/env.sh"
 [ -e ~/.ray/auth_token ] || ray get-auth-token --generate > /dev/null
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')
 address=$(getent ahostsv4 "$head" | awk 'NR == 1 { print $1 }'):6379
 
 # One Ray on each node, the command on the first, which trains like the others; all end with the command.
