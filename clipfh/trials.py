@@ -66,13 +66,16 @@ class Trial(tune.Trainable):
             self.error = error
 
     def _trained(self, inputs: train.Inputs) -> bool:
-        """Train when it is our turn; False where the cluster has become too small meanwhile, so that we gave way."""
+        """Train when it is our turn; False where a node was lost, or we gave way on a cluster that became too small.
+
+        Neither counts as a failure: spot machines are lost as often as it happens.
+        """
         while not self._is_our_turn():
             time.sleep(1)
         try:
             train.fit(self.experiment, inputs, self.folder, self.resources, name=self.trial_id)
-        except Exception:
-            if self._is_our_turn():
+        except Exception as error:
+            if self._is_our_turn() and not train.lost_a_node(error):
                 raise
             return False
         return True
