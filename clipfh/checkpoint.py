@@ -91,14 +91,14 @@ def find(path: str | Path) -> Path:
 
 
 def best_of(run: str | Path) -> str:
-    """Name of the run's checkpoint with the highest validation mAP, as Ray Train's own list has it.
+    """Name of the run's checkpoint with the highest validation mAP, or of the last of a run without validation.
 
-    A folder that is not on that list may be half-written.
+    As Ray Train's own list has it: a folder that is not on that list may be half-written.
     """
     listed = _snapshot(Path(run))["checkpoint_results"]
     if not listed:
         raise UserError(f"{run} has no checkpoint yet: let it train further, or --resume it")
-    return str(max(listed, key=lambda r: r["metrics"]["val_mAP"])["checkpoint_dir_name"])
+    return str(max(listed, key=lambda r: r["metrics"].get("val_mAP", r["metrics"]["step"]))["checkpoint_dir_name"])
 
 
 def latest_step(run: str | Path) -> int:

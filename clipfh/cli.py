@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
+import json
 import os
 import shutil
 import signal
@@ -380,6 +382,9 @@ def evaluate(args: argparse.Namespace) -> None:
             embedded = evaluate.embed(opened, splits, clip, experiment.model, texts, tell)
             evaluate.keep(out, mark, embedded)
     found = evaluate.measure(out, embedded, args.random_splits, args.skip_unmatched, args.rerank)
+    of = {"path": str(opened.path), "hash": opened.manifest["hash"]}
+    told = {"catalogue": of, "split": args.split, "model": experiment.model.name, "checkpoint": args.checkpoint}
+    (out / "evaluation.json").write_text(json.dumps(told, indent=2) + "\n")
     print(_figures(found))
     print(f"all figures: {out}/metrics.json; the first {evaluate.TOP} finds of each query: {out}/predictions.parquet")
 
@@ -436,17 +441,37 @@ def sweep(args: argparse.Namespace) -> None:
     loaded = space.load(args.file, _settings(args), args.trials)
     opened, out = catalogue.open_catalogue(args.catalogue), Path(args.out)
     if args.dry_run:
-        print(space.resolved(loaded), end="")
-        print(f"# {loaded.trials} trials of {loaded.experiment(loaded.first).budget.images:,} images at most")
+        print(space.resolved(loaded), flush=True)
+        print(_estimate(args, loaded, opened))
         return
     from clipfh import cluster, sweep, track
 
     track.require(args.track)
     with _all_or_nothing(out, "trials/*/metrics.json"), _connected(args, loaded.placement):
         print(f"Ray's logs: {cluster.logs()}", flush=True)
-        with track.following(args.track, out):
-            summary = sweep.run(loaded, opened, out, resume=args.resume)
+        with track.following(args.track, out), _live(out) as (tell, alone):
+            summary = sweep.run(loaded, opened, out, resume=args.resume, tell=tell, each_report=alone)
         print(sweep.outcome(summary, out))
+
+
+def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
+    """What the sweep will take, measured on a worker of the cluster where there is one, else here."""
+    from clipfh import estimate
+
+    if not (args.address or os.environ.get("RAY_ADDRESS")):
+        return estimate.told(
+            loaded, estimate.measure(opened, loaded.experiment(loaded.first)), opened.num_images("train")
+        )
+    import ray
+
+    from clipfh import cluster
+
+    with _connected(args, loaded.placement):
+        resources = cluster.place(loaded.placement, alone=False)
+        task: Any = ray.remote(estimate.measure).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
+        measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), resources.threads))
+        at_once = cluster.at_once(loaded.placement, resources)
+    return f"{estimate.told(loaded, measured, opened.num_images('train'))}\n{at_once} trials at once"
 
 
 def status(args: argparse.Namespace) -> None:
@@ -616,6 +641,22 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextlib.contextmanager
+def _live(out: Path) -> Iterator[tuple[Callable[[str], None], bool]]:
+    """A table of the sweep's trials below what is told, in a terminal; elsewhere lines alone, also for each report."""
+    if not sys.stdout.isatty():
+        yield functools.partial(print, flush=True), True
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    from clipfh import status
+
+    console = Console(highlight=False)
+    with Live(get_renderable=lambda: status.table(out, console.height - 4), console=console, refresh_per_second=1):
+        yield functools.partial(console.print, markup=False), False
+
+
 class _Tenths:
     def __init__(self, unit: str) -> None:
         self.unit, self.told = unit, 0
@@ -704,10 +745,22 @@ def _going_on(args: argparse.Namespace | None) -> str:
     return "give the same command again"
 
 
+def _stop(*_: object) -> None:
+    """Ctrl-C: all is brought to an end; given again meanwhile, it ends at once."""
+    signal.signal(signal.SIGINT, _stop_at_once)
+    raise KeyboardInterrupt
+
+
+def _stop_at_once(*_: object) -> NoReturn:
+    os.write(sys.stderr.fileno(), b"\nclipfh: stopped at once\n")
+    os._exit(130)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on what the user can mend, 1 on our bugs."""
     args = None
     try:
+        signal.signal(signal.SIGINT, _stop)
         args = parse(sys.argv[1:] if argv is None else argv)
         globals()[args.command](args)
         sys.stdout.flush()
@@ -718,6 +771,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"clipfh: stopped; {_going_on(args)}", file=sys.stderr)
         return 130
+    except SystemExit as stop:  # Ray makes one of SIGTERM, by which Slurm and Kubernetes announce the end
+        if stop.code == signal.SIGTERM:
+            print(f"clipfh: told to end; {_going_on(args)}", file=sys.stderr)
+            return 128 + signal.SIGTERM
+        raise
     except Exception as error:
         line = _mendable(error, args)
         if line is None:

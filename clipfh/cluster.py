@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,7 @@ def connect(address: str | None = None, placement: Placement | None = None, dash
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process a run, for a machine that nobody takes away
         workers = placement.workers if placement else 1
         slots = max(2 * _cores(), 4, 4 * workers)
         # Processes inherit our environment; a runtime_env would keep them from those that Ray starts beforehand
@@ -158,10 +160,22 @@ def _share(placement: Placement, have: dict[str, float], gpus: float, alone: boo
 
 
 def at_once(placement: Placement, resources: Resources) -> int:
-    """How many such runs go at a time: as many as asked for, or as the cluster holds."""
-    have = ray.cluster_resources()
-    fits = max(1, min(int(have.get(name, 0) / amount + 1e-9) for name, amount in resources.total.items() if amount))
+    """How many such runs go at a time: as many as asked for, or as the cluster holds now, or may grow to hold.
+
+    Where an autoscaler may add nodes, runs that wait for room are what makes it add them.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = ray._private.state.state.get_max_resources_from_cluster_config()
+    fits = max(1, _room(nodes, resources), _room([dict(most)], resources) if most else 0)
     return fits if placement.concurrent == "auto" else min(fits, placement.concurrent)
+
+
+def _room(nodes: Sequence[Mapping[str, float]], resources: Resources) -> int:
+    """How many runs nodes hold: a worker takes its share of one node, a data pipeline's CPU may be anywhere."""
+    worker = {"CPU": resources.cpus, "GPU": resources.gpus}
+    workers = sum(min(int(node.get(k, 0) / v + 1e-9) for k, v in worker.items() if v) for node in nodes)
+    cpus = sum(node.get("CPU", 0) for node in nodes)
+    return min(workers // resources.workers, int(cpus / resources.total["CPU"] + 1e-9))
 
 
 class Register(ControllerCallback):

@@ -52,7 +52,7 @@ def _of_term(report: Mapping[str, float], term: str) -> Iterator[str]:
 
 
 def _no_better(report: Mapping[str, float]) -> Iterator[str]:
-    if report["step"] >= FAIR_TRIAL and report["val_mAP"] <= report["start_val_mAP"]:
+    if report["step"] >= FAIR_TRIAL and "val_mAP" in report and report["val_mAP"] <= report["start_val_mAP"]:
         yield (
             f"val mAP {report['val_mAP']:.3f} is not above the {report['start_val_mAP']:.3f} it started from, after "
             f"{report['step']:,} steps; try a lower optimizer.lr"

@@ -227,19 +227,21 @@ class Learner:
         query, gallery = torch.arange(num_query), torch.arange(num_query, len(codes))
         return metrics.mean_average_precision(rows.select(query), rows.select(gallery))
 
-    def report(self, tally: Tally, validation: Validation, start_val_mAP: float) -> dict[str, Any]:
+    def report(self, tally: Tally, validation: Validation | None, start_val_mAP: float) -> dict[str, Any]:
         """All that a report carries: place, scores, means since the last one, each term's two ends, warnings.
 
         Args:
             tally: since the last report.
-            validation: images to score on.
+            validation: images to score on; None where they are trained on, and no score would mean anything.
             start_val_mAP: score of the model that training started from.
         """
         bounds = self.objective.bounds(self.labels, self.clip.logit_scale.detach())
         ends = {f"{end}_{term}": value for term, b in bounds.items() for end, value in b._asdict().items()}
         images = self.step * self.experiment.batch.images
         found: dict[str, Any] = {"step": self.step, "images": images, "epoch": images / len(self.index.item)}
-        found |= {"start_val_mAP": start_val_mAP, "val_mAP": self.validate(validation)} | tally.means() | ends
+        if validation is not None:
+            found |= {"start_val_mAP": start_val_mAP, "val_mAP": self.validate(validation)}
+        found |= tally.means() | ends
         found |= {name: value.item() for name, value in self.cosines.items()}
         found |= {"lr": self.experiment.optimizer.lr * self.schedule.lr_lambdas[0](self.step)}
         warm = self.step > 2 * self.experiment.optimizer.warmup * self.budget.total

@@ -40,6 +40,20 @@ class Range:
         """Low, high or the choices, and the value of `or`."""
         return self.values if self.off is None else (*self.values, self.off)
 
+    @property
+    def distribution(self) -> optuna.distributions.BaseDistribution:
+        """Optuna's word for it, the value of `or` left out."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if self.kind == "choice":
+            return CategoricalDistribution(list(self.values))
+        low, high = self.values
+        return (
+            IntDistribution(low, high)
+            if self.kind == "int"
+            else FloatDistribution(low, high, log=self.kind == "loguniform")
+        )
+
     def suggest(self, trial: optuna.Trial, name: str) -> Any:
         """Ask Optuna for a value."""
         if self.off is not None and not trial.suggest_categorical(name + SWITCH, [True, False]):
@@ -78,6 +92,26 @@ class Halving:
 
 
 @dataclass(frozen=True)
+class Final:
+    """What comes between the search and the test split."""
+
+    top: int = 0
+    """leading settings that are trained again; 0: the search's own best is the winner"""
+    seeds: int = 3
+    """how often each of them is, with seeds of its own; the best mean wins"""
+    refit: bool = False
+    """train the winner on train and validation items together"""
+
+    def __post_init__(self) -> None:
+        config.require(self.top >= 0, "top", "0 or more", self.top)
+        config.require(self.seeds >= 1, "seeds", "1 or more", self.seeds)
+
+
+SAMPLERS = ("tpe", "random", "grid")
+MANY = 2**31  # trials of a grid where nobody said how many: all of it
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A sweep file, resolved and checked."""
 
@@ -92,6 +126,11 @@ class Sweep:
     halving: Halving
     placement: config.Placement = field(default_factory=config.Placement)
     seed: int = 0
+    sampler: str = "tpe"
+    """one of SAMPLERS; grid tries every combination of choices"""
+    final: Final = field(default_factory=Final)
+    earlier: str = ""
+    """folder of another sweep, whose trials the search knows from the start"""
 
     def experiment(self, sampled: Mapping[str, Any]) -> config.Experiment:
         """The experiment of a trial."""
@@ -102,11 +141,22 @@ class Sweep:
         """A trial's settings. An option of a loss term is drawn only where the term is on."""
         drawn: dict[str, Any] = {}
         for name in sorted(self.search, key=_term_of):
-            term = _term_of(name)
-            on = drawn.get(f"loss.{term}", self._weight(term)) if term else 1
-            if on:
+            if self._is_on(name, drawn):
                 drawn[name] = self.search[name].suggest(trial, name)
         return drawn
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination of ends and choices, an option of a loss term only where the term is on."""
+        points: list[dict[str, Any]] = [{}]
+        for name in sorted(self.search, key=_term_of):
+            ends = [{name: end} for end in self.search[name].ends]
+            points = [{**point, **end} for point in points for end in (ends if self._is_on(name, point) else [{}])]
+        return points
+
+    def _is_on(self, name: str, drawn: Mapping[str, Any]) -> bool:
+        """Whether a setting counts, given those drawn before it: all but the options of a term that is off."""
+        term = _term_of(name)
+        return not term or bool(drawn.get(f"loss.{term}", self._weight(term)))
 
     def _weight(self, term: str) -> float:
         """A term's weight where it is not searched."""
@@ -129,7 +179,9 @@ def _term_of(name: str) -> str:
     return term if name.startswith("loss.") and option and term in config.TERMS else ""
 
 
-KEYS = ("name", "stage", "base", "search", "points", "trials", "budget", "placement", "seed")
+KEYS = (
+    "name", "stage", "base", "search", "points", "trials", "budget", "placement", "seed", "sampler", "final", "earlier"
+)  # fmt: skip
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None, trials: int | None = None) -> Sweep:
@@ -177,19 +229,33 @@ def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> Sweep:
         base={name: config.check(name, value) for name, value in base.items()},
         search=search,
         points=[dict(_mapping(point, "a point")) for point in _list(tree.get("points", []), "points")],
-        trials=trials if trials is not None else tree.get("trials", 16),
+        trials=trials if trials is not None else tree.get("trials", MANY if tree.get("sampler") == "grid" else 16),
         halving=halving,
         placement=_dataclass(config.Placement, _mapping(tree.get("placement", {}), "placement"), "placement"),
         seed=tree.get("seed", 0),
+        sampler=str(tree.get("sampler", "tpe")),
+        final=_dataclass(Final, _mapping(tree.get("final", {}), "final"), "final"),
+        earlier=str(tree.get("earlier") or ""),
     )
     _check_values(sweep)
-    return sweep
+    return _with_grid(sweep) if sweep.sampler == "grid" else sweep
+
+
+def _with_grid(sweep: Sweep) -> Sweep:
+    """Its grid as points; no more trials than those."""
+    for name, found in sweep.search.items():
+        if found.kind != "choice":
+            raise UserError(f"sampler: grid tries choices, and {name} has a {found.kind} range: give it a choice")
+    points = sweep.grid()
+    return dataclasses.replace(sweep, points=points, trials=min(sweep.trials, len(points)))
 
 
 def _check_values(sweep: Sweep) -> None:
     """Build the experiments at the ends of every range and at every point."""
     if type(sweep.trials) is not int or sweep.trials < 1:
         raise UserError(f"trials must be a whole number above 0, not {sweep.trials!r}")
+    if sweep.sampler not in SAMPLERS:
+        raise UserError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sweep.sampler!r}")
     if type(sweep.seed) is not int or sweep.seed < 0:
         raise UserError(f"seed must be a whole number, 0 or more, not {sweep.seed!r}")
     for name in sweep.search:
@@ -272,5 +338,6 @@ def resolved(sweep: Sweep) -> str:
         "search": search,
     }
     tree |= {"points": sweep.points, "trials": sweep.trials, "budget": dataclasses.asdict(sweep.halving)}
-    tree |= {"placement": dataclasses.asdict(sweep.placement), "seed": sweep.seed}
+    tree |= {"placement": dataclasses.asdict(sweep.placement), "seed": sweep.seed, "sampler": sweep.sampler}
+    tree |= {"final": dataclasses.asdict(sweep.final), "earlier": sweep.earlier}
     return yaml.safe_dump(tree, sort_keys=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.table import Table
 
 from clipfh import UserError, config
 
@@ -33,6 +34,7 @@ class Progress:
     """images per second"""
     reported: float
     """seconds since its last report"""
+    loss: float
 
     @property
     def left(self) -> float:
@@ -82,6 +84,52 @@ def _sweep(folder: Path) -> str:
     return "\n".join([*lines, f"finished: {folder / 'report.html'}"] if finished else lines)
 
 
+def table(folder: str | Path, rows: int) -> Table:
+    """A sweep's trials: those that run, then the best of the others, as many as there is room for."""
+    folder = Path(folder)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    if not (folder / "sweep.yaml").exists():
+        return table
+    searched = list(yaml.safe_load((folder / "sweep.yaml").read_text()).get("search") or {})
+    board = _board(folder)
+    over = {row["trial"] for row in board if row["status"] in (*ENDED, "zero-shot")}
+    running = [trial for trial in sorted((folder / "trials").glob("*")) if trial.name not in over]
+    for title in ("trial", "", *(name.rpartition(".")[2] for name in searched), *COLUMNS):
+        table.add_column(title, justify="left" if title in ("trial", "") else "right", no_wrap=True)
+    for trial in running:
+        table.add_row(trial.name, "running", *_settings(trial, searched), *_cells(_progress(trial)), style="bold")
+    for row in [row for row in board if row["trial"] in over][: max(1, rows - len(running) - 3)]:
+        settings = [_short(row.get(name) or "") for name in searched]
+        scores = [f"{int(row['images'] or 0):,}", "", "", "", _short(row.get("val_mAP") or ""), ""]
+        table.add_row(row["trial"], row["status"], *settings, *scores, style="red" if row["error"] else "")
+    return table
+
+
+COLUMNS = ("images", "of", "loss", "val mAP", "best", "left")
+
+
+def _cells(run: Progress) -> list[str]:
+    total = "" if run.total != run.total else f"{run.total:,.0f}"
+    if not run.images:
+        return ["", total, "", "", "", ""]
+    scores = (f"{value:.3f}" for value in (run.loss, run.val_mAP, run.best))
+    return [f"{run.images:,}", total, *scores, _duration(run.left)]
+
+
+def _settings(trial: Path, names: list[str]) -> list[str]:
+    file = trial / EXPERIMENT
+    found = config.flat(config.load(file)) if file.exists() else {}
+    return [_short(str(found.get(name, ""))) for name in names]
+
+
+def _short(text: str) -> str:
+    """A figure with three digits that count; other text as it is."""
+    try:
+        return f"{float(text):.3g}"
+    except ValueError:
+        return text
+
+
 def _board(folder: Path) -> list[dict[str, str]]:
     file = folder / "leaderboard.csv"
     if not file.exists():
@@ -123,14 +171,16 @@ def _progress(folder: Path) -> Progress:
     lines: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     reports = [line for line in lines if "diverged" not in line]
     last: dict[str, Any] = (
-        reports[-1] if reports else {"images": 0, "val_mAP": 0.0, "best_val_mAP": 0.0, "images_per_second": 0.0}
+        reports[-1]
+        if reports
+        else {"images": 0, "val_mAP": 0.0, "best_val_mAP": 0.0, "images_per_second": 0.0, "loss": math.nan}
     )
     budget = config.load(folder / EXPERIMENT).budget if (folder / EXPERIMENT).exists() else None
     epoch = last["images"] / last["epoch"] if last.get("epoch") else math.nan
     total = math.nan if budget is None else budget.images or budget.epochs * epoch
     reported = time.time() - file.stat().st_mtime if file.exists() else math.nan
     scores: tuple[float, float, float] = (last["val_mAP"], last["best_val_mAP"], last["images_per_second"])
-    return Progress(folder.name, last["images"], total, *scores, reported)
+    return Progress(folder.name, last["images"], total, *scores, reported, last["loss"])
 
 
 def _duration(seconds: float) -> str:

@@ -35,16 +35,16 @@ class Images:
     """ObjectRef[pa.Table] with the columns `image` and `path`, each in one chunk"""
 
 
-def share(catalogue: Catalogue, split: str = "train") -> Images:
-    """Put a split's encoded images into the object store, one object a shard, read by tasks where there is room."""
-    rows = catalogue.rows(split)
-    shards = [_read_shard.remote(str(path)) for path in catalogue.shards(split)]
+def share(catalogue: Catalogue, *splits: str) -> Images:
+    """Put the encoded images of splits into the object store, one object a shard, read by tasks where there is room."""
+    rows = pa.concat_tables([catalogue.rows(split) for split in splits])
+    shards = [_read_shard.remote(str(path)) for split in splits for path in catalogue.shards(split)]
     lengths = ray.get([_length.remote(shard) for shard in shards])
     return Images(ray.put(index_of(rows, np.cumsum(lengths))), shards)
 
 
 def index_of(rows: pa.Table, shard_ends: np.ndarray) -> Index:
-    """The index of a split's rows."""
+    """The index of some rows."""
     items = rows["item_id"].combine_chunks().dictionary_encode()
     item = items.indices.to_numpy().astype(np.int32)
     first = np.unique(item, return_index=True)[1]

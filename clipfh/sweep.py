@@ -1,246 +1,73 @@
-"""A sweep: zero-shot as trial 0, Optuna and ASHA over `fit`, the winner on the test split, its export and report."""
+"""A sweep: zero-shot as trial 0, the search, the leading settings again, the winner on the test split, its export."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import functools
-import io
 import json
-import os
 import shutil
-import threading
 import time
-import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import optuna
-from optuna.storages.journal import JournalFileBackend
-from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search.optuna import OptunaSearch
 from torch import nn
 
-from clipfh import UserError, batches, checkpoint, cluster, config, evaluate, export, model, report, train
+from clipfh import UserError, checkpoint, cluster, config, evaluate, export, final, model, report, train
 from clipfh.catalogue import Catalogue
 from clipfh.space import Sweep, resolved
-
-ZERO_SHOT = "0000"
-OBJECTIVE = "best_val_mAP"
-RETRIES = 2
-
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep; Tune would call it complete
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a kill of the driver may cost of the search's state
-
-
-# --- Trials ----------------------------------------------------------------------------------------------------------
-
-
-class Trial(tune.Trainable):
-    """One trial as Tune sees it: `fit` in a thread of its own, a result for each report in the run's metrics."""
-
-    def setup(
-        self,
-        config: dict[str, Any],
-        sweep: Sweep | None = None,
-        inputs: train.Inputs | None = None,
-        out: str = "",
-        resources: cluster.Resources | None = None,
-    ) -> None:
-        """Start training, or go on from the trial's own checkpoint."""
-        assert sweep is not None and inputs is not None and resources is not None
-        cluster.end(self.trial_id)  # what an attempt that was killed may have left
-        self.experiment = sweep.experiment(config)
-        self.folder = Path(out) / "trials" / self.trial_name
-        _clear_of_another(self.folder, self.experiment)
-        self.total = batches.budget_of(self.experiment, inputs.num_images).total
-        self.reported = 0
-        self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._fit, args=(inputs, resources), daemon=True)
-        self.thread.start()
-
-    def _fit(self, inputs: train.Inputs, resources: cluster.Resources) -> None:
-        try:
-            train.fit(self.experiment, inputs, self.folder, resources, name=self.trial_id)
-        except Exception as error:  # told to Tune by the step that waits for us
-            self.error = error
-
-    def step(self) -> dict[str, Any]:
-        """The next report; waits for it."""
-        while True:
-            running = self.thread.is_alive()
-            if not running and self.error:
-                raise self.error
-            lines = train.read_metrics(self.folder)
-            new = next((line for line in lines if line["step"] > self.reported and self._is_saved(line)), None)
-            if new and not (running and self._is_last(new)):
-                self.reported = new["step"]
-                return _result(new, self._is_last(new))
-            if not running:
-                return _result(lines[-1], True)
-            self.thread.join(0.1)
-
-    def _is_saved(self, line: dict[str, Any]) -> bool:
-        """Whether the report's checkpoint is on the list: a score without its weights must not win."""
-        return "diverged" in line or line["step"] <= checkpoint.latest_step(self.folder)
-
-    def _is_last(self, line: dict[str, Any]) -> bool:
-        return "diverged" in line or line["step"] >= self.total
-
-    def cleanup(self) -> None:
-        """Called by Tune when the trial ends, also where the scheduler stops it in mid-training."""
-        cluster.end(self.trial_id)
-
-
-def _clear_of_another(folder: Path, experiment: config.Experiment) -> None:
-    """Make the trial's folder. One of this number may have begun, with other settings, just before a kill."""
-    file = folder / checkpoint.EXPERIMENT
-    if file.exists() and file.read_text() != config.to_json(experiment):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(config.to_json(experiment))
-
-
-class Searcher(OptunaSearch):
-    """OptunaSearch that tells Optuna of ended trials only.
-
-    No pruner listens to reports; and after a kill Optuna's journal may be ahead of Tune, which then reports anew.
-    """
-
-    def on_trial_result(self, trial_id: str, result: dict) -> None:
-        """Nothing."""
-
-
-def number_of(trial: Any) -> str:
-    """'0001' for the first trial, also after a resume; 0000 is the zero-shot model."""
-    return f"{int(trial.experiment_tag.split('_')[0]):04d}"
-
-
-def _result(line: dict[str, Any], done: bool) -> dict[str, Any]:
-    shown = ("images", "val_mAP", OBJECTIVE, "loss", "images_per_second", "diverged", "warnings")
-    kept = {name: line[name] for name in shown if name in line}
-    return {**kept, "done": done, "finished": done}
-
-
-class Watch(tune.Callback):
-    """Keep the leaderboard up to date, tell how it goes, and free what ended trials leave."""
-
-    def __init__(self, board: Leaderboard, tell: Callable[[str], None], count: int) -> None:
-        self.board, self.tell, self.count = board, tell, count
-        self.ended: set[str] = set()
-
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        shown = ", ".join(
-            f"{name} {_short(value)}" for name, value in trial.config.items() if name in self.board.searched
-        )
-        self.tell(f"trial {number_of(trial)} starts: {shown}")
-
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        best = max(result[OBJECTIVE], *((t.last_result or {}).get(OBJECTIVE, 0.0) for t in trials))
-        self.tell(
-            f"trial {number_of(trial)}: {result['images']:,} images, val mAP {result['val_mAP']:.3f}, "
-            f"best so far {max(best, self.board.zero_shot):.3f}"
-        )
-        for warning in result.get("warnings", []):
-            self.tell(f"trial {number_of(trial)}: warning: {warning}")
-
-    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.tell(f"trial {number_of(trial)} failed and starts again: {_last_line(trial)}")
-
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._ended(trials, trial)
-
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._ended(trials, trial)
-
-    def _ended(self, trials: list, trial: Any) -> None:
-        cluster.end(trial.trial_id)
-        self.ended.add(trial.trial_id)
-        row = next(row for row in self.board.write(trials, self.ended) if row["trial"] == number_of(trial))
-        self.tell(f"trial {row['trial']} {row['status']} ({len(self.ended)} of {self.count} trials over)")
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+from clipfh.trials import ZERO_SHOT, Leaderboard, Watch, search
 
 
 @dataclass(frozen=True)
-class Leaderboard:
-    """`leaderboard.csv`: zero-shot and every trial, best first."""
+class _Begun:
+    """What the parts of a sweep share."""
 
-    file: Path
-    searched: list[str]
-    zero_shot: float
-    """validation mAP"""
-
-    def row(self, trial: Any, over: bool) -> dict[str, Any]:
-        """A trial's line. Tune says that a trial is over before it changes the trial's status."""
-        last = trial.last_result or {}
-        found = {"val_mAP": f"{last[OBJECTIVE]:.6f}"} if last.get(OBJECTIVE) is not None else {}
-        return {
-            "trial": number_of(trial),
-            "status": _status(trial.status, last, over),
-            **found,
-            "images": last.get("images", 0),
-            "seconds": round(last.get("time_total_s", 0.0), 1),
-            **{name: trial.config[name] for name in self.searched if name in trial.config},
-            "error": _why(trial, last),
-        }
-
-    def write(self, trials: Sequence[Any], over: Container[str] = ()) -> list[dict[str, Any]]:
-        """Write the file anew and return its rows. `over`: ids of trials that have ended."""
-        first = {
-            "trial": ZERO_SHOT,
-            "status": "zero-shot",
-            "val_mAP": f"{self.zero_shot:.6f}",
-            "images": 0,
-            "seconds": 0,
-        }
-        rows = [first, *(self.row(trial, trial.trial_id in over) for trial in trials)]
-        rows.sort(key=lambda row: float(row.get("val_mAP", -1)), reverse=True)
-        text = io.StringIO()
-        columns = ["rank", "trial", "status", "val_mAP", "images", "seconds", *self.searched, "error"]
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({"rank": i, **row} for i, row in enumerate(rows, 1))
-        whole = self.file.with_suffix(".new")
-        whole.write_text(text.getvalue())
-        whole.rename(self.file)
-        return rows
+    sweep: Sweep
+    catalogue: Catalogue
+    out: Path
+    base: config.Experiment
+    """of which the model, its weights and the prompts are those of all trials"""
+    clip: nn.Module
+    """before any tuning"""
+    texts: dict[str, str]
+    """item to prompt, of the items that are not trained on"""
+    resources: cluster.Resources
+    tell: Callable[[str], None]
 
 
-def _status(tunes: str, last: Mapping[str, Any], over: bool) -> str:
-    if tunes == "ERROR":
-        return "failed"
-    if tunes != "TERMINATED" and not over:
-        return "running"
-    return "diverged" if "diverged" in last else "done" if last.get("finished") else "stopped"
+@dataclass(frozen=True)
+class _Winner:
+    """What the search and what follows it came to."""
 
-
-def _why(trial: Any, last: Mapping[str, Any]) -> str:
-    if "diverged" in last:
-        return str(last["diverged"])
-    if trial.status != "ERROR":
-        return ""
-    return _last_line(trial)
-
-
-def _last_line(trial: Any) -> str:
-    """What a trial failed of."""
-    lines = [line for line in str(trial.get_error() or "").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "unknown"
-
-
-# --- The whole -------------------------------------------------------------------------------------------------------
+    trial: str
+    val_mAP: float
+    """of the trial, or the mean of its settings trained again"""
+    run: Path | None
+    """whose weights are taken; None for zero-shot"""
+    again: dict[str, list[float]]
+    """trial to validation mAPs of its settings with other seeds"""
 
 
 def run(
-    sweep: Sweep, catalogue: Catalogue, out: str | Path, *, resume: bool = False, tell: Callable[[str], None] = print
+    sweep: Sweep,
+    catalogue: Catalogue,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    tell: Callable[[str], None] = print,
+    each_report: bool = True,
 ) -> dict[str, Any]:
     """Run a sweep to its end on the connected cluster; returns what `summary.json` holds.
+
+    Args:
+        sweep: what to do.
+        catalogue: to train, select and test on.
+        out: the sweep's folder.
+        resume: go on with what the folder holds.
+        tell: takes a line for a person.
+        each_report: tell of each report of each trial.
 
     Raises:
         UserError: a folder that holds another sweep, or nothing to resume; an empty split.
@@ -250,21 +77,17 @@ def run(
     _begin(sweep, out, resume)
     base = sweep.experiment(sweep.first)
     resources = cluster.place(sweep.placement, alone=False)
-    concurrent = cluster.at_once(sweep.placement, resources)
-    tell(f"{sweep.trials} trials, {concurrent} at once, each {resources}")
-    clip = train.start_of(base)
-    texts = train.prompts_of(catalogue, base, "val_query", "val_gallery", "query", "gallery")
-    zero_shot = _zero_shot(catalogue, clip, base, texts, out / "trials" / ZERO_SHOT)
-    tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {zero_shot:.3f}")
+    tell(f"{sweep.trials} trials, {cluster.at_once(sweep.placement, resources)} at once, each {resources}")
+    texts = train.prompts_of(catalogue, base, *train.VALIDATION, "query", "gallery")
+    begun = _Begun(sweep, catalogue, out, base, train.start_of(base), texts, resources, tell)
+    zero_shot = _zero_shot(begun)
+    inputs = _inputs(begun, zero_shot)
     board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
-    widest = max((sweep.experiment(each) for each in sweep.corners("batch.items")), key=lambda e: e.batch.items)
-    inputs = train.inputs_of(catalogue, widest, clip)  # raises where the largest P is more than the items
-    inputs = dataclasses.replace(inputs, start_val_mAP=zero_shot)
-    for note in train.notes_on(inputs):
-        tell(note)
-    trials = _search(sweep, inputs, out, resources, concurrent, Watch(board, tell, sweep.trials), resume)
-    rows = board.write(trials)
-    return _finish(sweep, catalogue, clip, base, texts, out, rows, time.monotonic() - started, tell)
+    watch = Watch(board, tell, sweep.trials, each_report)
+    rows = board.write(search(sweep, inputs, out, resources, watch, resume))
+    winner = _winner(begun, inputs, rows)
+    about = {"resources": dataclasses.asdict(resources), "notes": train.notes_on(inputs)}
+    return _finish(begun, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
 
 
 def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
@@ -279,153 +102,96 @@ def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
     file.write_text(resolved(sweep))
 
 
-def _zero_shot(
-    catalogue: Catalogue, clip: nn.Module, experiment: config.Experiment, texts: dict[str, str], folder: Path
-) -> float:
+def _zero_shot(begun: _Begun) -> float:
     """Validation mAP of the model before any tuning; kept, so that a resumed sweep does not ask again."""
+    folder = begun.out / "trials" / ZERO_SHOT
     if not (folder / "metrics.json").exists():
-        embedded = evaluate.embed(catalogue, evaluate.splits_of("val"), clip, experiment.model, texts)
+        val = evaluate.splits_of("val")
+        embedded = evaluate.embed(begun.catalogue, val, begun.clip, begun.base.model, begun.texts)
         evaluate.write(folder, evaluate.figures(embedded, 0), embedded)
-    return float(json.loads((folder / "metrics.json").read_text())["mAP"])
+    found = float(json.loads((folder / "metrics.json").read_text())["mAP"])
+    begun.tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {found:.3f}")
+    return found
 
 
-def _search(
-    sweep: Sweep,
-    inputs: train.Inputs,
-    out: Path,
-    resources: cluster.Resources,
-    concurrent: int,
-    watch: Watch,
-    resume: bool,
-) -> list[Any]:
-    """Run the trials; returns them as Tune has them."""
-    trainable = tune.with_resources(
-        tune.with_parameters(Trial, sweep=sweep, inputs=inputs, out=str(out), resources=resources),
-        {cluster.HEAD: 0.001},
-    )
-    run_config = tune.RunConfig(
-        name="tune",
-        storage_path=str(out),
-        callbacks=[watch],
-        verbose=0,
-        failure_config=tune.FailureConfig(max_failures=RETRIES),
-        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
-    )
-    if resume and list((out / "tune").glob("experiment_state-*.json")):
-        tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_unfinished=True, resume_errored=True)
-        assert tuner._local_tuner is not None
-        # Tune keeps neither of these
-        tuner._local_tuner._run_config.callbacks = [watch]
-        tuner._local_tuner._tune_config.scheduler = _scheduler_as_left(sweep, out)
-    else:
-        shutil.rmtree(out / "tune", ignore_errors=True)
-        (out / "study.journal").unlink(missing_ok=True)
-        tune_config = tune.TuneConfig(
-            search_alg=_searcher(sweep, out),
-            scheduler=_scheduler(sweep),
-            num_samples=sweep.trials,
-            max_concurrent_trials=concurrent,
-            trial_name_creator=number_of,
-            trial_dirname_creator=number_of,
-        )
-        tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
-    return list(tuner.fit()._experiment_analysis.trials)
+def _inputs(begun: _Begun, zero_shot: float) -> train.Inputs:
+    """What all trials read.
+
+    Raises:
+        UserError: the largest P that may be drawn is more than the items.
+    """
+    corners = (begun.sweep.experiment(corner) for corner in begun.sweep.corners("batch.items"))
+    widest = max(corners, key=lambda experiment: experiment.batch.items)
+    inputs = train.inputs_of(begun.catalogue, widest, begun.clip)
+    for note in train.notes_on(inputs):
+        begun.tell(note)
+    return dataclasses.replace(inputs, start_val_mAP=zero_shot)
 
 
-def _searcher(sweep: Sweep, out: Path) -> Searcher:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter(
-        "ignore", optuna.exceptions.ExperimentalWarning
-    )  # of `group`, which conditional settings need
-    journal = JournalFileBackend(str(out / "study.journal"))
-    points = [
-        {k: v for n, value in p.items() for k, v in sweep.search[n].point(n, value).items()} for p in sweep.points
-    ]
-    return Searcher(
-        functools.partial(_sampled, sweep),
-        metric=OBJECTIVE,
-        mode="max",
-        points_to_evaluate=points,
-        sampler=optuna.samplers.TPESampler(multivariate=True, group=True, seed=sweep.seed, n_startup_trials=8),
-        study_name=sweep.name,
-        storage=optuna.storages.JournalStorage(journal),
-    )
+def _winner(begun: _Begun, inputs: train.Inputs, rows: list[dict[str, Any]]) -> _Winner:
+    """Choose by validation mAP alone; train the leading settings again, and the winner on all items, where asked."""
+    asked, out, folder = begun.sweep.final, begun.out, begun.out / "final"
+    trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
+    run, again = out / "trials" / trial, dict[str, list[float]]()
+    if leading := final.leaders(rows, out, asked.top):
+        begun.tell(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
+        at_once = cluster.at_once(begun.sweep.placement, begun.resources)
+        again = final.again(leading, asked, inputs, folder, begun.resources, at_once, begun.tell)
+        trial = final.best(again)
+        score, run = mean(again[trial]), final.best_run(folder, trial, again[trial])
+        if score <= zero_shot_of(rows):
+            trial, score = ZERO_SHOT, zero_shot_of(rows)
+    if trial == ZERO_SHOT:
+        return _Winner(trial, score, None, again)
+    if asked.refit:
+        begun.tell(f"now trial {trial}'s settings on train and validation items together")
+        experiment = config.load(out / "trials" / trial / checkpoint.EXPERIMENT)
+        whole = train.inputs_of(begun.catalogue, experiment, begun.clip, with_validation=True)
+        run = final.refit(experiment, whole, folder, begun.resources)
+    return _Winner(trial, score, run, again)
 
 
-def _sampled(sweep: Sweep, trial: optuna.Trial) -> dict[str, Any]:
-    """Optuna's view of the space, by its define-by-run interface."""
-    return sweep.sampled(trial)
+def zero_shot_of(rows: list[dict[str, Any]]) -> float:
+    """Validation mAP of the zero-shot model on a leaderboard."""
+    return next(float(row["val_mAP"]) for row in rows if row["trial"] == ZERO_SHOT)
 
 
-def _scheduler(sweep: Sweep) -> TrialScheduler:
-    if not sweep.halving.first_rung:
-        return FIFOScheduler()
-    return AsyncHyperBandScheduler(
-        time_attr="images",
-        metric=OBJECTIVE,
-        mode="max",
-        grace_period=sweep.halving.first_rung,
-        reduction_factor=sweep.halving.reduction,
-        max_t=10**12,  # trials end by their own budget
-    )
-
-
-def _scheduler_as_left(sweep: Sweep, out: Path) -> TrialScheduler:
-    """The scheduler with its rungs as the trials' own metrics have them."""
-    scheduler = _scheduler(sweep)
-    if isinstance(scheduler, AsyncHyperBandScheduler):
-        for trial in tune.ExperimentAnalysis(str(out / "tune")).trials or []:
-            lines = train.read_metrics(out / "trials" / number_of(trial))
-            for milestone, recorded in scheduler._brackets[0]._rungs:
-                reached = next((line[OBJECTIVE] for line in lines if line["images"] >= milestone), None)
-                if reached is not None:
-                    recorded[trial.trial_id] = reached
-    return scheduler
-
-
-def _finish(
-    sweep: Sweep,
-    catalogue: Catalogue,
-    clip: nn.Module,
-    base: config.Experiment,
-    texts: dict[str, str],
-    out: Path,
-    rows: list[dict[str, Any]],
-    seconds: float,
-    tell: Callable[[str], None],
-) -> dict[str, Any]:
+def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
     """The winner and the zero-shot model on the test split, the export, the summary, the report."""
-    winner = rows[0]["trial"]
-    tell(f"winner: trial {winner}, val mAP {float(rows[0]['val_mAP']):.3f}; now the test split")
-    experiment, best = base, clip
-    if winner != ZERO_SHOT:
-        weights = checkpoint.load(out / "trials" / winner)
+    begun.tell(f"winner: trial {winner.trial}, val mAP {winner.val_mAP:.3f}; now the test split")
+    experiment, best, out = begun.base, begun.clip, begun.out
+    if winner.run:
+        weights = checkpoint.load(winner.run)
         assert weights.experiment is not None
         experiment, best = weights.experiment, model.with_weights(weights.experiment.model, weights.state, weights.path)
-    tested = {}
-    for name, each in (("zero_shot", clip), ("test", best)):
-        embedded = evaluate.embed(catalogue, evaluate.splits_of("test"), each, base.model, texts)
-        tested[name] = evaluate.figures(embedded, 10)
-        evaluate.write(out / "test" / ("zero-shot" if name == "zero_shot" else "winner"), tested[name], embedded)
+    tested = {key: _tested(begun, key, each) for key, each in (("zero_shot", begun.clip), ("test", best))}
     shutil.rmtree(out / "best", ignore_errors=True)
-    known = {**tested, "catalogue": export.account(catalogue)}
-    export.export(best, experiment, out / "best", known, export.photos_of(catalogue))
+    known = {**tested, "catalogue": export.account(begun.catalogue)}
+    export.export(best, experiment, out / "best", known, export.photos_of(begun.catalogue))
     summary = {
-        "name": sweep.name,
-        "best_trial": winner,
-        "val_mAP": float(rows[0]["val_mAP"]),
-        "zero_shot_val_mAP": next(float(r["val_mAP"]) for r in rows if r["trial"] == ZERO_SHOT),
-        **tested,
+        "name": begun.sweep.name,
+        "best_trial": winner.trial,
+        "val_mAP": winner.val_mAP,
+        "zero_shot_val_mAP": zero_shot_of(rows),
+        "final": {"again": winner.again, "refit": bool(winner.run and begun.sweep.final.refit)},
+        **known,
         "trials": len(rows) - 1,
         "failed": sum(row["status"] == "failed" for row in rows),
-        "seconds": round(seconds, 1),
         "experiment": config.flat(experiment),
-        "searched": list(sweep.search),
-        "catalogue": known["catalogue"],
+        "searched": list(begun.sweep.search),
+        **about,
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report.write([out], None)
     return summary
+
+
+def _tested(begun: _Begun, key: str, clip: nn.Module) -> dict[str, Any]:
+    """Figures of a model on the test split; also written."""
+    embedded = evaluate.embed(begun.catalogue, evaluate.splits_of("test"), clip, begun.base.model, begun.texts)
+    found = evaluate.figures(embedded, 10)
+    evaluate.write(begun.out / "test" / {"zero_shot": "zero-shot", "test": "winner"}[key], found, embedded)
+    return found
 
 
 def outcome(summary: dict[str, Any], out: str | Path) -> str:

@@ -39,7 +39,8 @@ class Inputs:
     weights: Any
     """ObjectRef[dict[str, np.ndarray]]"""
     validation: list[Any]
-    """ObjectRefs of decoded images (n, size, size, 3) uint8: val_query, then val_gallery"""
+    """ObjectRefs of decoded images (n, size, size, 3) uint8: val_query, then val_gallery; none where those are trained
+    on"""
     items: Any
     """ObjectRef[tuple[np.ndarray, int]]: item code of each validation image, and how many of them are queries"""
     size: int
@@ -113,24 +114,36 @@ def start_of(experiment: config.Experiment, warm_start: str | None = None) -> nn
     return model.with_weights(experiment.model, weights.state, warm_start)
 
 
-def inputs_of(catalogue: Catalogue, experiment: config.Experiment, clip: nn.Module) -> Inputs:
+VALIDATION = ("val_query", "val_gallery")
+
+
+def inputs_of(
+    catalogue: Catalogue, experiment: config.Experiment, clip: nn.Module, with_validation: bool = False
+) -> Inputs:
     """Put into the object store what runs of this model and these prompts share.
+
+    Args:
+        catalogue: to train on.
+        experiment: of which the model, the prompts and the largest P x K count.
+        clip: weights to start from.
+        with_validation: train on the validation items too; their score then means nothing, and there is none.
 
     Raises:
         UserError: prompts or a P x K that do not fit the catalogue.
     """
-    images = stream.share(catalogue)
+    splits = ("train", *VALIDATION) if with_validation else ("train",)
+    images = stream.share(catalogue, *splits)
     index: batches.Index = ray.get(images.index)
     stream.plan_of(index, experiment.batch, experiment.seed)
     preprocess = model.preprocess_of(clip)
-    rows = [catalogue.rows(split)["item_id"].to_pylist() for split in ("val_query", "val_gallery")]
+    rows = [catalogue.rows(split)["item_id"].to_pylist() for split in VALIDATION]
     codes = np.unique(rows[0] + rows[1], return_inverse=True)[1]
-    captions, num_cut = captions_of(catalogue, index.names, experiment)
+    captions, num_cut = captions_of(catalogue, index.names, experiment, *splits)
     return Inputs(
         images=images,
         captions=ray.put(captions),
         weights=ray.put({name: tensor.numpy() for name, tensor in clip.state_dict().items()}),
-        validation=stream.decoded(catalogue, ("val_query", "val_gallery"), preprocess),
+        validation=[] if with_validation else stream.decoded(catalogue, VALIDATION, preprocess),
         items=ray.put((codes, len(rows[0]))),
         size=preprocess.size,
         num_images=len(index.item),
@@ -139,9 +152,11 @@ def inputs_of(catalogue: Catalogue, experiment: config.Experiment, clip: nn.Modu
     )
 
 
-def captions_of(catalogue: Catalogue, names: list[str], experiment: config.Experiment) -> tuple[Captions, int]:
-    """The train items' prompts, tokenized, and how many of them are longer than the model reads."""
-    prompt_of = prompts_of(catalogue, experiment, "train")
+def captions_of(
+    catalogue: Catalogue, names: list[str], experiment: config.Experiment, *splits: str
+) -> tuple[Captions, int]:
+    """The prompts of some splits' items, tokenized, and how many of them are longer than the model reads."""
+    prompt_of = prompts_of(catalogue, experiment, *splits)
     if not set(names) & set(prompt_of):
         raise UserError(f"--text.file {experiment.text.file} names none of the train items, e.g. {names[0]}")
     distinct = {text: i for i, text in enumerate(sorted({prompt_of[n] for n in names if n in prompt_of}))}
@@ -195,17 +210,17 @@ def loop(job: dict[str, Any]) -> None:
     experiment, inputs = job["experiment"], job["inputs"]
     learner = learner_of(experiment, inputs)
     validation = validation_of(inputs)
-    found: dict[str, Any] = {"best_val_mAP": 0.0, "stream": "", "reports_since_best": 0}
+    found: dict[str, Any] = {"stream": "", "reports_since_best": 0}
     if start := ray.train.get_checkpoint():
         with start.as_directory() as folder:
             raw, average, state, found = checkpoint.load_training(folder)
             learner.restore(raw, average, state)
-    else:
+    elif validation is not None:
         known = inputs.start_val_mAP
-        found["start_val_mAP"] = learner.validate(validation) if known is None else known
+        found |= {"start_val_mAP": learner.validate(validation) if known is None else known, "best_val_mAP": 0.0}
     history = History(job["out"], learner.step)
     batch_stream = iter(stream.batches(ray.train.get_dataset_shard("train")))
-    tally, patience = Tally(), experiment.budget.patience
+    tally, patience, notice = Tally(), experiment.budget.patience, _Notice()
     while learner.step < learner.budget.total and not (patience and found["reports_since_best"] >= patience):
         waiting = time.monotonic()
         step, rows, images = next(batch_stream)
@@ -219,9 +234,27 @@ def loop(job: dict[str, Any]) -> None:
         tally.add(len(rows), waited, values)
         found["stream"] = stream.digest(found["stream"], step, rows)
         history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
-        if learner.budget.is_report(learner.step):
+        if learner.budget.is_report(learner.step) or notice.is_new(learner.step):
             found = _report(learner, validation, history, tally, found)
             tally = Tally()
+
+
+@dataclass
+class _Notice:
+    """Word that a node is about to be taken away, as spot machines are: a checkpoint then, whatever the schedule.
+
+    Ray Train goes on elsewhere from there. All ranks ask at the same steps, and hear the same.
+    """
+
+    EVERY = 16  # steps: asking takes a few milliseconds
+    given: bool = False
+
+    def is_new(self, step: int) -> bool:
+        """Whether it has come since it was last asked for."""
+        if self.given or step % self.EVERY:
+            return False
+        self.given = ray.train.get_preemption_info() is not None
+        return self.given
 
 
 def learner_of(experiment: config.Experiment, inputs: Inputs) -> Learner:
@@ -232,21 +265,24 @@ def learner_of(experiment: config.Experiment, inputs: Inputs) -> Learner:
     return Learner(experiment, clip, index, captions, model.device())
 
 
-def validation_of(inputs: Inputs) -> Validation:
-    """The validation images, from the object store."""
+def validation_of(inputs: Inputs) -> Validation | None:
+    """The validation images, from the object store; None where the run trains on them."""
+    if not inputs.validation:
+        return None
     item, num_query = ray.get(inputs.items)
     return Validation(np.concatenate(ray.get(inputs.validation)), item, num_query)
 
 
 def _report(
-    learner: Learner, validation: Validation, history: History, tally: Tally, before: dict[str, Any]
+    learner: Learner, validation: Validation | None, history: History, tally: Tally, before: dict[str, Any]
 ) -> dict[str, Any]:
     """Evaluate, write a checkpoint and the history, tell Ray Train; all ranks take part."""
-    now = learner.report(tally, validation, before["start_val_mAP"])
-    better = now["val_mAP"] > before["best_val_mAP"] or "val_mAP" not in before
-    now["best_val_mAP"] = max(now["val_mAP"], before["best_val_mAP"])
-    now["reports_since_best"] = 0 if better else before["reports_since_best"] + 1
-    now["stream"] = before["stream"]
+    now = learner.report(tally, validation, before.get("start_val_mAP", 0.0))
+    now |= {name: before[name] for name in ("stream", "reports_since_best")}
+    if validation is not None:
+        better = now["val_mAP"] > before["best_val_mAP"] or "val_mAP" not in before
+        now["best_val_mAP"] = max(now["val_mAP"], before["best_val_mAP"])
+        now["reports_since_best"] = 0 if better else before["reports_since_best"] + 1
     if learner.rank:
         ray.train.report(now)
         return now
@@ -363,10 +399,12 @@ def fit(
             storage_path=out,
             callbacks=[cluster.Register(name), _WholeLists()],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(
-                max_failures=retries, max_preemption_failures=retries, controller_failure_limit=3
+                max_failures=retries, max_preemption_failures=-1, controller_failure_limit=3
             ),  # type: ignore[call-arg]
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="val_mAP", checkpoint_score_order="max"
+                num_to_keep=1,
+                checkpoint_score_attribute="val_mAP" if inputs.validation else "step",
+                checkpoint_score_order="max",
             ),
         ),
     )
@@ -374,6 +412,14 @@ def fit(
         trainer.fit()
     finally:
         cluster.end(name)  # the handle kept for it holds the controller back from ending by itself
+
+
+def is_over(experiment: config.Experiment, inputs: Inputs, last: dict[str, Any]) -> bool:
+    """Whether a run's last report is the last that it will make."""
+    patience = experiment.budget.patience
+    stopped = patience and last.get("reports_since_best", 0) >= patience
+    total = batches.budget_of(experiment, inputs.num_images).total
+    return bool("diverged" in last or stopped or last["step"] >= total)
 
 
 def read_metrics(out: str | Path) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import clipfh
 
 FLOORS = [
-    {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources"},
+    {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources"}
+    | {"drawing", "track"},
     {
         "catalogue",
         "batches",
@@ -21,8 +22,9 @@ FLOORS = [
         "embeddings",
         "track",
     },
-    {"stream", "evaluate", "learner", "search", "onnx"},
-    {"train", "export", "report", "status"},
+    {"stream", "evaluate", "learner", "search", "onnx", "results"},
+    {"train", "export", "plots", "searched", "finds", "status"},
+    {"report", "trials", "final", "estimate"},
     {"sweep"},
     {"cli", "demo"},
 ]

@@ -65,6 +65,10 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
         ({"budget": {"first_rnug": 5}}, "unknown key budget.first_rnug, did you mean first_rung?"),
         ({"placement": {"worker": 2}}, "placement: unknown setting worker, did you mean workers?"),
         ({"placement": {"workers": 5}}, "batch.items 32 can't be shared by 5 workers"),
+        ({"sampler": "bayes"}, "sampler must be one of tpe, random, grid, not 'bayes'"),
+        ({"sampler": "grid"}, "sampler: grid tries choices, and loss.triplet has a loguniform range"),
+        ({"final": {"tops": 3}}, "final: unknown setting tops, did you mean top?"),
+        ({"final": {"seeds": 0}}, "final: --seeds must be 1 or more"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path, changes, message):
@@ -89,6 +93,20 @@ def test_options_are_drawn_only_where_their_term_is_on(tmp_path):
     assert any(d["loss.triplet"] for d in drawn) and not all(d["loss.triplet"] for d in drawn)
     for settings in drawn:
         loaded.experiment(settings)
+
+
+def test_a_grid_is_every_combination_and_no_option_of_a_term_that_is_off(tmp_path):
+    search = {
+        "loss.triplet": {"choice": [1.0], "or": 0.0},
+        "loss.triplet_margin": {"choice": [0.1, 0.2, 0.3]},
+        "batch.views": {"choice": [2, 4]},
+    }
+    loaded = space.load(write(tmp_path, sampler="grid", search=search, points=[], trials=100))
+    combinations = {tuple(sorted(point.items())) for point in loaded.points}
+    assert len(loaded.points) == len(combinations) == loaded.trials == 2 * (3 + 1)
+    assert all(("loss.triplet_margin" in point) == (point["loss.triplet"] > 0) for point in loaded.points)
+    for point in loaded.points:
+        loaded.experiment(point)
 
 
 def test_overrides_and_rungs(tmp_path):

@@ -17,7 +17,9 @@ BOARD = """rank,trial,status,val_mAP,images,seconds,optimizer.lr,error
 
 def report(images: int, score: float, rate: float = 100.0) -> str:
     scores = {"val_mAP": score, "best_val_mAP": max(score, 0.4)}
-    return json.dumps({"images": images, "epoch": images / 500, **scores, "images_per_second": rate}) + "\n"
+    return (
+        json.dumps({"images": images, "epoch": images / 500, **scores, "images_per_second": rate, "loss": 1.5}) + "\n"
+    )
 
 
 def make_run(folder, lines: str, **budget) -> None:
@@ -60,6 +62,16 @@ def test_a_sweep_under_way(sweep):
     assert "trial 0003: 1,000 of 2,000 images" in lines[2] and lines[3] == "trial 0004: no report yet"
     assert lines[4] == "100 images/s in all, about 40 s left if it runs"  # 3 x 1,000 to come, 1,000 of trial 0003
     assert {path: path.stat().st_mtime_ns for path in sweep.rglob("*")} == before
+
+
+def test_the_live_table_has_those_that_run_first_and_the_settings_that_vary(sweep):
+    (sweep / "sweep.yaml").write_text("name: tiny\ntrials: 8\nsearch: {optimizer.lr: {loguniform: [0.001, 0.1]}}\n")
+    shown = status.table(sweep, rows=6)
+    assert [column.header for column in shown.columns][:3] == ["trial", "", "lr"]
+    cells = list(zip(*(column.cells for column in shown.columns), strict=True))
+    assert [row[0] for row in cells] == ["0003", "0004", "0001"], "no more rows than there is room for"
+    assert cells[0][3:] == ("1,000", "2,000", "1.500", "0.550", "0.550", "10 s")
+    assert cells[2][:4] == ("0001", "done", "0.001", "2,000")
 
 
 def test_a_sweep_that_is_over(sweep):

@@ -11,7 +11,7 @@ from clipfh.batches import Plan
 
 @pytest.fixture(scope="module")
 def shared(ray_cluster, small_catalogue):
-    return stream.share(small_catalogue)
+    return stream.share(small_catalogue, "train")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import ray
 import torch
 from ray.util.placement_group import placement_group_table
 
-from clipfh import UserError, catalogue, checkpoint, images, model, report, space, sweep
+from clipfh import UserError, catalogue, checkpoint, config, images, model, results, space, sweep
 
 TEXT = """
 name: tiny
@@ -27,6 +27,7 @@ points:
 trials: 4
 budget: {images: 256, first_rung: 64, reduction: 2}
 placement: {concurrent: 2}
+final: {top: 1, seeds: 2, refit: true}
 """
 
 
@@ -86,7 +87,7 @@ def test_the_study_holds_every_trial_and_a_margin_only_where_its_loss_is_on(fini
 def test_the_export_embeds_photos_as_the_checkpoint_does(finished, small_catalogue):
     out, summary = finished
     loaded, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out / 'best'}")
-    winner = checkpoint.load(out / "trials" / summary["best_trial"])
+    winner = checkpoint.load(out / "final/refit")
     ours = model.with_weights(winner.experiment.model, winner.state, "winner")
     preprocess = model.preprocess_of(loaded)
     photos = [photo.as_py() for photo in small_catalogue.images("query")["image"][:8]]
@@ -103,7 +104,26 @@ def test_the_summary_has_both_models_on_the_test_split(finished):
         low, high = summary[which]["intervals"]["mAP"]
         assert low <= summary[which]["mAP"] <= high
     assert summary["test"]["num_query"] == summary["zero_shot"]["num_query"]
-    assert "zero-shot" in sweep.outcome(summary, out) and report.read(out).kind == "Sweep"
+    assert "zero-shot" in sweep.outcome(summary, out) and results.read(out).kind == "Sweep"
+
+
+def test_the_leader_is_trained_again_and_the_winner_with_all_items(finished, small_catalogue):
+    out, summary = finished
+    leader = next(row["trial"] for row in rows(out) if row["trial"] != "0000")
+    scores = summary["final"]["again"][leader]
+    assert len(set(scores)) == 2 and list(summary["final"]["again"]) == [leader], "two seeds, two results"
+    seeds = {config.load(run / "experiment.json").seed for run in (out / "final").glob("*-again-*")}
+    assert seeds == {1, 2}
+    if summary["best_trial"] == leader:
+        assert summary["final"]["refit"] and summary["val_mAP"] == pytest.approx(sum(scores) / 2)
+        lines = [json.loads(line) for line in (out / "final/refit/metrics.jsonl").read_text().splitlines()]
+        assert not any("val_mAP" in line for line in lines), "a score on what is trained on means nothing"
+        rowsseen = {
+            row
+            for line in (out / "final/refit/stream.jsonl").read_text().splitlines()
+            for row in json.loads(line)["images"]
+        }
+        assert max(rowsseen) >= small_catalogue.num_images("train")
 
 
 def test_a_finished_sweep_resumes_to_itself(finished, small_catalogue):

@@ -110,7 +110,7 @@ def test_prompts_that_are_cut_are_counted(small_catalogue, tiny, tmp_path):
     names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
     (tmp_path / "prompts.json").write_text(json.dumps({names[0]: "long " * 80, names[1]: "a shirt"}))
     experiment = config.replace(tiny, {"text.file": str(tmp_path / "prompts.json")})
-    captions, num_cut = train.captions_of(small_catalogue, names, experiment)
+    captions, num_cut = train.captions_of(small_catalogue, names, experiment, "train")
     assert num_cut == 1 and (captions.of_item >= 0).tolist() == [True, True] + [False] * (len(names) - 2)
 
 

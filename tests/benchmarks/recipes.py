@@ -84,7 +84,7 @@ def _trained(opened: Any, experiment: Any, original: str) -> Any:
 
     table = opened.images("train").combine_chunks()
     index = stream.index_of(table, np.array([len(table)]))
-    captions, _ = train.captions_of(opened, index.names, experiment)
+    captions, _ = train.captions_of(opened, index.names, experiment, "train")
     if original == "stage 2":  # one prompt for every image
         tokens = model.tokenizer(experiment.model)(["a photo of a clothing item"]).numpy().astype(np.int32)
         captions = Captions(tokens, np.zeros(len(index.names), np.int32))

@@ -1,0 +1,376 @@
+"""Trials of a sweep under Ray Tune: each a run of `fit`, proposed by Optuna, stopped early, watched and ranked."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from clipfh import UserError, batches, checkpoint, cluster, config, train
+from clipfh.space import SWITCH, Sweep
+
+ZERO_SHOT = "0000"
+OBJECTIVE = "best_val_mAP"
+RETRIES = 2
+STUDY = "study.journal"
+
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep; Tune would call it complete
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a kill of the driver may cost of the search's state
+
+
+class Trial(tune.Trainable):
+    """One trial as Tune sees it: `fit` in a thread of its own, a result for each report in the run's metrics."""
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        sweep: Sweep | None = None,
+        inputs: train.Inputs | None = None,
+        out: str = "",
+        resources: cluster.Resources | None = None,
+    ) -> None:
+        """Start training, or go on from the trial's own checkpoint."""
+        assert sweep is not None and inputs is not None and resources is not None
+        cluster.end(self.trial_id)  # what an attempt that was killed may have left
+        self.experiment = sweep.experiment(config)
+        self.folder = Path(out) / "trials" / self.trial_name
+        _clear_of_another(self.folder, self.experiment)
+        self.total = batches.budget_of(self.experiment, inputs.num_images).total
+        self.reported = 0
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._fit, args=(inputs, resources), daemon=True)
+        self.thread.start()
+
+    def _fit(self, inputs: train.Inputs, resources: cluster.Resources) -> None:
+        try:
+            train.fit(self.experiment, inputs, self.folder, resources, name=self.trial_id)
+        except Exception as error:  # told to Tune by the step that waits for us
+            self.error = error
+
+    def step(self) -> dict[str, Any]:
+        """The next report; waits for it."""
+        while True:
+            running = self.thread.is_alive()
+            if not running and self.error:
+                raise self.error
+            lines = train.read_metrics(self.folder)
+            new = next((line for line in lines if line["step"] > self.reported and self._is_saved(line)), None)
+            if new and not (running and self._is_last(new)):
+                self.reported = new["step"]
+                return _result(new, self._is_last(new))
+            if not running:
+                return _result(lines[-1], True)
+            self.thread.join(0.1)
+
+    def _is_saved(self, line: dict[str, Any]) -> bool:
+        """Whether the report's checkpoint is on the list: a score without its weights must not win."""
+        return "diverged" in line or line["step"] <= checkpoint.latest_step(self.folder)
+
+    def _is_last(self, line: dict[str, Any]) -> bool:
+        return "diverged" in line or line["step"] >= self.total
+
+    def cleanup(self) -> None:
+        """Called by Tune when the trial ends, also where the scheduler stops it in mid-training."""
+        cluster.end(self.trial_id)
+
+
+def _clear_of_another(folder: Path, experiment: config.Experiment) -> None:
+    """Make the trial's folder. One of this number may have begun, with other settings, just before a kill."""
+    file = folder / checkpoint.EXPERIMENT
+    if file.exists() and file.read_text() != config.to_json(experiment):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(config.to_json(experiment))
+
+
+class Searcher(OptunaSearch):
+    """OptunaSearch that proposes no more trials than the cluster holds, as it is now, and tells Optuna of ended ones.
+
+    No pruner listens to reports; and after a kill Optuna's journal may be ahead of Tune, which then reports anew.
+    """
+
+    def __init__(self, room: Callable[[], int], **options: Any) -> None:
+        super().__init__(**options)
+        self.room = room
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next trial's settings; None while there is no room for it."""
+        live = self._ot_trials.keys() - self._completed_trials
+        return super().suggest(trial_id) if trial_id in live or len(live) < self.room() else None
+
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        """Nothing."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """As it was saved. Trials that began after that, just before a kill, are lost to Tune: so to the study."""
+        super().restore(checkpoint_path)
+        known = {trial.number for trial in self._ot_trials.values()}
+        study: Any = self._ot_study
+        for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
+            if trial.number not in known:
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+
+
+def number_of(trial: Any) -> str:
+    """'0001' for the first trial, also after a resume; 0000 is the zero-shot model."""
+    return f"{int(trial.experiment_tag.split('_')[0]):04d}"
+
+
+def _result(line: dict[str, Any], done: bool) -> dict[str, Any]:
+    shown = ("images", "val_mAP", OBJECTIVE, "loss", "images_per_second", "diverged", "warnings")
+    kept = {name: line[name] for name in shown if name in line}
+    return {**kept, "done": done, "finished": done}
+
+
+class Watch(tune.Callback):
+    """Keep the leaderboard up to date, tell how it goes, and free what ended trials leave."""
+
+    def __init__(self, board: Leaderboard, tell: Callable[[str], None], count: int, each_report: bool = True) -> None:
+        self.board, self.tell, self.count, self.each_report = board, tell, count, each_report
+        self.ended: set[str] = set()
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        shown = ", ".join(
+            f"{name} {_short(value)}" for name, value in trial.config.items() if name in self.board.searched
+        )
+        self.tell(f"trial {number_of(trial)} starts: {shown}")
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        if self.each_report:
+            best = max(result[OBJECTIVE], *((t.last_result or {}).get(OBJECTIVE, 0.0) for t in trials))
+            self.tell(
+                f"trial {number_of(trial)}: {result['images']:,} images, val mAP {result['val_mAP']:.3f}, "
+                f"best so far {max(best, self.board.zero_shot):.3f}"
+            )
+        for warning in result.get("warnings", []):
+            self.tell(f"trial {number_of(trial)}: warning: {warning}")
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.tell(f"trial {number_of(trial)} failed and starts again: {_last_line(trial)}")
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._ended(trials, trial)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._ended(trials, trial)
+
+    def _ended(self, trials: list, trial: Any) -> None:
+        cluster.end(trial.trial_id)
+        self.ended.add(trial.trial_id)
+        row = next(row for row in self.board.write(trials, self.ended) if row["trial"] == number_of(trial))
+        self.tell(f"trial {row['trial']} {row['status']} ({len(self.ended)} of {self.count} trials over)")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """`leaderboard.csv`: zero-shot and every trial, best first."""
+
+    file: Path
+    searched: list[str]
+    zero_shot: float
+    """validation mAP"""
+
+    def row(self, trial: Any, over: bool) -> dict[str, Any]:
+        """A trial's line. Tune says that a trial is over before it changes the trial's status."""
+        last = trial.last_result or {}
+        found = {"val_mAP": f"{last[OBJECTIVE]:.6f}"} if last.get(OBJECTIVE) is not None else {}
+        return {
+            "trial": number_of(trial),
+            "status": _status(trial.status, last, over),
+            **found,
+            "images": last.get("images", 0),
+            "seconds": round(last.get("time_total_s", 0.0), 1),
+            **{name: trial.config[name] for name in self.searched if name in trial.config},
+            "error": _why(trial, last),
+        }
+
+    def write(self, trials: Sequence[Any], over: Container[str] = ()) -> list[dict[str, Any]]:
+        """Write the file anew and return its rows. `over`: ids of trials that have ended."""
+        first = {
+            "trial": ZERO_SHOT,
+            "status": "zero-shot",
+            "val_mAP": f"{self.zero_shot:.6f}",
+            "images": 0,
+            "seconds": 0,
+        }
+        rows = [first, *(self.row(trial, trial.trial_id in over) for trial in trials)]
+        rows.sort(key=lambda row: float(row.get("val_mAP", -1)), reverse=True)
+        text = io.StringIO()
+        columns = ["rank", "trial", "status", "val_mAP", "images", "seconds", *self.searched, "error"]
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"rank": i, **row} for i, row in enumerate(rows, 1))
+        whole = self.file.with_suffix(".new")
+        whole.write_text(text.getvalue())
+        whole.rename(self.file)
+        return rows
+
+
+def _status(tunes: str, last: Mapping[str, Any], over: bool) -> str:
+    if tunes == "ERROR":
+        return "failed"
+    if tunes != "TERMINATED" and not over:
+        return "running"
+    return "diverged" if "diverged" in last else "done" if last.get("finished") else "stopped"
+
+
+def _why(trial: Any, last: Mapping[str, Any]) -> str:
+    if "diverged" in last:
+        return str(last["diverged"])
+    if trial.status != "ERROR":
+        return ""
+    return _last_line(trial)
+
+
+def _last_line(trial: Any) -> str:
+    """What a trial failed of."""
+    lines = [line for line in str(trial.get_error() or "").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "unknown"
+
+
+def search(
+    sweep: Sweep, inputs: train.Inputs, out: Path, resources: cluster.Resources, watch: Watch, resume: bool
+) -> list[Any]:
+    """Run the trials; returns them as Tune has them."""
+    trainable = tune.with_resources(
+        tune.with_parameters(Trial, sweep=sweep, inputs=inputs, out=str(out), resources=resources),
+        {cluster.HEAD: 0.001},
+    )
+    run_config = tune.RunConfig(
+        name="tune",
+        storage_path=str(out),
+        callbacks=[watch],
+        verbose=0,
+        failure_config=tune.FailureConfig(max_failures=RETRIES),
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
+    )
+    if resume and list((out / "tune").glob("experiment_state-*.json")):
+        tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_unfinished=True, resume_errored=True)
+        assert tuner._local_tuner is not None
+        # Tune keeps neither of these
+        tuner._local_tuner._run_config.callbacks = [watch]
+        tuner._local_tuner._tune_config.scheduler = _scheduler_as_left(sweep, out)
+    else:
+        shutil.rmtree(out / "tune", ignore_errors=True)
+        (out / STUDY).unlink(missing_ok=True)
+        tune_config = tune.TuneConfig(
+            search_alg=_searcher(sweep, out, resources),
+            scheduler=_scheduler(sweep),
+            num_samples=sweep.trials,
+            trial_name_creator=number_of,
+            trial_dirname_creator=number_of,
+        )
+        tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
+    return list(tuner.fit()._experiment_analysis.trials)
+
+
+def _searcher(sweep: Sweep, out: Path, resources: cluster.Resources) -> Searcher:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Of `group`, which conditional settings need
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    storage = _storage(out / STUDY)
+    if sweep.earlier:
+        _learn_from(sweep, storage)
+    points = [
+        {k: v for n, value in p.items() for k, v in sweep.search[n].point(n, value).items()} for p in sweep.points
+    ]
+    return Searcher(
+        functools.partial(cluster.at_once, sweep.placement, resources),
+        space=functools.partial(_sampled, sweep),
+        metric=OBJECTIVE,
+        mode="max",
+        points_to_evaluate=points,
+        sampler=_sampler(sweep),
+        study_name=sweep.name,
+        storage=storage,
+    )
+
+
+def _storage(journal: Path) -> optuna.storages.JournalStorage:
+    return optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+
+
+def _sampler(sweep: Sweep) -> optuna.samplers.BaseSampler:
+    """A grid is all points, and none are left to draw."""
+    if sweep.sampler == "tpe":
+        return optuna.samplers.TPESampler(multivariate=True, group=True, seed=sweep.seed, n_startup_trials=8)
+    return optuna.samplers.RandomSampler(seed=sweep.seed)
+
+
+def _learn_from(sweep: Sweep, storage: optuna.storages.BaseStorage) -> None:
+    """Copy what another sweep's study knows of the settings searched here.
+
+    Raises:
+        UserError: no study there, or it searched other settings or choices.
+    """
+    journal = Path(sweep.earlier) / STUDY
+    if not journal.is_file():
+        raise UserError(f"earlier: {sweep.earlier} holds no study: give the --out of a sweep")
+    found = _storage(journal)
+    name = optuna.get_all_study_names(found)[0]
+    known = optuna.load_study(study_name=name, storage=found).get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    study = optuna.create_study(storage=storage, study_name=sweep.name, direction="maximize")
+    for trial in known:
+        for name, drawn_from in trial.distributions.items():
+            _check_same(sweep, name.removesuffix(SWITCH), None if name.endswith(SWITCH) else drawn_from)
+        study.add_trial(trial)
+
+
+def _check_same(sweep: Sweep, name: str, drawn_from: optuna.distributions.BaseDistribution | None) -> None:
+    """Whether a setting is searched here as it was there; the ends of a range may differ."""
+    found = sweep.search.get(name)
+    if found is None:
+        raise UserError(f"earlier: {sweep.earlier} searched {name}, which is not searched here: add it")
+    here = found.distribution
+    choices = isinstance(here, optuna.distributions.CategoricalDistribution)
+    if drawn_from and (type(drawn_from) is not type(here) or (choices and drawn_from != here)):
+        raise UserError(f"earlier: {sweep.earlier} drew {name} from {drawn_from}, here it is {here}: give the same")
+
+
+def _sampled(sweep: Sweep, trial: optuna.Trial) -> dict[str, Any]:
+    """Optuna's view of the space, by its define-by-run interface."""
+    return sweep.sampled(trial)
+
+
+def _scheduler(sweep: Sweep) -> TrialScheduler:
+    if not sweep.halving.first_rung:
+        return FIFOScheduler()
+    return AsyncHyperBandScheduler(
+        time_attr="images",
+        metric=OBJECTIVE,
+        mode="max",
+        grace_period=sweep.halving.first_rung,
+        reduction_factor=sweep.halving.reduction,
+        max_t=10**12,  # trials end by their own budget
+    )
+
+
+def _scheduler_as_left(sweep: Sweep, out: Path) -> TrialScheduler:
+    """The scheduler with its rungs as the trials' own metrics have them."""
+    scheduler = _scheduler(sweep)
+    if isinstance(scheduler, AsyncHyperBandScheduler):
+        for trial in tune.ExperimentAnalysis(str(out / "tune")).trials or []:
+            lines = train.read_metrics(out / "trials" / number_of(trial))
+            for milestone, recorded in scheduler._brackets[0]._rungs:
+                reached = next((line[OBJECTIVE] for line in lines if line["images"] >= milestone), None)
+                if reached is not None:
+                    recorded[trial.trial_id] = reached
+    return scheduler

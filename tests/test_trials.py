@@ -1,0 +1,116 @@
+"""The searcher without training: what it proposes, when, and what it keeps of other studies."""
+
+import functools
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+from clipfh import UserError, cluster, config, space, trials
+
+FILE = {
+    "name": "x",
+    "base": {"model.name": config.SMALL},
+    "search": {
+        "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
+        "loss.triplet": {"loguniform": [0.1, 2.0], "or": 0.0},
+        "batch.views": {"choice": [2, 4]},
+    },
+    "trials": 30,
+}
+RESOURCES = cluster.Resources(1, 1.0, 0.0, 1)
+
+
+def searcher(folder: Path, room: int = 100, **changes) -> trials.Searcher:
+    folder.mkdir(exist_ok=True)
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({**FILE, **changes}))
+    made = trials._searcher(space.load(folder / "sweep.yaml"), folder, RESOURCES)
+    made.room = functools.partial(int, room)
+    return made
+
+
+def ask(made: trials.Searcher, count: int, value: float = 0.5) -> list[dict]:
+    """Settings of trials that end one after the other."""
+    found = []
+    for number in range(count):
+        found.append(made.suggest(str(number)))
+        made.on_trial_complete(str(number), {trials.OBJECTIVE: value})
+    return found
+
+
+def study(folder: Path) -> optuna.Study:
+    return optuna.load_study(study_name="x", storage=trials._storage(folder / trials.STUDY))
+
+
+def test_no_more_trials_are_proposed_than_there_is_room_for(tmp_path):
+    made = searcher(tmp_path, room=2)
+    first, second = made.suggest("a"), made.suggest("b")
+    assert first and second and made.suggest("c") is None
+    made.room = lambda: 3  # a node has come
+    assert made.suggest("c") and made.suggest("d") is None
+    made.on_trial_complete("a", {trials.OBJECTIVE: 0.5})
+    assert made.suggest("d")
+
+
+def test_the_same_seed_draws_the_same_and_samplers_differ(tmp_path):
+    drawn = {
+        name: ask(searcher(tmp_path / name, **changes), 12)
+        for name, changes in {
+            "one": {"sampler": "random"},
+            "two": {"sampler": "random"},
+            "other": {"sampler": "random", "seed": 1},
+            "tpe": {"sampler": "tpe"},
+        }.items()
+    }
+    assert drawn["one"] == drawn["two"] != drawn["other"]
+    assert drawn["tpe"] != drawn["one"]
+
+
+def test_a_search_knows_the_trials_of_an_earlier_one(tmp_path):
+    ask(searcher(tmp_path / "first"), 10)
+    made = searcher(tmp_path / "second", earlier=str(tmp_path / "first"))
+    ask(made, 1)
+    known = study(tmp_path / "second").trials
+    assert len(known) == 11
+    assert [t.params for t in known[:10]] == [t.params for t in study(tmp_path / "first").trials]
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"earlier": "nowhere"}, "nowhere holds no study"),
+        ({"search": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}}, "which is not searched here"),
+        ({"search": {**FILE["search"], "batch.views": {"choice": [2, 8]}}}, "drew batch.views from"),
+    ],
+)
+def test_an_earlier_search_that_does_not_fit_is_refused(tmp_path, changes, message):
+    ask(searcher(tmp_path / "first"), 3)
+    with pytest.raises(UserError, match=message):
+        searcher(tmp_path / "second", **{"earlier": str(tmp_path / "first"), **changes})
+
+
+def test_a_trial_that_began_just_before_a_kill_is_not_left_running(tmp_path):
+    made = searcher(tmp_path)
+    made.suggest("known")
+    made.save(str(tmp_path / "state"))
+    made.suggest("lost")
+    again = searcher(tmp_path)
+    again.restore(str(tmp_path / "state"))
+    assert [trial.state.name for trial in study(tmp_path).trials] == ["RUNNING", "FAIL"]
+
+
+@pytest.mark.parametrize(
+    "nodes,resources,runs",
+    [
+        ([{"CPU": 4}], cluster.Resources(1, 1, 0, 1), 2),
+        ([{"CPU": 3}, {"CPU": 3}], cluster.Resources(1, 2, 0, 1), 2),
+        ([{"CPU": 3}, {"CPU": 3}], cluster.Resources(1, 3, 0, 1), 1),
+        ([{"CPU": 1, "GPU": 2}, {"CPU": 15}], cluster.Resources(1, 1, 1, 1), 1),
+        ([{"CPU": 8, "GPU": 1}], cluster.Resources(1, 1, 0.5, 1), 2),
+        ([{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4}], cluster.Resources(4, 1, 1, 1), 2),
+        ([{}], cluster.Resources(1, 1, 0, 1), 0),
+    ],
+)
+def test_how_many_runs_nodes_hold(nodes, resources, runs):
+    assert cluster._room(nodes, resources) == runs
