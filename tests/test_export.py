@@ -114,6 +114,8 @@ def test_the_card_tells_what_is_known(clip, small_catalogue):
     assert "9 queries and 1,234 gallery photos" in text
     assert f"Trained on {account['counts']['train']['images']:,} photos" in text
     assert "onnx" not in text
+    whole = export.card(EXPERIMENT, {**known, "refit": True}, clip, with_onnx=False)
+    assert "then trained on all of them" in whole and "none of" not in whole
     untuned = export.card(EXPERIMENT, {**known, "test": figures(0.25)}, clip, with_onnx=False)
     assert "the search made nothing better" in untuned and "Trained on" not in untuned
     bare = export.card(EXPERIMENT, {}, clip, with_onnx=False)
