@@ -41,6 +41,10 @@ COMMANDS = {
         "embed all images of a catalogue, to search in them",
     ),
     "search": ("--embeddings FILE.parquet (--image FILE | --text WORDS) [options]", "find a photo or words in them"),
+    "submit": (
+        "--address http://HEAD:8265 [--working-dir DIR] -- COMMAND ...",
+        "run a command on a Ray cluster, as a job, from anywhere",
+    ),
     "report": ("DIR [DIR ...] [--out FILE.html]", "write an HTML page on evaluations, runs and sweeps"),
     "demo": ("[--out DIR]", "do all of it on a small drawn catalogue"),
 }
@@ -91,6 +95,7 @@ def parsers() -> tuple[_Parser, dict[str, _Parser]]:
     commands["export"].add_argument("--onnx", action="store_true", help="also both towers as ONNX")
     _embed_arguments(commands["embed"])
     _search_arguments(commands["search"])
+    _submit_arguments(commands["submit"])
     commands["report"].add_argument("paths", nargs="+", metavar="DIR", help="evaluations, runs, sweeps")
     commands["report"].add_argument("--out", metavar="FILE", help="HTML file (default: report.html in the first DIR)")
     commands["demo"].add_argument("--out", default="demo", metavar="DIR", help="folder to write (default: demo)")
@@ -117,7 +122,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if name.startswith("--") and name[2:] not in options:
             near = config.nearest(name[2:], options).replace("mean ", "mean --")
             raise UserError(f"{asked.prog} has no option {name}{near} (see {asked.prog} --help)")
-    return top.parse_args(_joined(argv))
+    if command != "submit":
+        return top.parse_args(_joined(argv))
+    args = top.parse_args(words)
+    args.words = list(argv[len(words) + 1 :])
+    return args
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
@@ -249,6 +258,17 @@ def _sweep_arguments(p: argparse.ArgumentParser) -> None:
 
 def _track_argument(p: argparse.ArgumentParser) -> None:
     p.add_argument("--track", choices=("mlflow", "wandb"), help="also send the reports to MLflow or Weights & Biases")
+
+
+def _submit_arguments(p: argparse.ArgumentParser) -> None:
+    p.epilog = "Behind -- stands a command with its arguments: sweep, train, evaluate, prepare, ..."
+    p.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HEAD:8265")
+    p.add_argument(
+        "--working-dir",
+        default=".",
+        metavar="DIR",
+        help="folder to send along, in a copy of which the command runs (default: this one)",
+    )
 
 
 def _cluster_arguments(p: argparse.ArgumentParser) -> None:
@@ -478,6 +498,42 @@ def status(args: argparse.Namespace) -> None:
     from clipfh import status
 
     print(status.of(args.path))
+
+
+def submit(args: argparse.Namespace) -> int:
+    folder = Path(args.working_dir)
+    if not folder.is_dir():
+        raise UserError(f"--working-dir {folder}: no such folder")
+    _check_submission(args.words, folder)
+    from clipfh import submit
+
+    return submit.run(args.address, folder, args.words)
+
+
+def _check_submission(words: Sequence[str], folder: Path) -> None:
+    """Find here what the command would fail of on the cluster.
+
+    Raises:
+        UserError: no command, one that doesn't parse, or paths that mean nothing there.
+    """
+    if not words:
+        raise UserError("clipfh submit needs a command: clipfh submit --address URL -- sweep FILE.yaml CATALOGUE ...")
+    inner = parse(words)
+    if inner.command in ("submit", "demo"):
+        raise UserError(f"clipfh {inner.command} is for this machine, not for a job")
+    settings = _settings(inner)
+    for name in ("catalogue", "source", "path", "paths", "checkpoint", "warm_start", "out"):
+        given = vars(inner).get(name) or []
+        for path in [given] if isinstance(given, str) else given:
+            if "://" not in path and not Path(path).is_absolute():
+                raise UserError(
+                    f"{path}: a job runs in a folder of its own, gone afterwards: "
+                    "give a path from / on, which all nodes of the cluster see"
+                )
+    if inner.command == "sweep" and not Path(inner.file).is_absolute():
+        from clipfh import space
+
+        space.load(folder / inner.file, settings, inner.trials)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -757,14 +813,14 @@ def _stop_at_once(*_: object) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 on what the user can mend, 1 on our bugs."""
+    """Run a command; 0 on success, 2 on what the user can mend, 1 on our bugs; that of the job with submit."""
     args = None
     try:
         signal.signal(signal.SIGINT, _stop)
         args = parse(sys.argv[1:] if argv is None else argv)
-        globals()[args.command](args)
+        code = globals()[args.command](args) or 0
         sys.stdout.flush()
-        return 0
+        return code
     except BrokenPipeError:  # whoever read our output, such as head, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray._raylet import PlacementGroupID
+from ray.autoscaler.sdk import request_resources
 from ray.core.generated import gcs_pb2
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup
 
@@ -160,14 +164,13 @@ def _share(placement: Placement, have: dict[str, float], gpus: float, alone: boo
 
 
 def at_once(placement: Placement, resources: Resources) -> int:
-    """How many such runs go at a time: as many as asked for, or as the cluster holds now, or may grow to hold.
-
-    Where an autoscaler may add nodes, runs that wait for room are what makes it add them.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = ray._private.state.state.get_max_resources_from_cluster_config()
-    fits = max(1, _room(nodes, resources), _room([dict(most)], resources) if most else 0)
+    """How many such runs go at a time: as many as asked for, or as the cluster holds now."""
+    fits = max(1, _fits(resources))
     return fits if placement.concurrent == "auto" else min(fits, placement.concurrent)
+
+
+def _fits(resources: Resources) -> int:
+    return _room([node["Resources"] for node in ray.nodes() if node["Alive"]], resources)
 
 
 def _room(nodes: Sequence[Mapping[str, float]], resources: Resources) -> int:
@@ -176,6 +179,50 @@ def _room(nodes: Sequence[Mapping[str, float]], resources: Resources) -> int:
     workers = sum(min(int(node.get(k, 0) / v + 1e-9) for k, v in worker.items() if v) for node in nodes)
     cpus = sum(node.get("CPU", 0) for node in nodes)
     return min(workers // resources.workers, int(cpus / resources.total["CPU"] + 1e-9))
+
+
+@contextlib.contextmanager
+def asked_for(placement: Placement, resources: Resources) -> Iterator[None]:
+    """Ask an autoscaler, where there is one, for room for as many runs at once as were asked for, or as it may make."""
+    most = ray._private.state.state.get_max_resources_from_cluster_config()
+    auto = _room([dict(most)], resources) if most else 0
+    runs = auto if placement.concurrent == "auto" else placement.concurrent
+    if not runs:
+        yield
+        return
+    bundle = {name: amount / resources.workers for name, amount in resources.total.items() if amount}
+    request_resources(bundles=[bundle] * (runs * resources.workers))
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+def queue(run: str) -> None:
+    """Put a run at the end of the queue of this job's runs, until it leaves."""
+    leave(run)
+    _internal_kv_put(f"{_queue()}{time.time_ns():020d}:{run}", "")
+
+
+def is_turn_of(run: str, resources: Resources) -> bool:
+    """Whether a queued run may train: the first ones may, as many as the cluster holds, as nodes come and go.
+
+    More of them would be worse than slow. Their workers alone could fill a cluster that has lost a node, and would then
+    wait for ever for images that no CPU is left to decode.
+    """
+    first = sorted(key.decode() for key in _internal_kv_list(_queue()))[: _fits(resources)]
+    return any(key.endswith(f":{run}") for key in first)
+
+
+def leave(run: str) -> None:
+    """Take a run out of the queue, if it is in."""
+    for key in _internal_kv_list(_queue()):
+        if key.decode().endswith(f":{run}"):
+            _internal_kv_del(key)
+
+
+def _queue() -> str:
+    return f"clipfh:queue:{ray.get_runtime_context().get_job_id()}:"
 
 
 class Register(ControllerCallback):
@@ -208,14 +255,10 @@ def _groups_of(actor: bytes) -> list[PlacementGroup]:
 
 
 def _put(key: str, value: Any) -> None:
-    from ray.experimental.internal_kv import _internal_kv_put
-
     _internal_kv_put(f"clipfh:{key}", ray.cloudpickle.dumps(value), overwrite=True)
 
 
 def _take(key: str) -> Any:
-    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
-
     value = _internal_kv_get(f"clipfh:{key}")
     _internal_kv_del(f"clipfh:{key}")
     return None if value is None else pickle.loads(value)

@@ -252,7 +252,7 @@ class Placement:
     cpus_per_worker: float | Literal["auto"] = "auto"
     """auto: 1 beside a GPU, else what the machine has to spare"""
     concurrent: int | Literal["auto"] = "auto"
-    """trials at once in a sweep; auto: what the cluster holds, data pipelines counted in"""
+    """trials at once in a sweep, if there is room; auto: what the cluster holds, data pipelines counted in"""
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "workers", "1 or more", self.workers)

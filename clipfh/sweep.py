@@ -84,7 +84,8 @@ def run(
     inputs = _inputs(begun, zero_shot)
     board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
     watch = Watch(board, tell, sweep.trials, each_report)
-    rows = board.write(search(sweep, inputs, out, resources, watch, resume))
+    with cluster.asked_for(sweep.placement, resources):
+        rows = board.write(search(sweep, inputs, out, resources, watch, resume))
     winner = _winner(begun, inputs, rows)
     about = {"resources": dataclasses.asdict(resources), "notes": train.notes_on(inputs)}
     return _finish(begun, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})

@@ -286,6 +286,7 @@ def _report(
     if learner.rank:
         ray.train.report(now)
         return now
+    now["node"] = ray.util.get_node_ip_address()
     history.metrics.append(json.dumps(now))
     history.write()
     _write_events(history.out, now)

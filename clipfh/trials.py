@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,16 +51,34 @@ class Trial(tune.Trainable):
         self.folder = Path(out) / "trials" / self.trial_name
         _clear_of_another(self.folder, self.experiment)
         self.total = batches.budget_of(self.experiment, inputs.num_images).total
-        self.reported = 0
+        self.resources = resources
+        self.reported, self.looked = 0, time.monotonic()
         self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._fit, args=(inputs, resources), daemon=True)
+        cluster.queue(self.trial_id)
+        self.thread = threading.Thread(target=self._fit, args=(inputs,), daemon=True)
         self.thread.start()
 
-    def _fit(self, inputs: train.Inputs, resources: cluster.Resources) -> None:
+    def _fit(self, inputs: train.Inputs) -> None:
         try:
-            train.fit(self.experiment, inputs, self.folder, resources, name=self.trial_id)
+            while not self._trained(inputs):
+                pass
         except Exception as error:  # told to Tune by the step that waits for us
             self.error = error
+
+    def _trained(self, inputs: train.Inputs) -> bool:
+        """Train when it is our turn; False where the cluster has become too small meanwhile, so that we gave way."""
+        while not self._is_our_turn():
+            time.sleep(1)
+        try:
+            train.fit(self.experiment, inputs, self.folder, self.resources, name=self.trial_id)
+        except Exception:
+            if self._is_our_turn():
+                raise
+            return False
+        return True
+
+    def _is_our_turn(self) -> bool:
+        return cluster.is_turn_of(self.trial_id, self.resources)
 
     def step(self) -> dict[str, Any]:
         """The next report; waits for it."""
@@ -74,7 +93,15 @@ class Trial(tune.Trainable):
                 return _result(new, self._is_last(new))
             if not running:
                 return _result(lines[-1], True)
+            self._give_way()
             self.thread.join(0.1)
+
+    def _give_way(self) -> None:
+        """Stop training, for now, where the cluster no longer holds us. Looks once a second."""
+        if time.monotonic() > self.looked + 1:
+            self.looked = time.monotonic()
+            if not self._is_our_turn():
+                cluster.end(self.trial_id)
 
     def _is_saved(self, line: dict[str, Any]) -> bool:
         """Whether the report's checkpoint is on the list: a score without its weights must not win."""
@@ -85,6 +112,7 @@ class Trial(tune.Trainable):
 
     def cleanup(self) -> None:
         """Called by Tune when the trial ends, also where the scheduler stops it in mid-training."""
+        cluster.leave(self.trial_id)
         cluster.end(self.trial_id)
 
 
@@ -169,6 +197,7 @@ class Watch(tune.Callback):
         self._ended(trials, trial)
 
     def _ended(self, trials: list, trial: Any) -> None:
+        cluster.leave(trial.trial_id)
         cluster.end(trial.trial_id)
         self.ended.add(trial.trial_id)
         row = next(row for row in self.board.write(trials, self.ended) if row["trial"] == number_of(trial))

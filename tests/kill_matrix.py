@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nodes import FIRST, HEAD, SECOND, THIRD, Nodes, leaderboard, reports, until
+from nodes import FIRST, SECOND, THIRD, Nodes, leaderboard, reports, until
 
 from clipfh import catalogue, demo
 
@@ -59,7 +59,7 @@ class Sweep:
     def running(self) -> dict[str, int]:
         """Trials that are not over and have a checkpoint, and the step of their last report."""
         over = self.finished()
-        return {t: lines[-1]["step"] for t, lines in reports(self.out).items() if lines and t not in over and t != "0000"}
+        return {t: lines[-1]["step"] for t, lines in reports(self.out).items() if lines and t not in over}
 
     def in_the_middle(self) -> dict[str, int]:
         """Wait for one trial to be over and another to have a checkpoint."""
@@ -197,7 +197,16 @@ def one(name: str, nodes: Nodes, made: Path, out: Path) -> tuple[str, bool]:
     again = [t for t in over if (out / "trials" / t / "metrics.jsonl").read_text() != lines[t]]
     left = held(nodes)
     good = code == 0 and len(ended) == 3 and not again and lost <= INTERVAL and not left
-    cells = (name, len(over), len(ended), len(again), lost, f"{seconds:.0f}", left or "nothing", "yes" if good else "NO")
+    cells = (
+        name,
+        len(over),
+        len(ended),
+        len(again),
+        lost,
+        f"{seconds:.0f}",
+        left or "nothing",
+        "yes" if good else "NO",
+    )
     return f"| {' | '.join(map(str, cells))} |", good
 
 
@@ -222,7 +231,9 @@ def recovery(sweep: Sweep, before: dict[str, int], begun: float) -> tuple[float,
 
 def held(nodes: Nodes) -> str:
     """What the cluster's nodes have not got back within ten seconds."""
-    ran = subprocess.run([sys.executable, "-c", HELD, f"127.0.0.1:{nodes.port}"], env=nodes.env, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", HELD, f"127.0.0.1:{nodes.port}"], env=nodes.env, capture_output=True, text=True
+    )
     return ran.stdout.strip().splitlines()[-1] if ran.stdout.strip() else ran.stderr[-200:]
 
 
@@ -262,7 +273,7 @@ def main(names: list[str]) -> int:
     demo.write_source(folder / "photos", items=40, seed=1, size=64)
     made = catalogue.prepare(str(folder / "photos"), folder / "catalogue", image_size=64)
     nodes, good = Nodes(folder), True
-    print("| killed | over before | over at the end | run again | steps lost | seconds | left behind | as it should be |")
+    print("| killed | over before | over at the end | of these run again | steps lost | seconds | left behind | good |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     try:
         nodes.start_all()
@@ -275,7 +286,11 @@ def main(names: list[str]) -> int:
                 line, fine = one(name, nodes, made.path, out)
             print(line, flush=True)
             good &= fine
-            nodes.start_missing(FIRST, SECOND)
+            for address in (FIRST, SECOND):
+                if address not in nodes.started:
+                    nodes.start_worker(address)
+            if THIRD in nodes.started:
+                nodes.kill(THIRD)
     finally:
         for address in list(nodes.started):
             nodes.kill(address)

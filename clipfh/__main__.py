@@ -1,0 +1,7 @@
+"""`python -m clipfh`, for where the command is not on the path."""
+
+import sys
+
+from clipfh.cli import main
+
+sys.exit(main())

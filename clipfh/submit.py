@@ -1,0 +1,131 @@
+"""A command as a Ray job: sent to a cluster from anywhere, its log followed, its exit code brought home."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from clipfh import UserError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+PATIENCE = 60
+"""Seconds for which a job is followed although its cluster doesn't answer."""
+
+
+def run(address: str, working_dir: Path, words: list[str]) -> int:
+    """Run `clipfh WORDS` on the head of a cluster, and print its log as it grows.
+
+    Args:
+        address: of the cluster's dashboard, http://HEAD:8265.
+        working_dir: packed and sent along (without what .gitignore names); the command runs in a copy of it.
+        words: the command and its arguments.
+
+    Returns:
+        The command's exit code; 1 where it has none because the job was stopped.
+
+    Raises:
+        UserError: the cluster doesn't answer or refuses.
+    """
+    client = connect(address)
+    for chatter in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{chatter}").setLevel(logging.WARNING)
+    entrypoint = shlex.join(["python", "-m", "clipfh", *words])
+    try:
+        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(working_dir)})
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the cluster at {address} did not take the job, with which --working-dir {working_dir} is sent: "
+            f"{_first_line(error)}"
+        ) from error
+    print(f"job {job} on {address}", flush=True)
+    try:
+        return follow(client, job, address)
+    except KeyboardInterrupt:
+        print(
+            f"\nThe job goes on. To follow it again: ray job logs --address {address} --follow {job}\n"
+            f"To stop it: ray job stop --address {address} {job}",
+            flush=True,
+        )
+        return 130
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the cluster whose dashboard is at the address.
+
+    Raises:
+        UserError: nobody answers, or the token is missing or wrong.
+    """
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    if not address.startswith(("http://", "https://")):
+        raise UserError(f"--address {address}: give the dashboard's, such as http://HEAD:8265")
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        _refused(address, error)
+    except (ConnectionError, requests.RequestException) as error:
+        raise UserError(
+            f"no Ray dashboard answers at --address {address}: is the cluster up, and its port 8265 reachable from "
+            "here? (ssh -L 8265:localhost:8265 HEAD makes it http://localhost:8265)"
+        ) from error
+    except RuntimeError as error:
+        raise UserError(f"--address {address} is no Ray dashboard: {_first_line(error)}") from error
+
+
+def _refused(address: str, error: Exception) -> NoReturn:
+    how = "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or its file in RAY_AUTH_TOKEN_PATH"
+    wrong = "RAY_AUTH_MODE=token is not set" if os.environ.get("RAY_AUTH_MODE") != "token" else "no token, or another's"
+    raise UserError(f"the cluster at {address} wants its token ({wrong}): {how}") from error
+
+
+def follow(client: JobSubmissionClient, job: str, address: str) -> int:
+    """Print the job's log until it ends; returns its exit code. A broken connection is taken up again."""
+    import aiohttp
+
+    log, lost = _Log(client, job), None
+    while True:
+        try:
+            asyncio.run(log.follow())
+            details = client.get_job_info(job)
+            if details.status.is_terminal():
+                break
+            lost = None
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+            lost = lost or time.monotonic()
+            if time.monotonic() - lost > PATIENCE:
+                raise UserError(
+                    f"the cluster at {address} no longer answers ({_first_line(error)}): if its head was lost, so was "
+                    "the job; submit the command again with --resume"
+                ) from error
+        time.sleep(1)
+    if details.driver_exit_code is None:
+        print(f"job {job} {details.status.lower()}: {details.message}", flush=True)
+        return 1
+    return details.driver_exit_code if details.driver_exit_code >= 0 else 128 - details.driver_exit_code
+
+
+class _Log:
+    """A job's log. The cluster tells it from its start at each connection: what was printed is not printed again."""
+
+    def __init__(self, client: JobSubmissionClient, job: str) -> None:
+        self.client, self.job, self.printed = client, job, 0
+
+    async def follow(self) -> None:
+        come = 0
+        async for text in self.client.tail_job_logs(self.job):
+            print(text[max(0, self.printed - come) :], end="", flush=True)
+            come += len(text)
+            self.printed = max(self.printed, come)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

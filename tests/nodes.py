@@ -1,0 +1,90 @@
+"""A real Ray cluster of several nodes on this machine, each with its own raylet, behind a token."""
+
+import csv
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import clipfh
+
+HEAD, FIRST, SECOND, THIRD = "127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"
+
+
+def until(condition, seconds=600):
+    """What the condition says, as soon as it says anything; the limit is for a machine that is busy."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+class Nodes:
+    """The nodes by address. Ray takes a folder for each: they would delete each other's files in one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port, self.dashboard = folder, free_port(), free_port()
+        self.token, self.started = folder / "token", {}
+        self.token.write_text(secrets.token_hex(32))
+        paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        without = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+        self.env = {**without, "PATH": paths, "PYTHONPATH": str(Path(clipfh.__file__).parents[1])}
+        self.env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard}"
+
+    def start(self, address: str, *options: str) -> None:
+        log = self.folder / f"{address}.log"
+        command = ["ray", "start", *options, f"--node-ip-address={address}", f"--temp-dir={self.folder / address}"]
+        command += ["--block", f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=200000000"]
+        with log.open("w") as out:
+            self.started[address] = subprocess.Popen(
+                command, stdout=out, stderr=out, env=self.env, start_new_session=True
+            )
+        until(lambda: "Ray runtime started" in log.read_text() or self.started[address].poll() is not None)
+        assert self.started[address].poll() is None, log.read_text()
+
+    def start_all(self) -> None:
+        """The head, which trains nothing, and two workers."""
+        ports = [f"--port={self.port}", f"--dashboard-port={self.dashboard}"]
+        self.start(HEAD, "--head", "--num-cpus=0", *ports, f"--ray-client-server-port={free_port()}")
+        self.start_worker(FIRST)
+        self.start_worker(SECOND)
+
+    def start_worker(self, address: str) -> None:
+        self.start(address, f"--address=127.0.0.1:{self.port}", "--num-cpus=2")
+
+    def kill(self, address: str) -> None:
+        """All processes of a node at once."""
+        os.killpg(self.started[address].pid, signal.SIGKILL)
+        self.started.pop(address).wait()
+
+    def submit(self, *words: object) -> subprocess.Popen:
+        command = [sys.executable, "-m", "clipfh", "submit", "--address", self.address, "--", *map(str, words)]
+        return subprocess.Popen(
+            command, env=self.env, cwd=self.folder / "work", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+
+def reports(out: Path) -> dict[str, list[dict]]:
+    """The reports of each trial."""
+    files = (out / "trials").glob("*/metrics.jsonl")
+    return {file.parent.name: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+
+
+def leaderboard(out: Path) -> dict[str, dict]:
+    with (out / "leaderboard.csv").open() as file:
+        return {row["trial"]: row for row in csv.DictReader(file)}

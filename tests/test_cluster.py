@@ -1,0 +1,34 @@
+"""Runs share a cluster out, as nodes come and go."""
+
+import pytest
+
+from clipfh import cluster
+
+TWO_CPUS = cluster.Resources(workers=1, cpus=1, gpus=0, threads=1)
+
+
+@pytest.fixture
+def queue(ray_cluster):
+    for run in "abc":
+        cluster.queue(run)
+    yield
+    for run in "abc":
+        cluster.leave(run)
+
+
+def turns() -> str:
+    return "".join(run for run in "abc" if cluster.is_turn_of(run, TWO_CPUS))
+
+
+def test_the_first_in_the_queue_train_as_many_as_the_cluster_holds(queue, monkeypatch):
+    have = {"CPU": 5.0}
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": have}])
+    assert turns() == "ab"
+    cluster.leave("a")
+    assert turns() == "bc"
+    have["CPU"] = 2.0
+    assert turns() == "b"
+    cluster.queue("b")  # it starts again: behind the others
+    assert turns() == "c"
+    have["CPU"] = 1.0
+    assert turns() == ""

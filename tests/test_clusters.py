@@ -1,0 +1,87 @@
+"""Three nodes on one machine, each with its own Ray, behind a token: jobs from outside, and a lost node."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from nodes import FIRST, SECOND, THIRD, Nodes, leaderboard, reports, until
+
+pytestmark = [pytest.mark.resilience, pytest.mark.slow]
+
+# No rungs, and fewer trials than the sampler draws blindly: nothing that a trial does depends on when it does it.
+SWEEP = """
+name: nodes
+stage: image
+base: {model.name: clipfh-small, batch.items: 8, batch.views: 2, budget.report_every: 128, augment.crop_min: 0.5}
+search:
+  optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
+  loss.triplet: {loguniform: [0.1, 2.0], or: 0.0}
+trials: 4
+budget: {images: 1024}
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    folder = Path(tempfile.mkdtemp(prefix="clipfh-", dir="/tmp"))  # a socket's path has room for 100 letters
+    (folder / "work").mkdir()
+    (folder / "work" / "nodes.yaml").write_text(SWEEP)
+    nodes = Nodes(folder)
+    try:
+        nodes.start_all()
+        yield nodes
+    finally:
+        for address in list(nodes.started):
+            nodes.kill(address)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes, small_catalogue, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "sweep"
+    job = nodes.submit("sweep", "nodes.yaml", small_catalogue.path, "--out", out)
+    log = job.communicate()[0]
+    assert job.returncode == 0 and "winner: trial" in log, log
+    return out
+
+
+def test_the_exit_code_and_the_line_of_a_mistake_come_home(nodes, tmp_path):
+    job = nodes.submit("sweep", "nodes.yaml", tmp_path / "none", "--out", tmp_path / "out")
+    assert "none: not a catalogue" in job.communicate()[0] and job.returncode == 2
+
+
+def test_the_token_is_asked_for(nodes, tmp_path):
+    nodes.env["RAY_AUTH_TOKEN"] = "wrong"
+    try:
+        job = nodes.submit("report", tmp_path)
+    finally:
+        del nodes.env["RAY_AUTH_TOKEN"]
+    assert "wants its token" in job.communicate()[0] and job.returncode == 2
+
+
+def test_trials_train_on_both_workers(undisturbed):
+    assert {line["node"] for lines in reports(undisturbed).values() for line in lines} == {FIRST, SECOND}
+
+
+def test_a_lost_node_costs_no_trial(nodes, undisturbed, small_catalogue, tmp_path):
+    job = nodes.submit("sweep", "nodes.yaml", small_catalogue.path, "--out", tmp_path / "sweep")
+    hit = until(
+        lambda: job.poll() or [t for t, r in reports(tmp_path / "sweep").items() if r and r[-1]["node"] == FIRST]
+    )
+    nodes.kill(FIRST)
+    nodes.start_worker(THIRD)
+    log = job.communicate()[0]
+    assert job.returncode == 0, log
+
+    assert f"trial {hit[0]} failed and starts again" in log
+    assert reports(tmp_path / "sweep")[hit[0]][-1]["node"] in (SECOND, THIRD)
+    expected, found = leaderboard(undisturbed), leaderboard(tmp_path / "sweep")
+    assert found.keys() == expected.keys() and len(found) == 5
+    for trial, row in found.items():
+        assert row["status"] in ("done", "zero-shot")
+        for setting in ("optimizer.lr", "loss.triplet", "images"):
+            assert row[setting] == expected[trial][setting]
+        assert float(row["val_mAP"]) == pytest.approx(float(expected[trial]["val_mAP"]), abs=1e-4)
+    steps = {trial: [line["step"] for line in lines] for trial, lines in reports(tmp_path / "sweep").items()}
+    assert steps == {trial: list(range(8, 65, 8)) for trial in ("0001", "0002", "0003", "0004")}
