@@ -28,7 +28,7 @@ TEXTS = ("a red dress", "Women's blouse. Cotton, with a V-neck and long sleeves.
 
 Known = Mapping[str, Any]
 """what a model card tells beside the settings, each where it is known: `catalogue` (path, hash, counts), `test` and
-`zero_shot` (figures), `val_mAP` and `start_val_mAP`, `warm_start`"""
+`zero_shot` (figures), `val_mAP` and `start_val_mAP`, `warm_start`, `refit` (on train and validation items together)"""
 
 
 def export(
@@ -127,7 +127,7 @@ def known_of(weights: checkpoint.Weights) -> Known:
     summary, run = folder.parent / "summary.json", folder.parent.parent / "run.json"
     if folder.name == "best" and summary.exists():
         found = json.loads(summary.read_text())
-        return {key: found[key] for key in ("catalogue", "test", "zero_shot")}
+        return {**{key: found[key] for key in ("catalogue", "test", "zero_shot")}, **found.get("final", {})}
     if not run.exists():
         return {}
     begun = json.loads(run.read_text())
@@ -168,6 +168,7 @@ def card(experiment: config.Experiment, known: Known, clip: nn.Module, with_onnx
         context=model.tokenizer(experiment.model).context_length,
         onnx={tower.encode.removeprefix("encode_"): tower for tower in onnx.TOWERS} if with_onnx else None,
         catalogue=_data(known.get("catalogue") or {}),
+        refit=known.get("refit", False),
         figures=_figures(known),
         val_mAP=[f"{value:.3f}" for value in reached],
         settings=config.flat(experiment).items(),

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from PIL import Image
 
-from clipfh import UserError
+from clipfh import UserError, images
 from clipfh.catalogue import GALLERY_OF, Catalogue, open_catalogue
 from clipfh.results import Measured
 
@@ -90,8 +86,7 @@ def walls(models: Sequence[Measured]) -> tuple[list[Wall], dict[str, str]]:
         shown += [Wall(*words, queries)] if queries else []
     queries = [query for wall in shown for query in wall.queries]
     found = [find.path for query in queries for line in query.lines for find in line.finds]
-    pictures = _pictures(catalogue, split, [query.path for query in queries])
-    return shown, pictures | _pictures(catalogue, GALLERY_OF[split], found)
+    return shown, _pictures(catalogue, [*(query.path for query in queries), *found])
 
 
 def _catalogue_of(models: Sequence[Measured]) -> Catalogue:
@@ -180,17 +175,7 @@ def _asked(catalogue: Catalogue, split: str, paths: Sequence[str]) -> tuple[list
     return [item_of[path] for path in paths], np.array([number[item_of[path]] - (path in also) for path in paths])
 
 
-def _pictures(catalogue: Catalogue, split: str, paths: Iterable[str]) -> dict[str, str]:
-    """Small pictures of some images of a split. All images stream by, and only these stay."""
-    shards = ds.dataset([str(shard) for shard in catalogue.shards(split)])
-    batches = shards.to_batches(columns=["path", "image"], filter=ds.field("path").isin(list(set(paths))))
-    return {row["path"]: _small(row["image"]) for batch in batches for row in batch.to_pylist()}
-
-
-def _small(encoded: bytes) -> str:
-    """A small picture of an image, as a data URI."""
-    image = Image.open(io.BytesIO(encoded)).convert("RGB")
-    image.thumbnail(SIZE)
-    file = io.BytesIO()
-    image.save(file, "webp", quality=QUALITY)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+def _pictures(catalogue: Catalogue, paths: Iterable[str]) -> dict[str, str]:
+    """Small pictures of some images, as data URIs."""
+    found = catalogue.images_at(list(set(paths)))
+    return {path: images.thumbnail(encoded, *SIZE, QUALITY) for path, encoded in found.items()}

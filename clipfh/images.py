@@ -83,12 +83,12 @@ def _middle(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB"))
 
 
-def thumbnail(encoded: bytes, width: int, height: int) -> str:
+def thumbnail(encoded: bytes, width: int, height: int, quality: int = 75) -> str:
     """The image, shrunk to fit into so many pixels, as a data URI for a page that is one file."""
     with Image.open(io.BytesIO(encoded)) as image:
         image.draft("RGB", (width, height))
         small = image.convert("RGB")
     small.thumbnail((width, height))
     webp = io.BytesIO()
-    small.save(webp, "WEBP", quality=75)
+    small.save(webp, "WEBP", quality=quality)
     return f"data:image/webp;base64,{base64.b64encode(webp.getvalue()).decode()}"

@@ -168,13 +168,14 @@ def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: d
     tested = {key: _tested(begun, key, each) for key, each in (("zero_shot", begun.clip), ("test", best))}
     shutil.rmtree(out / "best", ignore_errors=True)
     known = {**tested, "catalogue": export.account(begun.catalogue)}
-    export.export(best, experiment, out / "best", known, export.photos_of(begun.catalogue))
+    refit = bool(winner.run and begun.sweep.final.refit)
+    export.export(best, experiment, out / "best", {**known, "refit": refit}, export.photos_of(begun.catalogue))
     summary = {
         "name": begun.sweep.name,
         "best_trial": winner.trial,
         "val_mAP": winner.val_mAP,
         "zero_shot_val_mAP": zero_shot_of(rows),
-        "final": {"again": winner.again, "refit": bool(winner.run and begun.sweep.final.refit)},
+        "final": {"again": winner.again, "refit": refit},
         **known,
         "trials": len(rows) - 1,
         "failed": sum(row["status"] == "failed" for row in rows),

@@ -144,7 +144,8 @@ class Mirror:
             run.finish()
 
     def _runs(self) -> list[Path]:
-        folders = [self.out] if (self.out / "run.json").exists() else sorted(self.out.glob("trials/*"))
+        a_sweeps = sorted([*self.out.glob("trials/*"), *self.out.glob("final/*")])
+        folders = [self.out] if (self.out / "run.json").exists() else a_sweeps
         return [folder for folder in folders if (folder / "experiment.json").exists()]
 
     def _start(self, folder: Path, known: str) -> Any:  # noqa: ANN401
