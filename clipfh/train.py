@@ -415,11 +415,6 @@ def fit(
         cluster.end(name)  # the handle kept for it holds the controller back from ending by itself
 
 
-def lost_a_node(error: Exception) -> bool:
-    """Whether a run failed because a worker's node went away: Ray tells it in words alone."""
-    return any("node has died" in str(each) for each in getattr(error, "worker_failures", {}).values())
-
-
 def is_over(experiment: config.Experiment, inputs: Inputs, last: dict[str, Any]) -> bool:
     """Whether a run's last report is the last that it will make."""
     patience = experiment.budget.patience

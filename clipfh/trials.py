@@ -54,6 +54,7 @@ class Trial(tune.Trainable):
         self.resources = resources
         self.reported, self.looked = 0, time.monotonic()
         self.error: Exception | None = None
+        self.losses: list[str] = []
         cluster.queue(self.trial_id)
         self.thread = threading.Thread(target=self._fit, args=(inputs,), daemon=True)
         self.thread.start()
@@ -66,17 +67,22 @@ class Trial(tune.Trainable):
             self.error = error
 
     def _trained(self, inputs: train.Inputs) -> bool:
-        """Train when it is our turn; False where a node was lost, or we gave way on a cluster that became too small.
+        """Train when it is our turn; False to go on, where we gave way on a cluster that became too small, or were lost.
 
-        Neither counts as a failure: spot machines are lost as often as it happens.
+        A loss counts as a failure, of which there may be few, only where no checkpoint was made since the one before:
+        spot machines are lost as often as it happens.
         """
         while not self._is_our_turn():
             time.sleep(1)
+        begun = checkpoint.latest_step(self.folder)
         try:
             train.fit(self.experiment, inputs, self.folder, self.resources, name=self.trial_id)
         except Exception as error:
-            if self._is_our_turn() and not train.lost_a_node(error):
-                raise
+            step = checkpoint.latest_step(self.folder)
+            if self._is_our_turn():
+                if step <= begun:
+                    raise
+                self.losses.append(f"workers were lost, goes on from step {step}: {_last_of(str(error))}")
             return False
         return True
 
@@ -93,7 +99,8 @@ class Trial(tune.Trainable):
             new = next((line for line in lines if line["step"] > self.reported and self._is_saved(line)), None)
             if new and not (running and self._is_last(new)):
                 self.reported = new["step"]
-                return _result(new, self._is_last(new))
+                told, self.losses = self.losses, []
+                return _result({**new, "warnings": [*told, *new.get("warnings", [])]}, self._is_last(new))
             if not running:
                 return _result(lines[-1], True)
             self._give_way()
@@ -274,8 +281,11 @@ def _why(trial: Any, last: Mapping[str, Any]) -> str:
 
 def _last_line(trial: Any) -> str:
     """What a trial failed of."""
-    lines = [line for line in str(trial.get_error() or "").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "unknown"
+    return _last_of(str(trial.get_error() or "unknown"))
+
+
+def _last_of(text: str) -> str:
+    return next((line[:300] for line in reversed(text.splitlines()) if line.strip()), "unknown")
 
 
 def search(
