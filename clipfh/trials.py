@@ -67,7 +67,7 @@ class Trial(tune.Trainable):
             self.error = error
 
     def _trained(self, inputs: train.Inputs) -> bool:
-        """Train when it is our turn; False to go on, where we gave way on a cluster that became too small, or were lost.
+        """Train when it is our turn; False to go on: we gave way on a cluster that became too small, or were lost.
 
         A loss counts as a failure, of which there may be few, only where no checkpoint was made since the one before:
         spot machines are lost as often as it happens.
