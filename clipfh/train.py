@@ -220,12 +220,13 @@ def loop(job: dict[str, Any]) -> None:
         found |= {"start_val_mAP": learner.validate(validation) if known is None else known, "best_val_mAP": 0.0}
     history = History(job["out"], learner.step)
     batch_stream = iter(stream.batches(ray.train.get_dataset_shard("train")))
-    tally, patience, notice = Tally(), experiment.budget.patience, _Notice()
+    tally, patience, notice, began = Tally(), experiment.budget.patience, _Notice(), 0.0
     while learner.step < learner.budget.total and not (patience and found["reports_since_best"] >= patience):
         waiting = time.monotonic()
         step, rows, images = next(batch_stream)
         waited = time.monotonic() - waiting
         assert step == learner.step, f"the stream is at step {step}, the run at {learner.step}"
+        began = began or time.time()
         try:
             rows, values = learner.train_step(rows, images)
         except Diverged as diverged:
@@ -235,7 +236,7 @@ def loop(job: dict[str, Any]) -> None:
         found["stream"] = stream.digest(found["stream"], step, rows)
         history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
         if learner.budget.is_report(learner.step) or notice.is_new(learner.step):
-            found = _report(learner, validation, history, tally, found)
+            found = _report(learner, validation, history, tally, {**found, "began": began})
             tally = Tally()
 
 
@@ -286,7 +287,7 @@ def _report(
     if learner.rank:
         ray.train.report(now)
         return now
-    now["node"] = ray.util.get_node_ip_address()
+    now |= {"node": ray.util.get_node_ip_address(), "began": before["began"], "time": time.time()}
     history.metrics.append(json.dumps(now))
     history.write()
     _write_events(history.out, now)

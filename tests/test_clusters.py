@@ -17,7 +17,7 @@ base: {model.name: clipfh-small, batch.items: 8, batch.views: 2, budget.report_e
 search:
   optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
   loss.triplet: {loguniform: [0.1, 2.0], or: 0.0}
-trials: 4
+trials: 2
 budget: {images: 1024}
 """
 
@@ -78,11 +78,11 @@ def test_a_lost_node_costs_no_trial(nodes, undisturbed, small_catalogue, tmp_pat
     assert "starts again" not in log, "a lost node is no failure of the trial"
     assert reports(tmp_path / "sweep")[hit[0]][-1]["node"] in (SECOND, THIRD)
     expected, found = leaderboard(undisturbed), leaderboard(tmp_path / "sweep")
-    assert found.keys() == expected.keys() and len(found) == 5
+    assert found.keys() == expected.keys() and len(found) == 3
     for trial, row in found.items():
         assert row["status"] in ("done", "zero-shot")
         for setting in ("optimizer.lr", "loss.triplet", "images"):
             assert row[setting] == expected[trial][setting]
         assert float(row["val_mAP"]) == pytest.approx(float(expected[trial]["val_mAP"]), abs=1e-4)
     steps = {trial: [line["step"] for line in lines] for trial, lines in reports(tmp_path / "sweep").items()}
-    assert steps == {trial: list(range(8, 65, 8)) for trial in ("0001", "0002", "0003", "0004")}
+    assert steps == {trial: list(range(8, 65, 8)) for trial in ("0001", "0002")}

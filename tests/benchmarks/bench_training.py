@@ -1,0 +1,207 @@
+"""Photos to steps: the stream, a step, a trial's start, a sweep, each against the same without what we add.
+
+Everything runs on the small model and drawn photos of 256 pixels, on a cluster of this machine alone.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from clipfh import batches, catalogue, cluster, config, demo, space, stream, sweep, train
+from clipfh.catalogue import Catalogue
+from clipfh.learner import Learner
+
+ITEMS, SIDE = 300, 256
+SETTINGS = {"model.name": config.SMALL, "batch.items": 16, "batch.views": 4}
+IMAGES = 6_400  # of a measured stretch
+SWEEP = """
+name: bench
+stage: image
+base: {model.name: clipfh-small, batch.items: 16, batch.views: 4}
+search:
+  optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
+trials: 4
+budget: {images: 4000, report_every: 1000}
+"""
+
+
+def rows() -> list[dict]:
+    """All measurements, as {name, value, target, ok}."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        demo.write_source(folder / "photos", items=ITEMS, seed=0, size=SIDE)
+        opened = catalogue.prepare(folder / "photos", folder / "catalogue")
+        (folder / "sweep.yaml").write_text(SWEEP)
+        cluster.connect("local")
+        try:
+            return [*_stream_and_step(opened, folder), *_sweep(opened, folder), *_plan()]
+        finally:
+            cluster.disconnect()
+
+
+def row(name: str, value: float, at_least: float | None = None, at_most: float | None = None) -> dict:
+    ok = value >= at_least if at_least is not None else value <= (at_most or 0.0)
+    return {"name": name, "value": round(value, 3), "target": at_most if at_least is None else at_least, "ok": bool(ok)}
+
+
+def _stream_and_step(opened: Catalogue, folder: Path) -> list[dict]:
+    experiment = config.resolve(
+        "image", None, {**SETTINGS, "budget.images": IMAGES, "budget.report_every": IMAGES // 4}
+    )
+    resources = cluster.place(config.Placement())
+    inputs = train.inputs_of(opened, experiment, train.start_of(experiment))
+    ingest = [
+        _drained(experiment, inputs, folder / f"drained-{n}", resources) / _loader(opened, inputs) for n in (0, 1, 2)
+    ]
+    steps, waits = [], []
+    for number in range(3):
+        train.fit(experiment, inputs, folder / f"run-{number}", resources, name=f"run-{number}")
+        lines = train.read_metrics(folder / f"run-{number}")[1:]  # the first waits for the stream to fill
+        steps.append(mean(line["images_per_second"] for line in lines) / _plain(opened, inputs, experiment, resources))
+        waits.append(mean(line["data_wait"] for line in lines))
+    return [
+        row("ingest: images/s at a worker, a torch DataLoader's", median(ingest), at_least=1.0),
+        row("step: images/s in the loop, those of tensors in memory", median(steps), at_least=0.97),
+        row("step: share of the time waiting for images", median(waits), at_most=0.03),
+    ]
+
+
+def _drained(experiment: config.Experiment, inputs: train.Inputs, out: Path, resources: cluster.Resources) -> float:
+    """Images per second that arrive at a worker which does nothing with them, once the first are there."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file
+    usual, train.loop = train.loop, _drain
+    try:
+        train.fit(experiment, inputs, out, resources, name=str(out))
+    finally:
+        train.loop = usual
+    return float(json.loads((out / "drained.json").read_text()))
+
+
+def _drain(job: dict[str, Any]) -> None:
+    arriving = iter(stream.batches(ray.train.get_dataset_shard("train")))
+    next(arriving)
+    begun, count = time.perf_counter(), 0
+    for _, rows, _ in arriving:
+        count += len(rows)
+    (Path(job["out"]) / "drained.json").write_text(str(count / (time.perf_counter() - begun)))
+
+
+class _Photos(torch.utils.data.Dataset):
+    """What the stream decodes, for torch's own loader."""
+
+    def __init__(self, column: Any, recipe: stream.Recipe) -> None:
+        self.column, self.recipe = column, recipe
+
+    def __getitem__(self, place: tuple[int, int, int]) -> torch.Tensor:
+        step, position, image = place
+        pixels = stream.decode(self.recipe, lambda at: self.column[at].as_py(), step, position, np.array([image]))
+        return torch.from_numpy(pixels[0])
+
+
+def _loader(opened: Catalogue, inputs: train.Inputs) -> float:
+    """Images per second of torch's DataLoader with a process a core, once the first are there."""
+    experiment = config.resolve("image", None, SETTINGS)
+    recipe = stream.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
+    plan = stream.plan_of(ray.get(inputs.images.index), experiment.batch, 0)
+    column = opened.images("train")["image"].combine_chunks()
+    count = IMAGES // experiment.batch.images
+    sampler = [[(s, i, int(row)) for i, row in enumerate(plan.batch(s))] for s in range(count)]
+    loader = torch.utils.data.DataLoader(
+        _Photos(column, recipe), batch_sampler=sampler, num_workers=cluster._cores(), multiprocessing_context="spawn"
+    )
+    arriving = iter(loader)
+    next(arriving)
+    begun, images = time.perf_counter(), 0
+    for pixels in arriving:
+        images += len(pixels)
+    return images / (time.perf_counter() - begun)
+
+
+def _plain(
+    opened: Catalogue, inputs: train.Inputs, experiment: config.Experiment, resources: cluster.Resources
+) -> float:
+    """Images per second of the same steps on tensors in memory, in a process of its own threads."""
+    torch.set_num_threads(resources.threads)
+    index: batches.Index = ray.get(inputs.images.index)
+    learner = Learner(experiment, train.start_of(experiment), index, ray.get(inputs.captions), torch.device("cpu"))
+    plan = stream.plan_of(index, experiment.batch, 0)
+    recipe = stream.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
+    column = opened.images("train")["image"].combine_chunks()
+    some = [stream.decode(recipe, lambda at: column[at].as_py(), s, 0, plan.batch(s)) for s in range(8)]
+    learner.train_step(plan.batch(0), some[0])
+    begun, count = time.perf_counter(), 48
+    for step in range(count):
+        learner.train_step(plan.batch(step), some[step % 8])
+    return count * experiment.batch.images / (time.perf_counter() - begun)
+
+
+def _sweep(opened: Catalogue, folder: Path) -> list[dict]:
+    """A sweep's trials: how long each takes to begin, and how much of the time they train."""
+    starts: list[float] = []
+
+    def tell(line: str) -> None:
+        if " starts: " in line:
+            starts.append(time.time())
+        elif line.startswith("winner"):
+            starts.append(time.time())  # the end of the search
+
+    sweep.run(space.load(folder / "sweep.yaml"), opened, folder / "sweep", tell=tell)
+    *starts, end = starts
+    trials = [train.read_metrics(run) for run in sorted((folder / "sweep/trials").glob("*")) if run.name != "0000"]
+    first_step = median(lines[0]["began"] - start for lines, start in zip(trials, starts, strict=True))
+    trained = sum(lines[-1]["time"] - lines[0]["began"] for lines in trials)
+    at_once = cluster.at_once(config.Placement(), cluster.place(config.Placement(), alone=False))
+    wall = end - starts[0]
+    return [
+        row("trial start: to the first step, a bare process with imports", first_step / _bare_start(), at_most=2),
+        row("sweep: wall time, training time shared out", wall / (trained / at_once), at_most=1.15),
+    ]
+
+
+def _bare_start() -> float:
+    """Seconds until a process has torch and open_clip; the median of three."""
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import torch, open_clip"], check=True)
+        seconds.append(time.perf_counter() - begun)
+    return median(seconds)
+
+
+def _plan() -> list[dict]:
+    """Memory of the plan beside its index, and time of a batch, at ten million items and at ten thousand."""
+    code = """
+import resource, sys, time
+import numpy as np
+from clipfh import batches
+items, views = int(sys.argv[1]), 10
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+item = np.repeat(np.arange(items, dtype=np.int32), views)
+before = peak()
+plan = batches.Plan(item, 64, 4)
+plan.batch(0)
+begun = time.perf_counter()
+for step in range(1, 21): plan.batch(step)
+print((peak() - before) / len(item), (time.perf_counter() - begun) / 20)
+"""
+    run = [
+        subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True)
+        for n in (10**4, 10**7)
+    ]
+    (_, small), (per_image, large) = (map(float, one.stdout.split()) for one in run)
+    print(f"  a batch of the plan: {1000 * small:.2f} ms of 10^4 items, {1000 * large:.2f} ms of 10^7", file=sys.stderr)
+    return [row("plan: bytes an image at 10^8 images, index apart", per_image, at_most=16)]
+
+
+if __name__ == "__main__":
+    for each in rows():
+        print(f"{each['name']:60} {each['value']:8} (target {each['target']}) {'ok' if each['ok'] else 'MISSED'}")
