@@ -27,12 +27,12 @@ stage: image
 base: {model.name: clipfh-small, batch.items: 8, batch.views: 2, budget.report_every: 256, augment.crop_min: 0.5}
 search:
   optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
-trials: 3
+trials: 4
 budget: {images: 1536}
 placement: {concurrent: 2}
 """
-INTERVAL = 16
-"""Steps between two checkpoints."""
+TRIALS, INTERVAL, TOTAL = 4, 16, 96
+"""Trials; steps between two checkpoints, and of a trial."""
 OVER = ("done", "stopped")
 
 
@@ -57,13 +57,13 @@ class Sweep:
         return {trial for trial, row in board.items() if row["status"] in OVER}
 
     def running(self) -> dict[str, int]:
-        """Trials that are not over and have a checkpoint, and the step of their last report."""
-        over = self.finished()
+        """Trials that have a checkpoint and more than a step to go, and the step of their last report."""
+        over = {trial for trial, lines in reports(self.out).items() if lines and lines[-1]["step"] >= TOTAL}
         return {t: lines[-1]["step"] for t, lines in reports(self.out).items() if lines and t not in over}
 
     def in_the_middle(self) -> dict[str, int]:
-        """Wait for one trial to be over and another to have a checkpoint."""
-        return until(lambda: self.finished() and self.running())
+        """Wait for two trials to be over and the two others to have a checkpoint."""
+        return until(lambda: len(self.finished()) == 2 and len(self.running()) == 2 and self.running())
 
     def wait(self) -> int:
         assert self.process
@@ -196,7 +196,7 @@ def one(name: str, nodes: Nodes, made: Path, out: Path) -> tuple[str, bool]:
     ended = {trial for trial, row in board.items() if row["status"] in OVER}
     again = [t for t in over if (out / "trials" / t / "metrics.jsonl").read_text() != lines[t]]
     left = held(nodes)
-    good = code == 0 and len(ended) == 3 and not again and lost <= INTERVAL and not left
+    good = code == 0 and len(ended) == TRIALS and not again and lost <= INTERVAL and not left
     cells = (
         name,
         len(over),
