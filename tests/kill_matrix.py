@@ -130,8 +130,7 @@ print(json.dumps({n["NodeManagerAddress"]: n["NodeID"] for n in ray.nodes() if n
 
 def head(sweep: Sweep) -> None:
     """With it go its workers' nodes, and the driver's connection."""
-    for address in list(sweep.nodes.started):
-        sweep.nodes.kill(address)
+    sweep.nodes.kill_all()
     sweep.process.wait(timeout=300)
     sweep.nodes.start_all()
     sweep.start("--resume")
@@ -286,14 +285,11 @@ def main(names: list[str]) -> int:
                 line, fine = one(name, nodes, made.path, out)
             print(line, flush=True)
             good &= fine
-            for address in (FIRST, SECOND):
-                if address not in nodes.started:
-                    nodes.start_worker(address)
-            if THIRD in nodes.started:
-                nodes.kill(THIRD)
+            if nodes.started.keys() != {HEAD, FIRST, SECOND}:  # a new cluster, which knows of no lost node
+                nodes.kill_all()
+                nodes.start_all()
     finally:
-        for address in list(nodes.started):
-            nodes.kill(address)
+        nodes.kill_all()
     if good:
         shutil.rmtree(folder)
     return 0 if good else 1

@@ -72,6 +72,10 @@ class Nodes:
         os.killpg(self.started[address].pid, signal.SIGKILL)
         self.started.pop(address).wait()
 
+    def kill_all(self) -> None:
+        for address in list(self.started):
+            self.kill(address)
+
     def submit(self, *words: object) -> subprocess.Popen:
         command = [sys.executable, "-m", "clipfh", "submit", "--address", self.address, "--", *map(str, words)]
         return subprocess.Popen(

@@ -32,8 +32,7 @@ def nodes():
         nodes.start_all()
         yield nodes
     finally:
-        for address in list(nodes.started):
-            nodes.kill(address)
+        nodes.kill_all()
         shutil.rmtree(folder, ignore_errors=True)
 
 
