@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nodes import FIRST, SECOND, THIRD, Nodes, leaderboard, reports, until
+from nodes import FIRST, HEAD, SECOND, THIRD, Nodes, leaderboard, reports, until
 
 from clipfh import catalogue, demo
 
