@@ -767,6 +767,15 @@ def _report_line(line: dict[str, Any], images: int) -> str:
 # --- Errors ----------------------------------------------------------------------------------------------------------
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOST = (
+    "ActorDiedError",
+    "ActorUnavailableError",
+    "NodeDiedError",
+    "ObjectLostError",
+    "OwnerDiedError",
+    "RaySystemError",
+)
+"""Ray's errors, by name: to have them would load Ray."""
 WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -790,7 +799,8 @@ def _mendable(error: BaseException, args: argparse.Namespace | None) -> str | No
             return f"no room on disk for {where}: free some; {_going_on(args)}"
         if isinstance(each, WRONG_PATH) and each.filename and each.strerror:
             return f"{each.filename}: {each.strerror.lower()}: check the path"
-    return None
+    lost = next((each for each in _chain(error) if type(each).__name__ in LOST), None)
+    return f"Ray lost a process or a node ({' '.join(str(lost).split())[:160]}): {_going_on(args)}" if lost else None
 
 
 def _going_on(args: argparse.Namespace | None) -> str:

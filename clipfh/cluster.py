@@ -8,14 +8,15 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray._raylet import PlacementGroupID
 from ray.autoscaler.sdk import request_resources
 from ray.core.generated import gcs_pb2
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RaySystemError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup
@@ -196,6 +197,22 @@ def asked_for(placement: Placement, resources: Resources) -> Iterator[None]:
         yield
     finally:
         request_resources(bundles=[])
+
+
+T = TypeVar("T")
+
+
+def through_losses(work: Callable[[], T], times: int = 3) -> T:
+    """Do work that can be done anew, again where a node or a process of Ray's went away under it.
+
+    Ray does so by itself for tasks, but not for the actors that Ray Data makes.
+    """
+    for _ in range(times - 1):
+        try:
+            return work()
+        except (RayActorError, RaySystemError, ObjectLostError, NodeDiedError):
+            continue
+    return work()
 
 
 def queue(run: str) -> None:

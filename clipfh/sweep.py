@@ -107,8 +107,7 @@ def _zero_shot(begun: _Begun) -> float:
     """Validation mAP of the model before any tuning; kept, so that a resumed sweep does not ask again."""
     folder = begun.out / "trials" / ZERO_SHOT
     if not (folder / "metrics.json").exists():
-        val = evaluate.splits_of("val")
-        embedded = evaluate.embed(begun.catalogue, val, begun.clip, begun.base.model, begun.texts)
+        embedded = _embedded(begun, "val", begun.clip)
         evaluate.write(folder, evaluate.figures(embedded, 0), embedded)
     found = float(json.loads((folder / "metrics.json").read_text())["mAP"])
     begun.tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {found:.3f}")
@@ -188,9 +187,14 @@ def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: d
     return summary
 
 
+def _embedded(begun: _Begun, split: str, clip: nn.Module) -> evaluate.Embedded:
+    splits = evaluate.splits_of(split)
+    return cluster.through_losses(lambda: evaluate.embed(begun.catalogue, splits, clip, begun.base.model, begun.texts))
+
+
 def _tested(begun: _Begun, key: str, clip: nn.Module) -> dict[str, Any]:
     """Figures of a model on the test split; also written."""
-    embedded = evaluate.embed(begun.catalogue, evaluate.splits_of("test"), clip, begun.base.model, begun.texts)
+    embedded = _embedded(begun, "test", clip)
     found = evaluate.figures(embedded, 10)
     evaluate.write(begun.out / "test" / {"zero_shot": "zero-shot", "test": "winner"}[key], found, embedded)
     return found

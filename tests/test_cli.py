@@ -65,3 +65,20 @@ def test_out_in_use_and_nothing_to_resume(small_catalogue, capsys, tmp_path):
     train = ["train", "image", small_catalogue.path, "--model", "clipfh-small", "--out"]
     assert "is not empty" in refused(capsys, *train, tmp_path / "used")
     assert "holds no run" in refused(capsys, *train, tmp_path / "new", "--resume")
+
+
+def test_a_lost_node_is_one_line_that_says_how_to_go_on(tmp_path):
+    from ray.exceptions import ActorDiedError
+
+    (tmp_path / "sweep.yaml").write_text("")
+    args = cli.parse(["sweep", "file.yaml", "catalogue", "--out", str(tmp_path)])
+    try:
+        try:
+            raise ActorDiedError()
+        except ActorDiedError as cause:
+            raise RuntimeError("evaluation") from cause
+    except RuntimeError as error:
+        line = cli._mendable(error, args)
+    assert line.startswith("Ray lost a process or a node (") and line.endswith(
+        "--resume goes on from the last checkpoint"
+    )

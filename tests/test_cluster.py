@@ -1,6 +1,7 @@
 """Runs share a cluster out, as nodes come and go."""
 
 import pytest
+from ray.exceptions import RayActorError
 
 from clipfh import cluster
 
@@ -32,3 +33,17 @@ def test_the_first_in_the_queue_train_as_many_as_the_cluster_holds(queue, monkey
     assert turns() == "c"
     have["CPU"] = 1.0
     assert turns() == ""
+
+
+def test_work_is_done_again_where_a_node_went_away_under_it():
+    left = [RayActorError(), RayActorError()]
+
+    def work() -> str:
+        if left:
+            raise left.pop()
+        return "done"
+
+    assert cluster.through_losses(work) == "done"
+    left += [RayActorError()] * 3
+    with pytest.raises(RayActorError):
+        cluster.through_losses(work)
