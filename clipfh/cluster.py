@@ -151,6 +151,11 @@ def place(placement: Placement, alone: bool = True) -> Resources:
                 f"a run with {placement.workers} worker(s) needs {amount:g} {name} (a CPU for each data pipeline "
                 f"included), the cluster has {have.get(name, 0):g}: take fewer --workers, or less per worker"
             )
+    if not _fits(resources):
+        raise UserError(
+            f"no node has room for a worker with {cpus:g} CPU and {gpus:g} GPU, or not for all {placement.workers} at "
+            "once: take fewer --workers, or less per worker"
+        )
     return resources
 
 

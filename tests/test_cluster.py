@@ -3,7 +3,7 @@
 import pytest
 from ray.exceptions import RayActorError
 
-from clipfh import cluster
+from clipfh import UserError, cluster, config
 
 TWO_CPUS = cluster.Resources(workers=1, cpus=1, gpus=0, threads=1)
 
@@ -47,3 +47,12 @@ def test_work_is_done_again_where_a_node_went_away_under_it():
     left += [RayActorError()] * 3
     with pytest.raises(RayActorError):
         cluster.through_losses(work)
+
+
+def test_a_worker_that_no_node_holds_is_refused(ray_cluster, monkeypatch):
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}] * 2
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    with pytest.raises(UserError, match="no node has room for a worker with 6 CPU"):
+        cluster.place(config.Placement(cpus_per_worker=6.0))
+    assert cluster.place(config.Placement(cpus_per_worker=4.0)).cpus == 4
