@@ -1,7 +1,7 @@
 """Optuna's sampler against random search, on a recorded surface of real trials.
 
 The surface is a grid of settings of the demo's sweep, each trained once from random weights on the demo's catalogue:
-`python tests/benchmarks/bench_samplers.py record CATALOGUE` writes surface.json, and goes on where it stopped. A
+`python tests/benchmarks/samplers.py record CATALOGUE` writes surface.json, and goes on where it stopped. A
 sampler asks for any point within the ranges and is told the score of the nearest one of the grid. What counts is how
 many trials it takes until one is among the best tenth of the grid.
 """
