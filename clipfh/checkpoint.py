@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,8 +18,13 @@ from clipfh import UserError, config
 
 RAW, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "training.pt"
 EXPERIMENT, METRICS = "experiment.json", "metrics.json"
+SWEEP = "sweep.yaml"
 EXPORTED = "open_clip_model.safetensors"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+AWAY = 600
+"""Seconds that a run or a sweep waits for its folder, as a share that is not mounted comes back."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,35 @@ class Weights:
     path: str
     model_name: str = ""
     """architecture that a bare weights file names; often it names none"""
+
+
+def wait_for(file: str | Path, tell: Callable[[str], None] = lambda line: None) -> None:
+    """Return when a file is there that was written at the start: else its folder is away, and writing makes another.
+
+    Args:
+        file: of a run (`EXPERIMENT`) or a sweep (`SWEEP`), absolute or a URI.
+        tell: takes a line where it is away.
+
+    Raises:
+        UserError: it does not come back.
+    """
+    end = time.monotonic() + AWAY
+    if _is_there(file):
+        return
+    tell(f"{file} is away: waits for it, for up to {AWAY // 60} minutes")
+    while not _is_there(file):
+        if time.monotonic() > end:
+            raise UserError(f"{file} has been away for {AWAY // 60} minutes: bring its file system back, then --resume")
+        time.sleep(1)
+    tell(f"{file} is back")
+
+
+def _is_there(file: str | Path) -> bool:
+    store, path = pyarrow.fs.FileSystem.from_uri(str(file))
+    try:
+        return bool(store.get_file_info(path).type == pyarrow.fs.FileType.File)
+    except OSError:  # a share whose server does not answer
+        return False
 
 
 def save(

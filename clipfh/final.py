@@ -108,6 +108,7 @@ def _train(experiment: config.Experiment, inputs: train.Inputs, out: Path, resou
     if lines and train.is_over(experiment, inputs, lines[-1]) and checkpoint.latest_step(out) >= lines[-1]["step"]:
         return
     cluster.end(str(out))  # what an attempt that was killed may have left
+    checkpoint.wait_for(out.parents[1] / checkpoint.SWEEP)
     out.mkdir(parents=True, exist_ok=True)
     (out / checkpoint.EXPERIMENT).write_text(config.to_json(experiment))
     train.fit(experiment, inputs, out, resources, name=str(out), retries=RETRIES)

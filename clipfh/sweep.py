@@ -92,7 +92,7 @@ def run(
 
 
 def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
-    file = out / "sweep.yaml"
+    file = out / checkpoint.SWEEP
     if resume and not file.exists():
         raise UserError(f"--resume: {out} holds no sweep; leave --resume out to start one")
     if not resume and out.exists() and any(out.iterdir()):

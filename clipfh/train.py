@@ -197,6 +197,7 @@ class History:
 
     def write(self) -> None:
         """Both files, each whole or not at all."""
+        checkpoint.wait_for(f"{self.out}/{checkpoint.EXPERIMENT}")
         for name, lines in ((METRICS, self.metrics), (STREAM, self.stream)):
             path = f"{self.out}/{name}"
             with self.store.open_output_stream(f"{path}.new") as file:
@@ -370,7 +371,7 @@ def fit(
     Args:
         experiment: what to compute.
         inputs: of this experiment's model, prompts and catalogue.
-        out: the run's folder.
+        out: the run's folder, which holds its `experiment.json`.
         resources: where to compute it.
         name: of the run on this cluster, for `cluster.end`.
         retries: how often lost workers are replaced. 0 under Tune, which retries whole trials.

@@ -47,6 +47,7 @@ class Trial(tune.Trainable):
         """Start training, or go on from the trial's own checkpoint."""
         assert sweep is not None and inputs is not None and resources is not None
         cluster.end(self.trial_id)  # what an attempt that was killed may have left
+        checkpoint.wait_for(Path(out) / checkpoint.SWEEP)
         self.experiment = sweep.experiment(config)
         self.folder = Path(out) / "trials" / self.trial_name
         _clear_of_another(self.folder, self.experiment)
@@ -78,6 +79,7 @@ class Trial(tune.Trainable):
         try:
             train.fit(self.experiment, inputs, self.folder, self.resources, name=self.trial_id)
         except Exception as error:
+            checkpoint.wait_for(self.folder / checkpoint.EXPERIMENT)
             step = checkpoint.latest_step(self.folder)
             if self._is_our_turn():
                 if step <= begun:
@@ -102,7 +104,8 @@ class Trial(tune.Trainable):
                 told, self.losses = self.losses, []
                 return _result({**new, "warnings": [*told, *new.get("warnings", [])]}, self._is_last(new))
             if not running:
-                return _result(lines[-1], True)
+                checkpoint.wait_for(self.folder / checkpoint.EXPERIMENT)
+                return _result(train.read_metrics(self.folder)[-1], True)
             self._give_way()
             self.thread.join(0.1)
 
@@ -180,6 +183,10 @@ class Watch(tune.Callback):
     def __init__(self, board: Leaderboard, tell: Callable[[str], None], count: int, each_report: bool = True) -> None:
         self.board, self.tell, self.count, self.each_report = board, tell, count, each_report
         self.ended: set[str] = set()
+
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        """Before anything is written: while the sweep's folder is away, nothing happens."""
+        checkpoint.wait_for(self.board.file.with_name(checkpoint.SWEEP), self.tell)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         shown = ", ".join(

@@ -1,5 +1,7 @@
 """Weights files as people have them: plain, wrapped, with OpenAI's names; none that runs code."""
 
+import threading
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -90,3 +92,22 @@ def test_a_file_without_a_state_dict(tree, tmp_path):
     file = tmp_path / "weights.pt"
     torch.save(tree, file)
     assert "holds no state dict" in refused(file)
+
+
+def test_a_folder_that_is_away_is_waited_for_and_never_made(tmp_path, monkeypatch):
+    """As a share that is not mounted for a while: what is written meanwhile would hide what comes back."""
+    run, away = tmp_path / "run", tmp_path / "away"
+    run.mkdir()
+    (run / checkpoint.EXPERIMENT).touch()
+    run.rename(away)
+    told = []
+    back = threading.Timer(1.5, away.rename, (run,))
+    back.start()
+    train.History(str(run), 0).write()  # by the run's worker
+    checkpoint.wait_for(run / checkpoint.EXPERIMENT, told.append)  # there: nothing to tell
+    assert not told and {file.name for file in run.iterdir()} >= {checkpoint.EXPERIMENT, train.METRICS}
+    monkeypatch.setattr(checkpoint, "AWAY", 0)
+    run.rename(away)
+    with pytest.raises(UserError, match="away.*--resume"):
+        checkpoint.wait_for(run / checkpoint.EXPERIMENT, told.append)
+    assert told and not run.exists()
