@@ -330,7 +330,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _placement(args: argparse.Namespace) -> config.Placement:
-    given = {name: getattr(args, name) for name in ("workers", "gpus_per_worker", "cpus_per_worker")}
+    given = {name: getattr(args, name) for name in ("workers", "gpus_per_worker", "cpus_per_worker", "keep_gib")}
     return config.Placement(
         **{n: config.parse(n, text, config.Placement) for n, text in given.items() if text is not None}
     )
@@ -443,7 +443,7 @@ def train(args: argparse.Namespace) -> None:
             print(f"{experiment.stage} stage of {experiment.model.name} on {images:,} images: {resources}", flush=True)
             if experiment.stage == "joint" and not experiment.loss.takes_text:
                 print("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
-            inputs = train.inputs_of(opened, experiment, clip)
+            inputs = train.inputs_of(opened, experiment, clip, placement.keep_gib)
             for note in train.notes_on(inputs):
                 print(note)
             total = batches.budget_of(experiment, inputs.num_images).total * experiment.batch.images

@@ -253,6 +253,8 @@ class Placement:
     """auto: 1 beside a GPU, else what the machine has to spare"""
     concurrent: int | Literal["auto"] = "auto"
     """trials at once in a sweep, if there is room; auto: what the cluster holds, data pipelines counted in"""
+    keep_gib: float = 0.0
+    """GiB of decoded images to keep in the cluster's object store, as far as they go: decoding is then spared"""
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "workers", "1 or more", self.workers)
@@ -265,6 +267,7 @@ class Placement:
         cpus = self.cpus_per_worker
         require(cpus == "auto" or cpus > 0, "cpus-per-worker", "above 0", cpus)
         require(self.concurrent == "auto" or self.concurrent >= 1, "concurrent", "1 or more", self.concurrent)
+        require(self.keep_gib >= 0, "keep-gib", "0 or more", self.keep_gib)
 
 
 # Term weights that `--loss a+b` switches on.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ import pyarrow as pa
 import ray
 from ray.train import DataConfig
 
-from clipfh import images
+from clipfh import UserError, images
 from clipfh.batches import Index, Plan
 from clipfh.catalogue import Catalogue
 from clipfh.config import Augment, Batch
@@ -33,6 +35,8 @@ class Images:
     """ObjectRef[Index]"""
     shards: list[Any]
     """ObjectRef[pa.Table] with the columns `image` and `path`, each in one chunk"""
+    kept: list[Any]
+    """ObjectRef[Decoded] of each shard, None for those there was no room for"""
 
 
 def share(catalogue: Catalogue, *splits: str) -> Images:
@@ -40,7 +44,7 @@ def share(catalogue: Catalogue, *splits: str) -> Images:
     rows = pa.concat_tables([catalogue.rows(split) for split in splits])
     shards = [_read_shard.remote(str(path)) for split in splits for path in catalogue.shards(split)]
     lengths = ray.get([_length.remote(shard) for shard in shards])
-    return Images(ray.put(index_of(rows, np.cumsum(lengths))), shards)
+    return Images(ray.put(index_of(rows, np.cumsum(lengths))), shards, [None] * len(shards))
 
 
 def index_of(rows: pa.Table, shard_ends: np.ndarray) -> Index:
@@ -64,6 +68,72 @@ def _read_shard(path: str) -> pa.Table:
 @ray.remote(num_cpus=TASK_CPUS)
 def _length(shard: pa.Table) -> int:
     return len(shard)
+
+
+def keep_decoded(shared: Images, gib: float, size: int, crop_min: float) -> Images:
+    """Keep images decoded as well, as many shards of them as go into so much memory. It changes no pixel.
+
+    Args:
+        shared: what they are decoded from.
+        gib: GiB of the object store that they may take.
+        size: side of the model's input, pixels.
+        crop_min: of the crops that are to be made of them.
+
+    Raises:
+        UserError: the cluster's object store has not so much.
+    """
+    store = ray.cluster_resources().get("object_store_memory", 0) / 2**30
+    if gib > store:
+        raise UserError(
+            f"--keep-gib {gib:g} is more than the cluster's object store has, {store:.1f} GiB: take less, or give Ray "
+            "more by ray start --object-store-memory"
+        )
+    room, kept = gib * 2**30, list[Any]()
+    for shard, needed in zip(
+        shared.shards, ray.get([_room.remote(s, size, crop_min) for s in shared.shards]), strict=True
+    ):
+        kept.append(_decode_shard.remote(shard, size, crop_min) if needed <= room else None)
+        room -= needed if kept[-1] else 0
+    return dataclasses.replace(shared, kept=kept)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The decoded images of a shard, one after the other."""
+
+    pixels: np.ndarray
+    """uint8, of all"""
+    starts: np.ndarray
+    """(n,) where each begins"""
+    photos: np.ndarray
+    """(n, 3) width and height of each photo, and the reduction at which it is decoded"""
+
+    def __getitem__(self, row: int) -> images.Kept:
+        width, height, reduction = map(int, self.photos[row])
+        h, w, start = -(-height // reduction), -(-width // reduction), int(self.starts[row])
+        return images.Kept(width, height, reduction, self.pixels[start : start + 3 * h * w].reshape(h, w, 3))
+
+
+def _photos(shard: pa.Table, size: int, crop_min: float) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 3) width, height and most usual reduction of a shard's photos, and the bytes that each takes decoded."""
+    photos = np.array([images.usual(encoded.as_py(), size, crop_min) for encoded in shard["image"]])
+    return photos, 3 * np.prod(-(-photos[:, :2] // photos[:, 2:]), axis=1)
+
+
+@ray.remote(num_cpus=TASK_CPUS)
+def _room(shard: pa.Table, size: int, crop_min: float) -> int:
+    """Bytes that a shard takes decoded."""
+    return int(_photos(shard, size, crop_min)[1].sum())
+
+
+@ray.remote(num_cpus=TASK_CPUS)
+def _decode_shard(shard: pa.Table, size: int, crop_min: float) -> Decoded:
+    photos, needed = _photos(shard, size, crop_min)
+    ends = np.cumsum(needed)
+    pixels, starts = np.empty(ends[-1], np.uint8), ends - needed
+    for encoded, photo, start, end in zip(shard["image"], photos, starts, ends, strict=True):
+        pixels[start:end] = images.decoded(encoded.as_py(), int(photo[2])).reshape(-1)
+    return Decoded(pixels, starts, photos)
 
 
 @dataclass(frozen=True)
@@ -133,39 +203,61 @@ def plan_of(index: Index, batch: Batch, seed: int) -> Plan:
 def _load(block: dict[str, np.ndarray], shared: Images, recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
     """Decode a rank's part of some steps: step (S,), row (S, B), image (S, B, size, size, 3)."""
     plan, shard_ends = _plan(shared.index, recipe.batch, recipe.seed)
-    read = _reader(shard_ends, shared.shards, "image")
+    read, kept = _reader(shard_ends, shared.shards, _encoded), _reader(shard_ends, shared.kept, operator.getitem)
     rows = np.stack([plan.batch(int(step)).reshape(world_size, -1)[rank] for step in block["step"]])
     first = rank * rows.shape[1]
-    pixels = [decode(recipe, read, int(step), first, part) for step, part in zip(block["step"], rows, strict=True)]
+    steps = zip(map(int, block["step"]), rows, strict=True)
+    pixels = [decode(recipe, read, step, first, part, kept) for step, part in steps]
     return {"step": block["step"], "row": rows, "image": np.stack(pixels)}
 
 
-def decode(recipe: Recipe, read: Callable[[int], bytes], step: int, first: int, rows: np.ndarray) -> np.ndarray:
-    """(B, size, size, 3) uint8 images of rows that stand from `first` on in the step's global batch."""
+def decode(
+    recipe: Recipe,
+    read: Callable[[int], bytes],
+    step: int,
+    first: int,
+    rows: np.ndarray,
+    kept: Callable[[int], images.Kept | None] = lambda row: None,
+) -> np.ndarray:
+    """(B, size, size, 3) uint8 images of rows that stand from `first` on in the step's global batch.
+
+    Args:
+        recipe: of the pixels.
+        read: row to the encoded image.
+        step: of the batch.
+        first: place of the first row in it.
+        rows: (B,) image rows.
+        kept: row to the image as it is kept decoded, or None.
+    """
     crop, flip = recipe.augment.crop_min, recipe.augment.flip
     out = np.empty((len(rows), recipe.size, recipe.size, 3), np.uint8)
     for i, row in enumerate(rows):
         rng = np.random.Generator(np.random.SFC64((recipe.seed, step, first + i)))
-        out[i] = images.for_training(read(int(row)), recipe.size, crop, flip, rng)
+        out[i] = images.for_training(read(int(row)), recipe.size, crop, flip, rng, kept(int(row)))
     return out
 
 
 def paths(shared: Images, rows: np.ndarray) -> list[str]:
     """Where the images of some rows lay in the source."""
-    read = _reader(ray.get(shared.index).shard_ends, shared.shards, "path")
+    read = _reader(ray.get(shared.index).shard_ends, shared.shards, lambda shard, row: shard["path"][row].as_py())
     return [read(int(row)) for row in rows]
 
 
-def _reader(shard_ends: np.ndarray, shards: list[Any], column: str) -> Callable[[int], Any]:
-    """Row to encoded image, or path. A shard is fetched when a row of it is first asked for."""
-    columns: dict[int, pa.Array] = {}
+def _encoded(shard: pa.Table, row: int) -> bytes:
+    encoded: bytes = shard["image"].chunk(0)[row].as_py()
+    return encoded
+
+
+def _reader(shard_ends: np.ndarray, shards: list[Any], of: Callable[[Any, int], Any]) -> Callable[[int], Any]:
+    """Row to what a shard has of it; None where there is no shard. A shard is fetched when it is first asked for."""
+    fetched: dict[int, Any] = {}
 
     def read(row: int) -> Any:
         shard = int(np.searchsorted(shard_ends, row, side="right"))
-        if shard not in columns:
-            columns[shard] = ray.get(shards[shard])[column].chunk(0)
+        if shard not in fetched:
+            fetched[shard] = None if shards[shard] is None else ray.get(shards[shard])
         start = shard_ends[shard - 1] if shard else 0
-        return columns[shard][row - int(start)].as_py()
+        return None if fetched[shard] is None else of(fetched[shard], row - int(start))
 
     return read
 

@@ -122,7 +122,7 @@ def _inputs(begun: _Begun, zero_shot: float) -> train.Inputs:
     """
     corners = (begun.sweep.experiment(corner) for corner in begun.sweep.corners("batch.items"))
     widest = max(corners, key=lambda experiment: experiment.batch.items)
-    inputs = train.inputs_of(begun.catalogue, widest, begun.clip)
+    inputs = train.inputs_of(begun.catalogue, widest, begun.clip, begun.sweep.placement.keep_gib)
     for note in train.notes_on(inputs):
         begun.tell(note)
     return dataclasses.replace(inputs, start_val_mAP=zero_shot)

@@ -118,7 +118,11 @@ VALIDATION = ("val_query", "val_gallery")
 
 
 def inputs_of(
-    catalogue: Catalogue, experiment: config.Experiment, clip: nn.Module, with_validation: bool = False
+    catalogue: Catalogue,
+    experiment: config.Experiment,
+    clip: nn.Module,
+    keep_gib: float = 0.0,
+    with_validation: bool = False,
 ) -> Inputs:
     """Put into the object store what runs of this model and these prompts share.
 
@@ -126,6 +130,7 @@ def inputs_of(
         catalogue: to train on.
         experiment: of which the model, the prompts and the largest P x K count.
         clip: weights to start from.
+        keep_gib: GiB of decoded images to keep for all runs.
         with_validation: train on the validation items too; their score then means nothing, and there is none.
 
     Raises:
@@ -136,6 +141,8 @@ def inputs_of(
     index: batches.Index = ray.get(images.index)
     stream.plan_of(index, experiment.batch, experiment.seed)
     preprocess = model.preprocess_of(clip)
+    if keep_gib:
+        images = stream.keep_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
     rows = [catalogue.rows(split)["item_id"].to_pylist() for split in VALIDATION]
     codes = np.unique(rows[0] + rows[1], return_inverse=True)[1]
     captions, num_cut = captions_of(catalogue, index.names, experiment, *splits)

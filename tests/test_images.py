@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipfh.images import Preprocess, for_evaluation, for_training
+from clipfh.images import Kept, Preprocess, decoded, for_evaluation, for_training, usual
 
 
 def photo(width, height, mode="RGB", format="JPEG", seed=0):
@@ -50,6 +50,22 @@ def test_training_crop_repeats_by_seed_and_covers_the_image():
     again = [for_training(encoded, 64, 0.2, True, np.random.default_rng(s)) for s in range(30)]
     np.testing.assert_array_equal(crops, again)
     assert len({c.tobytes() for c in crops}) == 30
+
+
+@given(
+    st.integers(20, 400), st.integers(20, 400), st.sampled_from(["JPEG", "PNG"]), st.floats(0.1, 1), st.integers(0, 99)
+)
+@settings(max_examples=60, deadline=None)
+def test_a_kept_photo_gives_the_same_crop(width, height, format, crop_min, seed):
+    encoded = photo(width, height, format=format)
+    *shape, reduction = usual(encoded, 32, crop_min)
+    assert shape == [width, height] and (reduction == 1 or format == "JPEG")
+    kept = Kept(width, height, reduction, decoded(encoded, reduction))
+    assert kept.pixels.shape == (-(-height // reduction), -(-width // reduction), 3)
+    plain, same = (
+        for_training(encoded, 32, crop_min, True, np.random.default_rng(seed), each) for each in (None, kept)
+    )
+    np.testing.assert_array_equal(plain, same)
 
 
 def test_whole_image_without_augmentation():

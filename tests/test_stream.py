@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+import ray
 
-from clipfh import stream
+from clipfh import UserError, stream
 from clipfh.batches import Plan
 
 
@@ -42,6 +43,24 @@ def test_the_stream_is_the_plan_decoded(shared, recipe, small_catalogue):
         np.testing.assert_array_equal(rows, plan.batch(step))
         expected = stream.decode(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
         np.testing.assert_array_equal(images, expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_kept_images_change_no_pixel_and_stay_within_their_memory(shared, recipe, share):
+    whole = stream.keep_decoded(shared, 1.0, recipe.size, recipe.augment.crop_min)
+    sizes = [ray.get(ref).pixels.nbytes for ref in whole.kept]
+    limit = share * sum(sizes) / 2**30
+    some = stream.keep_decoded(shared, limit, recipe.size, recipe.augment.crop_min)
+    kept = [size for size, ref in zip(sizes, some.kept, strict=True) if ref]
+    assert sum(kept) <= limit * 2**30 and bool(kept) == bool(share) and (len(kept) == len(sizes)) == (share == 1)
+    plain, found = (streamed(each, recipe, 0, 3, 1) for each in (shared, some))
+    for step in plain:
+        np.testing.assert_array_equal(plain[step][1], found[step][1])
+
+
+def test_more_than_the_object_store_is_refused(shared):
+    with pytest.raises(UserError, match="--keep-gib 1000 is more"):
+        stream.keep_decoded(shared, 1000, 64, 0.5)
 
 
 def test_two_workers_get_the_same_batches_and_pixels(shared, recipe):
