@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.train import DataConfig
+import ray.data
 
 from clipfh import UserError, images
 from clipfh.batches import Index, Plan
@@ -147,47 +147,6 @@ class Recipe:
     """side of the model's input, pixels"""
 
 
-class Stream(DataConfig):
-    """One ordered pipeline a rank: rank r gets the r-th part of each global batch.
-
-    The dataset given to the trainer counts the steps; this maps each step to the rank's images. Pixels are drawn from
-    (seed, step, place in the global batch), so they depend neither on the number of workers nor on which task decodes.
-    """
-
-    def __init__(self, shared: Images, recipe: Recipe) -> None:
-        super().__init__()
-        self.shared, self.recipe = shared, recipe
-
-    def configure(self, datasets: dict, world_size: int, *_: object, **__: object) -> list[dict]:
-        """Called by Ray Train at every start of its workers."""
-        return [
-            {name: self._pipeline(steps, rank, world_size) for name, steps in datasets.items()}
-            for rank in range(world_size)
-        ]
-
-    def _pipeline(self, steps: ray.data.Dataset, rank: int, world_size: int) -> ray.data.DataIterator:
-        load = functools.partial(_load, shared=self.shared, recipe=self.recipe, rank=rank, world_size=world_size)
-        decoded = steps.map_batches(load, batch_size=None, num_cpus=TASK_CPUS)
-        decoded.context.execution_options.preserve_order = True
-        return decoded.streaming_split(1, equal=False)[0]
-
-
-def steps(first: int, last: int, batch: int) -> ray.data.Dataset:
-    """Dataset of the steps from `first` to before `last`, in blocks of about TASK_IMAGES images."""
-    count = max(0, last - first)
-    blocks = max(1, count * batch // TASK_IMAGES)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    return ray.data.range(count, override_num_blocks=min(blocks, max(1, count))).map_batches(
-        functools.partial(_shift, first=first), batch_size=None, num_cpus=TASK_CPUS
-    )
-
-
-def _shift(block: dict[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
-    return {"step": block["id"] + first}
-
-
 @functools.lru_cache(maxsize=4)
 def _plan(index: Any, batch: Batch, seed: int) -> tuple[Plan, np.ndarray]:
     """The plan and the ends of the shards, got once a process."""
@@ -200,15 +159,37 @@ def plan_of(index: Index, batch: Batch, seed: int) -> Plan:
     return Plan(index.item, batch.items, batch.views, seed, index.category, batch.categories)
 
 
-def _load(block: dict[str, np.ndarray], shared: Images, recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
-    """Decode a rank's part of some steps: step (S,), row (S, B), image (S, B, size, size, 3)."""
+def batches(
+    shared: Images, recipe: Recipe, first: int, last: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """A worker's part of the steps from `first` to before `last`, in order: step, rows (B,), images (B, size, size, 3).
+
+    Rank r gets the r-th part of each global batch. Pixels, uint8, are drawn from (seed, step, place in the global
+    batch), so they depend neither on the number of workers nor on which task decodes. The pipeline runs from the worker
+    that reads it: it begins where that one's checkpoint ends, and no process stands between.
+    """
+    count = last - first
+    blocks = min(max(1, count * recipe.batch.images // world_size // TASK_IMAGES), max(1, count))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    load = functools.partial(_load, shared=shared, recipe=recipe, first=first, rank=rank, world_size=world_size)
+    decoded = ray.data.range(count, override_num_blocks=blocks).map_batches(load, batch_size=None, num_cpus=TASK_CPUS)
+    decoded.context.execution_options.preserve_order = True
+    for batch in decoded.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
+        yield int(batch["step"][0]), batch["row"][0], batch["image"][0]
+
+
+def _load(
+    block: dict[str, np.ndarray], shared: Images, recipe: Recipe, first: int, rank: int, world_size: int
+) -> dict[str, Any]:
+    """Decode a rank's part of some steps, counted from `first`: step (S,), row (S, B), image (S, B, size, size, 3)."""
     plan, shard_ends = _plan(shared.index, recipe.batch, recipe.seed)
     read, kept = _reader(shard_ends, shared.shards, _encoded), _reader(shard_ends, shared.kept, operator.getitem)
-    rows = np.stack([plan.batch(int(step)).reshape(world_size, -1)[rank] for step in block["step"]])
-    first = rank * rows.shape[1]
-    steps = zip(map(int, block["step"]), rows, strict=True)
-    pixels = [decode(recipe, read, step, first, part, kept) for step, part in steps]
-    return {"step": block["step"], "row": rows, "image": np.stack(pixels)}
+    step = block["id"] + first
+    rows = np.stack([plan.batch(int(each)).reshape(world_size, -1)[rank] for each in step])
+    place = rank * rows.shape[1]
+    pixels = [decode(recipe, read, int(s), place, part, kept) for s, part in zip(step, rows, strict=True)]
+    return {"step": step, "row": rows, "image": np.stack(pixels)}
 
 
 def decode(
@@ -260,12 +241,6 @@ def _reader(shard_ends: np.ndarray, shards: list[Any], of: Callable[[Any, int], 
         return None if fetched[shard] is None else of(fetched[shard], row - int(start))
 
     return read
-
-
-def batches(iterator: ray.data.DataIterator) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """A worker's batches in order: step, rows (B,), images (B, size, size, 3) uint8."""
-    for batch in iterator.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
-        yield int(batch["step"][0]), batch["row"][0], batch["image"][0]
 
 
 def digest(previous: str, step: int, rows: np.ndarray) -> str:

@@ -227,13 +227,14 @@ def loop(job: dict[str, Any]) -> None:
         known = inputs.start_val_mAP
         found |= {"start_val_mAP": learner.validate(validation) if known is None else known, "best_val_mAP": 0.0}
     history = History(job["out"], learner.step)
-    batch_stream = iter(stream.batches(ray.train.get_dataset_shard("train")))
+    recipe = stream.Recipe(experiment.batch, experiment.augment, experiment.seed, inputs.size)
+    place = learner.rank, learner.world_size
+    batch_stream = stream.batches(inputs.images, recipe, learner.step, learner.budget.total, *place)
     tally, patience, notice, began = Tally(), experiment.budget.patience, _Notice(), 0.0
     while learner.step < learner.budget.total and not (patience and found["reports_since_best"] >= patience):
         waiting = time.monotonic()
         step, rows, images = next(batch_stream)
         waited = time.monotonic() - waiting
-        assert step == learner.step, f"the stream is at step {step}, the run at {learner.step}"
         began = began or time.time()
         try:
             rows, values = learner.train_step(rows, images)
@@ -355,13 +356,19 @@ def _write_list(manager: Any) -> None:
 
 
 class _Trainer(TorchTrainer):  # of Train V2, the default; its types are those of V1
-    """TorchTrainer without its placement-group cleaner, whose part `cluster.Register` and `cluster.end` play."""
+    """TorchTrainer without two processes a run.
+
+    The part of its placement-group cleaner is played by `cluster.Register` and `cluster.end`. Its manager of datasets
+    would have none: the workers run their own pipelines.
+    """
 
     def _create_default_callbacks(self) -> list:
+        from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
         from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
         usual = super()._create_default_callbacks()  # type: ignore[misc]
-        return [callback for callback in usual if not isinstance(callback, PlacementGroupCleanerCallback)]
+        spared = DatasetsCallback, PlacementGroupCleanerCallback
+        return [callback for callback in usual if not isinstance(callback, spared)]
 
 
 def fit(
@@ -392,8 +399,6 @@ def fit(
             "each worker takes as many items"
         )
     out = str(out) if "://" in str(out) else str(Path(out).absolute())
-    total, batch = batches.budget_of(experiment, inputs.num_images).total, experiment.batch.images
-    recipe = stream.Recipe(experiment.batch, experiment.augment, experiment.seed, inputs.size)
     trainer = _Trainer(
         loop,
         train_loop_config={"experiment": experiment, "inputs": inputs, "out": out, "threads": resources.threads},
@@ -402,8 +407,6 @@ def fit(
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
-        datasets={"train": lambda: stream.steps(checkpoint.latest_step(out), total, batch)},
-        dataset_config=stream.Stream(inputs.images, recipe),
         run_config=ray.train.RunConfig(
             name="checkpoints",
             storage_path=out,
