@@ -34,7 +34,10 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a kill of the dri
 
 
 class Trial(tune.Trainable):
-    """One trial as Tune sees it: `fit` in a thread of its own, a result for each report in the run's metrics."""
+    """One trial as Tune sees it: `fit` in a thread of its own, a result for each report in the run's metrics.
+
+    Its process, which has Ray and torch loaded, is used again for a later trial.
+    """
 
     def setup(
         self,
@@ -46,38 +49,53 @@ class Trial(tune.Trainable):
     ) -> None:
         """Start training, or go on from the trial's own checkpoint."""
         assert sweep is not None and inputs is not None and resources is not None
-        cluster.end(self.trial_id)  # what an attempt that was killed may have left
-        checkpoint.wait_for(Path(out) / checkpoint.SWEEP)
-        self.experiment = sweep.experiment(config)
-        self.folder = Path(out) / "trials" / self.trial_name
+        self.sweep, self.inputs, self.out, self.resources = sweep, inputs, Path(out), resources
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin another trial, once nothing is left of the one before."""
+        self.cleanup()
+        while self.thread.is_alive():
+            cluster.end(self.run)  # again: it may just have been about to start
+            self.thread.join(1)
+        self._begin(new_config)
+        return True
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        self.run = self.trial_id
+        cluster.end(self.run)  # what an attempt that was killed may have left
+        checkpoint.wait_for(self.out / checkpoint.SWEEP)
+        self.experiment = self.sweep.experiment(settings)
+        self.folder = self.out / "trials" / self.trial_name
         _clear_of_another(self.folder, self.experiment)
-        self.total = batches.budget_of(self.experiment, inputs.num_images).total
-        self.resources = resources
+        self.total = batches.budget_of(self.experiment, self.inputs.num_images).total
         self.reported, self.looked = 0, time.monotonic()
         self.error: Exception | None = None
         self.losses: list[str] = []
-        cluster.queue(self.trial_id)
-        self.thread = threading.Thread(target=self._fit, args=(inputs,), daemon=True)
+        self.over = threading.Event()
+        cluster.queue(self.run)
+        self.thread = threading.Thread(target=self._fit, daemon=True)
         self.thread.start()
 
-    def _fit(self, inputs: train.Inputs) -> None:
+    def _fit(self) -> None:
         try:
-            while not self._trained(inputs):
+            while not self._trained():
                 pass
         except Exception as error:  # told to Tune by the step that waits for us
             self.error = error
 
-    def _trained(self, inputs: train.Inputs) -> bool:
+    def _trained(self) -> bool:
         """Train when it is our turn; False to go on: we gave way on a cluster that became too small, or were lost.
 
         A loss counts as a failure, of which there may be few, only where no checkpoint was made since the one before:
         spot machines are lost as often as it happens.
         """
         while not self._is_our_turn():
-            time.sleep(1)
+            if self.over.wait(1):
+                return True
         begun = checkpoint.latest_step(self.folder)
         try:
-            train.fit(self.experiment, inputs, self.folder, self.resources, name=self.trial_id)
+            train.fit(self.experiment, self.inputs, self.folder, self.resources, name=self.run)
         except Exception as error:
             checkpoint.wait_for(self.folder / checkpoint.EXPERIMENT)
             step = checkpoint.latest_step(self.folder)
@@ -89,7 +107,7 @@ class Trial(tune.Trainable):
         return True
 
     def _is_our_turn(self) -> bool:
-        return cluster.is_turn_of(self.trial_id, self.resources)
+        return cluster.is_turn_of(self.run, self.resources)
 
     def step(self) -> dict[str, Any]:
         """The next report; waits for it."""
@@ -114,7 +132,7 @@ class Trial(tune.Trainable):
         if time.monotonic() > self.looked + 1:
             self.looked = time.monotonic()
             if not self._is_our_turn():
-                cluster.end(self.trial_id)
+                cluster.end(self.run)
 
     def _is_saved(self, line: dict[str, Any]) -> bool:
         """Whether the report's checkpoint is on the list: a score without its weights must not win."""
@@ -124,9 +142,10 @@ class Trial(tune.Trainable):
         return "diverged" in line or line["step"] >= self.total
 
     def cleanup(self) -> None:
-        """Called by Tune when the trial ends, also where the scheduler stops it in mid-training."""
-        cluster.leave(self.trial_id)
-        cluster.end(self.trial_id)
+        """Called by Tune when the process ends, also where the scheduler stops a trial in mid-training."""
+        self.over.set()
+        cluster.leave(self.run)
+        cluster.end(self.run)
 
 
 def _clear_of_another(folder: Path, experiment: config.Experiment) -> None:
@@ -324,6 +343,7 @@ def search(
             search_alg=_searcher(sweep, out, resources),
             scheduler=_scheduler(sweep),
             num_samples=sweep.trials,
+            reuse_actors=True,
             trial_name_creator=number_of,
             trial_dirname_creator=number_of,
         )
