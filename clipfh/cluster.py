@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -19,6 +21,7 @@ from ray.core.generated import gcs_pb2
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RaySystemError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.placement_group import PlacementGroup
 
 from clipfh import UserError
@@ -247,8 +250,37 @@ def _queue() -> str:
     return f"clipfh:queue:{ray.get_runtime_context().get_job_id()}:"
 
 
+_HERE: dict[str, Callable[[], Any]] = {}
+"""Runs whose controllers are threads of this process, and what cancels each."""
+
+
+def control(run: str, controller: TrainController) -> Any:
+    """Run a controller in this actor's process, where another would take seconds to load; returns its result.
+
+    Raises:
+        RuntimeError: `end` was called.
+    """
+
+    async def work() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task
+        _HERE[run] = functools.partial(loop.call_soon_threadsafe, task.cancel)
+        try:
+            await controller.run()
+        finally:
+            del _HERE[run]
+            if not controller.get_state().is_terminal() and (group := controller.get_worker_group()):
+                group.abort()
+
+    try:
+        asyncio.run(work())
+    except asyncio.CancelledError:
+        raise RuntimeError(f"{run} was ended") from None
+    return controller.get_result()
+
+
 class Register(ControllerCallback):
-    """Leave word of a run's controller, so that `end` finds it.
+    """Leave word of the actor that a run's controller is, or is a thread of, so that `end` finds it.
 
     It stands in for Ray Train's own cleaner: a detached process for each run, which needs a running dashboard.
     """
@@ -262,10 +294,16 @@ class Register(ControllerCallback):
 
 def end(run: str) -> None:
     """Free what a run still holds. The controller goes first: it would take the loss for a failure and start anew."""
-    controller = _take(run)
-    if controller is not None:
-        ray.kill(controller)
-        for group in _groups_of(controller._actor_id.binary()):
+    actor = _take(run)
+    if cancel := _HERE.get(run):
+        with contextlib.suppress(RuntimeError):  # it has just ended by itself
+            cancel()
+    elif actor is not None:
+        if hasattr(actor, "end_run"):  # a trial's process, which has others to control after this
+            actor.end_run.remote(run)
+        else:
+            ray.kill(actor)
+        for group in _groups_of(actor._actor_id.binary()):
             ray.util.remove_placement_group(group)
 
 

@@ -17,6 +17,7 @@ import torch
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.controller import TrainController
 from torch import nn
 
 from clipfh import UserError, batches, checkpoint, cluster, config, model, prompts, stream
@@ -356,11 +357,18 @@ def _write_list(manager: Any) -> None:
 
 
 class _Trainer(TorchTrainer):  # of Train V2, the default; its types are those of V1
-    """TorchTrainer without two processes a run.
+    """TorchTrainer without three processes a run.
 
-    The part of its placement-group cleaner is played by `cluster.Register` and `cluster.end`. Its manager of datasets
-    would have none: the workers run their own pipelines.
+    In a trial's process, which is an actor and has all loaded, it keeps its controller there. The part of its
+    placement-group cleaner is played by `cluster.Register` and `cluster.end`. Its manager of datasets would have none:
+    the workers run their own pipelines.
     """
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if ray.get_runtime_context().get_actor_id() is None:
+            return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
+        run = next(each.run for each in parts["callbacks"] if isinstance(each, cluster.Register))
+        return cluster.control(run, TrainController(**parts))
 
     def _create_default_callbacks(self) -> list:
         from ray.train.v2._internal.callbacks.datasets import DatasetsCallback

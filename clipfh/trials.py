@@ -141,6 +141,12 @@ class Trial(tune.Trainable):
     def _is_last(self, line: dict[str, Any]) -> bool:
         return "diverged" in line or line["step"] >= self.total
 
+    def end_run(self, run: str) -> None:
+        """Called by the sweep's driver, through `cluster.end`: a trial that was stopped trains no further."""
+        if run == self.run:
+            self.over.set()
+        cluster.end(run)
+
     def cleanup(self) -> None:
         """Called by Tune when the process ends, also where the scheduler stops a trial in mid-training."""
         self.over.set()

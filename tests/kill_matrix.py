@@ -81,12 +81,9 @@ def worker(sweep: Sweep) -> None:
     kill_processes("RayTrainWorker")
 
 
-def controller(sweep: Sweep) -> None:
-    kill_processes("TrainController")
-
-
 def trial_driver(sweep: Sweep) -> None:
-    kill_processes("ResourceTrainable")
+    """The trial's part of Tune and its Train controller are one process."""
+    kill_processes("(ResourceTrainable|Trial)")
 
 
 def sweep_driver(sweep: Sweep) -> None:
@@ -169,7 +166,6 @@ def log_of(sweep: Sweep) -> str:
 
 KILLS: dict[str, Callable[[Sweep], None]] = {
     "a training worker": worker,
-    "a trial's Train controller": controller,
     "a trial's driver": trial_driver,
     "the sweep's driver": sweep_driver,
     "Ctrl-C": ctrl_c,
