@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from clipfh import UserError, __version__, config
+from clipfh import LOST, UserError, __version__, config
 
 DESCRIPTION = """Tune CLIP to find the same item again in a catalogue of photos.
 
@@ -767,15 +767,6 @@ def _report_line(line: dict[str, Any], images: int) -> str:
 # --- Errors ----------------------------------------------------------------------------------------------------------
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LOST = (
-    "ActorDiedError",
-    "ActorUnavailableError",
-    "NodeDiedError",
-    "ObjectLostError",
-    "OwnerDiedError",
-    "RaySystemError",
-)
-"""Ray's errors, by name: to have them would load Ray."""
 WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 

@@ -18,13 +18,13 @@ import ray
 from ray._raylet import PlacementGroupID
 from ray.autoscaler.sdk import request_resources
 from ray.core.generated import gcs_pb2
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RaySystemError
+from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.placement_group import PlacementGroup
 
-from clipfh import UserError
+from clipfh import LOST, UserError
 from clipfh.config import Placement
 
 # Train asks its workers for reports at this interval; at its default of 2 s every report waits for it.
@@ -218,8 +218,10 @@ def through_losses(work: Callable[[], T], times: int = 3) -> T:
     for _ in range(times - 1):
         try:
             return work()
-        except (RayActorError, RaySystemError, ObjectLostError, NodeDiedError):
-            continue
+        except RayError as error:
+            # A task's error often holds what it came of as text alone
+            if not any(name in f"{type(error).__mro__} {error}" for name in LOST):
+                raise
     return work()
 
 

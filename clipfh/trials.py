@@ -30,7 +30,6 @@ RETRIES = 2
 STUDY = "study.journal"
 
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep; Tune would call it complete
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what a kill of the driver may cost of the search's state
 
 
 class Trial(tune.Trainable):
@@ -324,6 +323,8 @@ def search(
     sweep: Sweep, inputs: train.Inputs, out: Path, resources: cluster.Resources, watch: Watch, resume: bool
 ) -> list[Any]:
     """Run the trials; returns them as Tune has them."""
+    # What a kill of the driver may cost of the search's state, which grows with the trials. The runs keep their own.
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(max(1, sweep.trials // 50))
     trainable = tune.with_resources(
         tune.with_parameters(Trial, sweep=sweep, inputs=inputs, out=str(out), resources=resources),
         {cluster.HEAD: 0.001},

@@ -1,7 +1,7 @@
 """Runs share a cluster out, as nodes come and go."""
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from clipfh import UserError, cluster, config
 
@@ -36,7 +36,8 @@ def test_the_first_in_the_queue_train_as_many_as_the_cluster_holds(queue, monkey
 
 
 def test_work_is_done_again_where_a_node_went_away_under_it():
-    left = [RayActorError(), RayActorError()]
+    of_a_task = RayTaskError("f", "Traceback: ray.exceptions.ActorDiedError: the node was preempted", None)
+    left = [ActorDiedError(), of_a_task]
 
     def work() -> str:
         if left:
@@ -44,8 +45,11 @@ def test_work_is_done_again_where_a_node_went_away_under_it():
         return "done"
 
     assert cluster.through_losses(work) == "done"
-    left += [RayActorError()] * 3
-    with pytest.raises(RayActorError):
+    left += [ActorDiedError()] * 3
+    with pytest.raises(ActorDiedError):
+        cluster.through_losses(work)
+    left[:] = [RayTaskError("f", "Traceback: ValueError: a bug", None)]
+    with pytest.raises(RayTaskError):
         cluster.through_losses(work)
 
 
