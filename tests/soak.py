@@ -1,6 +1,6 @@
 """Ten sweeps in a row of six small trials with early stopping, two at a time, half with Ray's dashboard.
 
-Run: python tests/soak.py [SWEEPS]. Prints a line a sweep; exits with 1 if one hangs or leaves something behind.
+Run: python tests/soak.py [SWEEPS] [TRIALS]. Prints a line a sweep; exits with 1 if one hangs or leaves anything behind.
 """
 
 import subprocess
@@ -14,13 +14,13 @@ from clipfh import catalogue, cluster, demo, space, sweep
 SWEEP = """
 name: soak
 stage: image
-base: {model.name: clipfh-small, batch.items: 8, budget.images: 384}
+base: {{model.name: clipfh-small, batch.items: 8, budget.images: 384}}
 search:
-  optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
-  batch.views: {choice: [2, 4]}
-trials: 6
-budget: {first_rung: 64, reduction: 2}
-placement: {concurrent: 2}
+  optimizer.lr: {{loguniform: [1.0e-4, 1.0e-2]}}
+  batch.views: {{choice: [2, 4]}}
+trials: {trials}
+budget: {{first_rung: 64, reduction: 2}}
+placement: {{concurrent: 2}}
 """
 LIMIT = 1800
 """Seconds after which a sweep is taken to hang."""
@@ -28,11 +28,11 @@ RAYS = {"_StatsActor", "_AutoscalingCoordinatorActor", "_DatasetStateActor"}
 """Actors that Ray Data keeps, one of each for a cluster."""
 
 
-def one(folder: Path, number: int, dashboard: bool) -> None:
+def one(folder: Path, number: int, trials: int, dashboard: bool) -> None:
     """Run a sweep, then wait for the cluster to be as free as before."""
     import ray
 
-    (folder / "soak.yaml").write_text(SWEEP)
+    (folder / "soak.yaml").write_text(SWEEP.format(trials=trials))
     cluster.connect("local", dashboard=dashboard)
     total = ray.cluster_resources()["CPU"]
     started = time.monotonic()
@@ -52,7 +52,7 @@ def one(folder: Path, number: int, dashboard: bool) -> None:
     )
     left = held(total)
     ray.shutdown()
-    sys.exit(1 if left or summary["failed"] or summary["trials"] != 6 else 0)
+    sys.exit(1 if left or summary["failed"] or summary["trials"] != trials else 0)
 
 
 def held(total: float) -> str:
@@ -67,14 +67,14 @@ def held(total: float) -> str:
     return f"{cpus:g} CPUs, {len(groups)} groups, actors {others}" if cpus or groups or others else ""
 
 
-def main(count: int) -> int:
+def main(count: int, trials: int) -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         demo.write_source(folder / "photos", items=40, seed=1, size=64)
         catalogue.prepare(str(folder / "photos"), folder / "catalogue", image_size=64)
         failures = 0
         for number in range(count):
-            again = [sys.executable, __file__, "--one", made, str(number)]
+            again = [sys.executable, __file__, "--one", made, str(number), str(trials)]
             try:
                 failures += subprocess.run(again, timeout=LIMIT).returncode != 0
             except subprocess.TimeoutExpired:
@@ -86,5 +86,6 @@ def main(count: int) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        one(Path(sys.argv[2]), int(sys.argv[3]), dashboard=int(sys.argv[3]) % 2 == 1)
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 10))
+        one(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), dashboard=int(sys.argv[3]) % 2 == 1)
+    given = [int(word) for word in sys.argv[1:]]
+    sys.exit(main(*given, *(10, 6)[len(given) :]))
