@@ -31,7 +31,7 @@ base: {model.name: clipfh-small, batch.items: 16, batch.views: 4}
 search:
   optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
 trials: 4
-budget: {images: 4000, report_every: 1000}
+budget: {images: 10000, report_every: 2500}
 """
 
 
@@ -170,10 +170,22 @@ def _sweep(opened: Catalogue, folder: Path) -> list[dict]:
     trained = sum(lines[-1]["time"] - lines[0]["began"] for lines in trials)
     at_once = cluster.at_once(config.Placement(), cluster.place(config.Placement(), alone=False))
     wall = end - starts[0]
+    print(
+        f"  {len(trials)} trials, {at_once} at once, {trained / len(trials):.0f} s of training each; from suggestion "
+        f"to first step {first_step:.1f} s; the last to end trained alone for {_alone(trials):.0f} s",
+        file=sys.stderr,
+    )
     return [
         row("trial start: to the first step, a bare process with imports", first_step / _bare_start(), at_most=2),
         row("sweep: wall time, training time shared out", wall / (trained / at_once), at_most=1.15),
+        row("sweep: share of the workers' time spent training", trained / (wall * at_once), at_least=0.9),
     ]
+
+
+def _alone(trials: list[list[dict]]) -> float:
+    """Seconds between the ends of the last two trials."""
+    first, last = sorted(lines[-1]["time"] for lines in trials)[-2:]
+    return float(last - first)
 
 
 def _bare_start() -> float:
