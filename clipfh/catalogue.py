@@ -625,7 +625,7 @@ def _oddities(rows: pa.Table, items: pa.Table) -> list[str]:
         "train items have one image: terms that need a positive leave them out": pc.sum(single).as_py() or 0,
         "items lie in several categories": (category > 1).sum(),
         "items have several variants but one color": ((variant > 1) & (color == 1)).sum(),
-        "items have no text": (text == 0).sum(),
+        "items have no text: their prompts name what else is known of them": (text == 0).sum(),
     }
     notes = [f"{count:,} {what}" for what, count in counts.items() if count]
     if "val_query" in items["split"].to_pylist():

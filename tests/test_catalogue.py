@@ -109,7 +109,7 @@ def test_oddities_are_noted(tmp_path, quick):
         "1 train items have one image: terms that need a positive leave them out",
         "1 items lie in several categories",
         "2 items have several variants but one color",
-        "10 items have no text",
+        "10 items have no text: their prompts name what else is known of them",
     ]
     listed = [*SHOP, SHOP[0]]
     assert prepare(shop(tmp_path / "twice", listed), tmp_path / "out2").manifest["notes"] == [
