@@ -208,6 +208,10 @@ class Watch(tune.Callback):
         self.board, self.tell, self.count, self.each_report = board, tell, count, each_report
         self.ended: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What Tune keeps with the search: a terminal can't be kept, and a resumed search gets a Watch of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "tell"}
+
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         """Before anything is written: while the sweep's folder is away, nothing happens."""
         checkpoint.wait_for(self.board.file.with_name(checkpoint.SWEEP), self.tell)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import optuna
 import pytest
+import ray
+import rich.console
 import yaml
 
 from clipfh import UserError, cluster, config, space, trials
@@ -114,3 +116,12 @@ def test_a_trial_that_began_just_before_a_kill_is_not_left_running(tmp_path):
 )
 def test_how_many_runs_nodes_hold(nodes, resources, runs):
     assert cluster._room(nodes, resources) == runs
+
+
+def test_a_watch_that_tells_a_terminal_can_be_kept(tmp_path):
+    """Tune keeps its callbacks with the search, and a console holds a lock."""
+    console = rich.console.Console()
+    watch = trials.Watch(trials.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1), console.print, count=1)
+    with pytest.raises(TypeError):
+        ray.cloudpickle.dumps(console.print)
+    assert ray.cloudpickle.loads(ray.cloudpickle.dumps(watch)).board == watch.board
