@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray._raylet import PlacementGroupID
 from ray.autoscaler.sdk import request_resources
-from ray.core.generated import gcs_pb2
+from ray.core.generated import common_pb2, gcs_pb2, node_manager_pb2, node_manager_pb2_grpc
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 from ray.train.v2._internal.execution.callback import ControllerCallback
@@ -37,6 +40,9 @@ HEAD = "node:__internal_head__"
 
 PIPELINE_CPUS = 1
 """CPUs of a worker's data pipeline. Ray Data shares CPUs out whole: a pipeline with less than one stands still."""
+
+KEPT_S = 3600
+"""How long a process that was started beforehand waits for its actor."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +320,33 @@ def _groups_of(actor: bytes) -> list[PlacementGroup]:
     table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
     groups = [gcs_pb2.PlacementGroupTableData.FromString(row) for row in table]  # type: ignore[attr-defined]
     return [PlacementGroup(PlacementGroupID(g.placement_group_id)) for g in groups if g.creator_actor_id == actor]
+
+
+def first_calling(function: str) -> dict[str, Any]:
+    """A runtime environment whose processes call a function, given as "module.name", before all else."""
+    return {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: function}}
+
+
+def start_another() -> None:
+    """Start a process like this worker's on its node, for an actor with the same runtime environment to come.
+
+    Ray itself starts a process only when it is wanted, and an actor then waits for its imports. A process that no actor
+    takes ends after KEPT_S seconds, or with the job.
+    """
+    context = ray.get_runtime_context()
+    node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    request = node_manager_pb2.PrestartWorkersRequest(  # type: ignore[attr-defined]
+        language=common_pb2.Language.PYTHON,  # type: ignore[attr-defined]
+        job_id=context.job_id.binary(),
+        runtime_env_info={"serialized_runtime_env": context.get_runtime_env_string()},
+        num_workers=1,
+        keep_alive_duration_secs=KEPT_S,
+    )
+    with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+        try:
+            node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=30)
+        except grpc.RpcError as error:
+            logging.getLogger(__name__).warning("no process was started beforehand: %s", error)
 
 
 def _put(key: str, value: Any) -> None:

@@ -213,6 +213,13 @@ class History:
             self.store.move(f"{path}.new", path)
 
 
+def load() -> None:
+    """Import what a worker needs; first of all that its process does."""
+    import tensorboardX  # noqa: F401
+
+    model.library()
+
+
 def loop(job: dict[str, Any]) -> None:
     """What Ray Train runs on each worker."""
     torch.set_num_threads(job["threads"])
@@ -236,7 +243,10 @@ def loop(job: dict[str, Any]) -> None:
         waiting = time.monotonic()
         step, rows, images = next(batch_stream)
         waited = time.monotonic() - waiting
-        began = began or time.time()
+        if not began:
+            began = time.time()
+            if job["followed"]:
+                cluster.start_another()
         try:
             rows, values = learner.train_step(rows, images)
         except Diverged as diverged:
@@ -387,6 +397,7 @@ def fit(
     *,
     name: str = "run",
     retries: int = 0,
+    followed: bool = False,
 ) -> None:
     """Train, or go on training what `out` holds. Blocks to the end; `metrics.jsonl` grows meanwhile.
 
@@ -397,6 +408,7 @@ def fit(
         resources: where to compute it.
         name: of the run on this cluster, for `cluster.end`.
         retries: how often lost workers are replaced. 0 under Tune, which retries whole trials.
+        followed: by a run with the same resources, whose processes are started while this one trains.
 
     Raises:
         ray.train.TrainingFailedError: workers failed more often than that.
@@ -409,7 +421,13 @@ def fit(
     out = str(out) if "://" in str(out) else str(Path(out).absolute())
     trainer = _Trainer(
         loop,
-        train_loop_config={"experiment": experiment, "inputs": inputs, "out": out, "threads": resources.threads},
+        train_loop_config={
+            "experiment": experiment,
+            "inputs": inputs,
+            "out": out,
+            "threads": resources.threads,
+            "followed": followed,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus > 0,
@@ -418,6 +436,7 @@ def fit(
         run_config=ray.train.RunConfig(
             name="checkpoints",
             storage_path=out,
+            worker_runtime_env=cluster.first_calling(f"{__name__}.load"),
             callbacks=[cluster.Register(name), _WholeLists()],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(
                 max_failures=retries, max_preemption_failures=-1, controller_failure_limit=3

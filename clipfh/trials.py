@@ -94,7 +94,7 @@ class Trial(tune.Trainable):
                 return True
         begun = checkpoint.latest_step(self.folder)
         try:
-            train.fit(self.experiment, self.inputs, self.folder, self.resources, name=self.run)
+            train.fit(self.experiment, self.inputs, self.folder, self.resources, name=self.run, followed=True)
         except Exception as error:
             checkpoint.wait_for(self.folder / checkpoint.EXPERIMENT)
             step = checkpoint.latest_step(self.folder)

@@ -1,6 +1,11 @@
 """Runs share a cluster out, as nodes come and go."""
 
+import os
+import time
+
+import psutil
 import pytest
+import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from clipfh import UserError, cluster, config
@@ -60,3 +65,25 @@ def test_a_worker_that_no_node_holds_is_refused(ray_cluster, monkeypatch):
     with pytest.raises(UserError, match="no node has room for a worker with 6 CPU"):
         cluster.place(config.Placement(cpus_per_worker=6.0))
     assert cluster.place(config.Placement(cpus_per_worker=4.0)).cpus == 4
+
+
+@ray.remote(num_cpus=0)
+class Process:
+    def pid(self) -> int:
+        return os.getpid()
+
+    def start_another(self) -> None:
+        cluster.start_another()
+
+
+def test_a_process_that_was_started_beforehand_is_the_next_actors(ray_cluster):
+    ours = Process.options(runtime_env=cluster.first_calling("gc.collect"))
+    first = ours.remote()
+    raylet = psutil.Process(ray.get(first.pid.remote())).parent()
+    before = {child.pid for child in raylet.children()}
+    ray.get(first.start_another.remote())
+    deadline = time.monotonic() + 60
+    while not (new := {child.pid for child in raylet.children()} - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    second = ours.remote()
+    assert ray.get(second.pid.remote()) in new

@@ -30,8 +30,8 @@ stage: image
 base: {model.name: clipfh-small, batch.items: 16, batch.views: 4}
 search:
   optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
-trials: 4
-budget: {images: 10000, report_every: 2500}
+trials: 8
+budget: {images: 6000, report_every: 1500}
 """
 
 
@@ -166,15 +166,19 @@ def _sweep(opened: Catalogue, folder: Path) -> list[dict]:
     sweep.run(space.load(folder / "sweep.yaml"), opened, folder / "sweep", tell=tell)
     *starts, end = starts
     trials = [train.read_metrics(run) for run in sorted((folder / "sweep/trials").glob("*")) if run.name != "0000"]
-    first_step = median(lines[0]["began"] - start for lines, start in zip(trials, starts, strict=True))
+    waits = [lines[0]["began"] - start for lines, start in zip(trials, starts, strict=True)]
     trained = sum(lines[-1]["time"] - lines[0]["began"] for lines in trials)
     at_once = cluster.at_once(config.Placement(), cluster.place(config.Placement(), alone=False))
     wall = end - starts[0]
+    idle = wall * at_once - trained
     print(
-        f"  {len(trials)} trials, {at_once} at once, {trained / len(trials):.0f} s of training each; from suggestion "
-        f"to first step {first_step:.1f} s; the last to end trained alone for {_alone(trials):.0f} s",
+        f"  {len(trials)} trials, {at_once} at once, {trained / len(trials):.0f} s of training each. Of {idle:.0f} s "
+        f"without training, {sum(waits[:at_once]):.0f} were the first trials' starts, {sum(waits[at_once:]):.0f} the "
+        f"others' ({', '.join(f'{wait:.1f}' for wait in waits)}), {_alone(trials):.0f} went by while the last trained "
+        "alone; the rest is between one trial's last report and the next one's suggestion",
         file=sys.stderr,
     )
+    first_step = median(waits[at_once:])
     return [
         row("trial start: to the first step, a bare process with imports", first_step / _bare_start(), at_most=2),
         row("sweep: wall time, training time shared out", wall / (trained / at_once), at_most=1.15),
