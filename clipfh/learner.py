@@ -219,9 +219,11 @@ class Learner:
         """mAP of the validation items by the averaged weights; each rank embeds its part."""
         images, item, num_query = validation.images, validation.item, validation.num_query
         share = math.ceil(len(images) / self.world_size)
-        own = np.arange(self.rank * share, (self.rank + 1) * share).clip(max=len(images) - 1)
+        start = min(self.rank * share, len(images) - 1)  # the last ranks may have no part of few images
+        own = images[start : start + share]  # no copy: they lie in the object store
         with self.average.applied():
-            embedding = gather(model.embed(self.towers, images[own], self.precision)).cpu()[: len(images)]
+            embedded = model.embed(self.towers, own, self.precision)
+        embedding = gather(F.pad(embedded, (0, 0, 0, share - len(own)))).cpu()[: len(images)]
         codes = torch.as_tensor(item)
         rows = metrics.Embeddings(embedding, item=codes, variant=codes, image=torch.arange(len(codes)))
         query, gallery = torch.arange(num_query), torch.arange(num_query, len(codes))

@@ -253,11 +253,16 @@ def _decode_for_evaluation(shard: pa.Table, preprocess: images.Preprocess) -> np
     return np.stack([images.for_evaluation(encoded.as_py(), preprocess) for encoded in shard["image"]])
 
 
-def decoded(catalogue: Catalogue, splits: tuple[str, ...], preprocess: images.Preprocess) -> list[Any]:
+@ray.remote(num_cpus=TASK_CPUS)
+def _joined(*parts: np.ndarray) -> np.ndarray:
+    return np.concatenate(parts)
+
+
+def decoded(catalogue: Catalogue, splits: tuple[str, ...], preprocess: images.Preprocess) -> Any:
     """Splits decoded for evaluation, once for all workers and trials.
 
     Returns:
-        ObjectRefs of (n, size, size, 3) uint8, in the order of the splits' rows.
+        ObjectRef of (N, size, size, 3) uint8, in the order of the splits' rows.
     """
     paths = [path for split in splits for path in catalogue.shards(split)]
-    return [_decode_for_evaluation.remote(_read_shard.remote(str(path)), preprocess) for path in paths]
+    return _joined.remote(*[_decode_for_evaluation.remote(_read_shard.remote(str(p)), preprocess) for p in paths])

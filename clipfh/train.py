@@ -39,8 +39,8 @@ class Inputs:
     """ObjectRef[Captions]"""
     weights: Any
     """ObjectRef[dict[str, np.ndarray]]"""
-    validation: list[Any]
-    """ObjectRefs of decoded images (n, size, size, 3) uint8: val_query, then val_gallery; none where those are trained
+    validation: Any
+    """ObjectRef of decoded images (N, size, size, 3) uint8: val_query, then val_gallery; None where those are trained
     on"""
     items: Any
     """ObjectRef[tuple[np.ndarray, int]]: item code of each validation image, and how many of them are queries"""
@@ -151,7 +151,7 @@ def inputs_of(
         images=images,
         captions=ray.put(captions),
         weights=ray.put({name: tensor.numpy() for name, tensor in clip.state_dict().items()}),
-        validation=[] if with_validation else stream.decoded(catalogue, VALIDATION, preprocess),
+        validation=None if with_validation else stream.decoded(catalogue, VALIDATION, preprocess),
         items=ray.put((codes, len(rows[0]))),
         size=preprocess.size,
         num_images=len(index.item),
@@ -288,10 +288,10 @@ def learner_of(experiment: config.Experiment, inputs: Inputs) -> Learner:
 
 def validation_of(inputs: Inputs) -> Validation | None:
     """The validation images, from the object store; None where the run trains on them."""
-    if not inputs.validation:
+    if inputs.validation is None:
         return None
     item, num_query = ray.get(inputs.items)
-    return Validation(np.concatenate(ray.get(inputs.validation)), item, num_query)
+    return Validation(ray.get(inputs.validation), item, num_query)
 
 
 def _report(
@@ -443,7 +443,7 @@ def fit(
             ),  # type: ignore[call-arg]
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=1,
-                checkpoint_score_attribute="val_mAP" if inputs.validation else "step",
+                checkpoint_score_attribute="step" if inputs.validation is None else "val_mAP",
                 checkpoint_score_order="max",
             ),
         ),

@@ -23,7 +23,7 @@ base: {{model.name: clipfh-small, batch.items: 16, batch.views: 4}}
 search:
   optimizer.lr: {{loguniform: [1.0e-4, 1.0e-2]}}
 trials: {trials}
-budget: {{images: 4096, report_every: 2048}}
+budget: {{images: 2048, report_every: 1024}}
 placement: {{concurrent: {trials}, cpus_per_worker: 1}}
 """
 
@@ -56,7 +56,7 @@ def peak(catalogue: str, at_once: int) -> tuple[float, list[tuple[float, str]]]:
         while running.poll() is None:
             now = list(held(psutil.Process(running.pid)))
             highest = max(highest, now, key=lambda held: sum(mib for mib, _ in held))
-            time.sleep(0.5)
+            time.sleep(2)
         if running.returncode:
             sys.exit(running.returncode)
     return sum(mib for mib, _ in highest), sorted(highest, reverse=True)
