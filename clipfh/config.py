@@ -277,7 +277,7 @@ USUAL_WEIGHT = {"ce": 0.25, "triplet": 1.0, "center": 5e-4, "supcon": 1.0, "info
 _PRETRAINED: dict[str, Any] = {"loss.supcon": 1.0, "loss.supcon_temperature": 0.07, "batch.items": 64, "batch.views": 4}
 _SCRATCH: dict[str, Any] = {
     "loss.supcon": 1.0,
-    "loss.supcon_temperature": 0.1,
+    "loss.triplet": 1.0,
     "optimizer.lr": 1e-3,
     "optimizer.text_lr": 1.0,
     "optimizer.head_lr": 1.0,

@@ -4,11 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipfh import catalogue, config, demo
 
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
+
+# The tensors are small, and threads that wait for each other on a busy machine cost twenty times what they compute
+torch.set_num_threads(1)
 
 TINY = {
     "model.name": config.SMALL,

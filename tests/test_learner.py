@@ -32,6 +32,7 @@ SETTINGS = {
     "augment.randaugment": 5.0,
     "augment.erase": 0.5,
     "loss.supcon": 0.0,
+    "loss.triplet": 0.0,
     "loss.infonce": 0.0,
 }
 TERMS = {

@@ -60,7 +60,14 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
         ({"points": [{"optimizer.clip": 1.0}]}, "points: optimizer.clip is not searched"),
         ({"search": {"text.strategy": {"choice": ["raw", "clean"]}}}, "text.strategy can't be searched"),
         ({"search": {"model.name": {"choice": ["RN50"]}}}, "model.name can't be searched"),
-        ({"search": {"loss.supcon": {"uniform": [0.1, 1.0], "or": 0.0}}, "points": []}, "at least one term above 0"),
+        (
+            {
+                "base": {"model.name": "clipfh-small", "loss.triplet": 0.0},
+                "search": {"loss.supcon": {"uniform": [0.1, 1.0], "or": 0.0}},
+                "points": [],
+            },
+            "at least one term above 0",
+        ),
         ({"trials": 0}, "trials must be a whole number above 0, not 0"),
         ({"budget": {"first_rnug": 5}}, "unknown key budget.first_rnug, did you mean first_rung?"),
         ({"placement": {"worker": 2}}, "placement: unknown setting worker, did you mean workers?"),

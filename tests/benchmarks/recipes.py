@@ -20,6 +20,7 @@ from statistics import mean
 from typing import Any
 
 ALONE = {f"loss.{term}": 0.0 for term in ("ce", "triplet", "center", "supcon", "infonce")}
+SUPCON = {"loss.supcon": 1.0, "loss.supcon_temperature": 0.1}
 PLAIN = {
     "optimizer.lr": 1e-3,
     "optimizer.ema": 0.0,
@@ -37,12 +38,13 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "triplet": ("image", "scratch", {**ALONE, "loss.triplet": 1.0}, ""),
     "soft triplet": ("image", "scratch", {**ALONE, "loss.triplet": 1.0, "loss.triplet_margin": -1.0}, ""),
     "center": ("image", "scratch", {**ALONE, "loss.center": 1.0}, ""),
-    "supcon": ("image", "scratch", {}, ""),  # the preset as it is
+    "supcon": ("image", "scratch", {**ALONE, **SUPCON}, ""),
     "infonce": ("joint", "scratch", {**ALONE, "loss.infonce": 1.0}, ""),
-    "supcon + triplet": ("image", "scratch", {**ALONE, "loss.supcon": 1.0, "loss.triplet": 1.0}, ""),
-    "supcon + ce": ("image", "scratch", {**ALONE, "loss.supcon": 1.0, "loss.ce": 0.25}, ""),
+    "supcon + triplet": ("image", "scratch", {**ALONE, **SUPCON, "loss.triplet": 1.0}, ""),
+    "supcon + ce": ("image", "scratch", {**ALONE, **SUPCON, "loss.ce": 0.25}, ""),
     "triplet + ce": ("image", "scratch", {**ALONE, "loss.triplet": 1.0, "loss.ce": 0.25}, ""),
-    "supcon + infonce": ("joint", "scratch", {**ALONE, "loss.supcon": 1.0, "loss.infonce": 1.0}, ""),
+    "supcon + infonce": ("joint", "scratch", {**ALONE, **SUPCON, "loss.infonce": 1.0}, ""),
+    "preset scratch, image": ("image", "scratch", {}, ""),
     "preset scratch, joint": ("joint", "scratch", {}, ""),
     "preset recommended, image": ("image", "recommended", {}, ""),
     "preset recommended, joint": ("joint", "recommended", {}, ""),
