@@ -30,8 +30,8 @@ stage: image
 base: {model.name: clipfh-small, batch.items: 16, batch.views: 4}
 search:
   optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
-trials: 8
-budget: {images: 6000, report_every: 1500}
+trials: 6
+budget: {images: 10000, report_every: 2500}
 """
 
 
@@ -79,6 +79,7 @@ def _stream_and_step(opened: Catalogue, folder: Path) -> list[dict]:
         row("ingest: the same of images that are kept decoded", median(spared), at_least=2.0),
         row("step: images/s in the loop, those of tensors in memory", median(steps), at_least=0.97),
         row("step: share of the time waiting for images", median(waits), at_most=0.03),
+        row("evaluation: share of a trial's time, ten reports", _evaluation(inputs, resources), at_most=0.05),
     ]
 
 
@@ -151,6 +152,26 @@ def _plain(
     for step in range(count):
         learner.train_step(plan.batch(step), some[step % 8])
     return count * experiment.batch.images / (time.perf_counter() - begun)
+
+
+def _evaluation(inputs: train.Inputs, resources: cluster.Resources) -> float:
+    """Share of a trial's time that scoring takes, with the preset's budget and a report each tenth of it."""
+    torch.set_num_threads(resources.threads)
+    experiment = config.resolve("image", None, SETTINGS)
+    learner, validation = train.learner_of(experiment, inputs), train.validation_of(inputs)
+    assert validation is not None
+    learner.validate(validation)
+    begun = time.perf_counter()
+    learner.validate(validation)
+    scoring = time.perf_counter() - begun
+    plan, size = stream.plan_of(ray.get(inputs.images.index), experiment.batch, 0), inputs.size
+    pixels = np.random.default_rng(0).integers(0, 255, (experiment.batch.images, size, size, 3), dtype=np.uint8)
+    learner.train_step(plan.batch(0), pixels)
+    begun, count = time.perf_counter(), 16
+    for step in range(count):
+        learner.train_step(plan.batch(step), pixels)
+    training = (time.perf_counter() - begun) / count * learner.budget.total / 10
+    return scoring / (scoring + training)
 
 
 def _sweep(opened: Catalogue, folder: Path) -> list[dict]:

@@ -1,7 +1,7 @@
 """Optuna's sampler against random search, on a recorded surface of real trials.
 
 The surface is a grid of settings of the demo's sweep, each trained once from random weights on the demo's catalogue:
-`python tests/benchmarks/samplers.py record CATALOGUE` writes surface.json, and goes on where it stopped. A
+`python tests/benchmarks/bench_samplers.py record CATALOGUE` writes surface.json, and goes on where it stopped. A
 sampler asks for any point within the ranges and is told the score of the nearest one of the grid. What counts is how
 many trials it takes until one is among the best tenth of the grid.
 """
@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -41,6 +42,8 @@ TRIALS, SEEDS = 64, 10
 
 def rows() -> list[dict]:
     """Trials of random search for each of Optuna's, as {name, value, target, ok}: means of ten seeds."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     taken = {sampler: [first_good(sampler, seed) for seed in range(SEEDS)] for sampler in ("tpe", "random")}
     for sampler, counts in taken.items():
         low, high = interval(counts)
