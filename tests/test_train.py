@@ -215,3 +215,15 @@ def ancestors(pid: int) -> list[int]:
         pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         found.append(pid)
     return found
+
+
+def test_what_a_worker_loads_beforehand_asks_for_no_gpu():
+    """Ray gives an actor its GPU when it takes the process; CUDA would not look again."""
+    code = """
+import torch
+def asked(*_): raise SystemExit("a GPU was asked for")
+for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_isDriverSufficient"): setattr(torch._C, name, asked)
+"""
+    load, ask = "from clipfh import train; train.load()", "torch.cuda.is_available()"
+    done = [subprocess.run([sys.executable, "-c", code + line], capture_output=True) for line in (load, ask)]
+    assert [each.returncode for each in done] == [0, 1], done[0].stderr
