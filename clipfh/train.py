@@ -214,7 +214,7 @@ class History:
 
 
 def load() -> None:
-    """Import what a worker needs; first of all that its process does."""
+    """Import the libraries that take longest. A worker's process does it before it knows of which run it is."""
     import tensorboardX  # noqa: F401
 
     model.library()

@@ -44,6 +44,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "supcon + ce": ("image", "scratch", {**ALONE, **SUPCON, "loss.ce": 0.25}, ""),
     "triplet + ce": ("image", "scratch", {**ALONE, "loss.triplet": 1.0, "loss.ce": 0.25}, ""),
     "supcon + infonce": ("joint", "scratch", {**ALONE, **SUPCON, "loss.infonce": 1.0}, ""),
+    "supcon + 0.1 infonce": ("joint", "scratch", {**ALONE, **SUPCON, "loss.infonce": 0.1}, ""),
     "preset scratch, image": ("image", "scratch", {}, ""),
     "preset scratch, joint": ("joint", "scratch", {}, ""),
     "preset recommended, image": ("image", "recommended", {}, ""),
