@@ -164,6 +164,11 @@ class Budget:
         """
         return done == self.total or done * self.batch // self.every > (done - 1) * self.batch // self.every
 
+    @property
+    def half_a_report(self) -> int:
+        """Steps, half as many as there are between two reports."""
+        return int(min(self.every / self.batch, self.total) / 2)
+
 
 def budget_of(experiment: config.Experiment, num_images: int) -> Budget:
     """Steps that see at least the images asked for, and the reports on the way.

@@ -239,14 +239,15 @@ def loop(job: dict[str, Any]) -> None:
     place = learner.rank, learner.world_size
     batch_stream = stream.batches(inputs.images, recipe, learner.step, learner.budget.total, *place)
     tally, patience, notice, began = Tally(), experiment.budget.patience, _Notice(), 0.0
+    next_wanted = learner.step + learner.budget.half_a_report  # not sooner: other trials may still be starting here
     while learner.step < learner.budget.total and not (patience and found["reports_since_best"] >= patience):
         waiting = time.monotonic()
         step, rows, images = next(batch_stream)
         waited = time.monotonic() - waiting
         if not began:
             began = time.time()
-            if job["followed"]:
-                cluster.start_another()
+        if job["followed"] and learner.step == next_wanted:
+            cluster.start_another()
         try:
             rows, values = learner.train_step(rows, images)
         except Diverged as diverged:

@@ -30,7 +30,7 @@ stage: image
 base: {model.name: clipfh-small, batch.items: 16, batch.views: 4}
 search:
   optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
-trials: 6
+trials: 12
 budget: {images: 10000, report_every: 2500}
 """
 
