@@ -17,7 +17,7 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from clipfh import UserError, __version__, config, embeddings, images, metrics, model
+from clipfh import UserError, __version__, config, embeddings, files, images, metrics, model
 from clipfh import rerank as reranking
 from clipfh.catalogue import Catalogue
 
@@ -285,9 +285,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     listed = predictions(embedded, similarity=similarity)
     pq.write_table(listed, folder / "predictions.parquet", compression="zstd")
-    whole = folder / "metrics.json.new"
-    whole.write_text(json.dumps(found, indent=2) + "\n")
-    whole.rename(folder / "metrics.json")
+    files.write(folder / "metrics.json", json.dumps(found, indent=2) + "\n")
 
 
 def predictions(embedded: Embedded, top: int = TOP, similarity: metrics.Similarity | None = None) -> pa.Table:

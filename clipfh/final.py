@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from clipfh import checkpoint, cluster, config, train
+from clipfh import checkpoint, cluster, config, files, train
 from clipfh.space import Final
 
 RETRIES = 3
@@ -110,5 +110,5 @@ def _train(experiment: config.Experiment, inputs: train.Inputs, out: Path, resou
     cluster.end(str(out))  # what an attempt that was killed may have left
     checkpoint.wait_for(out.parents[1] / checkpoint.SWEEP)
     out.mkdir(parents=True, exist_ok=True)
-    (out / checkpoint.EXPERIMENT).write_text(config.to_json(experiment))
+    files.write(out / checkpoint.EXPERIMENT, config.to_json(experiment))
     train.fit(experiment, inputs, out, resources, name=str(out), retries=RETRIES)

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from clipfh import UserError, __version__, config, finds, plots, searched
+from clipfh import UserError, __version__, config, files, finds, plots, searched
 from clipfh.results import ZERO_SHOT, Evaluation, Figures, Measured, Part, Run, Shown, Sweep, known, read, short, usual
 
 NONE = "–"
@@ -38,11 +38,9 @@ def write(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
     out = Path(out) if out else Path(paths[0]) / "report.html"
     if out.is_dir():
         raise UserError(f"{out} is a folder: name a file with --out")
-    whole = out.with_name(f"{out.name}.new")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(page(names, shown), encoding="utf-8")
-        whole.replace(out)
+        files.write(out, page(names, shown))
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}): name another file with --out") from error
     return out

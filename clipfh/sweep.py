@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from clipfh import UserError, checkpoint, cluster, config, evaluate, export, final, model, report, train
+from clipfh import UserError, checkpoint, cluster, config, evaluate, export, files, final, model, report, train
 from clipfh.catalogue import Catalogue
 from clipfh.space import Sweep, resolved
 from clipfh.trials import ZERO_SHOT, Leaderboard, Watch, search
@@ -100,7 +100,7 @@ def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
     if resume and file.read_text() != resolved(sweep):
         raise UserError(f"--resume: the sweep file differs from {file}: resume with the same, or name another --out")
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(resolved(sweep))
+    files.write(file, resolved(sweep))
 
 
 def _zero_shot(begun: _Begun) -> float:
@@ -182,7 +182,7 @@ def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: d
         "searched": list(begun.sweep.search),
         **about,
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    files.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report.write([out], None)
     return summary
 

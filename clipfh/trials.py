@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import json
 import os
 import shutil
 import threading
@@ -21,7 +22,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from clipfh import UserError, batches, checkpoint, cluster, config, train
+from clipfh import UserError, batches, checkpoint, cluster, config, files, train
 from clipfh.space import SWITCH, Sweep
 
 ZERO_SHOT = "0000"
@@ -159,7 +160,7 @@ def _clear_of_another(folder: Path, experiment: config.Experiment) -> None:
     if file.exists() and file.read_text() != config.to_json(experiment):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(config.to_json(experiment))
+    files.write(file, config.to_json(experiment))
 
 
 class Searcher(OptunaSearch):
@@ -292,9 +293,7 @@ class Leaderboard:
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({"rank": i, **row} for i, row in enumerate(rows, 1))
-        whole = self.file.with_suffix(".new")
-        whole.write_text(text.getvalue())
-        whole.rename(self.file)
+        files.write(self.file, text.getvalue())
         return rows
 
 
@@ -336,13 +335,22 @@ def search(
     run_config = tune.RunConfig(
         name="tune",
         storage_path=str(out),
+        storage_filesystem=files.store(str(out))[0],
         callbacks=[watch],
         verbose=0,
         failure_config=tune.FailureConfig(max_failures=RETRIES),
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
     )
-    if resume and list((out / "tune").glob("experiment_state-*.json")):
-        tuner = tune.Tuner.restore(str(out / "tune"), trainable, resume_unfinished=True, resume_errored=True)
+    if resume and (states := sorted((out / "tune").glob("experiment_state-*.json"))):
+        _require_whole(states[-1], out)
+        _cut_to_whole_lines(out / STUDY)
+        tuner = tune.Tuner.restore(
+            str(out / "tune"),
+            trainable,
+            resume_unfinished=True,
+            resume_errored=True,
+            storage_filesystem=run_config.storage_filesystem,
+        )
         assert tuner._local_tuner is not None
         # Tune keeps neither of these
         tuner._local_tuner._run_config.callbacks = [watch]
@@ -360,6 +368,22 @@ def search(
         )
         tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
     return list(tuner.fit()._experiment_analysis.trials)
+
+
+def _require_whole(state: Path, out: Path) -> None:
+    """Tune would begin anew with a state that it can't read, and say so only in its log."""
+    try:
+        json.loads(state.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"--resume: {state} can't be read ({error}): start another sweep whose file has `earlier: {out}`, "
+            "which knows what these trials came to"
+        ) from error
+
+
+def _cut_to_whole_lines(journal: Path) -> None:
+    """Without half a line that a full disk or a kill left, to which Optuna would add the next."""
+    os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
 
 
 def _searcher(sweep: Sweep, out: Path, resources: cluster.Resources) -> Searcher:

@@ -62,8 +62,11 @@ class Sweep:
         return {t: lines[-1]["step"] for t, lines in reports(self.out).items() if lines and t not in over}
 
     def in_the_middle(self) -> dict[str, int]:
-        """Wait for two trials to be over and the two others to have a checkpoint."""
-        return until(lambda: len(self.finished()) == 2 and len(self.running()) == 2 and self.running())
+        """Wait for one trial at least to be over and two others to have a checkpoint."""
+        assert self.process
+        middle = until(lambda: (len(self.running()) == 2 and self.finished()) or self.process.poll() is not None)
+        assert isinstance(middle, set), f"the sweep is over: {self.out.with_suffix('.log')}"
+        return self.running()
 
     def wait(self) -> int:
         assert self.process
@@ -220,7 +223,7 @@ def recovery(sweep: Sweep, before: dict[str, int], begun: float) -> tuple[float,
             lost = max(lost, step - now.get(trial, step))
         return all(now.get(trial, 0) > step for trial, step in before.items())
 
-    until(lambda: further() or sweep.process.poll() not in (None, 0), 900)
+    until(lambda: further() or sweep.process.poll() is not None, 900)
     return time.monotonic() - begun, lost
 
 

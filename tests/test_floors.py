@@ -8,7 +8,8 @@ from pathlib import Path
 import clipfh
 
 FLOORS = [
-    {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources", "drawing"},
+    {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources"}
+    | {"drawing", "files"},
     {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "embeddings"}
     | {"space", "cluster", "submit", "track"},
     {"stream", "evaluate", "learner", "search", "onnx", "results"},

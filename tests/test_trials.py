@@ -118,6 +118,21 @@ def test_how_many_runs_nodes_hold(nodes, resources, runs):
     assert cluster._room(nodes, resources) == runs
 
 
+def test_a_study_goes_on_after_half_a_line(tmp_path):
+    ask(searcher(tmp_path), 2)
+    with (tmp_path / trials.STUDY).open("a") as journal:
+        journal.write('{"op_code":4,"wor')
+    trials._cut_to_whole_lines(tmp_path / trials.STUDY)
+    ask(searcher(tmp_path), 1)
+    assert len(study(tmp_path).trials) == 3
+
+
+def test_a_state_that_cant_be_read_is_refused(tmp_path):
+    (tmp_path / "state.json").write_text('{"trial_data": [')
+    with pytest.raises(UserError, match=f"can't be read .*whose file has `earlier: {tmp_path}`"):
+        trials._require_whole(tmp_path / "state.json", tmp_path)
+
+
 def test_a_watch_that_tells_a_terminal_can_be_kept(tmp_path):
     """Tune keeps its callbacks with the search, and a console holds a lock."""
     console = rich.console.Console()

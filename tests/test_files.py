@@ -1,0 +1,41 @@
+"""What was there stays there, whole, where there is no room for what comes."""
+
+import subprocess
+import sys
+
+CODE = """
+import pickle, resource, sys
+from pathlib import Path
+import pyarrow.fs
+from clipfh import files
+
+folder = Path(sys.argv[1])
+store, path = pickle.loads(pickle.dumps(files.store(str(folder / "copied"))))
+(folder / "copied").mkdir()
+
+def fill(text):
+    source = folder / "source"
+    source.mkdir(exist_ok=True)
+    (source / "state").write_text(text)
+    for write in (
+        lambda: files.write(folder / "written", text),
+        lambda: pyarrow.fs.copy_files(str(source), path, destination_filesystem=store),
+    ):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+            write()
+        except OSError as error:
+            print(type(error).__name__)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+for text in ("old", "new" * 100_000):
+    fill(text)
+"""
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    ran = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["OSError", "OSError"]
+    assert (tmp_path / "written").read_text() == (tmp_path / "copied/state").read_text() == "old"
+    assert not list(tmp_path.rglob("*.new"))
