@@ -13,8 +13,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 def write(file: Path, text: str) -> None:
     """A text file, by way of a second one beside it."""
-    with _Replacing(str(file)) as whole:
+    with replacing(file) as whole:
         whole.write(text.encode())
+
+
+def replacing(file: Path) -> io.BufferedWriter:
+    """Open to write bytes."""
+    return _Replacing(str(file))
 
 
 def store(place: str) -> tuple[pyarrow.fs.FileSystem, str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -172,6 +172,8 @@ class Searcher(OptunaSearch):
     def __init__(self, room: Callable[[], int], **options: Any) -> None:
         super().__init__(**options)
         self.room = room
+        self.known: set[str] | None = None
+        """ids of the trials that a resumed search has; None for those that it had when it was saved"""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial's settings; None while there is no room for it."""
@@ -181,9 +183,16 @@ class Searcher(OptunaSearch):
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         """Nothing."""
 
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """Tell Optuna, but of no trial that a kill has made the searcher forget."""
+        if trial_id in self._ot_trials:
+            super().on_trial_complete(trial_id, result, error)
+
     def restore(self, checkpoint_path: str) -> None:
-        """As it was saved. Trials that began after that, just before a kill, are lost to Tune: so to the study."""
+        """As it was saved, without trials that are lost to Tune, as they began just before a kill: so to the study."""
+        live = self.known
         super().restore(checkpoint_path)
+        self._ot_trials = {i: trial for i, trial in self._ot_trials.items() if live is None or i in live}
         known = {trial.number for trial in self._ot_trials.values()}
         study: Any = self._ot_study
         for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
@@ -341,20 +350,8 @@ def search(
         failure_config=tune.FailureConfig(max_failures=RETRIES),
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
     )
-    if resume and (states := sorted((out / "tune").glob("experiment_state-*.json"))):
-        _require_whole(states[-1], out)
-        _cut_to_whole_lines(out / STUDY)
-        tuner = tune.Tuner.restore(
-            str(out / "tune"),
-            trainable,
-            resume_unfinished=True,
-            resume_errored=True,
-            storage_filesystem=run_config.storage_filesystem,
-        )
-        assert tuner._local_tuner is not None
-        # Tune keeps neither of these
-        tuner._local_tuner._run_config.callbacks = [watch]
-        tuner._local_tuner._tune_config.scheduler = _scheduler_as_left(sweep, out)
+    if resume and list((out / "tune").glob("experiment_state-*.json")):
+        tuner = _as_left(sweep, out, trainable, watch)
     else:
         shutil.rmtree(out / "tune", ignore_errors=True)
         (out / STUDY).unlink(missing_ok=True)
@@ -368,6 +365,29 @@ def search(
         )
         tuner = tune.Tuner(trainable, tune_config=tune_config, run_config=run_config)
     return list(tuner.fit()._experiment_analysis.trials)
+
+
+def _as_left(sweep: Sweep, out: Path, trainable: Any, watch: Watch) -> tune.Tuner:
+    """The search as it was saved, what a kill has left at odds made one."""
+    _require_whole(max((out / "tune").glob("experiment_state-*.json")), out)
+    _cut_to_whole_lines(out / STUDY)
+    known = tune.ExperimentAnalysis(str(out / "tune")).trials or []
+    _count_anew(out / "tune", known)
+    tuner = tune.Tuner.restore(
+        str(out / "tune"),
+        trainable,
+        resume_unfinished=True,
+        resume_errored=True,
+        storage_filesystem=files.store(str(out))[0],
+    )
+    assert tuner._local_tuner is not None
+    parts = tuner._local_tuner._tune_config
+    assert isinstance(parts.search_alg, Searcher)
+    parts.search_alg.known = {trial.trial_id for trial in known}
+    # Tune keeps neither of these
+    parts.scheduler = _scheduler_as_left(sweep, out, known)
+    tuner._local_tuner._run_config.callbacks = [watch]
+    return tuner
 
 
 def _require_whole(state: Path, out: Path) -> None:
@@ -384,6 +404,19 @@ def _require_whole(state: Path, out: Path) -> None:
 def _cut_to_whole_lines(journal: Path) -> None:
     """Without half a line that a full disk or a kill left, to which Optuna would add the next."""
     os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
+
+
+def _count_anew(folder: Path, trials: Sequence[Any]) -> None:
+    """Let Tune's count of trials be that of those it has: it writes both, and a kill may come in between.
+
+    With a lower count the next trial would get the number of one there is; with a higher one there would be one less.
+    """
+    file = max(folder.glob("search_gen_state-*.json"))
+    state = cloudpickle.loads(file.read_bytes())
+    with files.replacing(file) as whole:
+        whole.write(
+            cloudpickle.dumps({**state, "counter": max((int(number_of(trial)) for trial in trials), default=0)})
+        )
 
 
 def _searcher(sweep: Sweep, out: Path, resources: cluster.Resources) -> Searcher:
@@ -467,11 +500,11 @@ def _scheduler(sweep: Sweep) -> TrialScheduler:
     )
 
 
-def _scheduler_as_left(sweep: Sweep, out: Path) -> TrialScheduler:
+def _scheduler_as_left(sweep: Sweep, out: Path, trials: Sequence[Any]) -> TrialScheduler:
     """The scheduler with its rungs as the trials' own metrics have them."""
     scheduler = _scheduler(sweep)
     if isinstance(scheduler, AsyncHyperBandScheduler):
-        for trial in tune.ExperimentAnalysis(str(out / "tune")).trials or []:
+        for trial in trials:
             lines = train.read_metrics(out / "trials" / number_of(trial))
             for milestone, recorded in scheduler._brackets[0]._rungs:
                 reached = next((line[OBJECTIVE] for line in lines if line["images"] >= milestone), None)

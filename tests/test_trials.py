@@ -2,12 +2,14 @@
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 import ray
 import rich.console
 import yaml
+from ray import cloudpickle
 
 from clipfh import UserError, cluster, config, space, trials
 
@@ -116,6 +118,23 @@ def test_a_trial_that_began_just_before_a_kill_is_not_left_running(tmp_path):
 )
 def test_how_many_runs_nodes_hold(nodes, resources, runs):
     assert cluster._room(nodes, resources) == runs
+
+
+def test_what_a_kill_leaves_at_odds_is_made_one(tmp_path):
+    made = searcher(tmp_path, room=2)
+    ids = "known", "lost to Tune", "lost to the searcher"
+    made.suggest(ids[0]), made.suggest(ids[1])
+    made.save(str(tmp_path / "state"))
+    state = tmp_path / "search_gen_state-2026.json"
+    for counter in (1, 7):
+        again = searcher(tmp_path, room=2)
+        again.known = {ids[0], ids[2]}
+        again.restore(str(tmp_path / "state"))
+        again.on_trial_complete(ids[2], {trials.OBJECTIVE: 0.5})
+        assert again.suggest("new"), "nobody waits for the lost one"
+        state.write_bytes(cloudpickle.dumps({"counter": counter, "finished": False}))
+        trials._count_anew(tmp_path, [SimpleNamespace(experiment_tag=f"{n}_x") for n in (1, 3)])
+        assert cloudpickle.loads(state.read_bytes()) == {"counter": 3, "finished": False}
 
 
 def test_a_study_goes_on_after_half_a_line(tmp_path):
