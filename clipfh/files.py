@@ -11,22 +11,19 @@ import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 
-def write(file: Path, text: str) -> None:
-    """A text file, by way of a second one beside it."""
-    with replacing(file) as whole:
-        whole.write(text.encode())
+def write(file: Path, content: str | bytes) -> None:
+    """A small file, by way of a second one beside it."""
+    whole = content.encode() if isinstance(content, str) else content
+    with _Replacing(str(file)) as new:
+        new.write(whole)
 
 
-def replacing(file: Path) -> io.BufferedWriter:
-    """Open to write bytes."""
-    return _Replacing(str(file))
+def local_store() -> pyarrow.fs.FileSystem:
+    """The local file system, for Tune: where it copies its state to, the state before stays until the new one is whole.
 
-
-def store(place: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system of an absolute path or a URI, and the path there. Object stores write whole files anyway."""
-    found, path = pyarrow.fs.FileSystem.from_uri(place)
-    whole = pyarrow.fs.PyFileSystem(_Whole(LocalFileSystem()))
-    return (whole if isinstance(found, pyarrow.fs.LocalFileSystem) else found), path
+    Not for checkpoints: Ray Train reads these in place only through pyarrow's own.
+    """
+    return pyarrow.fs.PyFileSystem(_Whole(LocalFileSystem()))
 
 
 class _Whole(pyarrow.fs.FSSpecHandler):
@@ -37,7 +34,7 @@ class _Whole(pyarrow.fs.FSSpecHandler):
 
 
 class _Replacing(io.BufferedWriter):
-    """Takes a file's place when it is closed, unless a write has failed."""
+    """Takes a file's place when it is closed, but not after an error, and not where nobody closed it."""
 
     def __init__(self, path: str) -> None:
         self.path, self.new, self.whole = Path(path), Path(f"{path}.new"), True
@@ -47,9 +44,7 @@ class _Replacing(io.BufferedWriter):
         try:
             return super().write(data)
         except OSError:
-            self.whole = False
-            with contextlib.suppress(OSError):  # the same again, of what is still in the buffer
-                self.close()
+            self.discard()
             raise
 
     def close(self) -> None:
@@ -65,3 +60,15 @@ class _Replacing(io.BufferedWriter):
                 self.new.replace(self.path)
             else:
                 self.new.unlink()
+
+    def discard(self) -> None:
+        """Close, and leave what was there."""
+        self.whole = False
+        with contextlib.suppress(OSError):  # of what is still in the buffer
+            self.close()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.discard() if kind else self.close()
+
+    def __del__(self) -> None:
+        self.discard()

@@ -15,6 +15,8 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.controller import TrainController
 from torch import nn
 
@@ -190,7 +192,7 @@ class History:
     """A run's `metrics.jsonl` and `stream.jsonl`, which a restart cuts back to the checkpoint it goes on from."""
 
     def __init__(self, out: str, step: int) -> None:
-        self.store, self.out = files.store(out)
+        self.store, self.out = pyarrow.fs.FileSystem.from_uri(out)
         self.metrics = [line for line in self._read(METRICS) if json.loads(line)["step"] <= step]
         self.stream = [line for line in self._read(STREAM) if json.loads(line)["step"] < step]
 
@@ -206,8 +208,9 @@ class History:
         checkpoint.wait_for(f"{self.out}/{checkpoint.EXPERIMENT}")
         for name, lines in ((METRICS, self.metrics), (STREAM, self.stream)):
             path = f"{self.out}/{name}"
-            with self.store.open_output_stream(path) as file:
+            with self.store.open_output_stream(f"{path}.new") as file:
                 file.write("".join(f"{line}\n" for line in lines).encode())
+            self.store.move(f"{path}.new", path)
 
 
 def load() -> None:
@@ -345,6 +348,25 @@ def _write_events(out: str, values: dict[str, Any]) -> None:
 # --- The driver ------------------------------------------------------------------------------------------------------
 
 
+class _WholeLists(ControllerCallback):
+    """Make the controller write its list of checkpoints whole or not at all.
+
+    Ray Train writes it in place. Whoever reads it meanwhile finds half of it, and so would a resumed run after a kill.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        CheckpointManager._write_state_to_storage = _write_list  # type: ignore[method-assign]
+
+
+def _write_list(manager: Any) -> None:
+    """CheckpointManager's method of that name, by way of a second file."""
+    store = manager._storage_context.storage_filesystem
+    path = manager._storage_context.checkpoint_manager_snapshot_path
+    with store.open_output_stream(f"{path}.new") as file:
+        file.write(manager._save_state().encode())
+    store.move(f"{path}.new", path)
+
+
 class _Trainer(TorchTrainer):  # of Train V2, the default; its types are those of V1
     """TorchTrainer without three processes a run.
 
@@ -398,7 +420,6 @@ def fit(
             "each worker takes as many items"
         )
     out = str(out) if "://" in str(out) else str(Path(out).absolute())
-    store, path = files.store(out)
     trainer = _Trainer(
         loop,
         train_loop_config={
@@ -415,10 +436,9 @@ def fit(
         ),
         run_config=ray.train.RunConfig(
             name="checkpoints",
-            storage_path=path,
-            storage_filesystem=store,
+            storage_path=out,
             worker_runtime_env=cluster.first_calling(f"{__name__}.load"),
-            callbacks=[cluster.Register(name)],  # type: ignore[list-item]
+            callbacks=[cluster.Register(name), _WholeLists()],  # type: ignore[list-item]
             failure_config=ray.train.FailureConfig(
                 max_failures=retries, max_preemption_failures=-1, controller_failure_limit=3
             ),  # type: ignore[call-arg]

@@ -172,8 +172,8 @@ class Searcher(OptunaSearch):
     def __init__(self, room: Callable[[], int], **options: Any) -> None:
         super().__init__(**options)
         self.room = room
-        self.known: set[str] | None = None
-        """ids of the trials that a resumed search has; None for those that it had when it was saved"""
+        self.known = dict[str, bool]()
+        """ids of the trials that a search to be resumed has, and whether they are over"""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial's settings; None while there is no room for it."""
@@ -184,20 +184,35 @@ class Searcher(OptunaSearch):
         """Nothing."""
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """Tell Optuna, but of no trial that a kill has made the searcher forget."""
-        if trial_id in self._ot_trials:
-            super().on_trial_complete(trial_id, result, error)
+        """Tell Optuna, but of no trial that a kill has made us forget.
+
+        A journal that can't be written ends the sweep: half a line, with the next one behind it, could not be read.
+        """
+        if trial_id not in self._ot_trials:
+            return
+        value = (result or {}).get(OBJECTIVE)
+        states = optuna.trial.TrialState
+        state = states.COMPLETE if value is not None else states.FAIL if error else states.PRUNED
+        study: Any = self._ot_study
+        study.tell(self._ot_trials[trial_id], value, state=state, skip_if_finished=True)
+        self._completed_trials.add(trial_id)
 
     def restore(self, checkpoint_path: str) -> None:
-        """As it was saved, without trials that are lost to Tune, as they began just before a kill: so to the study."""
-        live = self.known
+        """As it was saved, but with Tune's trials, of which it may have been told less or more before a kill.
+
+        Trials that began just before it are lost to Tune, so to the study; their points, if any, come again.
+        """
+        known = self.known
         super().restore(checkpoint_path)
-        self._ot_trials = {i: trial for i, trial in self._ot_trials.items() if live is None or i in live}
-        known = {trial.number for trial in self._ot_trials.values()}
+        self._ot_trials = {i: trial for i, trial in self._ot_trials.items() if i in known}
+        self._completed_trials |= {i for i, over in known.items() if over}
+        numbers = {trial.number for trial in self._ot_trials.values()}
         study: Any = self._ot_study
         for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-            if trial.number not in known:
+            if trial.number not in numbers:
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                if point := trial.system_attrs.get("fixed_params"):
+                    study.enqueue_trial(point)
 
 
 def number_of(trial: Any) -> str:
@@ -344,7 +359,7 @@ def search(
     run_config = tune.RunConfig(
         name="tune",
         storage_path=str(out),
-        storage_filesystem=files.store(str(out))[0],
+        storage_filesystem=files.local_store(),
         callbacks=[watch],
         verbose=0,
         failure_config=tune.FailureConfig(max_failures=RETRIES),
@@ -369,7 +384,7 @@ def search(
 
 def _as_left(sweep: Sweep, out: Path, trainable: Any, watch: Watch) -> tune.Tuner:
     """The search as it was saved, what a kill has left at odds made one."""
-    _require_whole(max((out / "tune").glob("experiment_state-*.json")), out)
+    _require_whole(out)
     _cut_to_whole_lines(out / STUDY)
     known = tune.ExperimentAnalysis(str(out / "tune")).trials or []
     _count_anew(out / "tune", known)
@@ -378,27 +393,33 @@ def _as_left(sweep: Sweep, out: Path, trainable: Any, watch: Watch) -> tune.Tune
         trainable,
         resume_unfinished=True,
         resume_errored=True,
-        storage_filesystem=files.store(str(out))[0],
+        storage_filesystem=files.local_store(),
     )
     assert tuner._local_tuner is not None
     parts = tuner._local_tuner._tune_config
     assert isinstance(parts.search_alg, Searcher)
-    parts.search_alg.known = {trial.trial_id for trial in known}
+    parts.search_alg.known = {trial.trial_id: trial.is_finished() for trial in known}
     # Tune keeps neither of these
     parts.scheduler = _scheduler_as_left(sweep, out, known)
     tuner._local_tuner._run_config.callbacks = [watch]
     return tuner
 
 
-def _require_whole(state: Path, out: Path) -> None:
+def _require_whole(out: Path) -> None:
     """Tune would begin anew with a state that it can't read, and say so only in its log."""
-    try:
-        json.loads(state.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"--resume: {state} can't be read ({error}): start another sweep whose file has `earlier: {out}`, "
-            "which knows what these trials came to"
-        ) from error
+    readers: dict[str, Callable[[bytes], Any]] = {
+        "experiment_state-*.json": json.loads,
+        "search_gen_state-*.json": cloudpickle.loads,  # whatever its name says
+        "searcher-state-*.pkl": cloudpickle.loads,
+    }
+    for pattern, read in readers.items():
+        try:
+            read(max((out / "tune").glob(pattern)).read_bytes())
+        except Exception as error:  # of pickles almost any
+            raise UserError(
+                f"--resume: {out}/tune/{pattern} can't be read ({error}): start another sweep whose file has "
+                f"`earlier: {out}`, which knows what these trials came to"
+            ) from error
 
 
 def _cut_to_whole_lines(journal: Path) -> None:
@@ -413,10 +434,8 @@ def _count_anew(folder: Path, trials: Sequence[Any]) -> None:
     """
     file = max(folder.glob("search_gen_state-*.json"))
     state = cloudpickle.loads(file.read_bytes())
-    with files.replacing(file) as whole:
-        whole.write(
-            cloudpickle.dumps({**state, "counter": max((int(number_of(trial)) for trial in trials), default=0)})
-        )
+    count = max((int(number_of(trial)) for trial in trials), default=0)
+    files.write(file, cloudpickle.dumps({**state, "counter": count}))
 
 
 def _searcher(sweep: Sweep, out: Path, resources: cluster.Resources) -> Searcher:

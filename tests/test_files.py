@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+from clipfh import files
+
 CODE = """
 import pickle, resource, sys
 from pathlib import Path
@@ -10,7 +14,7 @@ import pyarrow.fs
 from clipfh import files
 
 folder = Path(sys.argv[1])
-store, path = pickle.loads(pickle.dumps(files.store(str(folder / "copied"))))
+store, path = pickle.loads(pickle.dumps(files.local_store())), str(folder / "copied")
 (folder / "copied").mkdir()
 
 def fill(text):
@@ -39,3 +43,16 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert ran.stdout.split() == ["OSError", "OSError"]
     assert (tmp_path / "written").read_text() == (tmp_path / "copied/state").read_text() == "old"
     assert not list(tmp_path.rglob("*.new"))
+
+
+def test_a_file_that_nobody_closed_is_not_whole(tmp_path):
+    file = tmp_path / "state"
+    file.write_text("old")
+    stream = files.local_store().open_output_stream(str(file))
+    stream.write(b"half")
+    del stream
+    assert file.read_text() == "old"
+    with pytest.raises(UnicodeEncodeError):
+        files.write(file, "\udc80")
+    assert file.read_text() == "old"
+    assert not list(tmp_path.glob("*.new"))

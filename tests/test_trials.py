@@ -100,6 +100,7 @@ def test_a_trial_that_began_just_before_a_kill_is_not_left_running(tmp_path):
     made.save(str(tmp_path / "state"))
     made.suggest("lost")
     again = searcher(tmp_path)
+    again.known = {"known": False}
     again.restore(str(tmp_path / "state"))
     assert [trial.state.name for trial in study(tmp_path).trials] == ["RUNNING", "FAIL"]
 
@@ -122,19 +123,35 @@ def test_how_many_runs_nodes_hold(nodes, resources, runs):
 
 def test_what_a_kill_leaves_at_odds_is_made_one(tmp_path):
     made = searcher(tmp_path, room=2)
-    ids = "known", "lost to Tune", "lost to the searcher"
-    made.suggest(ids[0]), made.suggest(ids[1])
+    for trial in ("over to Tune alone", "lost to Tune"):
+        made.suggest(trial)
     made.save(str(tmp_path / "state"))
+    again = searcher(tmp_path, room=1)
+    again.known = {"over to Tune alone": True, "lost to the searcher": False}
+    again.restore(str(tmp_path / "state"))
+    again.on_trial_complete("lost to the searcher", {trials.OBJECTIVE: 0.5})
+    again.room = lambda: 1
+    assert again.suggest("new"), "nobody waits for those before"
+
+
+@pytest.mark.parametrize("written", [1, 7])
+def test_tunes_count_is_that_of_its_trials(tmp_path, written):
     state = tmp_path / "search_gen_state-2026.json"
-    for counter in (1, 7):
-        again = searcher(tmp_path, room=2)
-        again.known = {ids[0], ids[2]}
-        again.restore(str(tmp_path / "state"))
-        again.on_trial_complete(ids[2], {trials.OBJECTIVE: 0.5})
-        assert again.suggest("new"), "nobody waits for the lost one"
-        state.write_bytes(cloudpickle.dumps({"counter": counter, "finished": False}))
-        trials._count_anew(tmp_path, [SimpleNamespace(experiment_tag=f"{n}_x") for n in (1, 3)])
-        assert cloudpickle.loads(state.read_bytes()) == {"counter": 3, "finished": False}
+    state.write_bytes(cloudpickle.dumps({"counter": written, "finished": False}))
+    trials._count_anew(tmp_path, [SimpleNamespace(experiment_tag=f"{n}_x") for n in (1, 3)])
+    assert cloudpickle.loads(state.read_bytes()) == {"counter": 3, "finished": False}
+
+
+def test_a_point_whose_trial_is_lost_comes_again(tmp_path):
+    points = [{"optimizer.lr": 0.001, "batch.views": 2}, {"optimizer.lr": 0.002, "batch.views": 4}]
+    made = searcher(tmp_path, points=points)
+    made.suggest("known")
+    made.save(str(tmp_path / "state"))
+    assert made.suggest("lost")["optimizer.lr"] == 0.002
+    again = searcher(tmp_path)
+    again.known = {"known": False}
+    again.restore(str(tmp_path / "state"))
+    assert again.suggest("new")["optimizer.lr"] == 0.002
 
 
 def test_a_study_goes_on_after_half_a_line(tmp_path):
@@ -146,10 +163,14 @@ def test_a_study_goes_on_after_half_a_line(tmp_path):
     assert len(study(tmp_path).trials) == 3
 
 
-def test_a_state_that_cant_be_read_is_refused(tmp_path):
-    (tmp_path / "state.json").write_text('{"trial_data": [')
-    with pytest.raises(UserError, match=f"can't be read .*whose file has `earlier: {tmp_path}`"):
-        trials._require_whole(tmp_path / "state.json", tmp_path)
+@pytest.mark.parametrize("broken", ["experiment_state-1.json", "search_gen_state-1.json", "searcher-state-1.pkl"])
+def test_a_state_that_cant_be_read_is_refused(tmp_path, broken):
+    (tmp_path / "tune").mkdir()
+    for name in ("experiment_state-1.json", "search_gen_state-1.json", "searcher-state-1.pkl"):
+        whole = b"{}" if name.startswith("experiment") else cloudpickle.dumps({})
+        (tmp_path / "tune" / name).write_bytes(whole[:-1] if name == broken else whole)
+    with pytest.raises(UserError, match=f"{broken[:8]}.*can't be read .*whose file has `earlier: {tmp_path}`"):
+        trials._require_whole(tmp_path)
 
 
 def test_a_watch_that_tells_a_terminal_can_be_kept(tmp_path):
