@@ -36,9 +36,12 @@ class _Whole(pyarrow.fs.FSSpecHandler):
 class _Replacing(io.BufferedWriter):
     """Takes a file's place when it is closed, but not after an error, and not where nobody closed it."""
 
+    whole = False
+
     def __init__(self, path: str) -> None:
-        self.path, self.new, self.whole = Path(path), Path(f"{path}.new"), True
+        self.path, self.new = Path(path), Path(f"{path}.new")
         super().__init__(io.FileIO(self.new, "w"))
+        self.whole = True
 
     def write(self, data: Any) -> int:
         try:
@@ -71,4 +74,5 @@ class _Replacing(io.BufferedWriter):
         self.discard() if kind else self.close()
 
     def __del__(self) -> None:
-        self.discard()
+        if self.whole:
+            self.discard()

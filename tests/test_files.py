@@ -1,5 +1,6 @@
 """What was there stays there, whole, where there is no room for what comes."""
 
+import gc
 import subprocess
 import sys
 
@@ -56,3 +57,10 @@ def test_a_file_that_nobody_closed_is_not_whole(tmp_path):
         files.write(file, "\udc80")
     assert file.read_text() == "old"
     assert not list(tmp_path.glob("*.new"))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_folder_that_is_not_there_is_an_error_and_no_more(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        files.write(tmp_path / "none/file", "text")
+    gc.collect()
