@@ -51,35 +51,36 @@ def for_training(
     Returns:
         (size, size, 3) uint8.
     """
-    width, height = (kept.width, kept.height) if kept else _head(encoded)[:2]
+    photo = kept or Image.open(io.BytesIO(encoded))
+    width, height = photo.width, photo.height
     left, top, w, h = _random_crop(width, height, crop_min, rng)
     reduction = _reduction(width, height, size, w, h)
-    pixels = kept.pixels if kept and kept.reduction == reduction else decoded(encoded, reduction)
+    if kept and kept.reduction != reduction:
+        photo = Image.open(io.BytesIO(encoded))
+    pixels = photo.pixels if isinstance(photo, Kept) else _decoded(photo, reduction)
     across, down = pixels.shape[1] / width, pixels.shape[0] / height
     columns, rows = _span(left, w, across, pixels.shape[1]), _span(top, h, down, pixels.shape[0])
     crop = _resized(pixels[rows, columns].copy(), size)
     return crop[:, ::-1] if flip and rng.random() < 0.5 else crop
 
 
-def _head(encoded: bytes) -> tuple[int, int, str]:
-    """Width, height and format, from the file's head."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        return image.width, image.height, image.format or ""
-
-
 def decoded(encoded: bytes, reduction: int) -> np.ndarray:
     """(h, w, 3) uint8 pixels; of a JPEG at a reduction of 1, 2, 4 or 8, of others in full."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        image.draft("RGB", (image.width // reduction, image.height // reduction))
-        return np.asarray(image.convert("RGB"))
+    return _decoded(Image.open(io.BytesIO(encoded)), reduction)
+
+
+def _decoded(image: Image.Image, reduction: int) -> np.ndarray:
+    image.draft("RGB", (image.width // reduction, image.height // reduction))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy
 
 
 def usual(encoded: bytes, size: int, crop_min: float) -> tuple[int, int, int]:
     """Width and height of a photo, and the reduction that most of its crops ask for: that of a square of mean area."""
-    width, height, format = _head(encoded)
+    image = Image.open(io.BytesIO(encoded))  # reads the head alone
+    width, height = image.size
     side = math.sqrt(width * height * (1 + crop_min) / 2)
     asked = _reduction(width, height, size, min(side, width), min(side, height))
-    return width, height, asked if format == "JPEG" else 1
+    return width, height, asked if image.format == "JPEG" else 1
 
 
 def _reduction(width: int, height: int, size: int, crop_width: float, crop_height: float) -> int:
@@ -99,7 +100,8 @@ def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
     """Bicubic with antialias, as Pillow's, by torch's kernel for bytes: a quarter of the time."""
     import torch  # here: preparing a catalogue needs this module, and not torch
 
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # Taken as channels-last, as which the whole lies in memory, it comes out so too; [None] at the end would hide that
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(image, (size, size), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
