@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+from ray.data._internal.datasource.range_datasource import RangeDatasource
 
 from clipfh import UserError, images
 from clipfh.batches import Index, Plan
@@ -25,6 +27,12 @@ TASK_IMAGES = 256
 
 TASK_CPUS = 0.5
 """A task waits for memory as well as computing; two to a core keep it busy."""
+
+WORKERS_TASK: dict[str, Any] = {
+    "num_cpus": TASK_CPUS,
+    "runtime_env": {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: ""}},
+}
+"""A task that a training worker asks for: its process loads none of what that one's does before all else."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,11 @@ def batches(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     load = functools.partial(_load, shared=shared, recipe=recipe, first=first, rank=rank, world_size=world_size)
-    decoded = ray.data.range(count, override_num_blocks=blocks).map_batches(load, batch_size=None, num_cpus=TASK_CPUS)
+    # As `ray.data.range`, but of the same kind of task, so that steps are counted where they are decoded; processes of
+    # their own would hold CPUs to the end
+    steps = RangeDatasource(count, column_name="id")
+    counted = ray.data.read_datasource(steps, override_num_blocks=blocks, **WORKERS_TASK)
+    decoded = counted.map_batches(load, batch_size=None, **WORKERS_TASK)
     decoded.context.execution_options.preserve_order = True
     for batch in decoded.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
         yield int(batch["step"][0]), batch["row"][0], batch["image"][0]

@@ -1,12 +1,13 @@
 """What reaches the workers is the plan, in order, the same for any number of workers and after any restart."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 import ray
 
-from clipfh import UserError, stream
+from clipfh import UserError, cluster, stream
 from clipfh.batches import Plan
 
 
@@ -65,6 +66,18 @@ def test_two_workers_get_the_same_batches_and_pixels(shared, recipe):
     for step in one:
         np.testing.assert_array_equal(one[step][0], two[step][0])
         np.testing.assert_array_equal(one[step][1], two[step][1])
+
+
+def test_a_workers_tasks_load_nothing_of_training(shared, recipe):
+    def load(block, **_):
+        return {"step": block["id"], "row": block["id"], "image": np.full(len(block["id"]), "open_clip" in sys.modules)}
+
+    @ray.remote(runtime_env=cluster.first_calling("clipfh.train.load"))
+    def worker():
+        stream._load = load
+        return "open_clip" in sys.modules, [bool(image) for _, _, image in stream.batches(shared, recipe, 0, 2)]
+
+    assert ray.get(worker.remote()) == (True, [False, False])
 
 
 def test_a_restart_goes_on_where_it_was(shared, recipe):
