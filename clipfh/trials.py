@@ -346,12 +346,19 @@ def _last_of(text: str) -> str:
     return next((line[:300] for line in reversed(text.splitlines()) if line.strip()), "unknown")
 
 
+def saved_every(trials: int) -> int:
+    """Seconds between two writings of the search's state, which grows with the trials.
+
+    So much of it may a kill of the driver cost. The runs keep their own.
+    """
+    return max(1, trials // 50)
+
+
 def search(
     sweep: Sweep, inputs: train.Inputs, out: Path, resources: cluster.Resources, watch: Watch, resume: bool
 ) -> list[Any]:
     """Run the trials; returns them as Tune has them."""
-    # What a kill of the driver may cost of the search's state, which grows with the trials. The runs keep their own.
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(max(1, sweep.trials // 50))
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(saved_every(sweep.trials))
     trainable = tune.with_resources(
         tune.with_parameters(Trial, sweep=sweep, inputs=inputs, out=str(out), resources=resources),
         {cluster.HEAD: 0.001},

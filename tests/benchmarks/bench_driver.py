@@ -76,7 +76,9 @@ class Costs:
     board: float
     """the leaderboard's part of an end"""
     save: float
-    """writing Tune's state, once a second; another thread then copies it to the sweep's folder"""
+    """writing Tune's state; another thread then copies it to the sweep's folder"""
+    every: int
+    """seconds after which it is written again"""
 
     def __str__(self) -> str:
         ms = {name: f"{1000 * seconds:.2f}" for name, seconds in vars(self).items()}
@@ -96,8 +98,8 @@ class Costs:
 
     @property
     def saving(self) -> float:
-        """Share of the time that goes into Tune's state: a second after it was written it is written again."""
-        return self.save / (1 + self.save)
+        """Share of the time that goes into Tune's state."""
+        return self.save / (self.every + self.save)
 
 
 def rows(count: int = TRIALS) -> list[dict]:
@@ -256,6 +258,7 @@ def _costs(controller: Controller, watch: trials.Watch) -> Costs:
         end=end,
         board=_best(lambda: watch.board.write(controller._trials, watch.ended)),
         save=_best(controller.save_to_dir),
+        every=trials.saved_every(len(controller._trials)),
     )
 
 
