@@ -10,6 +10,7 @@ import logging
 import math
 import re
 import socket
+import sys
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -33,10 +34,24 @@ MAX_LOG_SCALE = math.log(100)
 @functools.cache
 def library() -> Any:
     """open_clip, with our architecture known to it. It takes seconds to import, and most processes need none of it."""
-    import open_clip
+    with _absent("wandb"):  # timm would load it and never use it: half a second, and two folders left in /tmp
+        import open_clip
 
     open_clip.add_model_config(Path(__file__).parent / f"{config.SMALL}.json")
     return open_clip
+
+
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Let an import of a module fail, as where it isn't installed, unless it is loaded already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def architecture(settings: config.Model) -> str:

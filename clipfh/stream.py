@@ -16,6 +16,7 @@ import ray
 import ray.data
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.data._internal.datasource.range_datasource import RangeDatasource
+from ray.data._internal.stats import get_or_create_stats_actor
 
 from clipfh import UserError, images
 from clipfh.batches import Index, Plan
@@ -49,6 +50,7 @@ class Images:
 
 def share(catalogue: Catalogue, *splits: str) -> Images:
     """Put the encoded images of splits into the object store, one object a shard, read by tasks where there is room."""
+    get_or_create_stats_actor()  # else the first worker's pipeline does, as a process with all that the worker's loads
     rows = pa.concat_tables([catalogue.rows(split) for split in splits])
     shards = [_read_shard.remote(str(path)) for split in splits for path in catalogue.shards(split)]
     lengths = ray.get([_length.remote(shard) for shard in shards])

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import ray
+from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE
 
 from clipfh import UserError, cluster, stream
 from clipfh.batches import Plan
@@ -68,16 +69,26 @@ def test_two_workers_get_the_same_batches_and_pixels(shared, recipe):
         np.testing.assert_array_equal(one[step][1], two[step][1])
 
 
-def test_a_workers_tasks_load_nothing_of_training(shared, recipe):
+def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
+    """A worker loads open_clip, its tasks and Ray Data's own actor do not, and none loads what timm would."""
+
     def load(block, **_):
         return {"step": block["id"], "row": block["id"], "image": np.full(len(block["id"]), "open_clip" in sys.modules)}
 
     @ray.remote(runtime_env=cluster.first_calling("clipfh.train.load"))
-    def worker():
+    def worker(images):
         stream._load = load
-        return "open_clip" in sys.modules, [bool(image) for _, _, image in stream.batches(shared, recipe, 0, 2)]
+        decoding = [bool(image) for _, _, image in stream.batches(images, recipe, 0, 2)]
+        return "open_clip" in sys.modules, "wandb" in sys.modules, decoding
 
-    assert ray.get(worker.remote()) == (True, [False, False])
+    for name in ray.util.list_named_actors(all_namespaces=True):
+        if name["namespace"] == STATS_ACTOR_NAMESPACE:  # another test's
+            ray.kill(ray.get_actor(**name))
+            while name in ray.util.list_named_actors(all_namespaces=True):
+                pass
+    assert ray.get(worker.remote(stream.share(small_catalogue, "train"))) == (True, False, [False, False])
+    actor = ray.get_actor(STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE)
+    assert not ray.get(actor.__ray_call__.remote(lambda _: "open_clip" in sys.modules))
 
 
 def test_a_restart_goes_on_where_it_was(shared, recipe):
