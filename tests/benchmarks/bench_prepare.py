@@ -29,7 +29,7 @@ def rows() -> list[dict]:
         root = Path(folder)
         small = inshop.write(root / "small", inshop.FULL.scaled(10))
         full = inshop.write(root / "full")
-        large = inshop.write(root / "large", inshop.FULL.scaled(12), (750, 1101), "Img/img_highres")
+        large = inshop.write(root / "large", inshop.FULL.scaled(4), (750, 1101), "Img/img_highres")
         ratio, large_ratio = speed(full, root / "work", 6_000), speed(large, root / "work", 1_500)
         small_memory, full_memory = (peak_memory(source, root / "work/catalogue") for source in (small, full))
         same = killed_and_started_again(full, root / "work")

@@ -23,13 +23,13 @@ import psutil
 import ray
 import torch
 
-from clipfh import batches, catalogue, cluster, config, demo, space, stream, sweep, train
+from clipfh import batches, catalogue, cluster, config, demo, model, space, stream, sweep, train
 from clipfh.catalogue import Catalogue
 from clipfh.learner import Learner
 
 ITEMS, SIDE = 300, 256
 SETTINGS = {"model.name": config.SMALL, "batch.items": 16, "batch.views": 4}
-IMAGES = 6_400  # of a measured stretch
+IMAGES = 25_600  # of a measured stretch
 STEPS = 200  # of 64 images, in the loop
 TURN_S = 4.0
 SWEEP = """
@@ -168,6 +168,7 @@ def _steps(opened: Catalogue, inputs: train.Inputs, resources: cluster.Resources
     finally:
         train.loop = usual
         plain.kill()
+        plain.wait()
     ours, between = _pace(_times(folder / "run"), [(begun, swapped) for begun, swapped, _ in turns])
     theirs, _ = _pace(_times(folder), [(swapped, end) for _, swapped, end in turns])
     print(
@@ -237,7 +238,7 @@ def _plain(folder: Path) -> None:
     """Steps on tensors in memory, until somebody ends it."""
     experiment, index, captions, some, threads = pickle.loads((folder / "plain.pickle").read_bytes())
     torch.set_num_threads(threads)
-    learner = Learner(experiment, train.start_of(experiment), index, captions, torch.device("cpu"))
+    learner = Learner(experiment, train.start_of(experiment), index, captions, model.device())
     plan = stream.plan_of(index, experiment.batch, 0)
     step = _writing_times(learner.train_step, folder)
     for number in itertools.count():
