@@ -23,8 +23,8 @@ from clipfh.batches import Index, Plan
 from clipfh.catalogue import Catalogue
 from clipfh.config import Augment, Batch
 
-TASK_IMAGES = 256
-"""Images a decoding task takes: enough that its start costs little, few enough that batches flow."""
+TASK_IMAGES = 512
+"""Images a decoding task takes: enough that its start costs little, few enough that the first batch comes soon."""
 
 TASK_CPUS = 0.5
 """A task waits for memory as well as computing; two to a core keep it busy."""
