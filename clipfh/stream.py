@@ -202,8 +202,10 @@ def _load(
     step = block["id"] + first
     rows = np.stack([plan.batch(int(each)).reshape(world_size, -1)[rank] for each in step])
     place = rank * rows.shape[1]
-    pixels = [decode(recipe, read, int(s), place, part, kept) for s, part in zip(step, rows, strict=True)]
-    return {"step": step, "row": rows, "image": np.stack(pixels)}
+    pixels = np.empty((*rows.shape, recipe.size, recipe.size, 3), np.uint8)
+    for i, part in enumerate(rows):
+        pixels[i] = decode(recipe, read, int(step[i]), place, part, kept)
+    return {"step": step, "row": rows, "image": pixels}
 
 
 def decode(
