@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -87,7 +87,7 @@ def _stream_and_step(opened: Catalogue, folder: Path) -> list[dict]:
 
 
 def _drained(experiment: config.Experiment, inputs: train.Inputs, out: Path, resources: cluster.Resources) -> float:
-    """Images per second that arrive at a worker which does nothing with them, once the first are there."""
+    """Images per second that arrive at a worker which does nothing with them, the first left out."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file
     usual, train.loop = train.loop, _drain
     try:
@@ -101,11 +101,17 @@ def _drain(job: dict[str, Any]) -> None:
     experiment, inputs = job["experiment"], job["inputs"]
     recipe = stream.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
     arriving = stream.batches(inputs.images, recipe, 0, IMAGES // experiment.batch.images)
-    next(arriving)
-    begun, count = time.perf_counter(), 0
+    begun, count = _after_the_first(arriving), 0
     for _, rows, _ in arriving:
         count += len(rows)
     (Path(job["out"]) / "drained.json").write_text(str(count / (time.perf_counter() - begun)))
+
+
+def _after_the_first(arriving: Iterator[Any]) -> float:
+    """The time once so many batches are taken that those decoded before any came no longer count."""
+    for _ in itertools.islice(arriving, 64):
+        pass
+    return time.perf_counter()
 
 
 class _Photos(torch.utils.data.Dataset):
@@ -121,7 +127,7 @@ class _Photos(torch.utils.data.Dataset):
 
 
 def _loader(opened: Catalogue, inputs: train.Inputs) -> float:
-    """Images per second of torch's DataLoader with a process a core, once the first are there."""
+    """Images per second of torch's DataLoader with a process a core, the first left out."""
     experiment = config.resolve("image", None, SETTINGS)
     recipe = stream.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
     plan = stream.plan_of(ray.get(inputs.images.index), experiment.batch, 0)
@@ -132,8 +138,7 @@ def _loader(opened: Catalogue, inputs: train.Inputs) -> float:
         _Photos(column, recipe), batch_sampler=sampler, num_workers=cluster._cores(), multiprocessing_context="spawn"
     )
     arriving = iter(loader)
-    next(arriving)
-    begun, images = time.perf_counter(), 0
+    begun, images = _after_the_first(arriving), 0
     for pixels in arriving:
         images += len(pixels)
     return images / (time.perf_counter() - begun)
