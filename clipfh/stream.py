@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,16 +16,19 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
-from ray.data._internal.datasource.range_datasource import RangeDatasource
 from ray.data._internal.stats import get_or_create_stats_actor
+from ray.data.block import BlockMetadata
 
 from clipfh import UserError, images
 from clipfh.batches import Index, Plan
 from clipfh.catalogue import Catalogue
 from clipfh.config import Augment, Batch
 
-TASK_IMAGES = 512
-"""Images a decoding task takes: enough that its start costs little, few enough that the first batch comes soon."""
+FIRST_TASKS, FIRST_IMAGES = 4, 256
+"""The first tasks of a stream, and what each takes: few images, so that the first batch comes soon."""
+
+TASK_IMAGES, TASK_MIB = 1024, 64
+"""What each of the others takes at most: many, so that Ray's own work for a task counts little."""
 
 TASK_CPUS = 0.5
 """A task waits for memory as well as computing; two to a core keep it busy."""
@@ -178,28 +182,49 @@ def batches(
     batch), so they depend neither on the number of workers nor on which task decodes. The pipeline runs from the worker
     that reads it: it begins where that one's checkpoint ends, and no process stands between.
     """
-    count = last - first
-    blocks = min(max(1, count * recipe.batch.images // world_size // TASK_IMAGES), max(1, count))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    load = functools.partial(_load, shared=shared, recipe=recipe, first=first, rank=rank, world_size=world_size)
-    # As `ray.data.range`, but of the same kind of task, so that steps are counted where they are decoded; processes of
-    # their own would hold CPUs to the end
-    steps = RangeDatasource(count, column_name="id")
-    counted = ray.data.read_datasource(steps, override_num_blocks=blocks, **WORKERS_TASK)
+    load = functools.partial(_load, shared=shared, recipe=recipe, rank=rank, world_size=world_size)
+    steps = _Steps(first, last, recipe.batch.images // world_size, recipe.size)
+    # As many blocks as it has tasks: Ray Data would cut them further. And one kind of task, so that steps are counted
+    # where they are decoded; processes of their own would hold CPUs to the end
+    counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **WORKERS_TASK)
     decoded = counted.map_batches(load, batch_size=None, **WORKERS_TASK)
     decoded.context.execution_options.preserve_order = True
     for batch in decoded.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
         yield int(batch["step"][0]), batch["row"][0], batch["image"][0]
 
 
-def _load(
-    block: dict[str, np.ndarray], shared: Images, recipe: Recipe, first: int, rank: int, world_size: int
-) -> dict[str, Any]:
-    """Decode a rank's part of some steps, counted from `first`: step (S,), row (S, B), image (S, B, size, size, 3)."""
+class _Steps(ray.data.Datasource):
+    """Some steps, in order, as rows with the column `step`, cut into the tasks that are to decode them."""
+
+    def __init__(self, first: int, last: int, images: int, size: int) -> None:
+        """Of so many images each, whose side has so many pixels."""
+        small = max(1, FIRST_IMAGES // images)
+        large = max(1, min(TASK_IMAGES, TASK_MIB * 2**20 // (3 * size**2)) // images)
+        then = min(first + FIRST_TASKS * small, last)
+        cuts = [*range(first, then, small), *range(then, last, large), last]
+        self.tasks = list(itertools.pairwise(cuts))
+
+    def estimate_inmemory_data_size(self) -> int:
+        return sum(8 * (end - start) for start, end in self.tasks)
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
+        return [
+            ray.data.ReadTask(functools.partial(_counted, start, end), BlockMetadata(end - start, None, None, None))
+            for start, end in self.tasks
+        ]
+
+
+def _counted(start: int, end: int) -> list[pa.Table]:
+    return [pa.table({"step": np.arange(start, end)})]
+
+
+def _load(block: dict[str, np.ndarray], shared: Images, recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
+    """Decode a rank's part of some steps: step (S,), row (S, B), image (S, B, size, size, 3)."""
     plan, shard_ends = _plan(shared.index, recipe.batch, recipe.seed)
     read, kept = _reader(shard_ends, shared.shards, _encoded), _reader(shard_ends, shared.kept, operator.getitem)
-    step = block["id"] + first
+    step = block["step"]
     rows = np.stack([plan.batch(int(each)).reshape(world_size, -1)[rank] for each in step])
     place = rank * rows.shape[1]
     pixels = np.empty((*rows.shape, recipe.size, recipe.size, 3), np.uint8)

@@ -73,7 +73,8 @@ def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
     """A worker loads open_clip, its tasks and Ray Data's own actor do not, and none loads what timm would."""
 
     def load(block, **_):
-        return {"step": block["id"], "row": block["id"], "image": np.full(len(block["id"]), "open_clip" in sys.modules)}
+        step = block["step"]
+        return {"step": step, "row": step, "image": np.full(len(step), "open_clip" in sys.modules)}
 
     @ray.remote(runtime_env=cluster.first_calling("clipfh.train.load"))
     def worker(images):
@@ -92,6 +93,7 @@ def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
 
 
 def test_a_restart_goes_on_where_it_was(shared, recipe):
+    assert not list(stream.batches(shared, recipe, 3, 3))
     whole, rest = streamed(shared, recipe, 0, 7, 1), streamed(shared, recipe, 4, 7, 1)
     for step in rest:
         np.testing.assert_array_equal(whole[step][1], rest[step][1])
