@@ -112,8 +112,9 @@ class Encoder:
         catalogue.require(*splits)
         paths = [str(path) for split in splits for path in catalogue.shards(split)]
         how: dict[str, Any] = {"num_cpus": 0.5, "fn_kwargs": {"preprocess": self.preprocess}}
-        encoded = ray.data.read_parquet(paths, columns=["image"], partitioning=None)
-        decoded = encoded.map_batches(_decode, batch_size=EMBED_BATCH, **how)  # type: ignore[arg-type]
+        # Not `read_parquet`, which starts some ten processes more to look into a handful of files
+        shards = ray.data.from_items([{"shard": path} for path in paths], override_num_blocks=len(paths))
+        decoded = shards.map_batches(_decode, batch_size=None, **how)  # type: ignore[arg-type]
         total, done, parts = sum(map(catalogue.num_images, splits)), 0, []
         for part in self._run(decoded):
             parts.append(part)
@@ -145,7 +146,10 @@ class Encoder:
 
 
 def _decode(batch: Any, preprocess: images.Preprocess) -> Any:
-    return {"image": np.stack([images.for_evaluation(encoded, preprocess) for encoded in batch["image"]])}
+    """The images of some shards, a part at a time."""
+    for shard in batch["shard"]:
+        for part in pq.ParquetFile(shard).iter_batches(EMBED_BATCH, columns=["image"]):
+            yield {"image": np.stack([images.for_evaluation(each.as_py(), preprocess) for each in part["image"]])}
 
 
 def _assembled(
