@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import grpc
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray._raylet import PlacementGroupID
@@ -83,9 +84,8 @@ def connect(address: str | None = None, placement: Placement | None = None, dash
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process a run, for a machine that nobody takes away
         workers = placement.workers if placement else 1
         slots = max(2 * _cores(), 4, 4 * workers)
-        # Processes inherit our environment; a runtime_env would keep them from those that Ray starts beforehand
         try:
-            ray.init("local", num_cpus=slots, include_dashboard=dashboard, **quiet)
+            ray.init("local", num_cpus=slots, include_dashboard=dashboard, runtime_env=_environment(), **quiet)
         except Exception as error:
             if "timed out during startup" not in str(error):
                 raise
@@ -96,13 +96,23 @@ def connect(address: str | None = None, placement: Placement | None = None, dash
     if address != "auto":
         _check_reachable(address)
     try:
-        env = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
-        ray.init(address, runtime_env={"env_vars": env}, **quiet)
+        ray.init(address, runtime_env=_environment(), **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
             f"no Ray cluster at --address {address} ({reason}): start one, or leave --address out"
         ) from error
+
+
+def _environment() -> dict[str, Any]:
+    """The environment of all processes but those that train.
+
+    Ray uses a process again only where the environment is the same, and one that decodes takes 400 MiB and seconds to
+    start. So all have what Tune would give to trials and Train to controllers, and no setup hook, as `stream.TASK`.
+    """
+    train = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+    given = {"PL_DISABLE_FORK": "1", RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0"}
+    return {"env_vars": {**train, **given, WORKER_PROCESS_SETUP_HOOK_ENV_VAR: ""}}
 
 
 def _hush() -> None:
@@ -128,6 +138,12 @@ def logs() -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def at_work() -> int:
+    """Processes that may compute at once: as many as the cluster has CPUs, or cores where it is our own."""
+    node = ray._private.worker.global_worker.node
+    return _cores() if node and node.is_head() else max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def _check_reachable(address: str) -> None:

@@ -17,9 +17,10 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from clipfh import UserError, __version__, config, embeddings, files, images, metrics, model
+from clipfh import UserError, __version__, cluster, config, embeddings, files, images, metrics, model
 from clipfh import rerank as reranking
 from clipfh.catalogue import Catalogue
+from clipfh.stream import TASK
 
 IMAGES, TEXTS = "embeddings.parquet", "prompts.parquet"
 EMBED_BATCH = 128
@@ -111,12 +112,13 @@ class Encoder:
         """
         catalogue.require(*splits)
         paths = [str(path) for split in splits for path in catalogue.shards(split)]
-        how: dict[str, Any] = {"num_cpus": 0.5, "fn_kwargs": {"preprocess": self.preprocess}}
+        at_once = min(len(paths), cluster.at_work())
+        how: dict[str, Any] = {**TASK, "concurrency": at_once, "fn_kwargs": {"preprocess": self.preprocess}}
         # Not `read_parquet`, which starts some ten processes more to look into a handful of files
         shards = ray.data.from_items([{"shard": path} for path in paths], override_num_blocks=len(paths))
         decoded = shards.map_batches(_decode, batch_size=None, **how)  # type: ignore[arg-type]
         total, done, parts = sum(map(catalogue.num_images, splits)), 0, []
-        for part in self._run(decoded):
+        for part in self._run(decoded, at_once):
             parts.append(part)
             done += len(part)
             if progress:
@@ -126,10 +128,10 @@ class Encoder:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Unit embeddings of texts, (C, D) float32."""
         tokens = model.tokenizer(self.settings)(list(texts)).numpy().astype(np.int32)
-        return torch.cat(list(self._run(ray.data.from_numpy(tokens).rename_columns({"data": "tokens"}))))
+        return torch.cat(list(self._run(ray.data.from_numpy(tokens).rename_columns({"data": "tokens"}), at_once=1)))
 
-    def _run(self, rows: ray.data.Dataset) -> Iterator[Tensor]:
-        """Embeddings of the dataset's rows, in its order."""
+    def _run(self, rows: ray.data.Dataset, at_once: int) -> Iterator[Tensor]:
+        """Embeddings of the dataset's rows, in its order. On CPUs so many processes take part."""
         rows.context.execution_options.preserve_order = True
         rows.context.enable_progress_bars = False
         arguments = {"clip": self.clip, "precision": self.settings.precision}
@@ -139,7 +141,7 @@ class Encoder:
             how: dict[str, Any] = {"fn_constructor_kwargs": arguments, "compute": pool, "num_gpus": 1}
             embedded = rows.map_batches(_Embedder, batch_size=EMBED_BATCH, **how)
         else:
-            how = {"num_cpus": 1, "fn_kwargs": arguments}
+            how = {**TASK, "num_cpus": 1, "concurrency": at_once, "fn_kwargs": arguments}
             embedded = rows.map_batches(_embed_on_cpu, batch_size=EMBED_BATCH, **how)  # type: ignore[arg-type]
         for batch in embedded.iter_batches(batch_format="numpy"):
             yield torch.from_numpy(batch["embedding"].copy())

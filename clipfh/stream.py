@@ -33,11 +33,13 @@ TASK_IMAGES, TASK_MIB = 1024, 64
 TASK_CPUS = 0.5
 """A task waits for memory as well as computing; two to a core keep it busy."""
 
-WORKERS_TASK: dict[str, Any] = {
+TASK: dict[str, Any] = {
     "num_cpus": TASK_CPUS,
     "runtime_env": {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: ""}},
 }
-"""A task that a training worker asks for: its process loads none of what that one's does before all else."""
+"""A task, asked for by the driver or by a training worker: its process loads none of what a worker's does before all
+else, and serves both. Ray compares environments as text, and writes alike only those that it has merged: hence the
+driver's tasks name theirs too, though the job's is the same."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def index_of(rows: pa.Table, shard_ends: np.ndarray) -> Index:
     return Index(item, category, items.dictionary.to_pylist(), shard_ends)
 
 
-@ray.remote(num_cpus=TASK_CPUS)
+@ray.remote(**TASK)
 def _read_shard(path: str) -> pa.Table:
     import pyarrow.parquet as pq
 
@@ -79,7 +81,7 @@ def _read_shard(path: str) -> pa.Table:
     return table.set_column(0, "image", table["image"].cast(pa.large_binary())).combine_chunks()
 
 
-@ray.remote(num_cpus=TASK_CPUS)
+@ray.remote(**TASK)
 def _length(shard: pa.Table) -> int:
     return len(shard)
 
@@ -134,13 +136,13 @@ def _photos(shard: pa.Table, size: int, crop_min: float) -> tuple[np.ndarray, np
     return photos, 3 * np.prod(-(-photos[:, :2] // photos[:, 2:]), axis=1)
 
 
-@ray.remote(num_cpus=TASK_CPUS)
+@ray.remote(**TASK)
 def _room(shard: pa.Table, size: int, crop_min: float) -> int:
     """Bytes that a shard takes decoded."""
     return int(_photos(shard, size, crop_min)[1].sum())
 
 
-@ray.remote(num_cpus=TASK_CPUS)
+@ray.remote(**TASK)
 def _decode_shard(shard: pa.Table, size: int, crop_min: float) -> Decoded:
     photos, needed = _photos(shard, size, crop_min)
     ends = np.cumsum(needed)
@@ -188,8 +190,8 @@ def batches(
     steps = _Steps(first, last, recipe.batch.images // world_size, recipe.size)
     # As many blocks as it has tasks: Ray Data would cut them further. And one kind of task, so that steps are counted
     # where they are decoded; processes of their own would hold CPUs to the end
-    counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **WORKERS_TASK)
-    decoded = counted.map_batches(load, batch_size=None, **WORKERS_TASK)
+    counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **TASK)
+    decoded = counted.map_batches(load, batch_size=None, **TASK)
     decoded.context.execution_options.preserve_order = True
     for batch in decoded.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
         yield int(batch["step"][0]), batch["row"][0], batch["image"][0]
@@ -289,12 +291,12 @@ def digest(previous: str, step: int, rows: np.ndarray) -> str:
     return hashlib.sha256(f"{previous} {step} ".encode() + rows.astype(np.int64).tobytes()).hexdigest()[:16]
 
 
-@ray.remote(num_cpus=TASK_CPUS)
+@ray.remote(**TASK)
 def _decode_for_evaluation(shard: pa.Table, preprocess: images.Preprocess) -> np.ndarray:
     return np.stack([images.for_evaluation(encoded.as_py(), preprocess) for encoded in shard["image"]])
 
 
-@ray.remote(num_cpus=TASK_CPUS)
+@ray.remote(**TASK)
 def _joined(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 

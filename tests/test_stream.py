@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import ray
 from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
 
 from clipfh import UserError, cluster, stream
 from clipfh.batches import Plan
@@ -90,6 +92,21 @@ def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
     assert ray.get(worker.remote(stream.share(small_catalogue, "train"))) == (True, False, [False, False])
     actor = ray.get_actor(STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE)
     assert not ray.get(actor.__ray_call__.remote(lambda _: "open_clip" in sys.modules))
+
+
+def test_a_workers_tasks_use_the_drivers_processes(ray_cluster):
+    """Their environments are the same to the letter, though the one is asked for by a trial's worker."""
+
+    @ray.remote(**stream.TASK)
+    def environment():
+        return ray.get_runtime_context().get_runtime_env_string()
+
+    @ray.remote
+    def of_a_task():
+        return ray.get(environment.remote())
+
+    train = {**DEFAULT_ENV_VARS, **get_env_vars_to_propagate(), **cluster.first_calling("gc.collect")["env_vars"]}
+    assert ray.get(of_a_task.options(runtime_env={"env_vars": train}).remote()) == ray.get(environment.remote())
 
 
 def test_a_restart_goes_on_where_it_was(shared, recipe):
