@@ -339,7 +339,7 @@ def _groups_of(actor: bytes) -> list[PlacementGroup]:
 
 
 def first_calling(function: str) -> dict[str, Any]:
-    """A runtime environment whose processes call a function, given as "module.name", before all else."""
+    """A runtime environment whose processes call a function, given as "module.name", before all else; "" is none."""
     return {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: function}}
 
 

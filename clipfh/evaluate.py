@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from clipfh import UserError, __version__, cluster, config, embeddings, files, images, metrics, model
 from clipfh import rerank as reranking
 from clipfh.catalogue import Catalogue
-from clipfh.stream import TASK
 
 IMAGES, TEXTS = "embeddings.parquet", "prompts.parquet"
 EMBED_BATCH = 128
@@ -113,10 +112,9 @@ class Encoder:
         catalogue.require(*splits)
         paths = [str(path) for split in splits for path in catalogue.shards(split)]
         at_once = min(len(paths), cluster.at_work())
-        how: dict[str, Any] = {**TASK, "concurrency": at_once, "fn_kwargs": {"preprocess": self.preprocess}}
         # Not `read_parquet`, which starts some ten processes more to look into a handful of files
         shards = ray.data.from_items([{"shard": path} for path in paths], override_num_blocks=len(paths))
-        decoded = shards.map_batches(_decode, batch_size=None, **how)  # type: ignore[arg-type]
+        decoded = _in_tasks(shards, _decode, None, 0.5, at_once, preprocess=self.preprocess)
         total, done, parts = sum(map(catalogue.num_images, splits)), 0, []
         for part in self._run(decoded, at_once):
             parts.append(part)
@@ -141,10 +139,17 @@ class Encoder:
             how: dict[str, Any] = {"fn_constructor_kwargs": arguments, "compute": pool, "num_gpus": 1}
             embedded = rows.map_batches(_Embedder, batch_size=EMBED_BATCH, **how)
         else:
-            how = {**TASK, "num_cpus": 1, "concurrency": at_once, "fn_kwargs": arguments}
-            embedded = rows.map_batches(_embed_on_cpu, batch_size=EMBED_BATCH, **how)  # type: ignore[arg-type]
+            embedded = _in_tasks(rows, _embed_on_cpu, EMBED_BATCH, 1, at_once, **arguments)
         for batch in embedded.iter_batches(batch_format="numpy"):
             yield torch.from_numpy(batch["embedding"].copy())
+
+
+def _in_tasks(
+    rows: ray.data.Dataset, function: Any, size: int | None, cpus: float, at_once: int, **arguments: Any
+) -> ray.data.Dataset:
+    """Batches of so many rows, or blocks, mapped by tasks, so many at once, whose processes serve other tasks too."""
+    how: dict[str, Any] = {"num_cpus": cpus, "runtime_env": cluster.first_calling("")}
+    return rows.map_batches(function, batch_size=size, fn_kwargs=arguments, concurrency=at_once, **how)
 
 
 def _decode(batch: Any, preprocess: images.Preprocess) -> Any:
