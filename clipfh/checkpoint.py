@@ -1,30 +1,22 @@
-"""What a run leaves behind and starts from: raw and averaged weights, experiment, metrics, place in the stream."""
+"""What a run's checkpoints hold: raw and averaged weights, experiment, metrics, place in the stream."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clipfh import UserError, config
+from clipfh import UserError, config, runs
+from clipfh.runs import EXPERIMENT
 
 RAW, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "training.pt"
-EXPERIMENT, METRICS = "experiment.json", "metrics.json"
-SWEEP = "sweep.yaml"
+METRICS = "metrics.json"
 EXPORTED = "open_clip_model.safetensors"
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-
-
-AWAY = 600
-"""Seconds that a run or a sweep waits for its folder, as a share that is not mounted comes back."""
 
 
 @dataclass(frozen=True)
@@ -39,35 +31,6 @@ class Weights:
     path: str
     model_name: str = ""
     """architecture that a bare weights file names; often it names none"""
-
-
-def wait_for(file: str | Path, tell: Callable[[str], None] = lambda line: None) -> None:
-    """Return when a file is there that was written at the start: else its folder is away, and writing makes another.
-
-    Args:
-        file: of a run (`EXPERIMENT`) or a sweep (`SWEEP`), absolute or a URI.
-        tell: takes a line where it is away.
-
-    Raises:
-        UserError: it does not come back.
-    """
-    end = time.monotonic() + AWAY
-    if _is_there(file):
-        return
-    tell(f"{file} is away: waits for it, for up to {AWAY // 60} minutes")
-    while not _is_there(file):
-        if time.monotonic() > end:
-            raise UserError(f"{file} has been away for {AWAY // 60} minutes: bring its file system back, then --resume")
-        time.sleep(1)
-    tell(f"{file} is back")
-
-
-def _is_there(file: str | Path) -> bool:
-    store, path = pyarrow.fs.FileSystem.from_uri(str(file))
-    try:
-        return bool(store.get_file_info(path).type == pyarrow.fs.FileType.File)
-    except OSError:  # a share whose server does not answer
-        return False
 
 
 def save(
@@ -123,33 +86,8 @@ def find(path: str | Path) -> Path:
     if (folder / "best" / EXPORTED).exists():
         return folder / "best"
     if (folder / "checkpoints").is_dir():
-        return folder / "checkpoints" / best_of(folder)
+        return folder / "checkpoints" / runs.best_of(folder)
     raise UserError(f"{path} holds no weights: give a run, a checkpoint, an export or a weights file")
-
-
-def best_of(run: str | Path) -> str:
-    """Name of the run's checkpoint with the highest validation mAP, or of the last of a run without validation.
-
-    As Ray Train's own list has it: a folder that is not on that list may be half-written.
-    """
-    listed = _snapshot(Path(run))["checkpoint_results"]
-    if not listed:
-        raise UserError(f"{run} has no checkpoint yet: let it train further, or --resume it")
-    return str(max(listed, key=lambda r: r["metrics"].get("val_mAP", r["metrics"]["step"]))["checkpoint_dir_name"])
-
-
-def latest_step(run: str | Path) -> int:
-    """The step at which the run's last checkpoint goes on; 0 without one."""
-    file = Path(run) / "checkpoints" / SNAPSHOT
-    latest = _snapshot(Path(run))["latest_checkpoint_result"] if file.exists() else None
-    return int(latest["metrics"]["step"]) if latest else 0
-
-
-def _snapshot(run: Path) -> dict[str, Any]:
-    file = run / "checkpoints" / SNAPSHOT
-    if not file.exists():
-        raise UserError(f"{run} has no checkpoint yet: let it train further, or --resume it")
-    return json.loads(file.read_text())
 
 
 STATES = ("model_state_dict", "state_dict", "model")

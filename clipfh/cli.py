@@ -428,7 +428,7 @@ def train(args: argparse.Namespace) -> None:
     as_it_was = args.resume and not settings and not args.preset
     given = None if as_it_was else config.resolve(args.stage, args.preset, settings)
     opened = catalogue.open_catalogue(args.catalogue)
-    from clipfh import batches, cluster, track, train
+    from clipfh import batches, cluster, fit, runs, track, train
 
     track.require(args.track)
     with _all_or_nothing(out, "checkpoints/checkpoint_*"):
@@ -448,8 +448,8 @@ def train(args: argparse.Namespace) -> None:
                 print(note)
             total = batches.budget_of(experiment, inputs.num_images).total * experiment.batch.images
             with track.following(args.track, out):
-                _followed(lambda: train.fit(experiment, inputs, out, resources, retries=3), out, total)
-    last = train.read_metrics(out)[-1]
+                _followed(lambda: fit.fit(experiment, inputs, out, resources, retries=3), out, total)
+    last = runs.read_metrics(out)[-1]
     if "diverged" in last:
         raise UserError(last["diverged"])
     print(f"best val mAP {last['best_val_mAP']:.4f}: clipfh export {out} --out FOLDER makes a model of it")
@@ -728,7 +728,7 @@ def _followed(work: Callable[[], None], out: Path, images: int) -> None:
 
     Here in the main thread Ctrl-C reaches us; Ray Train would take it for itself.
     """
-    from clipfh import train
+    from clipfh import runs
 
     errors: list[Exception] = []
 
@@ -739,12 +739,12 @@ def _followed(work: Callable[[], None], out: Path, images: int) -> None:
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    told, over = len(train.read_metrics(out)), False
+    told, over = len(runs.read_metrics(out)), False
     thread.start()
     while not over:
         thread.join(0.5)
         over = not thread.is_alive()
-        lines = train.read_metrics(out)
+        lines = runs.read_metrics(out)
         for line in lines[told:]:
             print(_report_line(line, images), flush=True)
             for warning in line.get("warnings", []):

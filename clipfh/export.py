@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from clipfh import UserError, __version__, checkpoint, config, model, onnx
+from clipfh import UserError, __version__, checkpoint, config, model, onnx, runs
 from clipfh.catalogue import SPLITS, Catalogue, open_catalogue
 
 TOLERANCE = 1e-5
@@ -63,7 +63,7 @@ def export(
         weights = {name: tensor.detach().contiguous() for name, tensor in clip.state_dict().items()}
         save_file(weights, folder / checkpoint.EXPORTED)
         (folder / model.CONFIG_FILE).write_text(model.open_clip_config(settings, model.preprocess_of(clip)))
-        (folder / checkpoint.EXPERIMENT).write_text(config.to_json(experiment))
+        (folder / runs.EXPERIMENT).write_text(config.to_json(experiment))
         (folder / "README.md").write_text(card(experiment, known or {}, clip, with_onnx))
         shutil.copymode(folder / "README.md", folder / checkpoint.EXPORTED)  # safetensors makes it ours alone
         _check_parity(clip, folder, photos)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from clipfh import checkpoint, cluster, config, files, train
+from clipfh import cluster, config, files, fit, runs
 from clipfh.space import Final
 
 RETRIES = 3
@@ -19,7 +19,7 @@ def leaders(rows: Sequence[Mapping[str, Any]], out: Path, top: int) -> dict[str,
     """The first `top` trials of a leaderboard with settings of their own, and these settings."""
     found: dict[str, config.Experiment] = {}
     for row in rows:
-        file = out / "trials" / str(row["trial"]) / checkpoint.EXPERIMENT
+        file = out / "trials" / str(row["trial"]) / runs.EXPERIMENT
         if row["status"] in ("done", "stopped") and row.get("val_mAP") and len(found) < top:
             experiment = config.load(file)
             if experiment not in found.values():
@@ -30,7 +30,7 @@ def leaders(rows: Sequence[Mapping[str, Any]], out: Path, top: int) -> dict[str,
 def again(
     leading: Mapping[str, config.Experiment],
     final: Final,
-    inputs: train.Inputs,
+    inputs: fit.Inputs,
     folder: Path,
     resources: cluster.Resources,
     at_once: int,
@@ -61,7 +61,7 @@ def run_of(folder: Path, trial: str, number: int) -> Path:
 
 def score(run: Path) -> float:
     """A run's best validation mAP."""
-    return float(train.read_metrics(run)[-1]["best_val_mAP"])
+    return float(runs.read_metrics(run)[-1]["best_val_mAP"])
 
 
 def best(scores: Mapping[str, Sequence[float]]) -> str:
@@ -74,7 +74,7 @@ def best_run(folder: Path, trial: str, scores: Sequence[float]) -> Path:
     return run_of(folder, trial, 1 + max(range(len(scores)), key=lambda number: scores[number]))
 
 
-def refit(experiment: config.Experiment, inputs: train.Inputs, folder: Path, resources: cluster.Resources) -> Path:
+def refit(experiment: config.Experiment, inputs: fit.Inputs, folder: Path, resources: cluster.Resources) -> Path:
     """Train on inputs that hold the validation items too, to the end of the budget; returns the run's folder."""
     whole = dataclasses.replace(experiment, budget=dataclasses.replace(experiment.budget, patience=0))
     out = folder / "refit"
@@ -84,7 +84,7 @@ def refit(experiment: config.Experiment, inputs: train.Inputs, folder: Path, res
 
 def _train_all(
     jobs: Mapping[Path, config.Experiment],
-    inputs: train.Inputs,
+    inputs: fit.Inputs,
     resources: cluster.Resources,
     at_once: int,
     told: Callable[[Path], None],
@@ -103,12 +103,12 @@ def _train_all(
             raise
 
 
-def _train(experiment: config.Experiment, inputs: train.Inputs, out: Path, resources: cluster.Resources) -> None:
-    lines = train.read_metrics(out)
-    if lines and train.is_over(experiment, inputs, lines[-1]) and checkpoint.latest_step(out) >= lines[-1]["step"]:
+def _train(experiment: config.Experiment, inputs: fit.Inputs, out: Path, resources: cluster.Resources) -> None:
+    lines = runs.read_metrics(out)
+    if lines and fit.is_over(experiment, inputs, lines[-1]) and runs.latest_step(out) >= lines[-1]["step"]:
         return
     cluster.end(str(out))  # what an attempt that was killed may have left
-    checkpoint.wait_for(out.parents[1] / checkpoint.SWEEP)
+    runs.wait_for(out.parents[1] / runs.SWEEP)
     out.mkdir(parents=True, exist_ok=True)
-    files.write(out / checkpoint.EXPERIMENT, config.to_json(experiment))
-    train.fit(experiment, inputs, out, resources, name=str(out), retries=RETRIES)
+    files.write(out / runs.EXPERIMENT, config.to_json(experiment))
+    fit.fit(experiment, inputs, out, resources, name=str(out), retries=RETRIES)

@@ -14,7 +14,21 @@ from typing import Any
 
 from torch import nn
 
-from clipfh import UserError, checkpoint, cluster, config, evaluate, export, files, final, model, report, train
+from clipfh import (
+    UserError,
+    checkpoint,
+    cluster,
+    config,
+    evaluate,
+    export,
+    files,
+    final,
+    fit,
+    model,
+    report,
+    runs,
+    train,
+)
 from clipfh.catalogue import Catalogue
 from clipfh.space import Sweep, resolved
 from clipfh.trials import ZERO_SHOT, Leaderboard, Watch, search
@@ -92,7 +106,7 @@ def run(
 
 
 def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
-    file = out / checkpoint.SWEEP
+    file = out / runs.SWEEP
     if resume and not file.exists():
         raise UserError(f"--resume: {out} holds no sweep; leave --resume out to start one")
     if not resume and out.exists() and any(out.iterdir()):
@@ -114,7 +128,7 @@ def _zero_shot(begun: _Begun) -> float:
     return found
 
 
-def _inputs(begun: _Begun, zero_shot: float) -> train.Inputs:
+def _inputs(begun: _Begun, zero_shot: float) -> fit.Inputs:
     """What all trials read.
 
     Raises:
@@ -128,7 +142,7 @@ def _inputs(begun: _Begun, zero_shot: float) -> train.Inputs:
     return dataclasses.replace(inputs, start_val_mAP=zero_shot)
 
 
-def _winner(begun: _Begun, inputs: train.Inputs, rows: list[dict[str, Any]]) -> _Winner:
+def _winner(begun: _Begun, inputs: fit.Inputs, rows: list[dict[str, Any]]) -> _Winner:
     """Choose by validation mAP alone; train the leading settings again, and the winner on all items, where asked."""
     asked, out, folder = begun.sweep.final, begun.out, begun.out / "final"
     trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
@@ -145,7 +159,7 @@ def _winner(begun: _Begun, inputs: train.Inputs, rows: list[dict[str, Any]]) -> 
         return _Winner(trial, score, None, again)
     if asked.refit:
         begun.tell(f"now trial {trial}'s settings on train and validation items together")
-        experiment = config.load(out / "trials" / trial / checkpoint.EXPERIMENT)
+        experiment = config.load(out / "trials" / trial / runs.EXPERIMENT)
         whole = train.inputs_of(begun.catalogue, experiment, begun.clip, with_validation=True)
         run = final.refit(experiment, whole, folder, begun.resources)
     return _Winner(trial, score, run, again)

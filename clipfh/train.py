@@ -1,4 +1,4 @@
-"""The worker's training loop, and `fit`, the one driver of a run."""
+"""What a run begins with, and the loop of its workers."""
 
 from __future__ import annotations
 
@@ -10,49 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs
 import ray
 import ray.train
 import torch
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
-from ray.train.v2._internal.execution.controller import TrainController
 from torch import nn
 
-from clipfh import UserError, batches, checkpoint, cluster, config, files, model, prompts, stream
+from clipfh import UserError, batches, checkpoint, cluster, config, files, model, prompts, runs, stream
 from clipfh.catalogue import Catalogue
+from clipfh.fit import Inputs
 from clipfh.learner import Captions, Diverged, Learner, Tally, Validation
-
-METRICS, STREAM = "metrics.jsonl", "stream.jsonl"
-
+from clipfh.runs import History
 
 # --- What a run needs, put into the object store once for all trials -------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """All that a run reads, as references into the object store."""
-
-    images: stream.Images
-    captions: Any
-    """ObjectRef[Captions]"""
-    weights: Any
-    """ObjectRef[dict[str, np.ndarray]]"""
-    validation: Any
-    """ObjectRef of decoded images (N, size, size, 3) uint8: val_query, then val_gallery; None where those are trained
-    on"""
-    items: Any
-    """ObjectRef[tuple[np.ndarray, int]]: item code of each validation image, and how many of them are queries"""
-    size: int
-    """side of the model's input, pixels"""
-    num_images: int
-    num_single: int
-    """train items with a single view"""
-    num_cut: int
-    """prompts of train items that are longer than the model reads"""
-    start_val_mAP: float | None = None
-    """validation mAP of the weights, where it is known; else each run measures it"""
 
 
 def begin(
@@ -74,7 +43,7 @@ def begin(
     Raises:
         UserError: a folder in use, nothing to resume, or another run than the one to resume; unfit weights.
     """
-    file, started = out / checkpoint.EXPERIMENT, out / "run.json"
+    file, started = out / runs.EXPERIMENT, out / "run.json"
     if resume and not started.exists():
         raise UserError(f"--resume: {out} holds no run; leave --resume out to start one")
     if not resume and out.exists() and any(out.iterdir()):
@@ -186,31 +155,6 @@ def prompts_of(catalogue: Catalogue, experiment: config.Experiment, *splits: str
 
 
 # --- The worker ------------------------------------------------------------------------------------------------------
-
-
-class History:
-    """A run's `metrics.jsonl` and `stream.jsonl`, which a restart cuts back to the checkpoint it goes on from."""
-
-    def __init__(self, out: str, step: int) -> None:
-        self.store, self.out = pyarrow.fs.FileSystem.from_uri(out)
-        self.metrics = [line for line in self._read(METRICS) if json.loads(line)["step"] <= step]
-        self.stream = [line for line in self._read(STREAM) if json.loads(line)["step"] < step]
-
-    def _read(self, name: str) -> list[str]:
-        path = f"{self.out}/{name}"
-        if self.store.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
-            return []
-        with self.store.open_input_stream(path) as file:
-            return file.read().decode().splitlines()
-
-    def write(self) -> None:
-        """Both files, each whole or not at all."""
-        checkpoint.wait_for(f"{self.out}/{checkpoint.EXPERIMENT}")
-        for name, lines in ((METRICS, self.metrics), (STREAM, self.stream)):
-            path = f"{self.out}/{name}"
-            with self.store.open_output_stream(f"{path}.new") as file:
-                file.write("".join(f"{line}\n" for line in lines).encode())
-            self.store.move(f"{path}.new", path)
 
 
 def load() -> None:
@@ -343,127 +287,3 @@ def _write_events(out: str, values: dict[str, Any]) -> None:
             for name, value in values.items():
                 if isinstance(value, float):
                     writer.add_scalar(name, value, values["step"])
-
-
-# --- The driver ------------------------------------------------------------------------------------------------------
-
-
-class _WholeLists(ControllerCallback):
-    """Make the controller write its list of checkpoints whole or not at all.
-
-    Ray Train writes it in place. Whoever reads it meanwhile finds half of it, and so would a resumed run after a kill.
-    """
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        CheckpointManager._write_state_to_storage = _write_list  # type: ignore[method-assign]
-
-
-def _write_list(manager: Any) -> None:
-    """CheckpointManager's method of that name, by way of a second file."""
-    store = manager._storage_context.storage_filesystem
-    path = manager._storage_context.checkpoint_manager_snapshot_path
-    with store.open_output_stream(f"{path}.new") as file:
-        file.write(manager._save_state().encode())
-    store.move(f"{path}.new", path)
-
-
-class _Trainer(TorchTrainer):  # of Train V2, the default; its types are those of V1
-    """TorchTrainer without three processes a run.
-
-    In a trial's process, which is an actor and has all loaded, it keeps its controller there. The part of its
-    placement-group cleaner is played by `cluster.Register` and `cluster.end`. Its manager of datasets would have none:
-    the workers run their own pipelines.
-    """
-
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        if ray.get_runtime_context().get_actor_id() is None:
-            return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
-        run = next(each.run for each in parts["callbacks"] if isinstance(each, cluster.Register))
-        return cluster.control(run, TrainController(**parts))
-
-    def _create_default_callbacks(self) -> list:
-        from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-        from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-        usual = super()._create_default_callbacks()  # type: ignore[misc]
-        spared = DatasetsCallback, PlacementGroupCleanerCallback
-        return [callback for callback in usual if not isinstance(callback, spared)]
-
-
-def fit(
-    experiment: config.Experiment,
-    inputs: Inputs,
-    out: str | Path,
-    resources: cluster.Resources,
-    *,
-    name: str = "run",
-    retries: int = 0,
-    followed: bool = False,
-) -> None:
-    """Train, or go on training what `out` holds. Blocks to the end; `metrics.jsonl` grows meanwhile.
-
-    Args:
-        experiment: what to compute.
-        inputs: of this experiment's model, prompts and catalogue.
-        out: the run's folder, which holds its `experiment.json`.
-        resources: where to compute it.
-        name: of the run on this cluster, for `cluster.end`.
-        retries: how often lost workers are replaced. 0 under Tune, which retries whole trials.
-        followed: by a run with the same resources, whose processes are started while this one trains.
-
-    Raises:
-        ray.train.TrainingFailedError: workers failed more often than that.
-    """
-    if experiment.batch.items % resources.workers:
-        raise UserError(
-            f"--workers {resources.workers} does not divide --batch.items {experiment.batch.items}: "
-            "each worker takes as many items"
-        )
-    out = str(out) if "://" in str(out) else str(Path(out).absolute())
-    trainer = _Trainer(
-        loop,
-        train_loop_config={
-            "experiment": experiment,
-            "inputs": inputs,
-            "out": out,
-            "threads": resources.threads,
-            "followed": followed,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=resources.gpus > 0,
-            resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name="checkpoints",
-            storage_path=out,
-            worker_runtime_env=cluster.first_calling(f"{__name__}.load"),
-            callbacks=[cluster.Register(name), _WholeLists()],  # type: ignore[list-item]
-            failure_config=ray.train.FailureConfig(
-                max_failures=retries, max_preemption_failures=-1, controller_failure_limit=3
-            ),  # type: ignore[call-arg]
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1,
-                checkpoint_score_attribute="step" if inputs.validation is None else "val_mAP",
-                checkpoint_score_order="max",
-            ),
-        ),
-    )
-    try:
-        trainer.fit()
-    finally:
-        cluster.end(name)  # the handle kept for it holds the controller back from ending by itself
-
-
-def is_over(experiment: config.Experiment, inputs: Inputs, last: dict[str, Any]) -> bool:
-    """Whether a run's last report is the last that it will make."""
-    patience = experiment.budget.patience
-    stopped = patience and last.get("reports_since_best", 0) >= patience
-    total = batches.budget_of(experiment, inputs.num_images).total
-    return bool("diverged" in last or stopped or last["step"] >= total)
-
-
-def read_metrics(out: str | Path) -> list[dict[str, Any]]:
-    """The reports of a run so far."""
-    file = Path(out) / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

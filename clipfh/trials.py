@@ -1,4 +1,4 @@
-"""Trials of a sweep under Ray Tune: each a run of `fit`, proposed by Optuna, stopped early, watched and ranked."""
+"""Trials of a sweep under Ray Tune: proposed by Optuna, stopped early, watched and ranked."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import io
 import json
 import os
 import shutil
-import threading
-import time
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,145 +20,15 @@ from ray import cloudpickle, tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from clipfh import UserError, batches, checkpoint, cluster, config, files, train
+from clipfh import UserError, cluster, files, fit, runs
 from clipfh.space import SWITCH, Sweep
+from clipfh.trial import OBJECTIVE, Trial, last_line
 
 ZERO_SHOT = "0000"
-OBJECTIVE = "best_val_mAP"
 RETRIES = 2
 STUDY = "study.journal"
 
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep; Tune would call it complete
-
-
-class Trial(tune.Trainable):
-    """One trial as Tune sees it: `fit` in a thread of its own, a result for each report in the run's metrics.
-
-    Its process, which has Ray and torch loaded, is used again for a later trial.
-    """
-
-    def setup(
-        self,
-        config: dict[str, Any],
-        sweep: Sweep | None = None,
-        inputs: train.Inputs | None = None,
-        out: str = "",
-        resources: cluster.Resources | None = None,
-    ) -> None:
-        """Start training, or go on from the trial's own checkpoint."""
-        assert sweep is not None and inputs is not None and resources is not None
-        self.sweep, self.inputs, self.out, self.resources = sweep, inputs, Path(out), resources
-        self._begin(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial, once nothing is left of the one before."""
-        self.cleanup()
-        while self.thread.is_alive():
-            cluster.end(self.run)  # again: it may just have been about to start
-            self.thread.join(1)
-        self._begin(new_config)
-        return True
-
-    def _begin(self, settings: dict[str, Any]) -> None:
-        self.run = self.trial_id
-        cluster.end(self.run)  # what an attempt that was killed may have left
-        checkpoint.wait_for(self.out / checkpoint.SWEEP)
-        self.experiment = self.sweep.experiment(settings)
-        self.folder = self.out / "trials" / self.trial_name
-        _clear_of_another(self.folder, self.experiment)
-        self.total = batches.budget_of(self.experiment, self.inputs.num_images).total
-        self.reported, self.looked = 0, time.monotonic()
-        self.error: Exception | None = None
-        self.losses: list[str] = []
-        self.over = threading.Event()
-        cluster.queue(self.run)
-        self.thread = threading.Thread(target=self._fit, daemon=True)
-        self.thread.start()
-
-    def _fit(self) -> None:
-        try:
-            while not self._trained():
-                pass
-        except Exception as error:  # told to Tune by the step that waits for us
-            self.error = error
-
-    def _trained(self) -> bool:
-        """Train when it is our turn; False to go on: we gave way on a cluster that became too small, or were lost.
-
-        A loss counts as a failure, of which there may be few, only where no checkpoint was made since the one before:
-        spot machines are lost as often as it happens.
-        """
-        while not self._is_our_turn():
-            if self.over.wait(1):
-                return True
-        begun = checkpoint.latest_step(self.folder)
-        try:
-            train.fit(self.experiment, self.inputs, self.folder, self.resources, name=self.run, followed=True)
-        except Exception as error:
-            checkpoint.wait_for(self.folder / checkpoint.EXPERIMENT)
-            step = checkpoint.latest_step(self.folder)
-            if self._is_our_turn():
-                if step <= begun:
-                    raise
-                self.losses.append(f"workers were lost, goes on from step {step}: {_last_of(str(error))}")
-            return False
-        return True
-
-    def _is_our_turn(self) -> bool:
-        return cluster.is_turn_of(self.run, self.resources)
-
-    def step(self) -> dict[str, Any]:
-        """The next report; waits for it."""
-        while True:
-            running = self.thread.is_alive()
-            if not running and self.error:
-                raise self.error
-            lines = train.read_metrics(self.folder)
-            new = next((line for line in lines if line["step"] > self.reported and self._is_saved(line)), None)
-            if new and not (running and self._is_last(new)):
-                self.reported = new["step"]
-                told, self.losses = self.losses, []
-                return _result({**new, "warnings": [*told, *new.get("warnings", [])]}, self._is_last(new))
-            if not running:
-                checkpoint.wait_for(self.folder / checkpoint.EXPERIMENT)
-                return _result(train.read_metrics(self.folder)[-1], True)
-            self._give_way()
-            self.thread.join(0.1)
-
-    def _give_way(self) -> None:
-        """Stop training, for now, where the cluster no longer holds us. Looks once a second."""
-        if time.monotonic() > self.looked + 1:
-            self.looked = time.monotonic()
-            if not self._is_our_turn():
-                cluster.end(self.run)
-
-    def _is_saved(self, line: dict[str, Any]) -> bool:
-        """Whether the report's checkpoint is on the list: a score without its weights must not win."""
-        return "diverged" in line or line["step"] <= checkpoint.latest_step(self.folder)
-
-    def _is_last(self, line: dict[str, Any]) -> bool:
-        return "diverged" in line or line["step"] >= self.total
-
-    def end_run(self, run: str) -> None:
-        """Called by the sweep's driver, through `cluster.end`: a trial that was stopped trains no further."""
-        if run == self.run:
-            self.over.set()
-        cluster.end(run)
-
-    def cleanup(self) -> None:
-        """Called by Tune when the process ends, also where the scheduler stops a trial in mid-training."""
-        self.over.set()
-        cluster.leave(self.run)
-        cluster.end(self.run)
-
-
-def _clear_of_another(folder: Path, experiment: config.Experiment) -> None:
-    """Make the trial's folder. One of this number may have begun, with other settings, just before a kill."""
-    file = folder / checkpoint.EXPERIMENT
-    if file.exists() and file.read_text() != config.to_json(experiment):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write(file, config.to_json(experiment))
 
 
 class Searcher(OptunaSearch):
@@ -220,12 +88,6 @@ def number_of(trial: Any) -> str:
     return f"{int(trial.experiment_tag.split('_')[0]):04d}"
 
 
-def _result(line: dict[str, Any], done: bool) -> dict[str, Any]:
-    shown = ("images", "val_mAP", OBJECTIVE, "loss", "images_per_second", "diverged", "warnings")
-    kept = {name: line[name] for name in shown if name in line}
-    return {**kept, "done": done, "finished": done}
-
-
 class Watch(tune.Callback):
     """Keep the leaderboard up to date, tell how it goes, and free what ended trials leave."""
 
@@ -239,7 +101,7 @@ class Watch(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         """Before anything is written: while the sweep's folder is away, nothing happens."""
-        checkpoint.wait_for(self.board.file.with_name(checkpoint.SWEEP), self.tell)
+        runs.wait_for(self.board.file.with_name(runs.SWEEP), self.tell)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         shown = ", ".join(
@@ -258,7 +120,7 @@ class Watch(tune.Callback):
             self.tell(f"trial {number_of(trial)}: warning: {warning}")
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.tell(f"trial {number_of(trial)} failed and starts again: {_last_line(trial)}")
+        self.tell(f"trial {number_of(trial)} failed and starts again: {_error_of(trial)}")
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._ended(trials, trial)
@@ -334,16 +196,12 @@ def _why(trial: Any, last: Mapping[str, Any]) -> str:
         return str(last["diverged"])
     if trial.status != "ERROR":
         return ""
-    return _last_line(trial)
+    return _error_of(trial)
 
 
-def _last_line(trial: Any) -> str:
+def _error_of(trial: Any) -> str:
     """What a trial failed of."""
-    return _last_of(str(trial.get_error() or "unknown"))
-
-
-def _last_of(text: str) -> str:
-    return next((line[:300] for line in reversed(text.splitlines()) if line.strip()), "unknown")
+    return last_line(str(trial.get_error() or "unknown"))
 
 
 def saved_every(trials: int) -> int:
@@ -355,7 +213,7 @@ def saved_every(trials: int) -> int:
 
 
 def search(
-    sweep: Sweep, inputs: train.Inputs, out: Path, resources: cluster.Resources, watch: Watch, resume: bool
+    sweep: Sweep, inputs: fit.Inputs, out: Path, resources: cluster.Resources, watch: Watch, resume: bool
 ) -> list[Any]:
     """Run the trials; returns them as Tune has them."""
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(saved_every(sweep.trials))
@@ -531,7 +389,7 @@ def _scheduler_as_left(sweep: Sweep, out: Path, trials: Sequence[Any]) -> TrialS
     scheduler = _scheduler(sweep)
     if isinstance(scheduler, AsyncHyperBandScheduler):
         for trial in trials:
-            lines = train.read_metrics(out / "trials" / number_of(trial))
+            lines = runs.read_metrics(out / "trials" / number_of(trial))
             for milestone, recorded in scheduler._brackets[0]._rungs:
                 reached = next((line[OBJECTIVE] for line in lines if line["images"] >= milestone), None)
                 if reached is not None:

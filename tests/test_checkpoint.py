@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clipfh import UserError, checkpoint, config, model, train
+from clipfh import UserError, checkpoint, config, model, runs, train
 
 SMALL = config.Model(name=config.SMALL)
 
@@ -98,16 +98,16 @@ def test_a_folder_that_is_away_is_waited_for_and_never_made(tmp_path, monkeypatc
     """As a share that is not mounted for a while: what is written meanwhile would hide what comes back."""
     run, away = tmp_path / "run", tmp_path / "away"
     run.mkdir()
-    (run / checkpoint.EXPERIMENT).touch()
+    (run / runs.EXPERIMENT).touch()
     run.rename(away)
     told = []
     back = threading.Timer(1.5, away.rename, (run,))
     back.start()
-    train.History(str(run), 0).write()  # by the run's worker
-    checkpoint.wait_for(run / checkpoint.EXPERIMENT, told.append)  # there: nothing to tell
-    assert not told and {file.name for file in run.iterdir()} >= {checkpoint.EXPERIMENT, train.METRICS}
-    monkeypatch.setattr(checkpoint, "AWAY", 0)
+    runs.History(str(run), 0).write()  # by the run's worker
+    runs.wait_for(run / runs.EXPERIMENT, told.append)  # there: nothing to tell
+    assert not told and {file.name for file in run.iterdir()} >= {runs.EXPERIMENT, runs.METRICS}
+    monkeypatch.setattr(runs, "AWAY", 0)
     run.rename(away)
     with pytest.raises(UserError, match="away.*--resume"):
-        checkpoint.wait_for(run / checkpoint.EXPERIMENT, told.append)
+        runs.wait_for(run / runs.EXPERIMENT, told.append)
     assert told and not run.exists()

@@ -9,17 +9,17 @@ import clipfh
 
 FLOORS = [
     {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources"}
-    | {"drawing", "files"},
+    | {"drawing", "files", "runs"},
     {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "embeddings"}
     | {"space", "cluster", "submit", "track"},
     {"stream", "evaluate", "learner", "search", "onnx", "results"},
-    {"train", "export", "plots", "searched", "finds", "status"},
-    {"report", "trials", "final", "estimate"},
+    {"fit", "train", "export", "plots", "searched", "finds", "status"},
+    {"report", "trial", "trials", "final", "estimate"},
     {"sweep"},
     {"cli", "demo"},
 ]
 # Within a floor these build on one that comes first.
-NEIGHBOURS = {"rerank": {"metrics"}, "optimizer": {"model"}, "cli": {"demo"}}
+NEIGHBOURS = {"rerank": {"metrics"}, "optimizer": {"model"}, "train": {"fit"}, "trials": {"trial"}, "cli": {"demo"}}
 FLOOR_OF = {module: i for i, modules in enumerate(FLOORS) for module in modules}
 PACKAGE = Path(clipfh.__file__).parent
 
@@ -69,5 +69,13 @@ def test_losses_metrics_prompts_and_batches_know_nothing_of_ray():
 def test_the_command_line_loads_neither_torch_nor_ray():
     heavy = ("torch", "ray", "open_clip", "optuna", "pyarrow")
     code = f"import sys, clipfh.cli; print([m for m in {heavy} if m in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    assert printed(code) == "[]"
+
+
+def test_a_trials_process_loads_no_torch():
+    """Of all trials of a sweep they are on the head; their workers have torch."""
+    assert printed("import sys, clipfh.trial; print([m for m in ('torch', 'optuna') if m in sys.modules])") == "[]"
+
+
+def printed(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

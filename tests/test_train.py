@@ -17,21 +17,21 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
-from clipfh import UserError, checkpoint, cluster, config, train
+from clipfh import UserError, checkpoint, cluster, config, fit, runs, train
 
 
 @pytest.fixture(scope="module")
 def fitted(ray_cluster, small_catalogue, tmp_path_factory):
     """Run an experiment in a folder of its own; (experiment, workers) to the folder."""
 
-    def fit(experiment, workers=1, name="run"):
+    def run(experiment, workers=1, name="run"):
         out = tmp_path_factory.mktemp(name) / "run"
         clip, experiment = train.begin(out, experiment, small_catalogue)
         resources = cluster.Resources(workers=workers, cpus=1, gpus=0, threads=1)
-        train.fit(experiment, train.inputs_of(small_catalogue, experiment, clip), out, resources)
+        fit.fit(experiment, train.inputs_of(small_catalogue, experiment, clip), out, resources)
         return out
 
-    return fit
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def image_run(fitted, tiny):
 
 def final(run: Path) -> dict[str, torch.Tensor]:
     """Raw weights of the run's last checkpoint."""
-    snapshot = json.loads((run / "checkpoints" / checkpoint.SNAPSHOT).read_text())
+    snapshot = json.loads((run / "checkpoints" / runs.SNAPSHOT).read_text())
     return load_file(run / "checkpoints" / snapshot["latest_checkpoint_result"]["checkpoint_dir_name"] / checkpoint.RAW)
 
 
@@ -50,7 +50,7 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 
 
 def test_a_run_leaves_what_it_should(image_run, tiny):
-    lines = train.read_metrics(image_run)
+    lines = runs.read_metrics(image_run)
     assert [line["images"] for line in lines] == [64, 128, 192]
     for key in (
         "loss",
@@ -81,7 +81,7 @@ def test_a_run_repeats_to_the_last_digit(image_run, fitted, tiny):
     again = fitted(tiny)
     timing = ("images_per_second", "data_wait", "began", "time")
     first, second = (
-        [{k: v for k, v in m.items() if k not in timing} for m in train.read_metrics(r)] for r in (image_run, again)
+        [{k: v for k, v in m.items() if k not in timing} for m in runs.read_metrics(r)] for r in (image_run, again)
     )
     assert first == second
     assert apart(final(image_run), final(again)) == 0
@@ -93,7 +93,7 @@ def test_two_workers_train_what_one_does(fitted, stage):
     experiment = config.resolve(stage, None, {**TINY, **loss, "budget.images": 64})
     one, two = fitted(experiment, 1), fitted(experiment, 2)
     assert (one / "stream.jsonl").read_text() == (two / "stream.jsonl").read_text()
-    losses = [train.read_metrics(run)[-1] for run in (one, two)]
+    losses = [runs.read_metrics(run)[-1] for run in (one, two)]
     for term in ("loss", *(f"loss_{t}" for t in config.TERMS)):
         assert losses[0][term] == pytest.approx(losses[1][term], rel=1e-4), term
     assert apart(final(one), final(two)) < 5e-4, "a step of AdamW turns rounding of tiny gradients into up to lr"
@@ -101,7 +101,7 @@ def test_two_workers_train_what_one_does(fitted, stage):
 
 def test_divergence_ends_the_run_with_the_reason(fitted):
     run = fitted(config.resolve("image", None, {**TINY, "optimizer.lr": 1e30, "optimizer.clip": 0.0}))
-    last = train.read_metrics(run)[-1]
+    last = runs.read_metrics(run)[-1]
     assert "loss or gradient are not finite at step" in last["diverged"] and last["val_mAP"] == 0.0
     assert len(last["diverged_images"]) == 16 and last["diverged_images"][0] in last["diverged"]
 
@@ -126,13 +126,13 @@ def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
             storage_filesystem=store, checkpoint_manager_snapshot_path=str(tmp_path / "list.json")
         )
         with contextlib.suppress(OSError):
-            train._write_list(SimpleNamespace(_storage_context=context, _save_state=lambda: "new"))
+            fit._write_list(SimpleNamespace(_storage_context=context, _save_state=lambda: "new"))
         assert (tmp_path / "list.json").read_text() == expected
 
 
 def test_patience_stops_a_run_that_no_longer_improves(fitted, tiny):
     still = config.replace(tiny, {"optimizer.lr": 1e-12, "budget.images": 640, "budget.patience": 2})
-    assert len(train.read_metrics(fitted(still))) == 3
+    assert len(runs.read_metrics(fitted(still))) == 3
 
 
 def test_begin_refuses_what_does_not_fit(image_run, small_catalogue, tiny, tmp_path):
@@ -173,14 +173,14 @@ def undisturbed(small_catalogue, tmp_path_factory):
 
 def await_reports(process: subprocess.Popen, run: Path, count: int) -> None:
     """Wait until a checkpoint follows so many reports, and the next steps have begun."""
-    while len(train.read_metrics(run)) < count or checkpoint.latest_step(run) < train.read_metrics(run)[-1]["step"]:
+    while len(runs.read_metrics(run)) < count or runs.latest_step(run) < runs.read_metrics(run)[-1]["step"]:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
 
 
 def assert_same(run: Path, undisturbed: Path) -> None:
     assert (run / "stream.jsonl").read_text() == (undisturbed / "stream.jsonl").read_text()
-    assert [m["step"] for m in train.read_metrics(run)] == [m["step"] for m in train.read_metrics(undisturbed)]
+    assert [m["step"] for m in runs.read_metrics(run)] == [m["step"] for m in runs.read_metrics(undisturbed)]
     assert apart(final(run), final(undisturbed)) < 1e-6
 
 
@@ -191,7 +191,7 @@ def test_a_killed_command_resumes_to_the_same_end(small_catalogue, undisturbed, 
     await_reports(process, run, 2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert checkpoint.latest_step(run) < 60, "killed in mid-run"
+    assert runs.latest_step(run) < 60, "killed in mid-run"
     subprocess.run(command(small_catalogue, run, "--resume"), check=True, capture_output=True)
     assert_same(run, undisturbed)
 

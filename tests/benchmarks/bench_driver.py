@@ -38,7 +38,7 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Experiment
 from ray.tune.search import SearchGenerator
 
-from clipfh import cluster, config, space, train, trials
+from clipfh import cluster, config, runs, space, trial, trials
 
 TRIALS, NODES = 1000, 100
 REPORT_S, TRIAL_S = 60.0, 1800.0
@@ -164,7 +164,7 @@ def _best(work: Callable[[], Any], times: int = PROBES) -> float:
 def _line(number: int, value: float) -> dict[str, Any]:
     """What a trial tells Tune at its n-th report."""
     line = {"images": IMAGES * number // REPORTS, "val_mAP": value, "best_val_mAP": value, "loss": 1.0}
-    return trials._result({**line, "images_per_second": 1000.0, "warnings": []}, number == REPORTS)
+    return trial._result({**line, "images_per_second": 1000.0, "warnings": []}, number == REPORTS)
 
 
 # --- Trials without processes ----------------------------------------------------------------------------------------
@@ -248,8 +248,8 @@ def _costs(controller: Controller, watch: trials.Watch) -> Costs:
     oldest, latest = iter(controller.running), controller.running[-1]
     end = _best(lambda: controller.report(next(oldest), REPORTS), ENDS)
     suggestion = _best(controller.begin, ENDS)
-    for trial in controller.running[-ENDS:]:
-        controller.report(trial, 1)
+    for running in controller.running[-ENDS:]:
+        controller.report(running, 1)
     return Costs(
         asking=_best(lambda: watch.on_step_begin(0, controller._trials)) + _best(_room),
         suggestion=suggestion,
@@ -337,10 +337,10 @@ def _polling(out: Path) -> float:
     out.mkdir()
     keys = [f"loss_{number}" for number in range(20)]
     lines = [json.dumps({**_line(n, 0.5), "step": n, **dict.fromkeys(keys, 0.123456789)}) for n in range(REPORTS // 2)]
-    (out / train.METRICS).write_text("\n".join(lines))
+    (out / runs.METRICS).write_text("\n".join(lines))
     for number in range(NODES):
         cluster.queue(f"trial-{number}")
-    read = _best(lambda: train.read_metrics(out), 20)
+    read = _best(lambda: runs.read_metrics(out), 20)
     turn = _best(lambda: cluster.is_turn_of("trial-0", RESOURCES), 20)
     for number in range(NODES):
         cluster.leave(f"trial-{number}")

@@ -23,7 +23,7 @@ import psutil
 import ray
 import torch
 
-from clipfh import batches, catalogue, cluster, config, demo, model, space, stream, sweep, train
+from clipfh import batches, catalogue, cluster, config, demo, fit, model, runs, space, stream, sweep, train
 from clipfh.catalogue import Catalogue
 from clipfh.learner import Learner
 
@@ -86,14 +86,14 @@ def _stream_and_step(opened: Catalogue, folder: Path) -> list[dict]:
     ]
 
 
-def _drained(experiment: config.Experiment, inputs: train.Inputs, out: Path, resources: cluster.Resources) -> float:
+def _drained(experiment: config.Experiment, inputs: fit.Inputs, out: Path, resources: cluster.Resources) -> float:
     """Images per second that arrive at a worker which does nothing with them, the first left out."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file
-    usual, train.loop = train.loop, _drain
+    usual, fit.loop = fit.loop, _drain
     try:
-        train.fit(experiment, inputs, out, resources, name=str(out))
+        fit.fit(experiment, inputs, out, resources, name=str(out))
     finally:
-        train.loop = usual
+        fit.loop = usual
     return float(json.loads((out / "drained.json").read_text()))
 
 
@@ -126,7 +126,7 @@ class _Photos(torch.utils.data.Dataset):
         return torch.from_numpy(pixels[0])
 
 
-def _loader(opened: Catalogue, inputs: train.Inputs) -> float:
+def _loader(opened: Catalogue, inputs: fit.Inputs) -> float:
     """Images per second of torch's DataLoader with a process a core, the first left out."""
     experiment = config.resolve("image", None, SETTINGS)
     recipe = stream.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
@@ -144,7 +144,7 @@ def _loader(opened: Catalogue, inputs: train.Inputs) -> float:
     return images / (time.perf_counter() - begun)
 
 
-def _steps(opened: Catalogue, inputs: train.Inputs, resources: cluster.Resources, folder: Path) -> tuple[float, float]:
+def _steps(opened: Catalogue, inputs: fit.Inputs, resources: cluster.Resources, folder: Path) -> tuple[float, float]:
     """Images per second in the loop by those of the same steps on tensors in memory, and the loop's time between steps.
 
     The two run beside each other and take turns: the machine itself may be a tenth faster in one minute than in the
@@ -163,15 +163,15 @@ def _steps(opened: Catalogue, inputs: train.Inputs, resources: cluster.Resources
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file
     plain = psutil.Popen([sys.executable, __file__, str(folder)])
     turns: list[tuple[float, float, float]] = []
-    usual, train.loop = train.loop, functools.partial(_timed, train.loop)
+    usual, fit.loop = fit.loop, functools.partial(_timed, fit.loop)
     try:
         taking = threading.Thread(target=_take_turns, args=(plain, folder / "run", turns), daemon=True)
         taking.start()
         train.begin(folder / "run", experiment, opened)
-        train.fit(experiment, inputs, folder / "run", resources, name=folder.name)
+        fit.fit(experiment, inputs, folder / "run", resources, name=folder.name)
         taking.join()
     finally:
-        train.loop = usual
+        fit.loop = usual
         plain.kill()
         plain.wait()
     ours, between = _pace(_times(folder / "run"), [(begun, swapped) for begun, swapped, _ in turns])
@@ -251,7 +251,7 @@ def _plain(folder: Path) -> None:
         step(plan.batch(number % STEPS), some[number % 8])
 
 
-def _evaluation(inputs: train.Inputs, resources: cluster.Resources) -> float:
+def _evaluation(inputs: fit.Inputs, resources: cluster.Resources) -> float:
     """Share of a trial's time that scoring takes, with the preset's budget and a report each tenth of it."""
     torch.set_num_threads(resources.threads)
     experiment = config.resolve("image", None, SETTINGS)
@@ -283,7 +283,7 @@ def _sweep(opened: Catalogue, folder: Path) -> list[dict]:
 
     sweep.run(space.load(folder / "sweep.yaml"), opened, folder / "sweep", tell=tell)
     *starts, end = starts
-    trials = [train.read_metrics(run) for run in sorted((folder / "sweep/trials").glob("*")) if run.name != "0000"]
+    trials = [runs.read_metrics(run) for run in sorted((folder / "sweep/trials").glob("*")) if run.name != "0000"]
     waits = [lines[0]["began"] - start for lines, start in zip(trials, starts, strict=True)]
     trained = sum(lines[-1]["time"] - lines[0]["began"] for lines in trials)
     at_once = cluster.at_once(config.Placement(), cluster.place(config.Placement(), alone=False))

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipfh import batches, catalogue, cluster, config, demo, estimate, model, train
+from clipfh import batches, catalogue, cluster, config, demo, estimate, fit, model, train
 from clipfh.catalogue import Catalogue
 from clipfh.learner import Captions, Learner
 
@@ -295,10 +295,10 @@ def _fitted(size: Size, opened: Catalogue, folder: Path, count: int) -> list[lis
     clip, *_ = (train.begin(out, experiment, opened)[0] for out in outs)
     inputs = train.inputs_of(opened, experiment, clip)
     with ThreadPoolExecutor(count) as pool:
-        runs = [pool.submit(train.fit, experiment, inputs, out, resources, name=str(out)) for out in outs]
+        runs = [pool.submit(fit.fit, experiment, inputs, out, resources, name=str(out)) for out in outs]
         for run in runs:
             run.result()
-    return [train.read_metrics(out) for out in outs]
+    return [runs.read_metrics(out) for out in outs]
 
 
 def _together(runs: Sequence[list[dict[str, Any]]]) -> float:

@@ -1,0 +1,176 @@
+"""`fit`, the one driver of a run, by Ray Train, and what it is given. It loads no torch: only workers need that."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.backend import BackendConfig
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from clipfh import UserError, batches, cluster, config, stream
+
+WORKER = "clipfh.train"
+"""The module of a worker's `loop`, and of `load`, which its process calls before all else."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run reads, as references into the object store."""
+
+    images: stream.Images
+    captions: Any
+    """ObjectRef[Captions]"""
+    weights: Any
+    """ObjectRef[dict[str, np.ndarray]]"""
+    validation: Any
+    """ObjectRef of decoded images (N, size, size, 3) uint8: val_query, then val_gallery; None where those are trained
+    on"""
+    items: Any
+    """ObjectRef[tuple[np.ndarray, int]]: item code of each validation image, and how many of them are queries"""
+    size: int
+    """side of the model's input, pixels"""
+    num_images: int
+    num_single: int
+    """train items with a single view"""
+    num_cut: int
+    """prompts of train items that are longer than the model reads"""
+    start_val_mAP: float | None = None
+    """validation mAP of the weights, where it is known; else each run measures it"""
+
+
+class _WholeLists(ControllerCallback):
+    """Make the controller write its list of checkpoints whole or not at all.
+
+    Ray Train writes it in place. Whoever reads it meanwhile finds half of it, and so would a resumed run after a kill.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        CheckpointManager._write_state_to_storage = _write_list  # type: ignore[method-assign]
+
+
+def _write_list(manager: Any) -> None:
+    """CheckpointManager's method of that name, by way of a second file."""
+    store = manager._storage_context.storage_filesystem
+    path = manager._storage_context.checkpoint_manager_snapshot_path
+    with store.open_output_stream(f"{path}.new") as file:
+        file.write(manager._save_state().encode())
+    store.move(f"{path}.new", path)
+
+
+class _Trainer(DataParallelTrainer):
+    """Ray Train's trainer without three processes a run.
+
+    In a trial's process, which is an actor and has all loaded, it keeps its controller there. The part of its
+    placement-group cleaner is played by `cluster.Register` and `cluster.end`. Its manager of datasets would have none:
+    the workers run their own pipelines.
+    """
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if ray.get_runtime_context().get_actor_id() is None:
+            return super()._initialize_and_run_controller(**parts)
+        run = next(each.run for each in parts["callbacks"] if isinstance(each, cluster.Register))
+        return cluster.control(run, TrainController(**parts))
+
+    def _create_default_callbacks(self) -> list:
+        from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+        from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+        usual = super()._create_default_callbacks()
+        spared = DatasetsCallback, PlacementGroupCleanerCallback
+        return [callback for callback in usual if not isinstance(callback, spared)]
+
+
+def loop(job: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker, whose process has its module loaded."""
+    importlib.import_module(WORKER).loop(job)
+
+
+def _backend(resources: cluster.Resources) -> BackendConfig | None:
+    """torch's process group. One worker needs none; and it would load torch here."""
+    if resources.workers == 1:
+        return None
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig("nccl" if resources.gpus else "gloo")
+
+
+def fit(
+    experiment: config.Experiment,
+    inputs: Inputs,
+    out: str | Path,
+    resources: cluster.Resources,
+    *,
+    name: str = "run",
+    retries: int = 0,
+    followed: bool = False,
+) -> None:
+    """Train, or go on training what `out` holds. Blocks to the end; `metrics.jsonl` grows meanwhile.
+
+    Args:
+        experiment: what to compute.
+        inputs: of this experiment's model, prompts and catalogue.
+        out: the run's folder, which holds its `experiment.json`.
+        resources: where to compute it.
+        name: of the run on this cluster, for `cluster.end`.
+        retries: how often lost workers are replaced. 0 under Tune, which retries whole trials.
+        followed: by a run with the same resources, whose processes are started while this one trains.
+
+    Raises:
+        ray.train.TrainingFailedError: workers failed more often than that.
+    """
+    if experiment.batch.items % resources.workers:
+        raise UserError(
+            f"--workers {resources.workers} does not divide --batch.items {experiment.batch.items}: "
+            "each worker takes as many items"
+        )
+    out = str(out) if "://" in str(out) else str(Path(out).absolute())
+    trainer = _Trainer(
+        loop,
+        backend_config=_backend(resources),
+        train_loop_config={
+            "experiment": experiment,
+            "inputs": inputs,
+            "out": out,
+            "threads": resources.threads,
+            "followed": followed,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            storage_path=out,
+            worker_runtime_env=cluster.first_calling(f"{WORKER}.load"),
+            callbacks=[cluster.Register(name), _WholeLists()],  # type: ignore[list-item]
+            failure_config=ray.train.FailureConfig(
+                max_failures=retries, max_preemption_failures=-1, controller_failure_limit=3
+            ),  # type: ignore[call-arg]
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=1,
+                checkpoint_score_attribute="step" if inputs.validation is None else "val_mAP",
+                checkpoint_score_order="max",
+            ),
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        cluster.end(name)  # the handle kept for it holds the controller back from ending by itself
+
+
+def is_over(experiment: config.Experiment, inputs: Inputs, last: dict[str, Any]) -> bool:
+    """Whether a run's last report is the last that it will make."""
+    patience = experiment.budget.patience
+    stopped = patience and last.get("reports_since_best", 0) >= patience
+    total = batches.budget_of(experiment, inputs.num_images).total
+    return bool("diverged" in last or stopped or last["step"] >= total)

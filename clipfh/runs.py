@@ -1,0 +1,107 @@
+"""A run's folder without its weights: whether it is there, its reports, Ray Train's list of its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+
+from clipfh import UserError
+
+SWEEP, EXPERIMENT = "sweep.yaml", "experiment.json"
+"""What stands in the folder of a sweep, of a run, from the start."""
+
+METRICS, STREAM = "metrics.jsonl", "stream.jsonl"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+AWAY = 600
+"""Seconds that a run or a sweep waits for its folder, as a share that is not mounted comes back."""
+
+
+def wait_for(file: str | Path, tell: Callable[[str], None] = lambda line: None) -> None:
+    """Return when a file is there that was written at the start: else its folder is away, and writing makes another.
+
+    Args:
+        file: of a run (`EXPERIMENT`) or a sweep (`SWEEP`), absolute or a URI.
+        tell: takes a line where it is away.
+
+    Raises:
+        UserError: it does not come back.
+    """
+    end = time.monotonic() + AWAY
+    if _is_there(file):
+        return
+    tell(f"{file} is away: waits for it, for up to {AWAY // 60} minutes")
+    while not _is_there(file):
+        if time.monotonic() > end:
+            raise UserError(f"{file} has been away for {AWAY // 60} minutes: bring its file system back, then --resume")
+        time.sleep(1)
+    tell(f"{file} is back")
+
+
+def _is_there(file: str | Path) -> bool:
+    store, path = pyarrow.fs.FileSystem.from_uri(str(file))
+    try:
+        return bool(store.get_file_info(path).type == pyarrow.fs.FileType.File)
+    except OSError:  # a share whose server does not answer
+        return False
+
+
+def read_metrics(out: str | Path) -> list[dict[str, Any]]:
+    """The reports of a run so far."""
+    file = Path(out) / METRICS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+class History:
+    """A run's `metrics.jsonl` and `stream.jsonl`, which a restart cuts back to the checkpoint it goes on from."""
+
+    def __init__(self, out: str, step: int) -> None:
+        self.store, self.out = pyarrow.fs.FileSystem.from_uri(out)
+        self.metrics = [line for line in self._read(METRICS) if json.loads(line)["step"] <= step]
+        self.stream = [line for line in self._read(STREAM) if json.loads(line)["step"] < step]
+
+    def _read(self, name: str) -> list[str]:
+        path = f"{self.out}/{name}"
+        if self.store.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
+            return []
+        with self.store.open_input_stream(path) as file:
+            return file.read().decode().splitlines()
+
+    def write(self) -> None:
+        """Both files, each whole or not at all."""
+        wait_for(f"{self.out}/{EXPERIMENT}")
+        for name, lines in ((METRICS, self.metrics), (STREAM, self.stream)):
+            path = f"{self.out}/{name}"
+            with self.store.open_output_stream(f"{path}.new") as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
+            self.store.move(f"{path}.new", path)
+
+
+def best_of(run: str | Path) -> str:
+    """Name of the run's checkpoint with the highest validation mAP, or of the last of a run without validation.
+
+    As Ray Train's own list has it: a folder that is not on that list may be half-written.
+    """
+    listed = _snapshot(Path(run))["checkpoint_results"]
+    if not listed:
+        raise UserError(f"{run} has no checkpoint yet: let it train further, or --resume it")
+    return str(max(listed, key=lambda r: r["metrics"].get("val_mAP", r["metrics"]["step"]))["checkpoint_dir_name"])
+
+
+def latest_step(run: str | Path) -> int:
+    """The step at which the run's last checkpoint goes on; 0 without one."""
+    file = Path(run) / "checkpoints" / SNAPSHOT
+    latest = _snapshot(Path(run))["latest_checkpoint_result"] if file.exists() else None
+    return int(latest["metrics"]["step"]) if latest else 0
+
+
+def _snapshot(run: Path) -> dict[str, Any]:
+    file = run / "checkpoints" / SNAPSHOT
+    if not file.exists():
+        raise UserError(f"{run} has no checkpoint yet: let it train further, or --resume it")
+    return json.loads(file.read_text())
