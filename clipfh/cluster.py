@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -42,6 +43,9 @@ HEAD = "node:__internal_head__"
 PIPELINE_CPUS = 1
 """CPUs of a worker's data pipeline. Ray Data shares CPUs out whole: a pipeline with less than one stands still."""
 
+TASKS_A_CORE = 2
+"""Tasks wait for memory as well as computing; two to a core keep it busy."""
+
 KEPT_S = 3600
 """How long a process that was started beforehand waits for its actor."""
 
@@ -55,6 +59,8 @@ class Resources:
     gpus: float
     threads: int
     """torch threads of a worker"""
+    decoding: int | None = None
+    """tasks of its data pipeline at a time; None leaves them to Ray's count of CPUs"""
 
     @property
     def total(self) -> dict[str, float]:
@@ -142,8 +148,13 @@ def _cores() -> int:
 
 def at_work() -> int:
     """Processes that may compute at once: as many as the cluster has CPUs, or cores where it is our own."""
+    return _cores() if _is_own() else max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _is_own() -> bool:
+    """Whether the cluster was started by this process."""
     node = ray._private.worker.global_worker.node
-    return _cores() if node and node.is_head() else max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return bool(node and node.is_head())
 
 
 def _check_reachable(address: str) -> None:
@@ -181,7 +192,13 @@ def place(placement: Placement, alone: bool = True) -> Resources:
             f"no node has room for a worker with {cpus:g} CPU and {gpus:g} GPU, or not for all {placement.workers} at "
             "once: take fewer --workers, or less per worker"
         )
-    return resources
+    runs = 1 if alone else at_once(placement, resources)
+    return dataclasses.replace(resources, decoding=_decoding(runs * resources.workers))
+
+
+def _decoding(workers: int) -> int | None:
+    """A cluster of our own declares more CPUs than it has cores, and each task at a time is a process of 400 MiB."""
+    return max(1, TASKS_A_CORE * _cores() // workers) if _is_own() else None
 
 
 def _share(placement: Placement, have: dict[str, float], gpus: float, alone: bool) -> int:

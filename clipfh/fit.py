@@ -140,6 +140,7 @@ def fit(
             "inputs": inputs,
             "out": out,
             "threads": resources.threads,
+            "decoding": resources.decoding,
             "followed": followed,
         },
         scaling_config=ray.train.ScalingConfig(

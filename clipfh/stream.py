@@ -31,7 +31,7 @@ TASK_IMAGES, TASK_MIB = 1024, 64
 """What each of the others takes at most: many, so that Ray's own work for a task counts little."""
 
 TASK_CPUS = 0.5
-"""A task waits for memory as well as computing; two to a core keep it busy."""
+"""As many to a core as `cluster.TASKS_A_CORE`, which isn't imported here: it would load Ray Train where we decode."""
 
 TASK: dict[str, Any] = {
     "num_cpus": TASK_CPUS,
@@ -176,13 +176,20 @@ def plan_of(index: Index, batch: Batch, seed: int) -> Plan:
 
 
 def batches(
-    shared: Images, recipe: Recipe, first: int, last: int, rank: int = 0, world_size: int = 1
+    shared: Images,
+    recipe: Recipe,
+    first: int,
+    last: int,
+    rank: int = 0,
+    world_size: int = 1,
+    tasks: int | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """A worker's part of the steps from `first` to before `last`, in order: step, rows (B,), images (B, size, size, 3).
 
     Rank r gets the r-th part of each global batch. Pixels, uint8, are drawn from (seed, step, place in the global
     batch), so they depend neither on the number of workers nor on which task decodes. The pipeline runs from the worker
-    that reads it: it begins where that one's checkpoint ends, and no process stands between.
+    that reads it: it begins where that one's checkpoint ends, and no process stands between. At most so many `tasks`
+    decode at a time, None for as many as the cluster has CPUs for.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
@@ -190,8 +197,9 @@ def batches(
     steps = _Steps(first, last, recipe.batch.images // world_size, recipe.size)
     # As many blocks as it has tasks: Ray Data would cut them further. And one kind of task, so that steps are counted
     # where they are decoded; processes of their own would hold CPUs to the end
-    counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **TASK)
-    decoded = counted.map_batches(load, batch_size=None, **TASK)
+    kind = {"concurrency": tasks, **TASK}
+    counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **kind)
+    decoded = counted.map_batches(load, batch_size=None, **kind)
     decoded.context.execution_options.preserve_order = True
     for batch in decoded.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
         yield int(batch["step"][0]), batch["row"][0], batch["image"][0]

@@ -181,7 +181,9 @@ def loop(job: dict[str, Any]) -> None:
     history = History(job["out"], learner.step)
     recipe = stream.Recipe(experiment.batch, experiment.augment, experiment.seed, inputs.size)
     place = learner.rank, learner.world_size
-    batch_stream = stream.batches(inputs.images, recipe, learner.step, learner.budget.total, *place)
+    batch_stream = stream.batches(
+        inputs.images, recipe, learner.step, learner.budget.total, *place, tasks=job["decoding"]
+    )
     tally, patience, notice, began = Tally(), experiment.budget.patience, _Notice(), 0.0
     next_wanted = learner.step + learner.budget.half_a_report  # not sooner: other trials may still be starting here
     while learner.step < learner.budget.total and not (patience and found["reports_since_best"] >= patience):

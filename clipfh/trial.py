@@ -78,7 +78,8 @@ class Trial(tune.Trainable):
                 return True
         begun = runs.latest_step(self.folder)
         try:
-            fit.fit(self.experiment, self.inputs, self.folder, self.resources, name=self.run, followed=True)
+            followed = self._is_followed()
+            fit.fit(self.experiment, self.inputs, self.folder, self.resources, name=self.run, followed=followed)
         except Exception as error:
             runs.wait_for(self.folder / runs.EXPERIMENT)
             step = runs.latest_step(self.folder)
@@ -88,6 +89,11 @@ class Trial(tune.Trainable):
                 self.losses.append(f"workers were lost, goes on from step {step}: {last_line(str(error))}")
             return False
         return True
+
+    def _is_followed(self) -> bool:
+        """Whether another trial begins where this one ends: the last of a sweep leave no process behind for one."""
+        at_once = cluster.at_once(self.sweep.placement, self.resources)
+        return int(self.trial_name) + at_once <= self.sweep.trials
 
     def _is_our_turn(self) -> bool:
         return cluster.is_turn_of(self.run, self.resources)

@@ -1,12 +1,10 @@
 """Weights files as people have them: plain, wrapped, with OpenAI's names; none that runs code."""
 
-import threading
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from clipfh import UserError, checkpoint, config, model, runs, train
+from clipfh import UserError, checkpoint, config, model, train
 
 SMALL = config.Model(name=config.SMALL)
 
@@ -92,22 +90,3 @@ def test_a_file_without_a_state_dict(tree, tmp_path):
     file = tmp_path / "weights.pt"
     torch.save(tree, file)
     assert "holds no state dict" in refused(file)
-
-
-def test_a_folder_that_is_away_is_waited_for_and_never_made(tmp_path, monkeypatch):
-    """As a share that is not mounted for a while: what is written meanwhile would hide what comes back."""
-    run, away = tmp_path / "run", tmp_path / "away"
-    run.mkdir()
-    (run / runs.EXPERIMENT).touch()
-    run.rename(away)
-    told = []
-    back = threading.Timer(1.5, away.rename, (run,))
-    back.start()
-    runs.History(str(run), 0).write()  # by the run's worker
-    runs.wait_for(run / runs.EXPERIMENT, told.append)  # there: nothing to tell
-    assert not told and {file.name for file in run.iterdir()} >= {runs.EXPERIMENT, runs.METRICS}
-    monkeypatch.setattr(runs, "AWAY", 0)
-    run.rename(away)
-    with pytest.raises(UserError, match="away.*--resume"):
-        runs.wait_for(run / runs.EXPERIMENT, told.append)
-    assert told and not run.exists()

@@ -65,6 +65,16 @@ def test_a_worker_that_no_node_holds_is_refused(ray_cluster, monkeypatch):
     assert cluster.place(config.Placement(cpus_per_worker=4.0)).cpus == 4
 
 
+def test_runs_at_once_share_the_decoding_of_this_machine(ray_cluster, monkeypatch):
+    monkeypatch.setattr(cluster, "_cores", lambda: 4)
+    four = config.Placement(concurrent=4, cpus_per_worker=1.0)
+    assert cluster.place(four).decoding == 8, "alone"
+    assert cluster.place(four, alone=False).decoding == 2
+    assert cluster.place(config.Placement(workers=2, concurrent=2, cpus_per_worker=1.0), alone=False).decoding == 2
+    monkeypatch.setattr(cluster, "_is_own", lambda: False)
+    assert cluster.place(four, alone=False).decoding is None, "where Ray's CPUs are cores"
+
+
 @ray.remote(num_cpus=0)
 class Process:
     def worker(self) -> str:

@@ -1,7 +1,5 @@
 """Runs: what they leave behind, the same for any number of workers, exact after kills."""
 
-import contextlib
-import errno
 import json
 import os
 import signal
@@ -9,9 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import pyarrow.fs
 import pytest
 import torch
 from conftest import TINY
@@ -112,22 +108,6 @@ def test_prompts_that_are_cut_are_counted(small_catalogue, tiny, tmp_path):
     experiment = config.replace(tiny, {"text.file": str(tmp_path / "prompts.json")})
     captions, num_cut = train.captions_of(small_catalogue, names, experiment, "train")
     assert num_cut == 1 and (captions.of_item >= 0).tolist() == [True, True] + [False] * (len(names) - 2)
-
-
-def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
-    class Full(pyarrow.fs.LocalFileSystem):
-        def open_output_stream(self, path):
-            Path(path).write_text('{"half')
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    (tmp_path / "list.json").write_text("whole")
-    for store, expected in ((Full(), "whole"), (pyarrow.fs.LocalFileSystem(), "new")):
-        context = SimpleNamespace(
-            storage_filesystem=store, checkpoint_manager_snapshot_path=str(tmp_path / "list.json")
-        )
-        with contextlib.suppress(OSError):
-            fit._write_list(SimpleNamespace(_storage_context=context, _save_state=lambda: "new"))
-        assert (tmp_path / "list.json").read_text() == expected
 
 
 def test_patience_stops_a_run_that_no_longer_improves(fitted, tiny):

@@ -12,6 +12,7 @@ import yaml
 from ray import cloudpickle
 
 from clipfh import UserError, cluster, config, space, trials
+from clipfh.trial import Trial
 
 FILE = {
     "name": "x",
@@ -119,6 +120,13 @@ def test_a_trial_that_began_just_before_a_kill_is_not_left_running(tmp_path):
 )
 def test_how_many_runs_nodes_hold(nodes, resources, runs):
     assert cluster._room(nodes, resources) == runs
+
+
+def test_the_last_trials_start_no_process_for_another(monkeypatch):
+    monkeypatch.setattr(cluster, "at_once", lambda placement, resources: 2)
+    sweep = SimpleNamespace(placement=None, trials=5)
+    made = [SimpleNamespace(trial_name=f"{number:04d}", sweep=sweep, resources=RESOURCES) for number in range(1, 6)]
+    assert [Trial._is_followed(each) for each in made] == [True, True, True, False, False]
 
 
 def test_what_a_kill_leaves_at_odds_is_made_one(tmp_path):

@@ -1,0 +1,26 @@
+"""What the driver of a run writes."""
+
+import contextlib
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.fs
+
+from clipfh import fit
+
+
+def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
+    class Full(pyarrow.fs.LocalFileSystem):
+        def open_output_stream(self, path):
+            Path(path).write_text('{"half')
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "list.json").write_text("whole")
+    for store, expected in ((Full(), "whole"), (pyarrow.fs.LocalFileSystem(), "new")):
+        context = SimpleNamespace(
+            storage_filesystem=store, checkpoint_manager_snapshot_path=str(tmp_path / "list.json")
+        )
+        with contextlib.suppress(OSError):
+            fit._write_list(SimpleNamespace(_storage_context=context, _save_state=lambda: "new"))
+        assert (tmp_path / "list.json").read_text() == expected
