@@ -19,7 +19,7 @@ OBJECTIVE = "best_val_mAP"
 class Trial(tune.Trainable):
     """One trial as Tune sees it: `fit` in a thread of its own, a result for each report in the run's metrics.
 
-    Its process, which has Ray and torch loaded, is used again for a later trial.
+    Its process, which has Ray loaded but no torch, is used again for a later trial.
     """
 
     def setup(
