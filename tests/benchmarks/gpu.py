@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipfh import batches, catalogue, cluster, config, demo, estimate, fit, model, train
+from clipfh import batches, catalogue, cluster, config, demo, estimate, fit, model, runs, train
 from clipfh.catalogue import Catalogue
 from clipfh.learner import Captions, Learner
 
@@ -295,9 +295,9 @@ def _fitted(size: Size, opened: Catalogue, folder: Path, count: int) -> list[lis
     clip, *_ = (train.begin(out, experiment, opened)[0] for out in outs)
     inputs = train.inputs_of(opened, experiment, clip)
     with ThreadPoolExecutor(count) as pool:
-        runs = [pool.submit(fit.fit, experiment, inputs, out, resources, name=str(out)) for out in outs]
-        for run in runs:
-            run.result()
+        fitting = [pool.submit(fit.fit, experiment, inputs, out, resources, name=str(out)) for out in outs]
+        for each in fitting:
+            each.result()
     return [runs.read_metrics(out) for out in outs]
 
 
