@@ -40,12 +40,12 @@ def again(
 
     Runs that `folder` has already are gone on with, or left alone when they are over.
     """
-    runs = {
+    seeded = {
         (trial, number): dataclasses.replace(experiment, seed=experiment.seed + number)
         for trial, experiment in leading.items()
         for number in range(1, final.seeds + 1)
     }
-    jobs = {run_of(folder, *key): experiment for key, experiment in runs.items()}
+    jobs = {run_of(folder, *key): experiment for key, experiment in seeded.items()}
 
     def told(out: Path) -> None:
         tell(f"{out.name}: val mAP {score(out):.3f}")
@@ -91,11 +91,11 @@ def _train_all(
 ) -> None:
     """Train each of the experiments in its folder, some at a time."""
     with ThreadPoolExecutor(at_once) as pool:
-        runs = {pool.submit(_train, experiment, inputs, out, resources): out for out, experiment in jobs.items()}
+        running = {pool.submit(_train, experiment, inputs, out, resources): out for out, experiment in jobs.items()}
         try:
-            for run in as_completed(runs):
+            for run in as_completed(running):
                 run.result()
-                told(runs[run])
+                told(running[run])
         except BaseException:  # Ctrl-C among them: the threads wait for runs, which end here
             pool.shutdown(wait=False, cancel_futures=True)
             for out in jobs:
