@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
@@ -27,6 +28,7 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "clipfh",  # the same drawing is the same text
     "font.size": 11,
+    "text.parse_math": False,  # names of categories are no formulas
     "text.color": INK,
     "axes.facecolor": "none",
     "axes.edgecolor": RULE,
@@ -69,10 +71,9 @@ def axes_of(x_title: str = "", height: float = HEIGHT) -> Axes:
 
 def svg(axes: Axes, title: str) -> Markup:
     """The drawing as an element of the page."""
-    file = io.BytesIO()
-    axes.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})  # type: ignore[union-attr]
-    root = ElementTree.fromstring(file.getvalue())
-    own = hashlib.sha256(file.getvalue()).hexdigest()[:6]
+    drawn = _saved(axes)
+    root = ElementTree.fromstring(drawn)
+    own = hashlib.sha256(drawn.encode()).hexdigest()[:6]
     for parent in list(root.iter()):
         for child in [c for c in parent if c.tag.endswith(("}metadata", "}style", "}clipPath"))]:
             parent.remove(child)
@@ -82,6 +83,15 @@ def svg(axes: Axes, title: str) -> Markup:
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
     text = ElementTree.tostring(root, encoding="unicode")
     return Markup(re.sub(r"#00000\d", lambda colour: f"var({VARIABLES[colour[0]]})", text))
+
+
+def _saved(axes: Axes) -> str:
+    """The drawing as matplotlib writes it, but for characters that XML can't hold."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # text stays text: the reader's fonts draw it
+        axes.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})  # type: ignore[union-attr]
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", file.getvalue().decode())
 
 
 def _simplify(element: ElementTree.Element, used: set[str], own: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -158,11 +160,12 @@ def card(experiment: config.Experiment, known: Known, clip: nn.Module, with_onnx
     start = known.get("warm_start") or model.weights_of(experiment.model)
     reached = [known[key] for key in ("start_val_mAP", "val_mAP") if key in known]
     pages = Environment(loader=PackageLoader("clipfh", ""), undefined=StrictUndefined, keep_trailing_newline=True)
+    pages.filters["plain"] = plain
     return pages.get_template("card.md").render(
         name=experiment.model.name,
         version=__version__,
         towers="image tower was" if experiment.stage == "image" else "image and text towers were",
-        start=f"the weights `{start}`" if start else "random weights",
+        start=f"the weights {plain(start)}" if start else "random weights",
         is_untuned="test" in known and known["test"] == known["zero_shot"],
         size=model.preprocess_of(clip).size,
         context=model.tokenizer(experiment.model).context_length,
@@ -173,6 +176,12 @@ def card(experiment: config.Experiment, known: Known, clip: nn.Module, with_onnx
         val_mAP=[f"{value:.3f}" for value in reached],
         settings=config.flat(experiment).items(),
     )
+
+
+def plain(value: object) -> str:
+    """A value that Markdown and HTML show as it is, on one line, also in a table."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"[\\`*_\[\]{}|#~$]", r"\\\g<0>", text)
 
 
 def _data(catalogue: Mapping[str, Any]) -> dict[str, str]:

@@ -18,13 +18,19 @@ if TYPE_CHECKING:
 PATIENCE = 60
 """Seconds for which a job is followed although its cluster doesn't answer."""
 
+KEPT_HERE = (
+    *(".env*", "*.pem", "*.key", ".netrc", "id_rsa*", "id_ed25519*", ".aws/", ".ssh/", ".kube/", ".ray/"),
+    *("wandb/", "mlruns/", "mlartifacts/", "mlflow.db", "/catalogue/", "/runs/", "/demo/", "/out/"),
+)
+"""What of the folder is not sent, as .gitignore would name it: secrets, and what commands write."""
+
 
 def run(address: str, working_dir: Path, words: list[str]) -> int:
     """Run `clipfh WORDS` on the head of a cluster, and print its log as it grows.
 
     Args:
         address: of the cluster's dashboard, http://HEAD:8265.
-        working_dir: packed and sent along (without what .gitignore names); the command runs in a copy of it.
+        working_dir: packed and sent, without what .gitignore and KEPT_HERE name; the command runs in a copy of it.
         words: the command and its arguments.
 
     Returns:
@@ -37,8 +43,10 @@ def run(address: str, working_dir: Path, words: list[str]) -> int:
     for chatter in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{chatter}").setLevel(logging.WARNING)
     entrypoint = shlex.join(["python", "-m", "clipfh", *words])
+    print(f"sends {working_dir} without what .gitignore names, and without {' '.join(KEPT_HERE)}", flush=True)
     try:
-        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(working_dir)})
+        environment = {"working_dir": str(working_dir), "excludes": list(KEPT_HERE)}
+        job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the cluster at {address} did not take the job, with which --working-dir {working_dir} is sent: "

@@ -104,6 +104,14 @@ def test_ray_starts_behind_a_token_with_its_dashboard_on_loopback(name):
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
 
 
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml", "onprem.yaml"])
+def test_what_the_commands_write_here_is_neither_kept_by_git_nor_copied_to_every_node(name):
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    left_out = {each.lstrip("/") for each in yaml.safe_load((CLUSTER / name).read_text())["rsync_exclude"]}
+    assert {"catalogue", "runs", "demo", "out", ".env*", "*.pem", "wandb"} <= left_out
+    assert {"catalogue", "runs", "demo", "out"} <= ignored
+
+
 def commands() -> list[str]:
     """The clipfh commands of the README's blocks, each on one line."""
     blocks = re.findall(r"```\n(.*?)```", (CLUSTER / "README.md").read_text(), flags=re.DOTALL)

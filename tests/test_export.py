@@ -122,6 +122,20 @@ def test_the_card_tells_what_is_known(clip, small_catalogue):
     assert "## Figures" not in bare and "## Data" not in bare and "## Limits" in bare
 
 
+def test_no_value_on_the_card_is_taken_for_markup(clip):
+    hostile = "a|b\n<script>alert(1)</script> `c` *d* [e](f).json"
+    experiment = config.resolve("joint", None, {"model.name": config.SMALL, "text.file": hostile})
+    counts = {name: {"images": 1, "items": 1} for name in ("train", "val_query", "val_gallery", "query", "gallery")}
+    account = {"path": "/x/<img src=x onerror=alert(1)>`", "hash": "0" * 64, "counts": counts}
+    text = export.card(experiment, {"catalogue": account, "warm_start": hostile}, clip, with_onnx=False)
+    assert (
+        "<script" not in text and "<img" not in text and "the catalogue &lt;img src=x onerror=alert(1)&gt;\\` (" in text
+    )
+    row = next(line for line in text.splitlines() if line.startswith("| `text.file` "))
+    escaped = r"a\|b &lt;script&gt;alert(1)&lt;/script&gt; \`c\` \*d\* \[e\](f).json"
+    assert row == f"| `text.file` | {escaped} |" and f"from the weights {escaped}, so" in text
+
+
 def test_a_catalogue_that_changed_is_not_the_models(small_catalogue):
     account = export.account(small_catalogue)
     assert export.catalogue_of({"catalogue": account}).path == small_catalogue.path

@@ -218,6 +218,20 @@ def test_many_categories_share_one_scale_and_one_says_nothing(tmp_path):
     assert Page(report.write([one])).charts.count("mAP with intervals") == 1
 
 
+@pytest.mark.parametrize("name", ["$\\alpha{$", "Under $20, under $_30", "5 $ and 7 $", "100%", "a\\b {x} ^2"])
+def test_a_name_is_drawn_as_it_is(name, tmp_path):
+    page = Page(report.write([make_evaluation(tmp_path / "e", by_category=figures(categories=(name,))["by_category"])]))
+    assert f">{name}</text>" in page.source and page.row(name)
+
+
+@given(name=st.text(st.characters(codec="utf-8"), max_size=30))
+@settings(max_examples=25, deadline=None)
+def test_no_name_keeps_a_report_from_being_made(name, tmp_path_factory):
+    groups = figures(categories=(name, "tab\x0bbed", "\x00"))["by_category"]
+    folder = make_evaluation(tmp_path_factory.mktemp("report") / "e", by_category=groups)
+    assert "mAP with intervals" in report.write([folder]).read_text()
+
+
 def make_pictured(folder: Path, catalogue, right: list[bool]) -> Path:
     """An evaluation whose queries find their item first, or any other."""
     query, gallery = (catalogue.rows(split).to_pylist() for split in ("query", "gallery"))

@@ -1,6 +1,9 @@
 """Jobs: what is told before anything is sent, and how a log is followed. tests/test_clusters.py has real ones."""
 
+import zipfile
+
 import pytest
+from ray._private.runtime_env import packaging
 from ray.job_submission import JobDetails, JobStatus, JobType
 
 from clipfh import UserError, cli, submit
@@ -60,7 +63,7 @@ class Client:
         )
 
     def submit_job(self, entrypoint, runtime_env):
-        self.sent = entrypoint
+        self.sent, self.environment = entrypoint, runtime_env
         return "job-1"
 
 
@@ -92,3 +95,37 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_go_on(capsys, monkeypatch, 
     told = capsys.readouterr().out
     assert f"ray job logs --address {NOBODY} --follow job-1" in told
     assert f"ray job stop --address {NOBODY} job-1" in told
+
+
+def test_secrets_and_what_commands_wrote_stay_here(capsys, monkeypatch, tmp_path):
+    secret = [
+        ".env",
+        ".env.local",
+        "keys/server.pem",
+        "id.key",
+        ".netrc",
+        ".aws/credentials",
+        ".ssh/id_rsa",
+        "id_ed25519",
+    ]
+    written = [
+        "wandb/run",
+        "mlruns/0/meta.yaml",
+        "mlflow.db",
+        "runs/sweep/report.html",
+        "catalogue/catalogue.json",
+        "demo/x",
+    ]
+    sent = ["sweep.yaml", "clipfh/catalogue.py", "clipfh/runs.py", "docs/monkey.md", "sweeps/runs/a.yaml"]
+    for name in [*secret, *written, *sent]:
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).touch()
+    client = Client(["one\n"], code=0)
+    monkeypatch.setattr(submit, "connect", lambda address: client)
+    submit.run(NOBODY, tmp_path / "folder", ["status", "/o"])
+    excludes = client.environment["excludes"]
+    packed = tmp_path / "packed.zip"
+    packaging.create_package(str(tmp_path / "folder"), packed, include_gitignore=True, excludes=excludes)
+    assert sorted(name for name in zipfile.ZipFile(packed).namelist() if not name.endswith("/")) == sorted(sent)
+    told = capsys.readouterr().out
+    assert str(tmp_path / "folder") in told and ".env*" in told and "/runs/" in told
