@@ -259,11 +259,15 @@ class Learner:
         }
 
     def restore(self, raw: dict[str, Tensor], average: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's raw weights, averaged weights and `state`."""
+        """Go on from a checkpoint's raw weights, averaged weights and `state`.
+
+        Raises:
+            UserError: a checkpoint of a version with another optimizer.
+        """
+        optimizer.load(self.optimizer, state["optimizer"])
         self.clip.load_state_dict(raw)
         for name, weights in average.items():
             self.average.weights[name].copy_(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.objective.load_state_dict(state["objective"])
         self.step = state["step"]

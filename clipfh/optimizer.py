@@ -10,32 +10,48 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipfh import config, model
+from clipfh import UserError, config, model
 
 
 def adamw(clip: nn.Module, heads: nn.Module, settings: config.Optimizer, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over what is not frozen: each tower with layer-wise rates, the heads with their own."""
-    groups = list(_groups(clip, heads, settings))
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=device.type in ("cuda", "cpu"))
+    """AdamW over what is not frozen: each tower with layer-wise rates, the heads with their own.
+
+    Parameters of equal rate and decay are one group: the optimizer's time in Python goes with the number of groups.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter, rate in _rates(clip, heads, settings):
+        if parameter.requires_grad:
+            # Norms, biases and single vectors are not decayed
+            groups.setdefault((rate, settings.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    of = [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+    return torch.optim.AdamW(of, betas=(0.9, 0.98), eps=1e-6, fused=device.type in ("cuda", "cpu"))
 
 
-def _groups(clip: nn.Module, heads: nn.Module, settings: config.Optimizer) -> Iterator[dict[str, Any]]:
+def _rates(clip: nn.Module, heads: nn.Module, settings: config.Optimizer) -> Iterator[tuple[nn.Parameter, float]]:
     towers = model.split_towers(clip)
     for tower, multiple in (("image", 1.0), ("text", settings.text_lr)):
         blocks = model.num_blocks(list(towers[tower]))
         for name, parameter in towers[tower].items():
-            rate = settings.lr * multiple * settings.layer_decay ** (blocks + 1 - model.depth(name, blocks))
-            yield from _group(parameter, rate, settings.weight_decay)
+            yield parameter, settings.lr * multiple * settings.layer_decay ** (blocks + 1 - model.depth(name, blocks))
     for parameter in towers["scale"].values():
-        yield from _group(parameter, settings.lr * settings.text_lr, 0.0)
+        yield parameter, settings.lr * settings.text_lr
     for parameter in heads.parameters():
-        yield from _group(parameter, settings.lr * settings.head_lr, settings.weight_decay)
+        yield parameter, settings.lr * settings.head_lr
 
 
-def _group(parameter: nn.Parameter, rate: float, decay: float) -> Iterator[dict[str, Any]]:
-    """Norms, biases and single vectors are not decayed."""
-    if parameter.requires_grad:
-        yield {"params": [parameter], "lr": rate, "weight_decay": decay if parameter.ndim > 1 else 0.0}
+def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on from a state that `optimizer.state_dict()` gave.
+
+    Raises:
+        UserError: its parameters are in other groups.
+    """
+    theirs, ours = ([len(g["params"]) for g in s["param_groups"]] for s in (state, optimizer.state_dict()))
+    if theirs != ours:
+        raise UserError(
+            f"--resume: the checkpoint's optimizer has {len(theirs)} groups of parameters, this version's {len(ours)}: "
+            "go on with the version of clipfh that began the run, or start another --out with --warm-start RUN"
+        )
+    optimizer.load_state_dict(state)
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:

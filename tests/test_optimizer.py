@@ -5,19 +5,23 @@ import math
 import pytest
 import torch
 
-from clipfh import config, model, objective, optimizer
+from clipfh import UserError, config, model, objective, optimizer
 
 SMALL = config.Model(name=config.SMALL, freeze_patch=False)
 LOSS = config.Loss(ce=1.0)
+
+
+def rates(optimizer_: torch.optim.Optimizer) -> dict[int, tuple[float, float]]:
+    """Rate and decay of each parameter, by its id."""
+    return {id(p): (g["lr"], g["weight_decay"]) for g in optimizer_.param_groups for p in g["params"]}
 
 
 def test_rates_by_depth_tower_and_head():
     clip, heads = model.build(SMALL), objective.Objective(LOSS, 128, 5)
     model.freeze(clip, "joint", SMALL, learn_scale=True)
     settings = config.Optimizer(lr=1.0, text_lr=0.1, head_lr=10.0, layer_decay=0.5, weight_decay=0.3)
-    groups = optimizer.adamw(clip, heads, settings, torch.device("cpu")).param_groups
-    name_of = {id(p): n for n, p in [*clip.named_parameters(), *heads.named_parameters()]}
-    found = {name_of[id(g["params"][0])]: (g["lr"], g["weight_decay"]) for g in groups}
+    of = rates(optimizer.adamw(clip, heads, settings, torch.device("cpu")))
+    found = {n: of[id(p)] for n, p in [*clip.named_parameters(), *heads.named_parameters()] if p.requires_grad}
     assert found["visual.proj"] == (1.0, 0.3)
     assert found["visual.transformer.resblocks.3.mlp.c_fc.weight"] == (0.5, 0.3)
     assert found["visual.transformer.resblocks.0.ln_1.weight"] == (0.5**4, 0.0)
@@ -25,7 +29,45 @@ def test_rates_by_depth_tower_and_head():
     assert found["text_projection"] == (pytest.approx(0.1), 0.3)
     assert found["token_embedding.weight"] == (pytest.approx(0.1 * 0.5**3), 0.3)
     assert found["classifier"] == (10.0, 0.3) and found["neck.weight"] == (10.0, 0.0)
-    assert len(found) == sum(p.requires_grad for p in [*clip.parameters(), *heads.parameters()])
+    assert len(found) == len(of)
+
+
+def expected(name: str, ndim: int, settings: config.Optimizer) -> tuple[float, float]:
+    """Rate and decay of a weight of ViT-B/16, both of whose towers have twelve blocks, by its name."""
+    parts = name.split(".")
+    if "resblocks" in parts:
+        below = 12 - int(parts[parts.index("resblocks") + 1])
+    else:
+        above = {"proj", "ln_post", "ln_final", "text_projection", "logit_scale"}
+        below = 0 if above & set(parts) else 13
+    tower = 1.0 if parts[0] == "visual" else settings.text_lr
+    return settings.lr * tower * settings.layer_decay**below, settings.weight_decay if ndim > 1 else 0.0
+
+
+@pytest.mark.parametrize("stage,most", [("image", 30), ("joint", 55)])
+def test_weights_of_equal_rate_and_decay_are_one_group(stage: str, most: int):
+    with torch.device("meta"):
+        clip = model.library().CLIP(**model.library().get_model_config("ViT-B-16"), quick_gelu=True)
+    model.freeze(clip, stage, config.Model(), learn_scale=stage == "joint")
+    settings = config.Optimizer(weight_decay=0.1)
+    grouped = optimizer.adamw(clip, torch.nn.Module(), settings, torch.device("meta"))
+    assert len(grouped.param_groups) <= most
+    trained = {name: p for name, p in clip.named_parameters() if p.requires_grad}
+    of = rates(grouped)
+    assert {name: of[id(p)] for name, p in trained.items()} == {
+        name: pytest.approx(expected(name, p.ndim, settings)) for name, p in trained.items()
+    }
+    assert len(of) == len(trained)
+
+
+def test_the_state_of_an_optimizer_with_other_groups_is_refused_in_a_line():
+    clip = model.build(SMALL)
+    model.freeze(clip, "image", SMALL, learn_scale=False)
+    grouped = optimizer.adamw(clip, torch.nn.Module(), config.Optimizer(), torch.device("cpu"))
+    singly = torch.optim.AdamW([{"params": [p]} for g in grouped.param_groups for p in g["params"]])
+    with pytest.raises(UserError, match=r"--resume: .* groups of parameters.* --warm-start RUN$"):
+        optimizer.load(grouped, singly.state_dict())
+    optimizer.load(grouped, grouped.state_dict())
 
 
 def test_warm_up_then_cosine_to_zero():
