@@ -34,7 +34,7 @@ class Inputs:
     """ObjectRef of decoded images (N, size, size, 3) uint8: val_query, then val_gallery; None where those are trained
     on"""
     items: Any
-    """ObjectRef[tuple[np.ndarray, int]]: item code of each validation image, and how many of them are queries"""
+    """ObjectRef[tuple[np.ndarray, np.ndarray, int]]: item and path code of each validation image, number of queries"""
     size: int
     """side of the model's input, pixels"""
     num_images: int

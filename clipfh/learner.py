@@ -39,6 +39,8 @@ class Validation:
     """(N, size, size, 3) uint8"""
     item: np.ndarray
     """(N,) item codes"""
+    photo: np.ndarray
+    """(N,) codes of the paths: the same photo has the same code, and finds itself in no ranking"""
     num_query: int
 
 
@@ -225,7 +227,7 @@ class Learner:
             embedded = model.embed(self.towers, own, self.precision)
         embedding = gather(F.pad(embedded, (0, 0, 0, share - len(own)))).cpu()[: len(images)]
         codes = torch.as_tensor(item)
-        rows = metrics.Embeddings(embedding, item=codes, variant=codes, image=torch.arange(len(codes)))
+        rows = metrics.Embeddings(embedding, item=codes, variant=codes, image=torch.as_tensor(validation.photo))
         query, gallery = torch.arange(num_query), torch.arange(num_query, len(codes))
         return metrics.mean_average_precision(rows.select(query), rows.select(gallery))
 

@@ -113,20 +113,26 @@ def inputs_of(
     preprocess = model.preprocess_of(clip)
     if keep_gib:
         images = stream.keep_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
-    rows = [catalogue.rows(split)["item_id"].to_pylist() for split in VALIDATION]
-    codes = np.unique(rows[0] + rows[1], return_inverse=True)[1]
     captions, num_cut = captions_of(catalogue, index.names, experiment, *splits)
     return Inputs(
         images=images,
         captions=ray.put(captions),
         weights=ray.put({name: tensor.numpy() for name, tensor in clip.state_dict().items()}),
         validation=None if with_validation else stream.decoded(catalogue, VALIDATION, preprocess),
-        items=ray.put((codes, len(rows[0]))),
+        items=ray.put(validation_codes(catalogue)),
         size=preprocess.size,
         num_images=len(index.item),
         num_single=int((index.views == 1).sum()),
         num_cut=num_cut if experiment.loss.takes_text else 0,
     )
+
+
+def validation_codes(catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray, int]:
+    """Item code and path code of each validation image, (N,) each, and how many of them are queries."""
+    tables = [catalogue.rows(split) for split in VALIDATION]
+    columns = ([value for table in tables for value in table[name].to_pylist()] for name in ("item_id", "path"))
+    item, photo = (np.unique(column, return_inverse=True)[1] for column in columns)
+    return item, photo, tables[0].num_rows
 
 
 def captions_of(
@@ -237,8 +243,7 @@ def validation_of(inputs: Inputs) -> Validation | None:
     """The validation images, from the object store; None where the run trains on them."""
     if inputs.validation is None:
         return None
-    item, num_query = ray.get(inputs.items)
-    return Validation(ray.get(inputs.validation), item, num_query)
+    return Validation(ray.get(inputs.validation), *ray.get(inputs.items))
 
 
 def _report(

@@ -71,7 +71,7 @@ def train(one: learner.Learner, steps: int = STEPS) -> dict[str, torch.Tensor]:
 
 
 # Of four workers the last has none of them
-FEW = learner.Validation(IMAGES[:5], np.array([0, 1, 0, 1, 1]), 2)
+FEW = learner.Validation(IMAGES[:5], np.array([0, 1, 0, 1, 1]), np.arange(5), 2)
 
 
 def outcome(one: learner.Learner) -> dict[str, torch.Tensor]:
@@ -225,7 +225,7 @@ def test_divergence_names_the_step_and_the_images():
 
 @functools.cache
 def validation() -> learner.Validation:
-    return learner.Validation(IMAGES[:12], np.array([0, 1, 2, 3] * 3), 4)
+    return learner.Validation(IMAGES[:12], np.array([0, 1, 2, 3] * 3), np.arange(12), 4)
 
 
 def test_a_report_warns_of_a_collapse_only_after_the_warm_up():

@@ -8,12 +8,28 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from safetensors.torch import load_file
 
-from clipfh import UserError, checkpoint, cluster, config, fit, runs, train
+from clipfh import (
+    UserError,
+    catalogue,
+    checkpoint,
+    cluster,
+    config,
+    evaluate,
+    fit,
+    images,
+    learner,
+    model,
+    runs,
+    stream,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +223,25 @@ for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_isDriverSufficient"): 
     load, ask = "from clipfh import train; train.load()", "torch.cuda.is_available()"
     done = [subprocess.run([sys.executable, "-c", code + line], capture_output=True) for line in (load, ask)]
     assert [each.returncode for each in done] == [0, 1], done[0].stderr
+
+
+def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
+    """As in evaluation, whose figure of the zero-shot model is what trials are compared with."""
+    rng, lines = np.random.default_rng(0), ["image_path,item_id,split"]
+    for i in range(36):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        splits = ("train",) if i < 6 else ("query", "gallery") if i < 9 else train.VALIDATION
+        lines += [f"{i}.png,item{i // 3},{split}" for split in splits]
+    (tmp_path / "shop.csv").write_text("\n".join(lines))
+    made = catalogue.prepare(str(tmp_path / "shop.csv"), tmp_path / "catalogue", image_size=64)
+    clip = train.start_of(tiny)
+    preprocess = model.preprocess_of(clip)
+    encoded = [photo.as_py() for split in train.VALIDATION for photo in made.images(split)["image"]]
+    pixels = np.stack([images.for_evaluation(photo, preprocess) for photo in encoded])
+    index = stream.index_of(made.rows("train"), np.array([6]))
+    captions = learner.Captions(np.zeros((1, 77), np.int32), np.zeros(2, np.int32))
+    one = learner.Learner(tiny, clip, index, captions, torch.device("cpu"))
+    found = one.validate(learner.Validation(pixels, *train.validation_codes(made)))
+    embedding = model.embed(one.towers, pixels, torch.float32)
+    embedded = evaluate._assembled(made, evaluate.splits_of("val"), {}, embedding, None)
+    assert found == pytest.approx(evaluate.figures(embedded, 0)["mAP"], abs=1e-9) and found < 0.5

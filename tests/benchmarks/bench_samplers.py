@@ -11,7 +11,6 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean
@@ -120,14 +119,7 @@ def train_one(catalogue: str, point: tuple[float, ...]) -> float:
     preprocess = model.preprocess_of(learner.clip)
     tables = [opened.images(split) for split in train.VALIDATION]
     pixels = np.concatenate([[images.for_evaluation(e.as_py(), preprocess) for e in t["image"]] for t in tables])
-    items = list(_items(tables))
-    codes = np.unique(items, return_inverse=True)[1]
-    return learner.validate(Validation(pixels, codes, len(tables[0])))
-
-
-def _items(tables: list[Any]) -> Iterator[str]:
-    for table in tables:
-        yield from table["item_id"].to_pylist()
+    return learner.validate(Validation(pixels, *train.validation_codes(opened)))
 
 
 if __name__ == "__main__":
