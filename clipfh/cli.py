@@ -250,6 +250,7 @@ def _sweep_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the sweep")
     p.add_argument("--trials", type=int, metavar="N", help="in place of the file's")
     p.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
+    p.add_argument("--retry-failed", action="store_true", help="with --resume: train the failed trials again too")
     p.add_argument("--dry-run", action="store_true", help="show what would be done")
     _track_argument(p)
     _cluster_arguments(p)
@@ -458,6 +459,8 @@ def train(args: argparse.Namespace) -> None:
 def sweep(args: argparse.Namespace) -> None:
     from clipfh import catalogue, space
 
+    if args.retry_failed and not args.resume:
+        raise UserError("--retry-failed trains failed trials of a sweep that is there: it goes with --resume")
     loaded = space.load(args.file, _settings(args), args.trials)
     opened, out = catalogue.open_catalogue(args.catalogue), Path(args.out)
     if args.dry_run:
@@ -470,7 +473,8 @@ def sweep(args: argparse.Namespace) -> None:
     with _all_or_nothing(out, "trials/*/metrics.json"), _connected(args, loaded.placement):
         print(f"Ray's logs: {cluster.logs()}", flush=True)
         with track.following(args.track, out), _live(out) as (tell, alone):
-            summary = sweep.run(loaded, opened, out, resume=args.resume, tell=tell, each_report=alone)
+            how = {"resume": args.resume, "retry_failed": args.retry_failed}
+            summary = sweep.run(loaded, opened, out, **how, tell=tell, each_report=alone)
         print(sweep.outcome(summary, out))
 
 

@@ -291,15 +291,21 @@ def cost(sweep: Sweep) -> dict[str, str]:
     statuses = sweep.statuses
     told = [f"{statuses[s]} {s}" for s in ("done", "stopped", "diverged", "failed", "running") if statuses[s]]
     seconds = sum(trial.seconds for trial in sweep.trials)
+    images, final = sum(trial.images for trial in sweep.trials), list(sweep.final.values())
     rows = {
         "Trials": ", ".join(told) or NONE,
-        "Images seen by all trials": count(sum(trial.images for trial in sweep.trials)),
+        "Images seen by all trials": count(images),
         "Time of all trials, added up": duration(seconds),
     }
+    if final:
+        again = sum(each for each, _ in final), sum(each for _, each in final)
+        rows["Final runs"] = f"{len(final)}, the refit included" if "refit" in sweep.final else str(len(final))
+        rows["Images seen by final runs"], rows["Time of final runs, added up"] = count(again[0]), duration(again[1])
+        seconds += again[1]
     if each := sweep.summary.get("resources"):
         for kind in ("gpu", "cpu"):
             if number := each["workers"] * each[f"{kind}s"]:
-                rows[f"{kind.upper()} hours of the trials' workers"] = f"{number * seconds / 3600:,.2f}"
+                rows[f"{kind.upper()} hours of all workers"] = f"{number * seconds / 3600:,.2f}"
     if sweep.summary:
         rows["Time from start to end"] = duration(sweep.summary.get("seconds"))
     return rows

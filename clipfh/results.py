@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipfh import UserError, config, space
+from clipfh import UserError, config, runs, space
 
 ZERO_SHOT = "0000"
 
@@ -154,6 +154,8 @@ class Sweep:
     """zero-shot and the winner on the test split, at the end"""
     study: Path
     """Optuna's journal, which need not be there"""
+    final: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    """images and seconds of each run after the search"""
     kind = "Sweep"
 
     @property
@@ -244,7 +246,13 @@ def _read_sweep(folder: Path) -> Sweep:
         for name, key in (("Zero-shot", "zero_shot"), ("Winner", "test"))
         if summary
     ]
-    return Sweep(file.name, file.trials, file.search, board, summary, models, folder / "study.journal")
+    final = final_runs(folder)
+    return Sweep(file.name, file.trials, file.search, board, summary, models, folder / "study.journal", final)
+
+
+def final_runs(folder: Path) -> dict[str, tuple[int, float]]:
+    """Images and seconds of each run that a sweep has made after its search, the refit included."""
+    return {file.parent.name: runs.spent(_read_lines(file)) for file in sorted(folder.glob("final/*/metrics.jsonl"))}
 
 
 def _trial(row: Mapping[str, str], file: Path, searched: Iterable[str]) -> Trial:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,16 @@ def read_metrics(out: str | Path) -> list[dict[str, Any]]:
     """The reports of a run so far."""
     file = Path(out) / METRICS
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def spent(lines: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
+    """Images that a run has seen by its reports, and the seconds it took, of all its starts, from their first steps."""
+    images, until = 0, dict[float, float]()
+    for line in lines:
+        images = line["images"]
+        if "began" in line:
+            until[line["began"]] = line["time"]
+    return images, sum(end - began for began, end in until.items())
 
 
 class History:

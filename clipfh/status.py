@@ -35,6 +35,7 @@ class Progress:
     reported: float
     """seconds since its last report"""
     loss: float
+    is_over: bool
 
     @property
     def left(self) -> float:
@@ -57,9 +58,8 @@ def of(path: str | Path) -> str:
 
 
 def _run(run: Progress) -> str:
-    over = run.images >= run.total
     lines = [f"{run.images:,} of {run.total:,.0f} images, val mAP {run.val_mAP:.4f} (best {run.best:.4f})"]
-    state = "finished" if over else f"{run.rate:.0f} images/s, about {_duration(run.left)} left if it runs"
+    state = "finished" if run.is_over else f"{run.rate:.0f} images/s, about {_duration(run.left)} left if it runs"
     return "\n".join([*lines, f"{state}; last report {_duration(run.reported)} ago"])
 
 
@@ -71,6 +71,7 @@ def _sweep(folder: Path) -> str:
     under_way = [_progress(trial) for trial in sorted((folder / "trials").glob("*")) if trial.name not in over]
     running = [run for run in under_way if run.name != "0000"]
     to_come = max(0, wanted["trials"] - len(ended) - len(running))
+    final = _final(folder, wanted, {float(row["images"] or 0) for row in ended} | {run.total for run in running})
     finished = (folder / "summary.json").exists()
     counts = Counter(row["status"] for row in ended) | Counter({"running": len(running), "to come": to_come})
     lines = [
@@ -80,8 +81,43 @@ def _sweep(folder: Path) -> str:
     ]
     if not finished:
         lines += [_run_line(run) for run in running]
-        lines.append(_outlook(ended, running, to_come))
+        lines += [str(final)] * bool(final.runs) + [_run_line(run) for run in final.running]
+        lines.append(_outlook(ended, running, to_come, final))
     return "\n".join([*lines, f"finished: {folder / 'report.html'}"] if finished else lines)
+
+
+@dataclass(frozen=True)
+class _Final:
+    """The runs behind the search: leading settings again, and the refit."""
+
+    runs: list[Progress]
+    again: int
+    """of leading settings to come"""
+    refits: int
+    """to come: 0 or 1"""
+    each: float
+    """images of one"""
+
+    @property
+    def running(self) -> list[Progress]:
+        """Those that are not over."""
+        return [run for run in self.runs if not run.is_over]
+
+    def __str__(self) -> str:
+        counts = {"over": len(self.runs) - len(self.running), "running": len(self.running)}
+        counts["to come"] = self.again + self.refits
+        return "final runs: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def _final(folder: Path, wanted: dict[str, Any], seen: set[float]) -> _Final:
+    """What there is of them, and what a sweep file wants beside. `seen`: images of trials; the most are a budget."""
+    asked = {"top": 0, "seeds": 3, "refit": False, **wanted.get("final", {})}
+    runs = [_progress(run) for run in sorted((folder / "final").glob("*"))]
+    refits = sum(run.name == "refit" for run in runs)
+    again = min(asked["top"], wanted["trials"]) * asked["seeds"] - (len(runs) - refits)
+    totals = {run.total for run in runs} | seen
+    each = max((total for total in totals if total == total), default=math.nan)
+    return _Final(runs, max(0, again) if not refits else 0, asked["refit"] - refits, each)
 
 
 def table(folder: str | Path, rows: int) -> Table:
@@ -94,6 +130,7 @@ def table(folder: str | Path, rows: int) -> Table:
     board = _board(folder)
     over = {row["trial"] for row in board if row["status"] in (*ENDED, "zero-shot")}
     running = [trial for trial in sorted((folder / "trials").glob("*")) if trial.name not in over]
+    running += [run for run in sorted((folder / "final").glob("*")) if not _progress(run).is_over]
     for title in ("trial", "", *(name.rpartition(".")[2] for name in searched), *COLUMNS):
         table.add_column(title, justify="left" if title in ("trial", "") else "right", no_wrap=True)
     for trial in running:
@@ -112,7 +149,7 @@ def _cells(run: Progress) -> list[str]:
     total = "" if run.total != run.total else f"{run.total:,.0f}"
     if not run.images:
         return ["", total, "", "", "", ""]
-    scores = (f"{value:.3f}" for value in (run.loss, run.val_mAP, run.best))
+    scores = ("" if value != value else f"{value:.3f}" for value in (run.loss, run.val_mAP, run.best))
     return [f"{run.images:,}", total, *scores, _duration(run.left)]
 
 
@@ -149,38 +186,47 @@ def _best(board: list[dict[str, str]], running: list[Progress]) -> str:
 
 
 def _run_line(run: Progress) -> str:
+    name = f"trial {run.name}" if run.name.isdigit() else run.name
     if not run.images:
-        return f"trial {run.name}: no report yet"
-    scores = f"val mAP {run.val_mAP:.4f} (best {run.best:.4f}), {run.rate:.0f} images/s"
+        return f"{name}: no report yet"
+    scores = "" if run.val_mAP != run.val_mAP else f"val mAP {run.val_mAP:.4f} (best {run.best:.4f}), "
     ago = _duration(run.reported)
-    return f"trial {run.name}: {run.images:,} of {run.total:,.0f} images, {scores}, last report {ago} ago"
+    return f"{name}: {run.images:,} of {run.total:,.0f} images, {scores}{run.rate:.0f} images/s, last report {ago} ago"
 
 
-def _outlook(ended: list[dict[str, str]], running: list[Progress], to_come: int) -> str:
+def _outlook(ended: list[dict[str, str]], running: list[Progress], to_come: int, final: _Final) -> str:
     """Speed, and the time left if trials to come see as many images as those that have ended."""
-    rate = sum(run.rate for run in running)
+    now = [run for run in (*running, *final.running) if run.rate]
+    rate = sum(run.rate for run in now)
     if not rate:
-        return "time left: not known before a running trial's first report"
+        return "time left: not known before a running trial's or final run's first report"
     seen = [float(row["images"]) for row in ended] or [run.total for run in running if run.total == run.total]
-    images = to_come * sum(seen) / max(1, len(seen)) + sum(run.left * run.rate for run in running if run.rate)
-    return f"{rate:.0f} images/s in all, about {_duration(images / rate)} left if it runs"
+    images = to_come * sum(seen) / max(1, len(seen)) + sum(run.left * run.rate for run in now)
+    seconds = (images + (final.again and final.again * final.each)) / rate
+    seconds += (final.refits and final.refits * final.each) / (rate / len(now))  # by itself
+    return f"{rate:.0f} images/s in all, about {_duration(seconds)} left if it runs"
 
 
 def _progress(folder: Path) -> Progress:
     file = folder / "metrics.jsonl"
     lines: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     reports = [line for line in lines if "diverged" not in line]
-    last: dict[str, Any] = (
-        reports[-1]
-        if reports
-        else {"images": 0, "val_mAP": 0.0, "best_val_mAP": 0.0, "images_per_second": 0.0, "loss": math.nan}
-    )
-    budget = config.load(folder / EXPERIMENT).budget if (folder / EXPERIMENT).exists() else None
+    last: dict[str, Any] = reports[-1] if reports else {"images": 0, "val_mAP": 0.0, "best_val_mAP": 0.0}
+    budget = config.load(folder / EXPERIMENT).budget if (folder / EXPERIMENT).exists() else config.Budget()
     epoch = last["images"] / last["epoch"] if last.get("epoch") else math.nan
-    total = math.nan if budget is None else budget.images or budget.epochs * epoch
-    reported = time.time() - file.stat().st_mtime if file.exists() else math.nan
-    scores: tuple[float, float, float] = (last["val_mAP"], last["best_val_mAP"], last["images_per_second"])
-    return Progress(folder.name, last["images"], total, *scores, reported, last["loss"])
+    total = budget.images or budget.epochs * epoch if (folder / EXPERIMENT).exists() else math.nan
+    stopped = budget.patience and last.get("reports_since_best", 0) >= budget.patience
+    return Progress(
+        name=folder.name,
+        images=last["images"],
+        total=total,
+        val_mAP=last.get("val_mAP", math.nan),  # a refit has none
+        best=last.get("best_val_mAP", math.nan),
+        rate=last.get("images_per_second", 0.0),
+        reported=time.time() - file.stat().st_mtime if file.exists() else math.nan,
+        loss=last.get("loss", math.nan),
+        is_over=bool(len(reports) < len(lines) or stopped or last["images"] >= total),
+    )
 
 
 def _duration(seconds: float) -> str:

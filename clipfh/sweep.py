@@ -26,6 +26,7 @@ from clipfh import (
     fit,
     model,
     report,
+    results,
     runs,
     train,
 )
@@ -70,6 +71,7 @@ def run(
     out: str | Path,
     *,
     resume: bool = False,
+    retry_failed: bool = False,
     tell: Callable[[str], None] = print,
     each_report: bool = True,
 ) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def run(
         catalogue: to train, select and test on.
         out: the sweep's folder.
         resume: go on with what the folder holds.
+        retry_failed: train its failed trials again too.
         tell: takes a line for a person.
         each_report: tell of each report of each trial.
 
@@ -99,7 +102,7 @@ def run(
     board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
     watch = Watch(board, tell, sweep.trials, each_report)
     with cluster.asked_for(sweep.placement, resources):
-        rows = board.write(search(sweep, inputs, out, resources, watch, resume))
+        rows = board.write(search(sweep, inputs, out, resources, watch, resume, retry_failed))
     winner = _winner(begun, inputs, rows)
     about = {"resources": dataclasses.asdict(resources), "notes": train.notes_on(inputs)}
     return _finish(begun, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
@@ -192,6 +195,7 @@ def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: d
         **known,
         "trials": len(rows) - 1,
         "failed": sum(row["status"] == "failed" for row in rows),
+        "took": _took(rows, out),
         "experiment": config.flat(experiment),
         "searched": list(begun.sweep.search),
         **about,
@@ -199,6 +203,19 @@ def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: d
     files.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report.write([out], None)
     return summary
+
+
+def _took(rows: list[dict[str, Any]], out: Path) -> dict[str, dict[str, float]]:
+    """Images seen and seconds, added up, of the trials and of the runs after them."""
+    again = results.final_runs(out).values()
+    counts = {
+        "trials": [(row["images"], row["seconds"]) for row in rows],
+        "final": list(again),
+    }
+    return {
+        name: {"images": sum(images for images, _ in each), "seconds": round(sum(seconds for _, seconds in each), 1)}
+        for name, each in counts.items()
+    }
 
 
 def _embedded(begun: _Begun, split: str, clip: nn.Module) -> evaluate.Embedded:

@@ -213,7 +213,13 @@ def saved_every(trials: int) -> int:
 
 
 def search(
-    sweep: Sweep, inputs: fit.Inputs, out: Path, resources: cluster.Resources, watch: Watch, resume: bool
+    sweep: Sweep,
+    inputs: fit.Inputs,
+    out: Path,
+    resources: cluster.Resources,
+    watch: Watch,
+    resume: bool,
+    retry_failed: bool = False,
 ) -> list[Any]:
     """Run the trials; returns them as Tune has them."""
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(saved_every(sweep.trials))
@@ -231,7 +237,7 @@ def search(
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs keep their own
     )
     if resume and list((out / "tune").glob("experiment_state-*.json")):
-        tuner = _as_left(sweep, out, trainable, watch)
+        tuner = _as_left(sweep, out, trainable, watch, retry_failed)
     else:
         shutil.rmtree(out / "tune", ignore_errors=True)
         (out / STUDY).unlink(missing_ok=True)
@@ -247,17 +253,20 @@ def search(
     return list(tuner.fit()._experiment_analysis.trials)
 
 
-def _as_left(sweep: Sweep, out: Path, trainable: Any, watch: Watch) -> tune.Tuner:
+def _as_left(sweep: Sweep, out: Path, trainable: Any, watch: Watch, retry_failed: bool) -> tune.Tuner:
     """The search as it was saved, what a kill has left at odds made one."""
     _require_whole(out)
     _cut_to_whole_lines(out / STUDY)
     known = tune.ExperimentAnalysis(str(out / "tune")).trials or []
     _count_anew(out / "tune", known)
+    failed = [number_of(trial) for trial in known if trial.status == "ERROR"]
+    if failed and not retry_failed:
+        watch.tell(f"failed trials stay failed ({', '.join(failed)}): --resume --retry-failed trains them again")
     tuner = tune.Tuner.restore(
         str(out / "tune"),
         trainable,
         resume_unfinished=True,
-        resume_errored=True,
+        resume_errored=retry_failed,
         storage_filesystem=files.local_store(),
     )
     assert tuner._local_tuner is not None

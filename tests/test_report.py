@@ -93,7 +93,7 @@ def test_a_sweep_says_who_won_with_figures_intervals_and_the_command(tmp_path):
     assert page.row("Dresses")[0] == "14,218" and page.row("Pants") == ["12", "0.231", "0.251", "0.612", "0.632"]
     assert page.row("0000")[:2] == ["0.230", "zero-shot"]
     assert page.row("Trials") == ["2 done, 1 stopped, 1 failed"]
-    assert page.row("GPU hours of the trials' workers") == ["0.16"]  # 2 workers with half a GPU for 560 s
+    assert page.row("GPU hours of all workers") == ["0.16"]  # 2 workers with half a GPU for 560 s
     assert page.row("Time from start to end") == ["1 h 02 min"]
     assert page.row("train") == ["25,882", "3,997"] and "12 prompts of train items are longer" in page.text
     assert ["0002", "0.690", "0.700, 0.680"] in page.rows and "on train and validation items together" in page.text
@@ -110,6 +110,20 @@ def test_a_sweep_says_who_won_with_figures_intervals_and_the_command(tmp_path):
         *(f"Validation mAP by {name}" for name in FILE["search"]),
     ]
     assert "No pictures:" in page.text
+
+
+def test_what_it_took_counts_the_final_runs_and_the_refit(tmp_path):
+    folder = finish(make_sweep(tmp_path / "s"), "0002", figures(0.612), figures(0.231))
+    for name in ("0002-again-1", "0002-again-2", "refit"):
+        lines = [
+            {**line, "began": 100.0 + 1000 * (i > 2), "time": 200.0 + 1000 * (i > 2)}
+            for i, line in enumerate(reports(0.7))
+        ]
+        make_run(folder / "final" / name, lines)  # each was killed once: 100 s before, 100 s after
+    page = Page(report.write([folder]))
+    assert page.row("Final runs") == ["3, the refit included"] and page.row("Images seen by final runs") == ["180,000"]
+    assert page.row("Time of final runs, added up") == ["10 min 00 s"]
+    assert page.row("GPU hours of all workers") == ["0.32"]  # 2 workers with half a GPU for 560 + 600 s
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,47 @@ def test_the_live_table_has_those_that_run_first_and_the_settings_that_vary(swee
     assert cells[2][:4] == ("0001", "done", "0.001", "2,000")
 
 
+def refit_report(images: int, rate: float) -> str:
+    """A line of a run that trains on its validation items."""
+    return json.dumps({"images": images, "epoch": images / 500, "images_per_second": rate, "loss": 1.5}) + "\n"
+
+
+def test_runs_after_the_search_are_shown_and_those_to_come_counted(sweep):
+    ended = BOARD.replace("4,0003,running,,0", "4,0003,done,,2000")
+    (sweep / "leaderboard.csv").write_text(ended + "6,0004,done,,2000,0,0.1,\n")
+    (sweep / "sweep.yaml").write_text("name: tiny\ntrials: 5\nfinal: {top: 2, seeds: 2, refit: true}\n")
+    assert status.of(sweep).splitlines()[-1].startswith("time left: not known")
+    make_run(sweep / "final" / "0001-again-1", report(2000, 0.5), **{"budget.images": 2000})
+    make_run(sweep / "final" / "0001-again-2", report(1500, 0.5), **{"budget.images": 2000})
+    make_run(sweep / "final" / "0003-again-1", report(1000, 0.5), **{"budget.images": 2000})
+    lines = status.of(sweep).splitlines()
+    assert lines[2] == "final runs: 1 over, 2 running, 2 to come"
+    assert "0001-again-2: 1,500 of 2,000 images, val mAP 0.5000" in lines[3] and "0003-again-1: 1,000 of" in lines[4]
+    # 500 + 1,000 are left and 2,000 to come at 200 images/s, then the refit's 2,000 at 100
+    assert lines[5] == "200 images/s in all, about 38 s left if it runs"
+    assert list(status.table(sweep, rows=9).columns[0].cells)[:2] == ["0001-again-2", "0003-again-1"]
+
+
+def test_a_search_under_way_counts_the_final_runs_to_come(sweep):
+    (sweep / "sweep.yaml").write_text("name: tiny\ntrials: 8\nfinal: {top: 1, seeds: 1, refit: true}\n")
+    # 3 x 1,000 of trials to come, 1,000 of trial 0003; then 2,000, and 2,000 of the refit
+    assert status.of(sweep).splitlines()[-1] == "100 images/s in all, about 80 s left if it runs"
+
+
+def test_a_refit_has_no_score_and_the_runs_before_it_are_over(sweep):
+    (sweep / "leaderboard.csv").write_text(BOARD.replace("running", "done") + "6,0004,done,,2000,0,0.1,\n")
+    (sweep / "sweep.yaml").write_text("name: tiny\ntrials: 5\nfinal: {top: 2, seeds: 1, refit: true}\n")
+    diverged = json.dumps({"step": 9, "images": 999, "val_mAP": 0.0, "best_val_mAP": 0.0, "diverged": "nan"})
+    make_run(sweep / "final" / "0001-again-1", report(500, 0.5) + diverged, **{"budget.images": 2000})
+    patient = report(500, 0.5).replace("}", ', "reports_since_best": 2}')
+    make_run(sweep / "final" / "0003-again-1", patient, **{"budget.images": 2000, "budget.patience": 2})
+    make_run(sweep / "final" / "refit", refit_report(1000, 50.0), **{"budget.images": 2000})
+    lines = status.of(sweep).splitlines()
+    assert lines[2] == "final runs: 2 over, 1 running"
+    assert lines[3].startswith("refit: 1,000 of 2,000 images, 50 images/s, last report")
+    assert lines[4] == "50 images/s in all, about 20 s left if it runs"
+
+
 def test_a_sweep_that_is_over(sweep):
     (sweep / "summary.json").write_text("{}")
     assert status.of(sweep).splitlines()[-1] == f"finished: {sweep / 'report.html'}"

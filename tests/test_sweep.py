@@ -114,6 +114,12 @@ def test_the_leader_is_trained_again_and_the_winner_with_all_items(finished, sma
     assert len(set(scores)) == 2 and list(summary["final"]["again"]) == [leader], "two seeds, two results"
     seeds = {config.load(run / "experiment.json").seed for run in (out / "final").glob("*-again-*")}
     assert seeds == {1, 2}
+    seen = [
+        json.loads(line) for file in out.glob("final/*/metrics.jsonl") for line in file.read_text().splitlines()[-1:]
+    ]
+    assert summary["took"]["final"]["images"] == sum(line["images"] for line in seen) > 0
+    assert summary["took"]["trials"]["images"] == sum(int(row["images"]) for row in rows(out))
+    assert summary["took"]["final"]["seconds"] > 0
     if summary["best_trial"] == leader:
         assert summary["final"]["refit"] and summary["val_mAP"] == pytest.approx(sum(scores) / 2)
         lines = [json.loads(line) for line in (out / "final/refit/metrics.jsonl").read_text().splitlines()]

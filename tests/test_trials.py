@@ -171,6 +171,29 @@ def test_a_study_goes_on_after_half_a_line(tmp_path):
     assert len(study(tmp_path).trials) == 3
 
 
+@pytest.mark.parametrize("retry", [False, True])
+def test_failed_trials_are_trained_again_only_where_that_is_asked_for(tmp_path, monkeypatch, retry):
+    made = searcher(tmp_path)
+    (tmp_path / "tune").mkdir()
+    for name in ("experiment_state-1.json", "search_gen_state-1.json", "searcher-state-1.pkl"):
+        (tmp_path / "tune" / name).write_bytes(b"{}" if name.startswith("exp") else cloudpickle.dumps({}))
+    ended = [("0001", "ERROR"), ("0002", "TERMINATED"), ("0003", "ERROR")]
+    known = [
+        SimpleNamespace(trial_id=n, experiment_tag=f"{int(n)}_x", status=status, is_finished=lambda: True)
+        for n, status in ended
+    ]
+    asked, told = {}, []
+    parts = SimpleNamespace(_tune_config=SimpleNamespace(search_alg=made), _run_config=SimpleNamespace())
+    monkeypatch.setattr(trials.tune, "ExperimentAnalysis", lambda folder: SimpleNamespace(trials=known))
+    restored = SimpleNamespace(_local_tuner=parts)
+    monkeypatch.setattr(trials.tune.Tuner, "restore", lambda *_, **options: asked.update(options) or restored)
+    sweep = space.load(tmp_path / "sweep.yaml")
+    trials._as_left(sweep, tmp_path, Trial, SimpleNamespace(tell=told.append), retry)
+    assert (asked["resume_errored"], asked["resume_unfinished"]) == (retry, True)
+    stay = ["failed trials stay failed (0001, 0003): --resume --retry-failed trains them again"]
+    assert told == ([] if retry else stay)
+
+
 @pytest.mark.parametrize("broken", ["experiment_state-1.json", "search_gen_state-1.json", "searcher-state-1.pkl"])
 def test_a_state_that_cant_be_read_is_refused(tmp_path, broken):
     (tmp_path / "tune").mkdir()
