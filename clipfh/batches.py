@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from clipfh import UserError, config
 
@@ -27,6 +29,15 @@ class Index:
     def views(self) -> np.ndarray:
         """(I,) images of each item."""
         return np.bincount(self.item, minlength=len(self.names))
+
+
+def index_of(rows: pa.Table, shard_ends: np.ndarray) -> Index:
+    """The index of some rows."""
+    items = rows["item_id"].combine_chunks().dictionary_encode()
+    item = items.indices.to_numpy().astype(np.int32)
+    first = np.unique(item, return_index=True)[1]
+    category = rows["category"].combine_chunks().dictionary_encode().indices.to_numpy()[first].astype(np.int32)
+    return Index(item, category, items.dictionary.to_pylist(), shard_ends)
 
 
 class Plan:
@@ -125,6 +136,16 @@ class Plan:
         place = (offset[:, None] + np.arange(self.views)) % sizes[:, None]
         chosen = shuffled[(np.cumsum(sizes) - sizes)[:, None] + place]
         return self.rows[self.starts[items][:, None] + chosen]
+
+
+def plan_of(index: Index, batch: config.Batch, seed: int) -> Plan:
+    """The plan of a run on these train images."""
+    return Plan(index.item, batch.items, batch.views, seed, index.category, batch.categories)
+
+
+def digest(previous: str, step: int, rows: np.ndarray) -> str:
+    """Fingerprint of a stream: chained over (step, rows of the global batch), so equal only for equal streams."""
+    return hashlib.sha256(f"{previous} {step} ".encode() + rows.astype(np.int64).tobytes()).hexdigest()[:16]
 
 
 def _apart(order: np.ndarray, begun: np.ndarray, head: int) -> np.ndarray:

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from pyarrow import fs
 
-from clipfh import UserError, sources
+from clipfh import UserError, cores, sources
 from clipfh.sources import OUTSIDE, LeftOut, Photo
 
 FORMAT, VERSION = "clipfh-catalogue", 2
@@ -302,12 +302,11 @@ class _Refused(Exception):
 @contextmanager
 def _processes() -> Iterator[ProcessPoolExecutor]:
     """A process a core, started at once; what has not begun when the block fails is dropped."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Spawned, not forked: the caller may have threads
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(cores, mp_context=spawn, initializer=_start_worker)
+    pool = ProcessPoolExecutor(cores.available(), mp_context=spawn, initializer=_start_worker)
     with _main_module_hidden():
-        for _ in range(cores):  # they start while the source is read
+        for _ in range(cores.available()):  # they start while the source is read
             pool.submit(os.getpid)
     try:
         yield pool

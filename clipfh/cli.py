@@ -399,8 +399,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if embedded:
         print(f"embeddings of the same model, images and prompts are in {out}: used again")
     else:
-        with _all_or_nothing(out, "embeddings.parquet"), _connected(args), _progress("images embedded") as tell:
-            embedded = evaluate.embed(opened, splits, clip, experiment.model, texts, tell)
+        with _all_or_nothing(out, "embeddings.parquet"), _to_embed(args), _progress("images embedded") as tell:
+            embedded = evaluate.embed_splits(opened, splits, clip, experiment.model, texts, tell)
             evaluate.keep(out, mark, embedded)
     found = evaluate.measure(out, embedded, args.random_splits, args.skip_unmatched, args.rerank)
     of = {"path": str(opened.path), "hash": opened.manifest["hash"]}
@@ -429,7 +429,7 @@ def train(args: argparse.Namespace) -> None:
     as_it_was = args.resume and not settings and not args.preset
     given = None if as_it_was else config.resolve(args.stage, args.preset, settings)
     opened = catalogue.open_catalogue(args.catalogue)
-    from clipfh import batches, cluster, fit, runs, track, train
+    from clipfh import batches, cluster, fit, runs, stream, track, train
 
     track.require(args.track)
     with _all_or_nothing(out, "checkpoints/checkpoint_*"):
@@ -444,7 +444,7 @@ def train(args: argparse.Namespace) -> None:
             print(f"{experiment.stage} stage of {experiment.model.name} on {images:,} images: {resources}", flush=True)
             if experiment.stage == "joint" and not experiment.loss.takes_text:
                 print("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
-            inputs = train.inputs_of(opened, experiment, clip, placement.keep_gib)
+            inputs = train.inputs_of(opened, experiment, clip, stream, placement.keep_gib)
             for note in train.notes_on(inputs):
                 print(note)
             total = batches.budget_of(experiment, inputs.num_images).total * experiment.batch.images
@@ -572,8 +572,8 @@ def embed(args: argparse.Namespace) -> None:
     clip, experiment, weights = _model(args, settings)
     splits = [split for split in catalogue.SPLITS if opened.num_images(split)]
     prompts = train.prompts_of(opened, experiment, *splits)
-    with _connected(args), _progress("images embedded") as tell:
-        embedding = evaluate.Encoder(clip, experiment.model).images(opened, splits, tell)
+    with _to_embed(args), _progress("images embedded") as tell:
+        embedding = evaluate.choose_encoder(clip, experiment.model).images(opened, splits, tell)
     rows = evaluate.prompted(opened, splits, prompts)
     embeddings.write(out, rows, embedding, search.mark(clip, experiment, weights, opened))
     print(f"{len(embedding):,} embeddings of {embedding.shape[1]} numbers: {out}")
@@ -618,6 +618,13 @@ def _connected(args: argparse.Namespace, placement: config.Placement | None = No
         yield
     finally:
         cluster.disconnect()
+
+
+def _to_embed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Connected to a cluster to embed over, where there is one to gain from."""
+    from clipfh import embed
+
+    return _connected(args) if embed.wants_cluster(args.address) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

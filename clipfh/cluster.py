@@ -29,7 +29,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.placement_group import PlacementGroup
 
-from clipfh import LOST, UserError
+from clipfh import LOST, UserError, cores
 from clipfh.config import Placement
 
 # Train asks its workers for reports at this interval; at its default of 2 s every report waits for it.
@@ -89,7 +89,7 @@ def connect(address: str | None = None, placement: Placement | None = None, dash
     if address == "local":
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process a run, for a machine that nobody takes away
         workers = placement.workers if placement else 1
-        slots = max(2 * _cores(), 4, 4 * workers)
+        slots = max(2 * cores.available(), 4, 4 * workers)
         try:
             ray.init("local", num_cpus=slots, include_dashboard=dashboard, runtime_env=_environment(), **quiet)
         except Exception as error:
@@ -142,13 +142,14 @@ def logs() -> str:
     return f"{node.get_session_dir_path()}/logs" if node else "on the cluster's head"
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def at_work() -> int:
     """Processes that may compute at once: as many as the cluster has CPUs, or cores where it is our own."""
-    return _cores() if _is_own() else max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return cores.available() if _is_own() else max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def is_this_machines_cpus() -> bool:
+    """Whether the cluster is one of our own, on this machine, without a GPU."""
+    return _is_own() and not ray.cluster_resources().get("GPU")
 
 
 def _is_own() -> bool:
@@ -198,7 +199,7 @@ def place(placement: Placement, alone: bool = True) -> Resources:
 
 def _decoding(workers: int) -> int | None:
     """A cluster of our own declares more CPUs than it has cores, and each task at a time is a process of 400 MiB."""
-    return max(1, TASKS_A_CORE * _cores() // workers) if _is_own() else None
+    return max(1, TASKS_A_CORE * cores.available() // workers) if _is_own() else None
 
 
 def _share(placement: Placement, have: dict[str, float], gpus: float, alone: bool) -> int:
@@ -207,8 +208,8 @@ def _share(placement: Placement, have: dict[str, float], gpus: float, alone: boo
         return 1
     largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
     runs = placement.workers * (1 if alone or placement.concurrent == "auto" else placement.concurrent)
-    cores = min(_cores(), int(largest))
-    return max(1, min(cores // runs, int(have.get("CPU", 0) // runs) - PIPELINE_CPUS))
+    at_hand = min(cores.available(), int(largest))
+    return max(1, min(at_hand // runs, int(have.get("CPU", 0) // runs) - PIPELINE_CPUS))
 
 
 def at_once(placement: Placement, resources: Resources) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import torch
 
-from clipfh import config, model, stream, train
+from clipfh import batches, config, model, train
 from clipfh.catalogue import Catalogue
 from clipfh.learner import Learner
 from clipfh.space import Sweep
@@ -65,7 +65,7 @@ def measure(catalogue: Catalogue, experiment: config.Experiment, threads: int = 
 
 
 def _learner(catalogue: Catalogue, experiment: config.Experiment, items: int, device: torch.device) -> Learner:
-    index = stream.index_of(catalogue.rows("train"), np.array([catalogue.num_images("train")]))
+    index = batches.index_of(catalogue.rows("train"), np.array([catalogue.num_images("train")]))
     captions, _ = train.captions_of(catalogue, index.names, experiment, "train")
     batch = dataclasses.replace(experiment.batch, items=items, views=VIEWS, chunk=0)
     small = dataclasses.replace(experiment, batch=batch)
@@ -74,7 +74,7 @@ def _learner(catalogue: Catalogue, experiment: config.Experiment, items: int, de
 
 def _step(learner: Learner, device: torch.device) -> float:
     """Seconds of one step."""
-    rows = stream.plan_of(learner.index, learner.experiment.batch, 0).batch(learner.step)
+    rows = batches.plan_of(learner.index, learner.experiment.batch, 0).batch(learner.step)
     size = model.preprocess_of(learner.clip).size
     pixels = np.random.default_rng(0).integers(0, 256, (len(rows), size, size, 3), np.uint8)
     start = time.perf_counter()

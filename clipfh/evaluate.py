@@ -1,11 +1,11 @@
-"""Embed a catalogue's images and prompts with Ray Data, rank them, and write the figures and the predictions."""
+"""Embed a query and a gallery split, rank them, and write the figures and the predictions."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 from torch import Tensor, nn
 
-from clipfh import UserError, __version__, cluster, config, embeddings, files, images, metrics, model
+from clipfh import UserError, __version__, config, embed, embeddings, files, metrics, model
 from clipfh import rerank as reranking
 from clipfh.catalogue import Catalogue
 
 IMAGES, TEXTS = "embeddings.parquet", "prompts.parquet"
-EMBED_BATCH = 128
 TOP = 50
 """Gallery images that `predictions.parquet` lists for each query."""
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -47,39 +44,15 @@ class Embedded:
         return self.query.join(self.gallery)
 
 
-class _Embedder:
-    """A copy of the model, fed with batches of images or of tokens by Ray Data."""
-
-    def __init__(self, clip: Any, precision: str) -> None:
-        device = model.device()
-        self.towers = model.Towers(ray.get(clip)).to(device).eval()
-        self.precision = model.precision(precision, device)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if "image" in batch:
-            embedding = model.embed(self.towers, batch["image"], self.precision)
-        else:
-            embedding = model.embed_text(self.towers, torch.from_numpy(batch["tokens"]).long(), self.precision)
-        return {"embedding": embedding.cpu().numpy()}
-
-
-_embedder = functools.lru_cache(maxsize=1)(_Embedder)
-
-
-def _embed_on_cpu(batch: Any, clip: Any, precision: str) -> Any:
-    """The same in a task: processes that have torch loaded serve one dataset after another."""
-    return _embedder(clip, precision)(batch)
-
-
-def embed(
+def embed_splits(
     catalogue: Catalogue,
     splits: tuple[str, str],
     clip: nn.Module,
     settings: config.Model,
     prompts: dict[str, str],
-    progress: Progress | None = None,
+    progress: embed.Progress | None = None,
 ) -> Embedded:
-    """Embed a query and a gallery split, and the prompts of their items, over all GPUs or CPUs there are.
+    """Embed a query and a gallery split, and the prompts of their items, by the encoder of `choose_encoder`.
 
     Args:
         catalogue: to read.
@@ -92,71 +65,20 @@ def embed(
     Raises:
         UserError: an empty split.
     """
-    encoder, distinct = Encoder(clip, settings), distinct_prompts(catalogue, splits, prompts)
-    embedding = encoder.images(catalogue, splits, progress)
-    return _assembled(catalogue, splits, prompts, embedding, encoder.texts(distinct) if distinct else None)
+    encode, distinct = choose_encoder(clip, settings), distinct_prompts(catalogue, splits, prompts)
+    embedding = encode.images(catalogue, splits, progress)
+    return _assembled(catalogue, splits, prompts, embedding, encode.texts(distinct) if distinct else None)
 
 
-class Encoder:
-    """A model in Ray's object store, to embed with over all GPUs or CPUs there are."""
+def choose_encoder(clip: nn.Module, settings: config.Model) -> embed.Encoder:
+    """An encoder of this process, or over the cluster that it is connected to, unless that is this machine's CPUs."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        from clipfh import cluster, embed_ray
 
-    def __init__(self, clip: nn.Module, settings: config.Model) -> None:
-        self.settings, self.preprocess = settings, model.preprocess_of(clip)
-        self.clip = ray.put(clip)  # Ray copies what it holds: the caller's model stays as it is
-
-    def images(self, catalogue: Catalogue, splits: Sequence[str], progress: Progress | None = None) -> Tensor:
-        """Unit embeddings of all images of some splits, (N, D) float32, in the order of `catalogue.rows`.
-
-        Images stream through Ray's object store; this process holds the embeddings alone. UserError: an empty split.
-        """
-        catalogue.require(*splits)
-        paths = [str(path) for split in splits for path in catalogue.shards(split)]
-        at_once = min(len(paths), cluster.at_work())
-        # Not `read_parquet`, which starts some ten processes more to look into a handful of files
-        shards = ray.data.from_items([{"shard": path} for path in paths], override_num_blocks=len(paths))
-        decoded = _in_tasks(shards, _decode, None, 0.5, at_once, preprocess=self.preprocess)
-        total, done, parts = sum(map(catalogue.num_images, splits)), 0, []
-        for part in self._run(decoded, at_once):
-            parts.append(part)
-            done += len(part)
-            if progress:
-                progress(done, total)
-        return torch.cat(parts)
-
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings of texts, (C, D) float32."""
-        tokens = model.tokenizer(self.settings)(list(texts)).numpy().astype(np.int32)
-        return torch.cat(list(self._run(ray.data.from_numpy(tokens).rename_columns({"data": "tokens"}), at_once=1)))
-
-    def _run(self, rows: ray.data.Dataset, at_once: int) -> Iterator[Tensor]:
-        """Embeddings of the dataset's rows, in its order. On CPUs so many processes take part."""
-        rows.context.execution_options.preserve_order = True
-        rows.context.enable_progress_bars = False
-        arguments = {"clip": self.clip, "precision": self.settings.precision}
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        if gpus:
-            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)
-            how: dict[str, Any] = {"fn_constructor_kwargs": arguments, "compute": pool, "num_gpus": 1}
-            embedded = rows.map_batches(_Embedder, batch_size=EMBED_BATCH, **how)
-        else:
-            embedded = _in_tasks(rows, _embed_on_cpu, EMBED_BATCH, 1, at_once, **arguments)
-        for batch in embedded.iter_batches(batch_format="numpy"):
-            yield torch.from_numpy(batch["embedding"].copy())
-
-
-def _in_tasks(
-    rows: ray.data.Dataset, function: Any, size: int | None, cpus: float, at_once: int, **arguments: Any
-) -> ray.data.Dataset:
-    """Batches of so many rows, or blocks, mapped by tasks, so many at once, whose processes serve other tasks too."""
-    how: dict[str, Any] = {"num_cpus": cpus, "runtime_env": cluster.first_calling("")}
-    return rows.map_batches(function, batch_size=size, fn_kwargs=arguments, concurrency=at_once, **how)
-
-
-def _decode(batch: Any, preprocess: images.Preprocess) -> Any:
-    """The images of some shards, a part at a time."""
-    for shard in batch["shard"]:
-        for part in pq.ParquetFile(shard).iter_batches(EMBED_BATCH, columns=["image"]):
-            yield {"image": np.stack([images.for_evaluation(each.as_py(), preprocess) for each in part["image"]])}
+        if not cluster.is_this_machines_cpus():
+            return embed_ray.Encoder(clip, settings)
+    return embed.InProcess(clip, settings)
 
 
 def _assembled(
@@ -183,7 +105,7 @@ def distinct_prompts(catalogue: Catalogue, splits: Sequence[str], prompts: dict[
 
 
 def prompted(catalogue: Catalogue, splits: Sequence[str], prompts: dict[str, str]) -> pa.Table:
-    """item_id, path, split and prompt of each image of some splits, in the order that `Encoder.images` has."""
+    """item_id, path, split and prompt of each image of some splits, in the order of `embed.Encoder.images`."""
     rows = pa.concat_tables(catalogue.rows(split).select(["item_id", "path", "split"]) for split in splits)
     return rows.append_column("prompt", pa.array(map(prompts.get, rows["item_id"].to_pylist()), pa.string()))
 

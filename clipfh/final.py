@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from clipfh import cluster, config, files, fit, runs
+from clipfh.inputs import Inputs
 from clipfh.space import Final
 
 RETRIES = 3
@@ -30,7 +31,7 @@ def leaders(rows: Sequence[Mapping[str, Any]], out: Path, top: int) -> dict[str,
 def again(
     leading: Mapping[str, config.Experiment],
     final: Final,
-    inputs: fit.Inputs,
+    inputs: Inputs,
     folder: Path,
     resources: cluster.Resources,
     at_once: int,
@@ -74,7 +75,7 @@ def best_run(folder: Path, trial: str, scores: Sequence[float]) -> Path:
     return run_of(folder, trial, 1 + max(range(len(scores)), key=lambda number: scores[number]))
 
 
-def refit(experiment: config.Experiment, inputs: fit.Inputs, folder: Path, resources: cluster.Resources) -> Path:
+def refit(experiment: config.Experiment, inputs: Inputs, folder: Path, resources: cluster.Resources) -> Path:
     """Train on inputs that hold the validation items too, to the end of the budget; returns the run's folder."""
     whole = dataclasses.replace(experiment, budget=dataclasses.replace(experiment.budget, patience=0))
     out = folder / "refit"
@@ -84,7 +85,7 @@ def refit(experiment: config.Experiment, inputs: fit.Inputs, folder: Path, resou
 
 def _train_all(
     jobs: Mapping[Path, config.Experiment],
-    inputs: fit.Inputs,
+    inputs: Inputs,
     resources: cluster.Resources,
     at_once: int,
     told: Callable[[Path], None],
@@ -103,7 +104,7 @@ def _train_all(
             raise
 
 
-def _train(experiment: config.Experiment, inputs: fit.Inputs, out: Path, resources: cluster.Resources) -> None:
+def _train(experiment: config.Experiment, inputs: Inputs, out: Path, resources: cluster.Resources) -> None:
     lines = runs.read_metrics(out)
     if lines and fit.is_over(experiment, inputs, lines[-1]) and runs.latest_step(out) >= lines[-1]["step"]:
         return

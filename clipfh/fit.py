@@ -1,9 +1,8 @@
-"""`fit`, the one driver of a run, by Ray Train, and what it is given. It loads no torch: only workers need that."""
+"""`fit`, the driver of a run by Ray Train. It loads no torch: only workers need that."""
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,11 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from clipfh import UserError, batches, cluster, config, stream
+from clipfh import UserError, batches, cluster, config
+from clipfh.inputs import Inputs
 
-WORKER = "clipfh.train"
+WORKER = "clipfh.worker"
 """The module of a worker's `loop`, and of `load`, which its process calls before all else."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """All that a run reads, as references into the object store."""
-
-    images: stream.Images
-    captions: Any
-    """ObjectRef[Captions]"""
-    weights: Any
-    """ObjectRef[dict[str, np.ndarray]]"""
-    validation: Any
-    """ObjectRef of decoded images (N, size, size, 3) uint8: val_query, then val_gallery; None where those are trained
-    on"""
-    items: Any
-    """ObjectRef[tuple[np.ndarray, np.ndarray, int]]: item and path code of each validation image, number of queries"""
-    size: int
-    """side of the model's input, pixels"""
-    num_images: int
-    num_single: int
-    """train items with a single view"""
-    num_cut: int
-    """prompts of train items that are longer than the model reads"""
-    start_val_mAP: float | None = None
-    """validation mAP of the weights, where it is known; else each run measures it"""
 
 
 class _WholeLists(ControllerCallback):

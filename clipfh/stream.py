@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,10 +16,10 @@ from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.data._internal.stats import get_or_create_stats_actor
 from ray.data.block import BlockMetadata
 
-from clipfh import UserError, images
-from clipfh.batches import Index, Plan
+from clipfh import UserError, decoding
 from clipfh.catalogue import Catalogue
-from clipfh.config import Augment, Batch
+from clipfh.decoding import BatchDecoder, Images, Recipe
+from clipfh.images import Preprocess
 
 FIRST_TASKS, FIRST_IMAGES = 4, 256
 """The first tasks of a stream, and what each takes: few images, so that the first batch comes soon."""
@@ -41,49 +38,22 @@ TASK: dict[str, Any] = {
 else, and serves both. Ray compares environments as text, and writes alike only those that it has merged: hence the
 driver's tasks name theirs too, though the job's is the same."""
 
-
-@dataclass(frozen=True)
-class Images:
-    """The train images in the object store, shared without copies by all tasks, workers and trials."""
-
-    index: Any
-    """ObjectRef[Index]"""
-    shards: list[Any]
-    """ObjectRef[pa.Table] with the columns `image` and `path`, each in one chunk"""
-    kept: list[Any]
-    """ObjectRef[Decoded] of each shard, None for those there was no room for"""
+_read_shard = ray.remote(**TASK)(decoding.read_shard)
+_room = ray.remote(**TASK)(decoding.room)
+_keep_shard = ray.remote(**TASK)(decoding.keep_shard)
+_for_evaluation = ray.remote(**TASK)(decoding.for_evaluation)
 
 
 def share(catalogue: Catalogue, *splits: str) -> Images:
     """Put the encoded images of splits into the object store, one object a shard, read by tasks where there is room."""
     get_or_create_stats_actor()  # else the first worker's pipeline does, as a process with all that the worker's loads
-    rows = pa.concat_tables([catalogue.rows(split) for split in splits])
     shards = [_read_shard.remote(str(path)) for split in splits for path in catalogue.shards(split)]
-    lengths = ray.get([_length.remote(shard) for shard in shards])
-    return Images(ray.put(index_of(rows, np.cumsum(lengths))), shards, [None] * len(shards))
+    return Images(ray.put(decoding.index(catalogue, *splits)), shards, [None] * len(shards))
 
 
-def index_of(rows: pa.Table, shard_ends: np.ndarray) -> Index:
-    """The index of some rows."""
-    items = rows["item_id"].combine_chunks().dictionary_encode()
-    item = items.indices.to_numpy().astype(np.int32)
-    first = np.unique(item, return_index=True)[1]
-    category = rows["category"].combine_chunks().dictionary_encode().indices.to_numpy()[first].astype(np.int32)
-    return Index(item, category, items.dictionary.to_pylist(), shard_ends)
-
-
-@ray.remote(**TASK)
-def _read_shard(path: str) -> pa.Table:
-    import pyarrow.parquet as pq
-
-    table = pq.ParquetFile(path).read(columns=["image", "path"])
-    # int64 offsets: a column of 2 GiB and more stays one chunk
-    return table.set_column(0, "image", table["image"].cast(pa.large_binary())).combine_chunks()
-
-
-@ray.remote(**TASK)
-def _length(shard: pa.Table) -> int:
-    return len(shard)
+def put(value: Any) -> Any:
+    """A value in the object store; returns the reference."""
+    return ray.put(value)
 
 
 def keep_decoded(shared: Images, gib: float, size: int, crop_min: float) -> Images:
@@ -108,71 +78,9 @@ def keep_decoded(shared: Images, gib: float, size: int, crop_min: float) -> Imag
     for shard, needed in zip(
         shared.shards, ray.get([_room.remote(s, size, crop_min) for s in shared.shards]), strict=True
     ):
-        kept.append(_decode_shard.remote(shard, size, crop_min) if needed <= room else None)
+        kept.append(_keep_shard.remote(shard, size, crop_min) if needed <= room else None)
         room -= needed if kept[-1] else 0
     return dataclasses.replace(shared, kept=kept)
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """The decoded images of a shard, one after the other."""
-
-    pixels: np.ndarray
-    """uint8, of all"""
-    starts: np.ndarray
-    """(n,) where each begins"""
-    photos: np.ndarray
-    """(n, 3) width and height of each photo, and the reduction at which it is decoded"""
-
-    def __getitem__(self, row: int) -> images.Kept:
-        width, height, reduction = map(int, self.photos[row])
-        h, w, start = -(-height // reduction), -(-width // reduction), int(self.starts[row])
-        return images.Kept(width, height, reduction, self.pixels[start : start + 3 * h * w].reshape(h, w, 3))
-
-
-def _photos(shard: pa.Table, size: int, crop_min: float) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 3) width, height and most usual reduction of a shard's photos, and the bytes that each takes decoded."""
-    photos = np.array([images.usual(encoded.as_py(), size, crop_min) for encoded in shard["image"]])
-    return photos, 3 * np.prod(-(-photos[:, :2] // photos[:, 2:]), axis=1)
-
-
-@ray.remote(**TASK)
-def _room(shard: pa.Table, size: int, crop_min: float) -> int:
-    """Bytes that a shard takes decoded."""
-    return int(_photos(shard, size, crop_min)[1].sum())
-
-
-@ray.remote(**TASK)
-def _decode_shard(shard: pa.Table, size: int, crop_min: float) -> Decoded:
-    photos, needed = _photos(shard, size, crop_min)
-    ends = np.cumsum(needed)
-    pixels, starts = np.empty(ends[-1], np.uint8), ends - needed
-    for encoded, photo, start, end in zip(shard["image"], photos, starts, ends, strict=True):
-        pixels[start:end] = images.decoded(encoded.as_py(), int(photo[2])).reshape(-1)
-    return Decoded(pixels, starts, photos)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What makes the pixels of a batch, given its step."""
-
-    batch: Batch
-    augment: Augment
-    seed: int
-    size: int
-    """side of the model's input, pixels"""
-
-
-@functools.lru_cache(maxsize=4)
-def _plan(index: Any, batch: Batch, seed: int) -> tuple[Plan, np.ndarray]:
-    """The plan and the ends of the shards, got once a process."""
-    found: Index = ray.get(index)
-    return plan_of(found, batch, seed), found.shard_ends
-
-
-def plan_of(index: Index, batch: Batch, seed: int) -> Plan:
-    """The plan of a run on these train images."""
-    return Plan(index.item, batch.items, batch.views, seed, index.category, batch.categories)
 
 
 def batches(
@@ -232,76 +140,9 @@ def _counted(start: int, end: int) -> list[pa.Table]:
 
 def _load(block: dict[str, np.ndarray], shared: Images, recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
     """Decode a rank's part of some steps: step (S,), row (S, B), image (S, B, size, size, 3)."""
-    plan, shard_ends = _plan(shared.index, recipe.batch, recipe.seed)
-    read, kept = _reader(shard_ends, shared.shards, _encoded), _reader(shard_ends, shared.kept, operator.getitem)
-    step = block["step"]
-    rows = np.stack([plan.batch(int(each)).reshape(world_size, -1)[rank] for each in step])
-    place = rank * rows.shape[1]
-    pixels = np.empty((*rows.shape, recipe.size, recipe.size, 3), np.uint8)
-    for i, part in enumerate(rows):
-        pixels[i] = decode(recipe, read, int(step[i]), place, part, kept)
-    return {"step": step, "row": rows, "image": pixels}
-
-
-def decode(
-    recipe: Recipe,
-    read: Callable[[int], bytes],
-    step: int,
-    first: int,
-    rows: np.ndarray,
-    kept: Callable[[int], images.Kept | None] = lambda row: None,
-) -> np.ndarray:
-    """(B, size, size, 3) uint8 images of rows that stand from `first` on in the step's global batch.
-
-    Args:
-        recipe: of the pixels.
-        read: row to the encoded image.
-        step: of the batch.
-        first: place of the first row in it.
-        rows: (B,) image rows.
-        kept: row to the image as it is kept decoded, or None.
-    """
-    crop, flip = recipe.augment.crop_min, recipe.augment.flip
-    out = np.empty((len(rows), recipe.size, recipe.size, 3), np.uint8)
-    for i, row in enumerate(rows):
-        rng = np.random.Generator(np.random.SFC64((recipe.seed, step, first + i)))
-        out[i] = images.for_training(read(int(row)), recipe.size, crop, flip, rng, kept(int(row)))
-    return out
-
-
-def paths(shared: Images, rows: np.ndarray) -> list[str]:
-    """Where the images of some rows lay in the source."""
-    read = _reader(ray.get(shared.index).shard_ends, shared.shards, lambda shard, row: shard["path"][row].as_py())
-    return [read(int(row)) for row in rows]
-
-
-def _encoded(shard: pa.Table, row: int) -> bytes:
-    encoded: bytes = shard["image"].chunk(0)[row].as_py()
-    return encoded
-
-
-def _reader(shard_ends: np.ndarray, shards: list[Any], of: Callable[[Any, int], Any]) -> Callable[[int], Any]:
-    """Row to what a shard has of it; None where there is no shard. A shard is fetched when it is first asked for."""
-    fetched: dict[int, Any] = {}
-
-    def read(row: int) -> Any:
-        shard = int(np.searchsorted(shard_ends, row, side="right"))
-        if shard not in fetched:
-            fetched[shard] = None if shards[shard] is None else ray.get(shards[shard])
-        start = shard_ends[shard - 1] if shard else 0
-        return None if fetched[shard] is None else of(fetched[shard], row - int(start))
-
-    return read
-
-
-def digest(previous: str, step: int, rows: np.ndarray) -> str:
-    """Fingerprint of a stream: chained over (step, rows of the global batch), so equal only for equal streams."""
-    return hashlib.sha256(f"{previous} {step} ".encode() + rows.astype(np.int64).tobytes()).hexdigest()[:16]
-
-
-@ray.remote(**TASK)
-def _decode_for_evaluation(shard: pa.Table, preprocess: images.Preprocess) -> np.ndarray:
-    return np.stack([images.for_evaluation(encoded.as_py(), preprocess) for encoded in shard["image"]])
+    decoder = BatchDecoder(shared, recipe, rank, world_size)
+    rows, pixels = zip(*(decoder(int(step)) for step in block["step"]), strict=True)
+    return {"step": block["step"], "row": np.stack(rows), "image": np.stack(pixels)}
 
 
 @ray.remote(**TASK)
@@ -309,11 +150,11 @@ def _joined(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def decoded(catalogue: Catalogue, splits: tuple[str, ...], preprocess: images.Preprocess) -> Any:
+def decoded(catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess) -> Any:
     """Splits decoded for evaluation, once for all workers and trials.
 
     Returns:
         ObjectRef of (N, size, size, 3) uint8, in the order of the splits' rows.
     """
     paths = [path for split in splits for path in catalogue.shards(split)]
-    return _joined.remote(*[_decode_for_evaluation.remote(_read_shard.remote(str(p)), preprocess) for p in paths])
+    return _joined.remote(*[_for_evaluation.remote(_read_shard.remote(str(p)), preprocess) for p in paths])

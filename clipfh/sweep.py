@@ -23,14 +23,15 @@ from clipfh import (
     export,
     files,
     final,
-    fit,
     model,
     report,
     results,
     runs,
+    stream,
     train,
 )
 from clipfh.catalogue import Catalogue
+from clipfh.inputs import Inputs
 from clipfh.space import Sweep, resolved
 from clipfh.trials import ZERO_SHOT, Leaderboard, Watch, search
 
@@ -131,7 +132,7 @@ def _zero_shot(begun: _Begun) -> float:
     return found
 
 
-def _inputs(begun: _Begun, zero_shot: float) -> fit.Inputs:
+def _inputs(begun: _Begun, zero_shot: float) -> Inputs:
     """What all trials read.
 
     Raises:
@@ -139,13 +140,13 @@ def _inputs(begun: _Begun, zero_shot: float) -> fit.Inputs:
     """
     corners = (begun.sweep.experiment(corner) for corner in begun.sweep.corners("batch.items"))
     widest = max(corners, key=lambda experiment: experiment.batch.items)
-    inputs = train.inputs_of(begun.catalogue, widest, begun.clip, begun.sweep.placement.keep_gib)
+    inputs = train.inputs_of(begun.catalogue, widest, begun.clip, stream, begun.sweep.placement.keep_gib)
     for note in train.notes_on(inputs):
         begun.tell(note)
     return dataclasses.replace(inputs, start_val_mAP=zero_shot)
 
 
-def _winner(begun: _Begun, inputs: fit.Inputs, rows: list[dict[str, Any]]) -> _Winner:
+def _winner(begun: _Begun, inputs: Inputs, rows: list[dict[str, Any]]) -> _Winner:
     """Choose by validation mAP alone; train the leading settings again, and the winner on all items, where asked."""
     asked, out, folder = begun.sweep.final, begun.out, begun.out / "final"
     trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
@@ -163,7 +164,7 @@ def _winner(begun: _Begun, inputs: fit.Inputs, rows: list[dict[str, Any]]) -> _W
     if asked.refit:
         begun.tell(f"now trial {trial}'s settings on train and validation items together")
         experiment = config.load(out / "trials" / trial / runs.EXPERIMENT)
-        whole = train.inputs_of(begun.catalogue, experiment, begun.clip, with_validation=True)
+        whole = train.inputs_of(begun.catalogue, experiment, begun.clip, stream, with_validation=True)
         run = final.refit(experiment, whole, folder, begun.resources)
     return _Winner(trial, score, run, again)
 
@@ -220,7 +221,9 @@ def _took(rows: list[dict[str, Any]], out: Path) -> dict[str, dict[str, float]]:
 
 def _embedded(begun: _Begun, split: str, clip: nn.Module) -> evaluate.Embedded:
     splits = evaluate.splits_of(split)
-    return cluster.through_losses(lambda: evaluate.embed(begun.catalogue, splits, clip, begun.base.model, begun.texts))
+    return cluster.through_losses(
+        lambda: evaluate.embed_splits(begun.catalogue, splits, clip, begun.base.model, begun.texts)
+    )
 
 
 def _tested(begun: _Begun, key: str, clip: nn.Module) -> dict[str, Any]:

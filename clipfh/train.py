@@ -1,27 +1,18 @@
-"""What a run begins with, and the loop of its workers."""
+"""What a run begins with: its folder, its model, and what its workers read, put into the object store once for all."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import ray
-import ray.train
-import torch
 from torch import nn
 
-from clipfh import UserError, batches, checkpoint, cluster, config, files, model, prompts, runs, stream
+from clipfh import UserError, batches, checkpoint, config, files, model, prompts, runs
 from clipfh.catalogue import Catalogue
-from clipfh.fit import Inputs
-from clipfh.learner import Captions, Diverged, Learner, Tally, Validation
-from clipfh.runs import History
-
-# --- What a run needs, put into the object store once for all trials -------------------------------------------------
+from clipfh.decoding import Feed, fetch
+from clipfh.inputs import Inputs
+from clipfh.learner import Captions
 
 
 def begin(
@@ -91,15 +82,17 @@ def inputs_of(
     catalogue: Catalogue,
     experiment: config.Experiment,
     clip: nn.Module,
+    feed: Feed,
     keep_gib: float = 0.0,
     with_validation: bool = False,
 ) -> Inputs:
-    """Put into the object store what runs of this model and these prompts share.
+    """Put what runs of this model and these prompts share to where the feed holds it.
 
     Args:
         catalogue: to train on.
         experiment: of which the model, the prompts and the largest P x K count.
         clip: weights to start from.
+        feed: what holds it, and gives the workers their batches.
         keep_gib: GiB of decoded images to keep for all runs.
         with_validation: train on the validation items too; their score then means nothing, and there is none.
 
@@ -107,19 +100,19 @@ def inputs_of(
         UserError: prompts or a P x K that do not fit the catalogue.
     """
     splits = ("train", *VALIDATION) if with_validation else ("train",)
-    images = stream.share(catalogue, *splits)
-    index: batches.Index = ray.get(images.index)
-    stream.plan_of(index, experiment.batch, experiment.seed)
+    images = feed.share(catalogue, *splits)
+    index: batches.Index = fetch(images.index)
+    batches.plan_of(index, experiment.batch, experiment.seed)
     preprocess = model.preprocess_of(clip)
     if keep_gib:
-        images = stream.keep_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
+        images = feed.keep_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
     captions, num_cut = captions_of(catalogue, index.names, experiment, *splits)
     return Inputs(
         images=images,
-        captions=ray.put(captions),
-        weights=ray.put({name: tensor.numpy() for name, tensor in clip.state_dict().items()}),
-        validation=None if with_validation else stream.decoded(catalogue, VALIDATION, preprocess),
-        items=ray.put(validation_codes(catalogue)),
+        captions=feed.put(captions),
+        weights=feed.put({name: tensor.numpy() for name, tensor in clip.state_dict().items()}),
+        validation=None if with_validation else feed.decoded(catalogue, VALIDATION, preprocess),
+        items=feed.put(validation_codes(catalogue)),
         size=preprocess.size,
         num_images=len(index.item),
         num_single=int((index.views == 1).sum()),
@@ -158,139 +151,3 @@ def prompts_of(catalogue: Catalogue, experiment: config.Experiment, *splits: str
     rows = (row for split in splits for row in catalogue.rows(split).to_pylist())
     limit = model.tokenizer(experiment.model).context_length
     return prompts.build(experiment.text.strategy, prompts.item_texts(rows), counter, limit)
-
-
-# --- The worker ------------------------------------------------------------------------------------------------------
-
-
-def load() -> None:
-    """Import the libraries that take longest. A worker's process does it before it knows of which run it is."""
-    import tensorboardX  # noqa: F401
-
-    model.library()
-
-
-def loop(job: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker."""
-    torch.set_num_threads(job["threads"])
-    experiment, inputs = job["experiment"], job["inputs"]
-    learner = learner_of(experiment, inputs)
-    validation = validation_of(inputs)
-    found: dict[str, Any] = {"stream": "", "reports_since_best": 0}
-    if start := ray.train.get_checkpoint():
-        with start.as_directory() as folder:
-            raw, average, state, found = checkpoint.load_training(folder)
-            learner.restore(raw, average, state)
-    elif validation is not None:
-        known = inputs.start_val_mAP
-        found |= {"start_val_mAP": learner.validate(validation) if known is None else known, "best_val_mAP": 0.0}
-    history = History(job["out"], learner.step)
-    recipe = stream.Recipe(experiment.batch, experiment.augment, experiment.seed, inputs.size)
-    place = learner.rank, learner.world_size
-    batch_stream = stream.batches(
-        inputs.images, recipe, learner.step, learner.budget.total, *place, tasks=job["decoding"]
-    )
-    tally, patience, notice, began = Tally(), experiment.budget.patience, _Notice(), 0.0
-    next_wanted = learner.step + learner.budget.half_a_report  # not sooner: other trials may still be starting here
-    while learner.step < learner.budget.total and not (patience and found["reports_since_best"] >= patience):
-        waiting = time.monotonic()
-        step, rows, images = next(batch_stream)
-        waited = time.monotonic() - waiting
-        if not began:
-            began = time.time()
-        if job["followed"] and learner.step == next_wanted:
-            cluster.start_another()
-        try:
-            rows, values = learner.train_step(rows, images)
-        except Diverged as diverged:
-            _report_divergence(diverged, inputs, history, experiment.batch.images)
-            return
-        tally.add(len(rows), waited, values)
-        found["stream"] = stream.digest(found["stream"], step, rows)
-        history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
-        if learner.budget.is_report(learner.step) or notice.is_new(learner.step):
-            found = _report(learner, validation, history, tally, {**found, "began": began})
-            tally = Tally()
-
-
-@dataclass
-class _Notice:
-    """Word that a node is about to be taken away, as spot machines are: a checkpoint then, whatever the schedule.
-
-    Ray Train goes on elsewhere from there. All ranks ask at the same steps, and hear the same.
-    """
-
-    EVERY = 16  # steps: asking takes a few milliseconds
-    given: bool = False
-
-    def is_new(self, step: int) -> bool:
-        """Whether it has come since it was last asked for."""
-        if self.given or step % self.EVERY:
-            return False
-        self.given = ray.train.get_preemption_info() is not None
-        return self.given
-
-
-def learner_of(experiment: config.Experiment, inputs: Inputs) -> Learner:
-    """A rank's learner, from what lies in the object store."""
-    clip = model.build(experiment.model)
-    clip.load_state_dict({n: torch.from_numpy(w.copy()) for n, w in ray.get(inputs.weights).items()})
-    index, captions = ray.get([inputs.images.index, inputs.captions])
-    return Learner(experiment, clip, index, captions, model.device())
-
-
-def validation_of(inputs: Inputs) -> Validation | None:
-    """The validation images, from the object store; None where the run trains on them."""
-    if inputs.validation is None:
-        return None
-    return Validation(ray.get(inputs.validation), *ray.get(inputs.items))
-
-
-def _report(
-    learner: Learner, validation: Validation | None, history: History, tally: Tally, before: dict[str, Any]
-) -> dict[str, Any]:
-    """Evaluate, write a checkpoint and the history, tell Ray Train; all ranks take part."""
-    now = learner.report(tally, validation, before.get("start_val_mAP", 0.0))
-    now |= {name: before[name] for name in ("stream", "reports_since_best")}
-    if validation is not None:
-        better = now["val_mAP"] > before["best_val_mAP"] or "val_mAP" not in before
-        now["best_val_mAP"] = max(now["val_mAP"], before["best_val_mAP"])
-        now["reports_since_best"] = 0 if better else before["reports_since_best"] + 1
-    if learner.rank:
-        ray.train.report(now)
-        return now
-    now |= {"node": ray.util.get_node_ip_address(), "began": before["began"], "time": time.time()}
-    history.metrics.append(json.dumps(now))
-    history.write()
-    _write_events(history.out, now)
-    with tempfile.TemporaryDirectory() as folder:
-        average = learner.average.weights if learner.experiment.optimizer.ema else {}
-        checkpoint.save(folder, learner.experiment, learner.clip.state_dict(), average, learner.state(), now)
-        ray.train.report(now, checkpoint=ray.train.Checkpoint.from_directory(folder))
-    return now
-
-
-def _report_divergence(diverged: Diverged, inputs: Inputs, history: History, batch: int) -> None:
-    """A last line that says why the run ends; its score is the worst there is, for the search to learn from."""
-    place = {"step": diverged.step + 1, "images": (diverged.step + 1) * batch}
-    if ray.train.get_context().get_world_rank() == 0:
-        values = ", ".join(f"{name} {value:g}" for name, value in diverged.terms.items())
-        paths = stream.paths(inputs.images, diverged.rows)
-        reason = (
-            f"loss or gradient are not finite at step {diverged.step} ({values}; images {', '.join(paths[:4])} and "
-            f"{max(0, len(paths) - 4)} more): try a lower optimizer.lr"
-        )
-        line = {"val_mAP": 0.0, "best_val_mAP": 0.0, "diverged": reason, "diverged_images": paths}
-        history.metrics.append(json.dumps({**place, **line}))
-        history.write()
-
-
-def _write_events(out: str, values: dict[str, Any]) -> None:
-    """TensorBoard's events, where the run's folder is on a file system."""
-    from tensorboardX import SummaryWriter
-
-    if Path(out).is_dir():
-        with SummaryWriter(f"{out}/tensorboard", purge_step=values["step"]) as writer:
-            for name, value in values.items():
-                if isinstance(value, float):
-                    writer.add_scalar(name, value, values["step"])

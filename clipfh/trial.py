@@ -11,6 +11,7 @@ from typing import Any
 from ray import tune
 
 from clipfh import batches, cluster, config, files, fit, runs
+from clipfh.inputs import Inputs
 from clipfh.space import Sweep
 
 OBJECTIVE = "best_val_mAP"
@@ -26,7 +27,7 @@ class Trial(tune.Trainable):
         self,
         config: dict[str, Any],
         sweep: Sweep | None = None,
-        inputs: fit.Inputs | None = None,
+        inputs: Inputs | None = None,
         out: str = "",
         resources: cluster.Resources | None = None,
     ) -> None:

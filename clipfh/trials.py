@@ -20,7 +20,8 @@ from ray import cloudpickle, tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from clipfh import UserError, cluster, files, fit, runs
+from clipfh import UserError, cluster, files, runs
+from clipfh.inputs import Inputs
 from clipfh.space import SWITCH, Sweep
 from clipfh.trial import OBJECTIVE, Trial, last_line
 
@@ -214,7 +215,7 @@ def saved_every(trials: int) -> int:
 
 def search(
     sweep: Sweep,
-    inputs: fit.Inputs,
+    inputs: Inputs,
     out: Path,
     resources: cluster.Resources,
     watch: Watch,

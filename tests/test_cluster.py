@@ -6,7 +6,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from clipfh import UserError, cluster, config
+from clipfh import UserError, cluster, config, cores
 
 TWO_CPUS = cluster.Resources(workers=1, cpus=1, gpus=0, threads=1)
 
@@ -66,7 +66,7 @@ def test_a_worker_that_no_node_holds_is_refused(ray_cluster, monkeypatch):
 
 
 def test_runs_at_once_share_the_decoding_of_this_machine(ray_cluster, monkeypatch):
-    monkeypatch.setattr(cluster, "_cores", lambda: 4)
+    monkeypatch.setattr(cores, "available", lambda: 4)
     four = config.Placement(concurrent=4, cpus_per_worker=1.0)
     assert cluster.place(four).decoding == 8, "alone"
     assert cluster.place(four, alone=False).decoding == 2

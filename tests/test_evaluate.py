@@ -1,14 +1,17 @@
-"""A catalogue embedded on the suite's cluster, its figures, and what is kept of both."""
+"""A catalogue embedded, its figures, and what is kept of both."""
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from clipfh import UserError, cli, cluster, config, evaluate, images, metrics, model, train
+from clipfh import UserError, cli, cluster, config, embed, embed_ray, evaluate, images, metrics, model, train
 
 SPLITS = evaluate.splits_of("test")
 SETTINGS = config.Model(name=config.SMALL)
@@ -41,7 +44,7 @@ def embedded(small_catalogue, clip, prompts, told, ray_cluster):
     def progress(done, total):
         told.append((done, total))
 
-    return evaluate.embed(small_catalogue, SPLITS, clip, SETTINGS, prompts, progress)
+    return evaluate.embed_splits(small_catalogue, SPLITS, clip, SETTINGS, prompts, progress)
 
 
 @pytest.fixture
@@ -49,6 +52,31 @@ def folder(tmp_path, small_catalogue, clip, prompts, embedded):
     """An evaluation's folder in which the embeddings are kept."""
     evaluate.keep(tmp_path, evaluate.fingerprint(small_catalogue, SPLITS, clip, SETTINGS, prompts), embedded)
     return tmp_path
+
+
+def test_a_cluster_embeds_as_this_process_does(small_catalogue, clip, prompts, embedded, told, ray_cluster):
+    here = embed.InProcess(clip, SETTINGS)
+    over = embed_ray.Encoder(clip, SETTINGS)
+    counted = []
+    images = over.images(small_catalogue, SPLITS, lambda *at: counted.append(at))
+    torch.testing.assert_close(images, here.images(small_catalogue, SPLITS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(over.texts(["a hat", "a red dress"]), here.texts(["a hat", "a red dress"]))
+    assert counted[-1] == told[-1]
+
+
+def test_a_small_job_starts_no_cluster(small_catalogue, tmp_path):
+    """`evaluate` and `embed` on one machine work in the command's own process, which does not even load Ray."""
+    code = """
+import sys
+from clipfh import cli
+assert cli.main(["evaluate", sys.argv[1], "--out", sys.argv[2] + "/eval", "--model", "clipfh-small"]) == 0
+assert cli.main(["embed", sys.argv[1], "--out", sys.argv[2] + "/all.parquet", "--model", "clipfh-small"]) == 0
+print("ray loaded:", "ray" in sys.modules)
+"""
+    words = [sys.executable, "-c", code, str(small_catalogue.path), str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "ray loaded: False"
 
 
 def test_embeddings_are_those_of_each_image_and_prompt_alone(small_catalogue, clip, prompts, embedded, told):

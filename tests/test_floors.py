@@ -9,17 +9,26 @@ import clipfh
 
 FLOORS = [
     {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources"}
-    | {"drawing", "files", "runs"},
+    | {"drawing", "files", "runs", "cores"},
     {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "embeddings"}
     | {"space", "cluster", "submit", "track"},
-    {"stream", "evaluate", "learner", "search", "onnx", "results"},
-    {"fit", "train", "export", "plots", "searched", "finds", "status"},
+    {"decoding", "stream", "embed", "embed_ray", "evaluate", "learner", "search", "onnx", "results", "inputs"},
+    {"fit", "train", "worker", "export", "plots", "searched", "finds", "status"},
     {"report", "trial", "trials", "final", "estimate"},
     {"sweep"},
     {"cli", "demo"},
 ]
 # Within a floor these build on one that comes first.
-NEIGHBOURS = {"rerank": {"metrics"}, "optimizer": {"model"}, "train": {"fit"}, "trials": {"trial"}, "cli": {"demo"}}
+NEIGHBOURS = {
+    "embed_ray": {"embed"},
+    "evaluate": {"embed", "embed_ray"},
+    "stream": {"decoding"},
+    "inputs": {"decoding"},
+    "rerank": {"metrics"},
+    "optimizer": {"model"},
+    "trials": {"trial"},
+    "cli": {"demo"},
+}
 FLOOR_OF = {module: i for i, modules in enumerate(FLOORS) for module in modules}
 PACKAGE = Path(clipfh.__file__).parent
 

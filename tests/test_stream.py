@@ -10,7 +10,7 @@ from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
 
-from clipfh import UserError, cluster, stream
+from clipfh import UserError, batches, cluster, decoding, stream
 from clipfh.batches import Plan
 
 
@@ -21,7 +21,7 @@ def shared(ray_cluster, small_catalogue):
 
 @pytest.fixture(scope="module")
 def recipe(tiny):
-    return stream.Recipe(tiny.batch, tiny.augment, seed=3, size=64)
+    return decoding.Recipe(tiny.batch, tiny.augment, seed=3, size=64)
 
 
 def streamed(shared, recipe, first, last, workers):
@@ -38,11 +38,11 @@ def streamed(shared, recipe, first, last, workers):
 def test_the_stream_is_the_plan_decoded(shared, recipe, small_catalogue):
     found = streamed(shared, recipe, 0, 6, workers=1)
     table = small_catalogue.images("train")
-    index = stream.index_of(small_catalogue.rows("train"), np.array([len(table)]))
+    index = batches.index_of(small_catalogue.rows("train"), np.array([len(table)]))
     plan = Plan(index.item, recipe.batch.items, recipe.batch.views, recipe.seed, index.category)
     for step, (rows, images) in found.items():
         np.testing.assert_array_equal(rows, plan.batch(step))
-        expected = stream.decode(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
+        expected = decoding.decode(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
         np.testing.assert_array_equal(images, expected)
 
 
@@ -78,7 +78,7 @@ def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
         step = block["step"]
         return {"step": step, "row": step, "image": np.full(len(step), "open_clip" in sys.modules)}
 
-    @ray.remote(runtime_env=cluster.first_calling("clipfh.train.load"))
+    @ray.remote(runtime_env=cluster.first_calling("clipfh.worker.load"))
     def worker(images):
         stream._load = load
         decoding = [bool(image) for _, _, image in stream.batches(images, recipe, 0, 2)]
@@ -123,6 +123,6 @@ def test_another_seed_is_another_stream(shared, recipe):
 
 def test_digest_tells_streams_apart():
     rows = np.arange(4)
-    assert stream.digest("", 0, rows) == stream.digest("", 0, rows.astype(np.int32))
-    different = {stream.digest("", 0, rows), stream.digest("", 1, rows), stream.digest("", 0, rows[::-1])}
-    assert len(different | {stream.digest("x", 0, rows)}) == 4
+    assert batches.digest("", 0, rows) == batches.digest("", 0, rows.astype(np.int32))
+    different = {batches.digest("", 0, rows), batches.digest("", 1, rows), batches.digest("", 0, rows[::-1])}
+    assert len(different | {batches.digest("x", 0, rows)}) == 4

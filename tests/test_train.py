@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from clipfh import (
     UserError,
+    batches,
     catalogue,
     checkpoint,
     cluster,
@@ -40,7 +41,7 @@ def fitted(ray_cluster, small_catalogue, tmp_path_factory):
         out = tmp_path_factory.mktemp(name) / "run"
         clip, experiment = train.begin(out, experiment, small_catalogue)
         resources = cluster.Resources(workers=workers, cpus=1, gpus=0, threads=1)
-        fit.fit(experiment, train.inputs_of(small_catalogue, experiment, clip), out, resources)
+        fit.fit(experiment, train.inputs_of(small_catalogue, experiment, clip, stream), out, resources)
         return out
 
     return run
@@ -220,7 +221,7 @@ import torch
 def asked(*_): raise SystemExit("a GPU was asked for")
 for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_isDriverSufficient"): setattr(torch._C, name, asked)
 """
-    load, ask = "from clipfh import train; train.load()", "torch.cuda.is_available()"
+    load, ask = "from clipfh import worker; worker.load()", "torch.cuda.is_available()"
     done = [subprocess.run([sys.executable, "-c", code + line], capture_output=True) for line in (load, ask)]
     assert [each.returncode for each in done] == [0, 1], done[0].stderr
 
@@ -238,7 +239,7 @@ def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
     preprocess = model.preprocess_of(clip)
     encoded = [photo.as_py() for split in train.VALIDATION for photo in made.images(split)["image"]]
     pixels = np.stack([images.for_evaluation(photo, preprocess) for photo in encoded])
-    index = stream.index_of(made.rows("train"), np.array([6]))
+    index = batches.index_of(made.rows("train"), np.array([6]))
     captions = learner.Captions(np.zeros((1, 77), np.int32), np.zeros(2, np.int32))
     one = learner.Learner(tiny, clip, index, captions, torch.device("cpu"))
     found = one.validate(learner.Validation(pixels, *train.validation_codes(made)))

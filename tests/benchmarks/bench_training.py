@@ -23,8 +23,25 @@ import psutil
 import ray
 import torch
 
-from clipfh import batches, catalogue, cluster, config, demo, fit, model, runs, space, stream, sweep, train
+from clipfh import (
+    batches,
+    catalogue,
+    cluster,
+    config,
+    cores,
+    decoding,
+    demo,
+    fit,
+    model,
+    runs,
+    space,
+    stream,
+    sweep,
+    train,
+    worker,
+)
 from clipfh.catalogue import Catalogue
+from clipfh.inputs import Inputs
 from clipfh.learner import Learner
 
 ITEMS, SIDE = 300, 256
@@ -65,7 +82,7 @@ def row(name: str, value: float, at_least: float | None = None, at_most: float |
 def _stream_and_step(opened: Catalogue, folder: Path) -> list[dict]:
     experiment = config.resolve("image", None, SETTINGS)
     resources = cluster.place(config.Placement())
-    inputs = train.inputs_of(opened, experiment, train.start_of(experiment))
+    inputs = train.inputs_of(opened, experiment, train.start_of(experiment), stream)
     images = stream.keep_decoded(inputs.images, 1.0, inputs.size, experiment.augment.crop_min)
     kept = dataclasses.replace(inputs, images=images)
     ingest, spared = [], []
@@ -86,7 +103,7 @@ def _stream_and_step(opened: Catalogue, folder: Path) -> list[dict]:
     ]
 
 
-def _drained(experiment: config.Experiment, inputs: fit.Inputs, out: Path, resources: cluster.Resources) -> float:
+def _drained(experiment: config.Experiment, inputs: Inputs, out: Path, resources: cluster.Resources) -> float:
     """Images per second that arrive at a worker which does nothing with them, the first left out."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file
     usual, fit.loop = fit.loop, _drain
@@ -99,7 +116,7 @@ def _drained(experiment: config.Experiment, inputs: fit.Inputs, out: Path, resou
 
 def _drain(job: dict[str, Any]) -> None:
     experiment, inputs = job["experiment"], job["inputs"]
-    recipe = stream.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
+    recipe = decoding.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
     arriving = stream.batches(inputs.images, recipe, 0, IMAGES // experiment.batch.images)
     begun, count = _after_the_first(arriving), 0
     for _, rows, _ in arriving:
@@ -117,25 +134,25 @@ def _after_the_first(arriving: Iterator[Any]) -> float:
 class _Photos(torch.utils.data.Dataset):
     """What the stream decodes, for torch's own loader."""
 
-    def __init__(self, column: Any, recipe: stream.Recipe) -> None:
+    def __init__(self, column: Any, recipe: decoding.Recipe) -> None:
         self.column, self.recipe = column, recipe
 
     def __getitem__(self, place: tuple[int, int, int]) -> torch.Tensor:
         step, position, image = place
-        pixels = stream.decode(self.recipe, lambda at: self.column[at].as_py(), step, position, np.array([image]))
+        pixels = decoding.decode(self.recipe, lambda at: self.column[at].as_py(), step, position, np.array([image]))
         return torch.from_numpy(pixels[0])
 
 
-def _loader(opened: Catalogue, inputs: fit.Inputs) -> float:
+def _loader(opened: Catalogue, inputs: Inputs) -> float:
     """Images per second of torch's DataLoader with a process a core, the first left out."""
     experiment = config.resolve("image", None, SETTINGS)
-    recipe = stream.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
-    plan = stream.plan_of(ray.get(inputs.images.index), experiment.batch, 0)
+    recipe = decoding.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
+    plan = batches.plan_of(ray.get(inputs.images.index), experiment.batch, 0)
     column = opened.images("train")["image"].combine_chunks()
     count = IMAGES // experiment.batch.images
     sampler = [[(s, i, int(row)) for i, row in enumerate(plan.batch(s))] for s in range(count)]
     loader = torch.utils.data.DataLoader(
-        _Photos(column, recipe), batch_sampler=sampler, num_workers=cluster._cores(), multiprocessing_context="spawn"
+        _Photos(column, recipe), batch_sampler=sampler, num_workers=cores.available(), multiprocessing_context="spawn"
     )
     arriving = iter(loader)
     begun, images = _after_the_first(arriving), 0
@@ -144,7 +161,7 @@ def _loader(opened: Catalogue, inputs: fit.Inputs) -> float:
     return images / (time.perf_counter() - begun)
 
 
-def _steps(opened: Catalogue, inputs: fit.Inputs, resources: cluster.Resources, folder: Path) -> tuple[float, float]:
+def _steps(opened: Catalogue, inputs: Inputs, resources: cluster.Resources, folder: Path) -> tuple[float, float]:
     """Images per second in the loop by those of the same steps on tensors in memory, and the loop's time between steps.
 
     The two run beside each other and take turns: the machine itself may be a tenth faster in one minute than in the
@@ -153,10 +170,10 @@ def _steps(opened: Catalogue, inputs: fit.Inputs, resources: cluster.Resources, 
     budget = {"budget.images": STEPS * 64, "budget.report_every": STEPS * 64}
     experiment = config.resolve("image", None, {**SETTINGS, **budget})
     index: batches.Index = ray.get(inputs.images.index)
-    plan = stream.plan_of(index, experiment.batch, 0)
-    recipe = stream.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
+    plan = batches.plan_of(index, experiment.batch, 0)
+    recipe = decoding.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
     column = opened.images("train")["image"].combine_chunks()
-    some = [stream.decode(recipe, lambda at: column[at].as_py(), s, 0, plan.batch(s)) for s in range(8)]
+    some = [decoding.decode(recipe, lambda at: column[at].as_py(), s, 0, plan.batch(s)) for s in range(8)]
     state = experiment, index, ray.get(inputs.captions), some, resources.threads
     folder.mkdir()
     (folder / "plain.pickle").write_bytes(pickle.dumps(state))
@@ -244,24 +261,24 @@ def _plain(folder: Path) -> None:
     experiment, index, captions, some, threads = pickle.loads((folder / "plain.pickle").read_bytes())
     torch.set_num_threads(threads)
     learner = Learner(experiment, train.start_of(experiment), index, captions, model.device())
-    plan = stream.plan_of(index, experiment.batch, 0)
+    plan = batches.plan_of(index, experiment.batch, 0)
     step = _writing_times(learner.train_step, folder)
     for number in itertools.count():
         learner.step = number % STEPS
         step(plan.batch(number % STEPS), some[number % 8])
 
 
-def _evaluation(inputs: fit.Inputs, resources: cluster.Resources) -> float:
+def _evaluation(inputs: Inputs, resources: cluster.Resources) -> float:
     """Share of a trial's time that scoring takes, with the preset's budget and a report each tenth of it."""
     torch.set_num_threads(resources.threads)
     experiment = config.resolve("image", None, SETTINGS)
-    learner, validation = train.learner_of(experiment, inputs), train.validation_of(inputs)
+    learner, validation = worker.learner_of(experiment, inputs), worker.validation_of(inputs)
     assert validation is not None
     learner.validate(validation)
     begun = time.perf_counter()
     learner.validate(validation)
     scoring = time.perf_counter() - begun
-    plan, size = stream.plan_of(ray.get(inputs.images.index), experiment.batch, 0), inputs.size
+    plan, size = batches.plan_of(ray.get(inputs.images.index), experiment.batch, 0), inputs.size
     pixels = np.random.default_rng(0).integers(0, 255, (experiment.batch.images, size, size, 3), dtype=np.uint8)
     learner.train_step(plan.batch(0), pixels)
     begun, count = time.perf_counter(), 16

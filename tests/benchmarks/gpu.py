@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipfh import batches, catalogue, cluster, config, demo, estimate, fit, model, runs, train
+from clipfh import batches, catalogue, cluster, config, demo, estimate, fit, model, runs, stream, train
 from clipfh.catalogue import Catalogue
 from clipfh.learner import Captions, Learner
 
@@ -293,7 +293,7 @@ def _fitted(size: Size, opened: Catalogue, folder: Path, count: int) -> list[lis
     resources = cluster.place(config.Placement(gpus_per_worker=1 / count if size.gpu else 0, cpus_per_worker=1))
     outs = [folder / str(number) for number in range(count)]
     clip, *_ = (train.begin(out, experiment, opened)[0] for out in outs)
-    inputs = train.inputs_of(opened, experiment, clip)
+    inputs = train.inputs_of(opened, experiment, clip, stream)
     with ThreadPoolExecutor(count) as pool:
         fitting = [pool.submit(fit.fit, experiment, inputs, out, resources, name=str(out)) for out in outs]
         for each in fitting:

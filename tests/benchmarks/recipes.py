@@ -82,11 +82,11 @@ def _trained(opened: Any, experiment: Any, original: str) -> Any:
     import numpy as np
     import torch
 
-    from clipfh import model, stream, train
+    from clipfh import batches, decoding, model, train
     from clipfh.learner import Captions, Learner
 
     table = opened.images("train").combine_chunks()
-    index = stream.index_of(table, np.array([len(table)]))
+    index = batches.index_of(table, np.array([len(table)]))
     captions, _ = train.captions_of(opened, index.names, experiment, "train")
     if original == "stage 2":  # one prompt for every image
         tokens = model.tokenizer(experiment.model)(["a photo of a clothing item"]).numpy().astype(np.int32)
@@ -95,14 +95,14 @@ def _trained(opened: Any, experiment: Any, original: str) -> Any:
     learner = Learner(experiment, clip, index, captions, torch.device("cpu"))
     if original:
         learner.objective = _Original(original)
-    plan = stream.plan_of(index, experiment.batch, experiment.seed)
-    recipe = stream.Recipe(experiment.batch, experiment.augment, experiment.seed, model.preprocess_of(clip).size)
+    plan = batches.plan_of(index, experiment.batch, experiment.seed)
+    recipe = decoding.Recipe(experiment.batch, experiment.augment, experiment.seed, model.preprocess_of(clip).size)
     column = table["image"].chunk(0)
     for step in range(learner.budget.total):
         rows = plan.batch(step)
         if original == "v1":  # its loader did not shuffle
             rows = (step * len(rows) + np.arange(len(rows))) % len(index.item)
-        pixels = stream.decode(recipe, lambda row: column[row].as_py(), step, 0, rows)
+        pixels = decoding.decode(recipe, lambda row: column[row].as_py(), step, 0, rows)
         learner.train_step(rows, pixels)
     return learner
 

@@ -1,0 +1,70 @@
+"""This machine's cores, shared out evenly among all that computes on them now, whatever command it belongs to."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+CLAIMED, NEW = ".claim", ".new"
+
+
+def available() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Share:
+    """A claim to an equal share of the cores, for as long as the block lasts.
+
+    Each claim is a file that its process holds locked. So a claim ends with its process, however that ends, and runs
+    find each other without a cluster: two commands of a user, the trials of a sweep, the jobs of two clusters.
+
+    Args:
+        folder: of the claims; by default one for each user of this machine.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or Path(tempfile.gettempdir()) / f"clipfh-cores-{os.getuid()}"
+
+    def __enter__(self) -> Share:
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        name = f"{time.time_ns():020d}-{os.getpid()}-{threading.get_ident()}"
+        # Locked before it bears the name that others look for: an unlocked claim counts as one whose process is gone
+        new, self.file = self.folder / f"{name}{NEW}", self.folder / f"{name}{CLAIMED}"
+        self.descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        new.rename(self.file)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+    def threads(self) -> int:
+        """Threads to compute with now; those of all claims add up to the cores, and each has at least one."""
+        claims = sorted(file.name for file in self.folder.glob(f"*{CLAIMED}") if file == self.file or _is_held(file))
+        each, over = divmod(available(), len(claims))
+        return max(1, each + (claims.index(self.file.name) < over))
+
+
+def _is_held(claim: Path) -> bool:
+    """Whether the claim's process lives; the file of one that was killed is removed."""
+    try:
+        descriptor = os.open(claim, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    claim.unlink(missing_ok=True)
+    return False
