@@ -238,7 +238,7 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     _track_argument(p)
     for name, hint, default, doc in config.fields(config.Placement):
-        if name != "concurrent":
+        if name not in ("concurrent", "keep_weights"):  # a sweep's
             p.add_argument(f"--{_dashed(name)}", metavar=_metavar(hint), help=f"{doc} (default: {default})")
     _cluster_arguments(p)
     _setting_arguments(p)

@@ -255,6 +255,9 @@ class Placement:
     """trials at once in a sweep, if there is room; auto: what the cluster holds, data pipelines counted in"""
     keep_gib: float = 0.0
     """GiB of decoded images to keep in the cluster's object store, as far as they go: decoding is then spared"""
+    keep_weights: Literal["best", "leaders", "all"] = "leaders"
+    """whose weights a sweep leaves on disk: of the best trial, of those that `final` trains again, or of all with
+    optimizer state"""
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "workers", "1 or more", self.workers)

@@ -17,6 +17,8 @@ SWEEP, EXPERIMENT = "sweep.yaml", "experiment.json"
 
 METRICS, STREAM = "metrics.jsonl", "stream.jsonl"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+FREED = "clipfh_freed_after"
+"""Stands in that list where a run is over and some of its checkpoints were not kept: the step it came to."""
 
 AWAY = 600
 """Seconds that a run or a sweep waits for its folder, as a share that is not mounted comes back."""
@@ -97,17 +99,31 @@ def best_of(run: str | Path) -> str:
 
     As Ray Train's own list has it: a folder that is not on that list may be half-written.
     """
-    listed = _snapshot(Path(run))["checkpoint_results"]
+    snapshot = _snapshot(Path(run))
+    listed = snapshot["checkpoint_results"]
+    if not listed and FREED in snapshot:
+        raise UserError(
+            f"{run}: its weights were not kept: `placement: {{keep_weights: all}}` in the sweep's file keeps those of "
+            "all trials"
+        )
     if not listed:
         raise UserError(f"{run} has no checkpoint yet: let it train further, or --resume it")
     return str(max(listed, key=lambda r: r["metrics"].get("val_mAP", r["metrics"]["step"]))["checkpoint_dir_name"])
 
 
 def latest_step(run: str | Path) -> int:
-    """The step at which the run's last checkpoint goes on; 0 without one."""
+    """The step at which the run's last checkpoint goes on, or went before it was freed; 0 without one."""
     file = Path(run) / "checkpoints" / SNAPSHOT
-    latest = _snapshot(Path(run))["latest_checkpoint_result"] if file.exists() else None
-    return int(latest["metrics"]["step"]) if latest else 0
+    if not file.exists():
+        return 0
+    snapshot = _snapshot(Path(run))
+    latest = snapshot["latest_checkpoint_result"]
+    return int(snapshot[FREED] if FREED in snapshot else latest["metrics"]["step"] if latest else 0)
+
+
+def is_freed(run: str | Path) -> bool:
+    """Whether the run is over and can't be gone on with, as its checkpoints were not kept."""
+    return (Path(run) / "checkpoints" / SNAPSHOT).exists() and FREED in _snapshot(Path(run))
 
 
 def _snapshot(run: Path) -> dict[str, Any]:

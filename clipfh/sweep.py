@@ -23,6 +23,7 @@ from clipfh import (
     export,
     files,
     final,
+    keep,
     model,
     report,
     results,
@@ -101,12 +102,18 @@ def run(
     zero_shot = _zero_shot(begun)
     inputs = _inputs(begun, zero_shot)
     board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
-    watch = Watch(board, tell, sweep.trials, each_report)
+    keeper = keep.Keeper(sweep, out)
+    watch = Watch(board, tell, sweep.trials, each_report, keeper.trials)
     with cluster.asked_for(sweep.placement, resources):
         rows = board.write(search(sweep, inputs, out, resources, watch, resume, retry_failed))
+    keeper.trials(rows)
     winner = _winner(begun, inputs, rows)
     about = {"resources": dataclasses.asdict(resources), "notes": train.notes_on(inputs)}
-    return _finish(begun, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
+    summary = _finish(begun, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
+    keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
+    keeper.finals(winner.run)
+    tell(str(keeper))
+    return summary
 
 
 def _begin(sweep: Sweep, out: Path, resume: bool) -> None:

@@ -147,7 +147,7 @@ class Trial(tune.Trainable):
 def _clear_of_another(folder: Path, experiment: config.Experiment) -> None:
     """Make the trial's folder. One of this number may have begun, with other settings, just before a kill."""
     file = folder / runs.EXPERIMENT
-    if file.exists() and file.read_text() != config.to_json(experiment):
+    if runs.is_freed(folder) or (file.exists() and file.read_text() != config.to_json(experiment)):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write(file, config.to_json(experiment))

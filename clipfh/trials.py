@@ -92,8 +92,16 @@ def number_of(trial: Any) -> str:
 class Watch(tune.Callback):
     """Keep the leaderboard up to date, tell how it goes, and free what ended trials leave."""
 
-    def __init__(self, board: Leaderboard, tell: Callable[[str], None], count: int, each_report: bool = True) -> None:
-        self.board, self.tell, self.count, self.each_report = board, tell, count, each_report
+    def __init__(
+        self,
+        board: Leaderboard,
+        tell: Callable[[str], None],
+        count: int,
+        each_report: bool = True,
+        free: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None,
+    ) -> None:
+        """`free`: called with the leaderboard's rows when a trial has ended."""
+        self.board, self.tell, self.count, self.each_report, self.free = board, tell, count, each_report, free
         self.ended: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,7 +141,9 @@ class Watch(tune.Callback):
         cluster.leave(trial.trial_id)
         cluster.end(trial.trial_id)
         self.ended.add(trial.trial_id)
-        row = next(row for row in self.board.write(trials, self.ended) if row["trial"] == number_of(trial))
+        rows = self.board.write(trials, self.ended)
+        row = next(row for row in rows if row["trial"] == number_of(trial))
+        self.free(rows)
         self.tell(f"trial {row['trial']} {row['status']} ({len(self.ended)} of {self.count} trials over)")
 
 

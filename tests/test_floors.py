@@ -14,7 +14,7 @@ FLOORS = [
     | {"space", "cluster", "submit", "track"},
     {"decoding", "stream", "embed", "embed_ray", "evaluate", "learner", "search", "onnx", "results", "inputs"},
     {"fit", "train", "worker", "export", "plots", "searched", "finds", "status"},
-    {"report", "trial", "trials", "final", "estimate"},
+    {"report", "trial", "trials", "final", "keep", "estimate"},
     {"sweep"},
     {"cli", "demo"},
 ]
@@ -27,6 +27,7 @@ NEIGHBOURS = {
     "rerank": {"metrics"},
     "optimizer": {"model"},
     "trials": {"trial"},
+    "keep": {"final"},
     "cli": {"demo"},
 }
 FLOOR_OF = {module: i for i, modules in enumerate(FLOORS) for module in modules}

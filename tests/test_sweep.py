@@ -132,6 +132,17 @@ def test_the_leader_is_trained_again_and_the_winner_with_all_items(finished, sma
         assert max(rowsseen) >= small_catalogue.num_images("train")
 
 
+def test_only_what_can_still_be_used_is_left_on_disk(finished):
+    out, summary = finished
+    assert not list(out.rglob("training.pt"))
+    leader = next(row["trial"] for row in rows(out) if row["trial"] != "0000")
+    kept = {file.parts[-4] for file in out.glob("trials/*/checkpoints/*/model.safetensors")}
+    assert kept == {leader} and checkpoint.load(out / "trials" / leader).state
+    lost = next(row["trial"] for row in rows(out) if row["trial"] not in ("0000", leader))
+    with pytest.raises(UserError, match="its weights were not kept"):
+        checkpoint.load(out / "trials" / lost)
+
+
 def test_a_finished_sweep_resumes_to_itself(finished, small_catalogue):
     out, summary = finished
     loaded = space.load(out / "sweep.yaml")
@@ -139,6 +150,7 @@ def test_a_finished_sweep_resumes_to_itself(finished, small_catalogue):
     again = sweep.run(loaded, small_catalogue, out, resume=True, tell=lambda line: None)
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
     assert {path: path.stat().st_mtime_ns for path in before} == before, "no trial ran twice"
+    assert (finals := list(out.glob("final/*/metrics.jsonl"))) and not list(out.rglob("training.pt")), finals
 
 
 def test_out_in_use_and_nothing_to_resume(finished, small_catalogue, tmp_path):
