@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Index:
     shard_ends: np.ndarray
     """(S,) rows up to the end of each shard"""
 
-    @property
+    @functools.cached_property
     def views(self) -> np.ndarray:
         """(I,) images of each item."""
         return np.bincount(self.item, minlength=len(self.names))

@@ -101,11 +101,11 @@ class Loss:
         require(
             any(getattr(self, term) for term in TERMS), "loss", "at least one term above 0 of " + ", ".join(TERMS), 0
         )
-        if self.infonce_temperature:  # the logit scale is clamped at 100
+        if self.infonce_temperature:  # the logit scale is kept between 1 and 100
             require(
-                0.01 <= self.infonce_temperature < math.inf,
+                0.01 <= self.infonce_temperature <= 1,
                 "loss.infonce_temperature",
-                "0, or 0.01 or more",
+                "0, or from 0.01 to 1",
                 self.infonce_temperature,
             )
         for name in ("ce_scale", "supcon_temperature"):

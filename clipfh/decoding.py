@@ -103,11 +103,12 @@ class Feed(Protocol):
         world_size: int = 1,
         tasks: int | None = None,
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """A worker's part of the steps from `first` to before `last`, in order: step, rows (B,), images.
+        """A worker's part of the steps from `first` to before `last`, in order: the step, the rows (W * B,) of its
+        global batch, and the images of the worker's part of that.
 
-        Rank r gets the r-th part of each global batch. Pixels, (B, size, size, 3) uint8, are drawn from (seed, step,
-        place in the global batch), so they depend neither on the number of workers nor on who decodes. At most so many
-        `tasks` decode at a time; None leaves it to the feed.
+        Rank r of W gets the r-th part of each global batch. Pixels, (B, size, size, 3) uint8, are drawn from (seed,
+        step, place in the global batch), so they depend neither on the number of workers nor on who decodes. At most so
+        many `tasks` decode at a time; None leaves it to the feed.
         """
 
 
@@ -154,9 +155,10 @@ class BatchDecoder:
         self.recipe, self.rank, self.world_size = recipe, rank, world_size
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (B,) and images (B, size, size, 3) uint8."""
-        rows = self.plan.batch(step).reshape(self.world_size, -1)[self.rank]
-        return rows, decode(self.recipe, self.encoded, step, self.rank * len(rows), rows, self.kept)
+        """Rows (W * B,) of the global batch, and images (B, size, size, 3) uint8 of the rank's part of it."""
+        rows = self.plan.batch(step)
+        own = rows.reshape(self.world_size, -1)[self.rank]
+        return rows, decode(self.recipe, self.encoded, step, self.rank * len(own), own, self.kept)
 
 
 def paths(shared: Images, rows: np.ndarray) -> list[str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfh import UserError, augment, batches, config, gates, metrics, model, optimizer
+from clipfh import UserError, augment, batches, config, gates, metrics, model, optimizer, transfer
 from clipfh.gather import gather
 from clipfh.objective import Labels, Objective
+from clipfh.tally import Made, Tally
 
 
 @dataclass(frozen=True)
@@ -42,47 +42,6 @@ class Validation:
     photo: np.ndarray
     """(N,) codes of the paths: the same photo has the same code, and finds itself in no ranking"""
     num_query: int
-
-
-class Diverged(Exception):
-    """Loss or gradient are no longer finite.
-
-    Args:
-        step: at which it happened.
-        terms: the loss terms there.
-        rows: (B,) images of the global batch.
-    """
-
-    def __init__(self, step: int, terms: dict[str, float], rows: np.ndarray) -> None:
-        super().__init__(step, terms, rows)
-        self.step, self.terms, self.rows = step, terms, rows
-
-
-@dataclass
-class Tally:
-    """What happened since the last report."""
-
-    start: float = field(default_factory=time.monotonic)
-    images: int = 0
-    waited: float = 0.0
-    """seconds spent waiting for images"""
-    losses: dict[str, float | Tensor] = field(default_factory=dict)
-    """sums over the steps"""
-    steps: int = 0
-
-    def add(self, images: int, waited: float, values: dict[str, Tensor]) -> None:
-        """Take in a step. Tensors are summed where they are: no step waits for the device."""
-        self.images += images
-        self.waited += waited
-        self.steps += 1
-        for name, value in values.items():
-            self.losses[name] = self.losses.get(name, 0.0) + value
-
-    def means(self) -> dict[str, float]:
-        """Mean losses, images per second, share of the time spent waiting for data."""
-        seconds = time.monotonic() - self.start
-        rates = {"images_per_second": self.images / seconds, "data_wait": self.waited / seconds}
-        return {name: float(total) / self.steps for name, total in self.losses.items()} | rates
 
 
 class Learner:
@@ -113,7 +72,10 @@ class Learner:
         self.optimizer = optimizer.adamw(clip, self.objective, experiment.optimizer, on)
         self.schedule = optimizer.schedule(self.optimizer, self.budget.total, experiment.optimizer.warmup)
         self.average = optimizer.Average(clip, experiment.optimizer.ema)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.fill = (self.towers.mean.flatten() * 255).round().to(torch.uint8)
         self.step = 0
+        self.unchecked: Made | None = None
 
     def _wrapped(self) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
         towers: Any = torch.compile(self.towers) if self.experiment.model.compile else self.towers
@@ -128,39 +90,43 @@ class Learner:
     @functools.cached_property
     def caption_features(self) -> Tensor:
         """(C, D) features of all captions by the frozen text tower, which is run this once."""
-        with torch.no_grad():
-            parts = torch.from_numpy(self.captions.tokens).long().split(256)
-            return torch.cat([_precise(self.clip.encode_text(part.to(self.device))) for part in parts])
+        tokens = torch.from_numpy(self.captions.tokens).long()
+        return _precise(model.text_features(self.towers, tokens, self.precision))
 
-    def train_step(self, rows: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, dict[str, Tensor]]:
+    def train_step(self, rows: np.ndarray, images: np.ndarray | Tensor) -> dict[str, Tensor]:
         """One optimizer step on the global batch.
 
+        Nobody waits for the device here, but for the end of the step before: it always has work in hand. So a loss or
+        a gradient that is not finite is noticed a step late; the step itself changes no weight then.
+
         Args:
-            rows: (B,) image rows of this rank's part.
-            images: (B, size, size, 3) uint8.
+            rows: (W * B,) image rows of the global batch.
+            images: (B, size, size, 3) uint8, this rank's part; or what `transfer.images` made of them.
 
         Returns:
-            The rows of the global batch, and its losses.
+            The losses of the global batch, on the device.
 
         Raises:
-            Diverged: a loss or gradient that is not finite.
+            Diverged: in the step before, a loss or gradient was not finite.
             UserError: the towers can't be compiled.
         """
-        rows = gather(torch.from_numpy(rows).to(self.device)).cpu().numpy()
-        self.labels = labels = self._labels(rows)
-        features, text, log_scale = self._features(images, labels)
+        labels, tokens = self._labels(rows)
+        pixels = images if isinstance(images, Tensor) else transfer.images(images, self.device)
+        features, text, log_scale = self._features(pixels, tokens, labels)
         total, terms = self.objective(features, text, log_scale, labels)
-        if not self._update(total):
-            raise Diverged(self.step, {name: value.item() for name, value in terms.items()}, rows)
+        grad_norm, lost = self._update(total)
         self.objective.move_centers(features, labels, self.experiment.optimizer.center_lr)
-        self.cosines = _cosines(features.detach(), text, labels)
+        self.seen = features.detach(), text, labels
+        before, self.unchecked = self.unchecked, Made(self.step, terms, rows, transfer.Late(lost))
+        self.step += 1
+        if before:
+            before.check()
         named = {f"loss_{term}": value.detach() for term, value in terms.items()}
-        return rows, {"loss": total.detach(), **named, "grad_norm": self.grad_norm}
+        return {"loss": total.detach(), **named, "grad_norm": grad_norm}
 
-    def _features(self, images: np.ndarray, labels: Labels) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _features(self, pixels: Tensor, tokens: Tensor | None, labels: Labels) -> tuple[Tensor, Tensor | None, Tensor]:
         """Features of the global batch's images and distinct captions, and the log of the logit scale."""
-        tokens = self._own_tokens(labels) if self.trains_text else None
-        pixels = self._augmented(model.to_device(images, self.device))
+        pixels = self._augmented(pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16), _compiling():
             image, text, log_scale = self.forward(pixels, tokens)
         if text is not None:
@@ -173,49 +139,57 @@ class Learner:
         """This rank's images changed as the settings ask, drawn from (seed, step) for the whole batch."""
         settings, batch = self.experiment.augment, self.experiment.batch.images
         part = slice(self.rank * len(pixels), (self.rank + 1) * len(pixels))
-        rng = np.random.Generator(np.random.SFC64((self.experiment.seed, self.step)))
-        fill = (self.towers.mean.flatten() * 255).round().int().tolist()
+        rng = augment.draws(self.experiment.seed, self.step)
         if settings.randaugment:
-            pixels = augment.randaugment(pixels, settings.randaugment, rng, batch, part, fill)
-        return augment.erase(pixels, settings.erase, rng, batch, part, fill) if settings.erase else pixels
+            pixels = augment.randaugment(pixels, settings.randaugment, rng, batch, part, self.fill)
+        return augment.erase(pixels, settings.erase, rng, batch, part, self.fill) if settings.erase else pixels
 
-    def _update(self, total: Tensor) -> bool:
-        """The optimizer's step; False, and no step, where loss or gradient are not finite."""
+    def _update(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        """The optimizer's step, which changes nothing where loss or gradient are not finite.
+
+        Returns:
+            The gradient's norm before clipping, and 1.0 where it or the loss were not finite, else 0.0.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         with _compiling():
             total.backward()
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.grad_norm = nn.utils.clip_grad_norm_(trained, self.experiment.optimizer.clip or math.inf).detach()
-        if not torch.isfinite(total + self.grad_norm):
-            return False
+        grad_norm = nn.utils.clip_grad_norm_(self.trained, self.experiment.optimizer.clip or math.inf).detach()
+        lost = (~torch.isfinite(total.detach() + grad_norm)).float()
+        # As torch's own GradScaler tells a fused optimizer to leave all as it is
+        self.optimizer.found_inf = lost  # type: ignore[attr-defined]
         self.optimizer.step()
         self.schedule.step()
         model.clamp_scale(self.clip)
         self.average.update(self.step)
-        self.step += 1
-        return True
+        return grad_norm, lost
 
-    def _labels(self, rows: np.ndarray) -> Labels:
+    def _labels(self, rows: np.ndarray) -> tuple[Labels, Tensor | None]:
+        """What the losses know of the global batch and, where the text tower is trained, this rank's tokens."""
         item = self.index.item[rows]
         caption = self.captions.of_item[item]
-        captions, place = np.unique(caption[caption >= 0], return_inverse=True)
-        put = functools.partial(torch.as_tensor, device=self.device)
-        return Labels(
-            item=put(item).long(),
-            paired=put(self.index.views[item] > 1),
-            captioned=put(caption >= 0),
-            caption=put(place),
-            captions=put(captions).long(),
-        )
+        captioned = np.flatnonzero(caption >= 0)
+        captions, place = np.unique(caption[captioned], return_inverse=True)
+        arrays = {
+            "item": item,
+            "items": np.unique(item),
+            "paired": np.flatnonzero(self.index.views[item] > 1),
+            "captioned": captioned,
+            "caption": place,
+            "captions": captions,
+        }
+        if self.trains_text:
+            arrays["tokens"] = self._own_tokens(captions)
+        sent = transfer.together(arrays, self.device)
+        tokens = sent.pop("tokens", None)
+        return Labels(**sent), tokens
 
-    def _own_tokens(self, labels: Labels) -> Tensor:
+    def _own_tokens(self, captions: np.ndarray) -> np.ndarray:
         """This rank's share of the batch's captions: as many on each rank, the last repeated to fill up."""
-        if not len(labels.captions):
-            return torch.from_numpy(self.captions.tokens[:1]).long().to(self.device)
-        share = math.ceil(len(labels.captions) / self.world_size)
-        places = torch.arange(self.rank * share, (self.rank + 1) * share).clamp(max=len(labels.captions) - 1)
-        own = self.captions.tokens[labels.captions.cpu()[places].numpy()]
-        return torch.from_numpy(own).long().to(self.device)
+        if not len(captions):
+            return self.captions.tokens[:1]
+        share = math.ceil(len(captions) / self.world_size)
+        places = np.arange(self.rank * share, (self.rank + 1) * share).clip(max=len(captions) - 1)
+        return self.captions.tokens[captions[places]]
 
     def validate(self, validation: Validation) -> float:
         """mAP of the validation items by the averaged weights; each rank embeds its part."""
@@ -225,7 +199,7 @@ class Learner:
         own = images[start : start + share]  # no copy: they lie in the object store
         with self.average.applied():
             embedded = model.embed(self.towers, own, self.precision)
-        embedding = gather(F.pad(embedded, (0, 0, 0, share - len(own)))).cpu()[: len(images)]
+        embedding = gather(F.pad(embedded, (0, 0, 0, share - len(own))))[: len(images)]  # and ranked there
         codes = torch.as_tensor(item)
         rows = metrics.Embeddings(embedding, item=codes, variant=codes, image=torch.as_tensor(validation.photo))
         query, gallery = torch.arange(num_query), torch.arange(num_query, len(codes))
@@ -238,18 +212,28 @@ class Learner:
             tally: since the last report.
             validation: images to score on; None where they are trained on, and no score would mean anything.
             start_val_mAP: score of the model that training started from.
+
+        Raises:
+            Diverged: in the last step, a loss or gradient was not finite.
         """
-        bounds = self.objective.bounds(self.labels, self.clip.logit_scale.detach())
-        ends = {f"{end}_{term}": value for term, b in bounds.items() for end, value in b._asdict().items()}
+        assert self.unchecked, "a report before the first step"
+        self.unchecked.check()
+        found: dict[str, Any] = tally.means()  # before all else: its clock is that of the training
         images = self.step * self.experiment.batch.images
-        found: dict[str, Any] = {"step": self.step, "images": images, "epoch": images / len(self.index.item)}
+        found = {"step": self.step, "images": images, "epoch": images / len(self.index.item), **found}
         if validation is not None:
             found |= {"start_val_mAP": start_val_mAP, "val_mAP": self.validate(validation)}
-        found |= tally.means() | ends
-        found |= {name: value.item() for name, value in self.cosines.items()}
+        found |= self._of_last_batch()
         found |= {"lr": self.experiment.optimizer.lr * self.schedule.lr_lambdas[0](self.step)}
         warm = self.step > 2 * self.experiment.optimizer.warmup * self.budget.total
         return {**found, "warnings": gates.warnings(found, list(self.objective.weights)) if warm else []}
+
+    def _of_last_batch(self) -> dict[str, float]:
+        """Each active term's two ends, and cosines."""
+        feature_BD, text_CD, labels = self.seen
+        bounds = self.objective.bounds(labels, self.clip.logit_scale.detach())
+        ends = {f"{end}_{term}": value for term, b in bounds.items() for end, value in b._asdict().items()}
+        return {**ends, **_cosines(feature_BD, text_CD, labels)}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""
@@ -305,12 +289,12 @@ def _precise(features: Tensor) -> Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def _cosines(feature_BD: Tensor, text_CD: Tensor | None, labels: Labels) -> dict[str, Tensor]:
+def _cosines(feature_BD: Tensor, text_CD: Tensor | None, labels: Labels) -> dict[str, float]:
     """Mean cosine of images of different items, and of an image and its caption."""
     embedding_BD = F.normalize(feature_BD)
     others_BB = labels.item[:, None] != labels.item
-    found = {"image_cosine": (embedding_BD @ embedding_BD.T)[others_BB].mean()}
-    if text_CD is not None and labels.captioned.any():
+    found = {"image_cosine": (embedding_BD @ embedding_BD.T)[others_BB].mean().item()}
+    if text_CD is not None and len(labels.captioned):
         pairs = feature_BD[labels.captioned], text_CD.detach()[labels.caption]
-        found["image_text_cosine"] = F.cosine_similarity(*pairs).mean()
+        found["image_text_cosine"] = F.cosine_similarity(*pairs).mean().item()
     return found

@@ -145,15 +145,21 @@ def center(feature_BD: Tensor, item_B: Tensor, centers_ID: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def move_centers(centers_ID: Tensor, feature_BD: Tensor, item_B: Tensor, rate: float) -> None:
+def move_centers(centers_ID: Tensor, feature_BD: Tensor, item_B: Tensor, item_P: Tensor, rate: float) -> None:
     """Move the batch's centers towards their features, in place (Wen et al., 2016, equation 4; their rate is 0.5).
 
     The step of a center is `rate` n / (1 + n) of the way to the mean of its n features. It depends neither on the
     weight of the loss nor on the batch size, as the gradient does, so centers need no optimiser of their own. Every
     worker makes the same step from the same global batch, to the bit: sums are products, not scattered additions,
     whose order a GPU leaves open.
+
+    Args:
+        centers_ID: centers of all items of the catalogue.
+        feature_BD: features, of any norm.
+        item_B: row in `centers_ID` of each feature's item.
+        item_P: the same of each item of the batch, once: a GPU would wait to find out how many they are.
+        rate: of the step.
     """
-    item_P = item_B.unique()
     member_PB = (item_P[:, None] == item_B).to(centers_ID.dtype)
     num_views_P1 = member_PB.sum(1, keepdim=True)
     with torch.autocast(centers_ID.device.type, enabled=False):
@@ -234,5 +240,6 @@ def _diagonal(rows_ND: Tensor) -> Tensor:
 
 def _carried(item_B: Tensor, caption_B: Tensor, num_captions: int) -> Tensor:
     """Bool (B, C): whether any image of this image's item has that caption."""
-    has_BC = F.one_hot(caption_B, num_captions).float()
+    # Not by `one_hot`, which reads the codes to check them
+    has_BC = (caption_B[:, None] == torch.arange(num_captions, device=caption_B.device)).float()
     return _same(item_B).float() @ has_BC > 0

@@ -12,7 +12,6 @@ import re
 import socket
 import sys
 import urllib.parse
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipfh import UserError, config
+from clipfh import UserError, config, transfer
 from clipfh.images import Preprocess
 
 CONFIG_FILE = "open_clip_config.json"
@@ -237,6 +236,8 @@ class Towers(nn.Module):
         super().__init__()
         self.clip: Any = clip
         self.chunk = chunk
+        if isinstance(clip.visual, library().modified_resnet.ModifiedResNet):
+            clip.visual.to(memory_format=torch.channels_last)  # as the images are: else each pass turns every weight
         preprocess, dtype = preprocess_of(clip), next(clip.parameters()).dtype
         self.register_buffer("mean", torch.tensor(preprocess.mean, dtype=dtype).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess.std, dtype=dtype).view(1, 3, 1, 1), persistent=False)
@@ -318,41 +319,38 @@ def precision(setting: str, on: torch.device) -> torch.dtype:
     return torch.bfloat16 if setting == "bfloat16" else torch.float32
 
 
-def to_device(images: np.ndarray, on: torch.device) -> Tensor:
-    """The one way of images to the device: from pinned memory without waiting on a GPU, without a copy on the CPU.
-
-    Args:
-        images: (B, H, W, 3) uint8.
-        on: the device.
-
-    Returns:
-        (B, 3, H, W) uint8.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # read-only pages of the object store, which we only read
-        batch = torch.from_numpy(images)
-    return (batch.pin_memory().to(on, non_blocking=True) if on.type == "cuda" else batch).permute(0, 3, 1, 2)
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in eval mode and without gradients; afterwards in the mode it was in."""
+    before = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(before)
 
 
-@torch.no_grad()
 def embed(towers: Towers, images: np.ndarray, dtype: torch.dtype, batch: int = 256) -> Tensor:
     """(N, D) float32 unit embeddings of (N, size, size, 3) uint8 images."""
     on = towers.mean.device
-    towers.eval()
     parts = []
-    for start in range(0, len(images), batch):
-        with torch.autocast(on.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            parts.append(towers(to_device(images[start : start + batch], on))[0].float())
-    towers.train()
+    with evaluating(towers), torch.autocast(on.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for start in range(0, len(images), batch):
+            parts.append(towers(transfer.images(images[start : start + batch], on))[0].float())
     return F.normalize(torch.cat(parts))
 
 
-@torch.no_grad()
 def embed_text(towers: Towers, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """(C, D) float32 unit embeddings of (C, context) tokens."""
+    return F.normalize(text_features(towers, tokens, dtype).float())
+
+
+def text_features(towers: Towers, tokens: Tensor, dtype: torch.dtype, batch: int = 256) -> Tensor:
+    """(C, D) features of (C, context) tokens, as the towers that compute in a type give them."""
     on = towers.mean.device
-    with torch.autocast(on.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return F.normalize(towers.clip.encode_text(tokens.to(on)).float())
+    with evaluating(towers), torch.autocast(on.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return torch.cat([towers.clip.encode_text(part.to(on)) for part in tokens.split(batch)])
 
 
 def depth(name: str, blocks: int) -> int:

@@ -15,14 +15,18 @@ from clipfh import config, losses
 
 @dataclass(frozen=True)
 class Labels:
-    """What the losses know of the B images of a global batch."""
+    """What the losses know of the B images of a global batch. Images are chosen by their places, which were worked out
+    before they went to the device: what a mask chooses a GPU would have to be asked, and waited for."""
 
     item: Tensor
     """(B,) int64 item code of each image"""
+    items: Tensor
+    """(P,) int64 item code of each item"""
     paired: Tensor
-    """(B,) bool: the item has two views or more. Copies of a single view are neither positives nor negatives."""
+    """int64 places of the images whose item has two views or more. Copies of a single view are neither positives nor
+    negatives."""
     captioned: Tensor
-    """(B,) bool: the item has a prompt"""
+    """int64 places of the images whose item has a prompt"""
     caption: Tensor
     """(number captioned,) int64 place in `captions` of each captioned image's prompt"""
     captions: Tensor
@@ -80,7 +84,7 @@ class Objective(nn.Module):
     def move_centers(self, feature_BD: Tensor, labels: Labels, rate: float) -> None:
         """The centers' own optimizer step; nothing where the term is off."""
         if self.loss.center:
-            losses.move_centers(self.centers, feature_BD.detach(), labels.item, rate)
+            losses.move_centers(self.centers, feature_BD.detach(), labels.item, labels.items, rate)
 
     def bounds(self, labels: Labels, log_scale: Tensor) -> dict[str, losses.Bounds]:
         """Floor and collapse value of each active term on these labels; the center term has neither."""
@@ -101,7 +105,7 @@ class Objective(nn.Module):
         """Whether the batch has an image that the term takes."""
         supcon = labels.captioned if self.loss.supcon_captions else labels.paired
         taken = {"triplet": labels.paired, "supcon": supcon, "infonce": labels.captioned}
-        return term not in taken or bool(taken[term].any())
+        return term not in taken or len(taken[term]) > 0
 
     def _cosine(self, feature_BD: Tensor) -> Tensor:
         """(B, I) cosines of the features, after the batch-norm neck, with the weights of all train items."""

@@ -92,9 +92,10 @@ def batches(
     world_size: int = 1,
     tasks: int | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """A worker's part of the steps from `first` to before `last`, in order: step, rows (B,), images (B, size, size, 3).
+    """A worker's part of the steps from `first` to before `last`, in order: the step, the rows (W * B,) of its global
+    batch, and the images (B, size, size, 3) of the worker's part of that.
 
-    Rank r gets the r-th part of each global batch. Pixels, uint8, are drawn from (seed, step, place in the global
+    Rank r of W gets the r-th part of each global batch. Pixels, uint8, are drawn from (seed, step, place in the global
     batch), so they depend neither on the number of workers nor on which task decodes. The pipeline runs from the worker
     that reads it: it begins where that one's checkpoint ends, and no process stands between. At most so many `tasks`
     decode at a time, None for as many as the cluster has CPUs for.
@@ -139,7 +140,7 @@ def _counted(start: int, end: int) -> list[pa.Table]:
 
 
 def _load(block: dict[str, np.ndarray], shared: Images, recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
-    """Decode a rank's part of some steps: step (S,), row (S, B), image (S, B, size, size, 3)."""
+    """Decode a rank's part of some steps: step (S,), row (S, W * B), image (S, B, size, size, 3)."""
     decoder = BatchDecoder(shared, recipe, rank, world_size)
     rows, pixels = zip(*(decoder(int(step)) for step in block["step"]), strict=True)
     return {"step": block["step"], "row": np.stack(rows), "image": np.stack(pixels)}

@@ -13,10 +13,11 @@ import ray
 import ray.train
 import torch
 
-from clipfh import batches, checkpoint, cluster, config, decoding, model, stream
+from clipfh import batches, checkpoint, cluster, config, decoding, model, stream, transfer
 from clipfh.inputs import Inputs
-from clipfh.learner import Diverged, Learner, Tally, Validation
+from clipfh.learner import Learner, Validation
 from clipfh.runs import History
+from clipfh.tally import Diverged, Tally
 
 
 def load() -> None:
@@ -43,9 +44,8 @@ def loop(job: dict[str, Any]) -> None:
     history = History(job["out"], learner.step)
     recipe = decoding.Recipe(experiment.batch, experiment.augment, experiment.seed, inputs.size)
     place = learner.rank, learner.world_size
-    batch_stream = stream.batches(
-        inputs.images, recipe, learner.step, learner.budget.total, *place, tasks=job["decoding"]
-    )
+    decoded = stream.batches(inputs.images, recipe, learner.step, learner.budget.total, *place, tasks=job["decoding"])
+    batch_stream = transfer.ahead(decoded, learner.device)
     tally, patience, notice, began = Tally(), experiment.budget.patience, _Notice(), 0.0
     next_wanted = learner.step + learner.budget.half_a_report  # not sooner: other trials may still be starting here
     while learner.step < learner.budget.total and not (patience and found["reports_since_best"] >= patience):
@@ -57,16 +57,15 @@ def loop(job: dict[str, Any]) -> None:
         if job["followed"] and learner.step == next_wanted:
             cluster.start_another()
         try:
-            rows, values = learner.train_step(rows, images)
+            tally.add(len(rows), waited, learner.train_step(rows, images))
+            found["stream"] = batches.digest(found["stream"], step, rows)
+            history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
+            if learner.budget.is_report(learner.step) or notice.is_new(learner.step):
+                found = _report(learner, validation, history, tally, {**found, "began": began})
+                tally = Tally()
         except Diverged as diverged:
             _report_divergence(diverged, inputs, history, experiment.batch.images)
             return
-        tally.add(len(rows), waited, values)
-        found["stream"] = batches.digest(found["stream"], step, rows)
-        history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
-        if learner.budget.is_report(learner.step) or notice.is_new(learner.step):
-            found = _report(learner, validation, history, tally, {**found, "began": began})
-            tally = Tally()
 
 
 @dataclass

@@ -127,3 +127,10 @@ def test_a_single_view_will_do_where_captions_are_the_positives():
     with pytest.raises(UserError, match="leaves loss.supcon without positives"):
         config.resolve("joint", None, settings)
     assert config.resolve("joint", None, {**settings, "loss.supcon_captions": True}).batch.views == 1
+
+
+@pytest.mark.parametrize("given", [0.005, 1.5])
+def test_a_temperature_that_the_logit_scale_does_not_reach_is_refused(given):
+    with pytest.raises(UserError, match=r"loss.infonce_temperature must be 0, or from 0.01 to 1, not"):
+        config.Loss(infonce=1.0, infonce_temperature=given)
+    assert config.Loss(infonce=1.0, infonce_temperature=1.0)

@@ -9,9 +9,9 @@ import clipfh
 
 FLOORS = [
     {"config", "metrics", "rerank", "losses", "gather", "prompts", "images", "augment", "gates", "sources"}
-    | {"drawing", "files", "runs", "cores"},
+    | {"drawing", "files", "runs", "cores", "transfer"},
     {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "embeddings"}
-    | {"space", "cluster", "submit", "track"},
+    | {"space", "cluster", "submit", "track", "tally"},
     {"decoding", "stream", "embed", "embed_ray", "evaluate", "learner", "search", "onnx", "results", "inputs"},
     {"fit", "train", "worker", "export", "plots", "searched", "finds", "status"},
     {"report", "trial", "trials", "final", "keep", "estimate"},
@@ -25,6 +25,7 @@ NEIGHBOURS = {
     "stream": {"decoding"},
     "inputs": {"decoding"},
     "rerank": {"metrics"},
+    "augment": {"transfer"},
     "optimizer": {"model"},
     "trials": {"trial"},
     "keep": {"final"},

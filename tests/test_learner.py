@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipfh import UserError, batches, config, learner, model
+from clipfh import UserError, batches, config, learner, model, tally
 
 P, K, ITEMS = 4, 2, 7
 STEPS = 10
@@ -63,8 +65,8 @@ def train(one: learner.Learner, steps: int = STEPS) -> dict[str, torch.Tensor]:
     """Train a rank on its part of each batch; returns the weights, with those of heads and average."""
     plan = batches.Plan(INDEX.item, P, K)
     for step in range(steps):
-        rows = plan.batch(step).reshape(one.world_size, -1)[one.rank]
-        one.train_step(rows, IMAGES[rows])
+        rows = plan.batch(step)
+        one.train_step(rows, IMAGES[rows.reshape(one.world_size, -1)[one.rank]])
     heads = {f"heads.{name}": tensor for name, tensor in one.objective.state_dict().items()}
     average = {f"average.{name}": tensor for name, tensor in one.average.weights.items()}
     return {name: tensor.clone() for name, tensor in {**one.clip.state_dict(), **heads, **average}.items()}
@@ -204,23 +206,89 @@ def test_the_temperature_of_infonce_is_where_training_starts(given: float, expec
 def test_labels_name_every_caption_once():
     one = learner_of(**TERMS["supcon"])
     rows = np.arange(0, 19, 2)
-    labels = one._labels(rows)
+    labels, _ = one._labels(rows)
     caption = captions().of_item[INDEX.item[rows]]
     np.testing.assert_array_equal(labels.captions[labels.caption].numpy(), caption[caption >= 0])
     assert len(labels.captions.unique()) == len(labels.captions)
 
 
-def test_divergence_names_the_step_and_the_images():
-    one = learner_of(**TERMS["supcon"])
-    train(one, steps=2)
-    one.clip.visual.proj.data.fill_(float("nan"))
-    before = {name: tensor.clone() for name, tensor in one.clip.state_dict().items()}
-    with pytest.raises(learner.Diverged) as caught:
+class Reads(TorchDispatchMode):
+    """Counts the operations that must know a value of the device: on a GPU each waits for all that was asked of it."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "bincount")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        indices = args[1] if name.startswith(("index", "_index_put")) and isinstance(args[1], (list, tuple)) else ()
+        masks = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
+        if masks or any(name == each or name.startswith(f"_{each}") for each in self.NAMES):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", ["image", "joint"])
+@pytest.mark.parametrize("randaugment", [0.0, 9.0])
+def test_a_step_reads_one_value_of_the_device(stage: str, randaugment: float):
+    one = learner_of(stage, torch.float32, **TERMS["all"], **{"augment.randaugment": randaugment})
+    train(one, steps=1)
+    with Reads() as reads:
         one.train_step(np.arange(8), IMAGES[:8])
+    assert sum(reads.found.values()) <= 1, reads.found
+
+
+def diverge(one: learner.Learner) -> dict[str, torch.Tensor]:
+    """Train two steps, then one whose loss is not finite; returns the weights before that one."""
+    train(one, steps=2)
+    one.clip.visual.ln_post.register_forward_hook(lambda _, __, out: out * float("nan"))
+    before = {name: tensor.clone() for name, tensor in weights(one).items()}
+    one.train_step(np.arange(8), IMAGES[:8])
+    return before
+
+
+def weights(one: learner.Learner) -> dict[str, torch.Tensor]:
+    """All that a step may change of what is evaluated."""
+    moments = {f"{i}.{n}": t for i, s in one.optimizer.state_dict()["state"].items() for n, t in s.items()}
+    return {**one.clip.state_dict(), **moments}
+
+
+def test_divergence_is_noticed_a_step_late_with_the_step_and_the_images():
+    one = learner_of(**TERMS["supcon"])
+    before = diverge(one)
+    with pytest.raises(tally.Diverged) as caught:
+        one.train_step(np.arange(8, 16), IMAGES[8:16])
     assert caught.value.step == 2 and caught.value.rows.tolist() == list(range(8))
-    assert_equal(
-        {n: t.nan_to_num() for n, t in one.clip.state_dict().items()}, {n: t.nan_to_num() for n, t in before.items()}, 0
-    )
+    assert list(caught.value.terms) == ["supcon"]
+    assert_equal(weights(one), before, 0)
+
+
+def test_no_report_is_made_of_a_step_that_was_not_finite():
+    one = learner_of(**TERMS["supcon"])
+    before = diverge(one)
+    with pytest.raises(tally.Diverged, match="2"):
+        one.report(tally.Tally(), validation(), start_val_mAP=0.0)
+    assert_equal(weights(one), before, 0)
+    assert_equal(one.average.weights, {n: t for n, t in one.average.weights.items() if t.isfinite().all()}, 0)
+
+
+def test_the_speed_is_that_of_training_alone(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    one, since = learner_of(**TERMS["supcon"]), tally.Tally()
+    values = one.train_step(np.arange(8), IMAGES[:8])
+    now[0] += 4.0
+    since.add(8, 1.0, values)
+
+    def slow(_: object) -> float:
+        now[0] += 1000.0
+        return 0.5
+
+    monkeypatch.setattr(one, "validate", slow)
+    report = one.report(since, validation(), start_val_mAP=0.0)
+    assert (report["images_per_second"], report["data_wait"], report["val_mAP"]) == (2.0, 0.25, 0.5)
 
 
 @functools.cache
@@ -238,10 +306,9 @@ def test_a_report_warns_of_a_collapse_only_after_the_warm_up():
     one.clip.visual.class_embedding.requires_grad_(True)
     for steps, warned in ((1, 0), (STEPS, 1)):
         while one.step < steps:
-            tally = learner.Tally()
-            rows, values = one.train_step(np.arange(8), IMAGES[:8])
-            tally.add(len(rows), 0.0, values)
-        report = one.report(tally, validation(), start_val_mAP=0.0)
+            since = tally.Tally()
+            since.add(8, 0.0, one.train_step(np.arange(8), IMAGES[:8]))
+        report = one.report(since, validation(), start_val_mAP=0.0)
         assert len(report["warnings"]) == warned
     assert "supcon has collapsed: all embeddings alike" in report["warnings"][0]
 

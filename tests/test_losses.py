@@ -208,7 +208,7 @@ def test_center_and_its_step(batch, norm):
     assert_same(batch, losses.center(feature_BD, batch.item_B, centers_ID), reference)
 
     moved_ID = centers_ID.clone()
-    losses.move_centers(moved_ID, feature_BD, batch.item_B, 0.5)
+    losses.move_centers(moved_ID, feature_BD, batch.item_B, batch.item_B.unique(), 0.5)
     for item, center in enumerate(centers_ID):
         pulls = [center - feature for feature, i in rows if i == item]
         expected = center - 0.5 * sum(pulls, start=torch.zeros_like(center)) / (1 + len(pulls))

@@ -10,8 +10,9 @@ from clipfh.objective import Labels, Objective
 ITEM = torch.tensor([0, 0, 1, 1, 2, 2])
 LABELS = Labels(
     item=ITEM,
-    paired=torch.tensor([True, True, True, True, False, False]),
-    captioned=torch.tensor([True, True, True, True, False, False]),
+    items=torch.tensor([0, 1, 2]),
+    paired=torch.tensor([0, 1, 2, 3]),
+    captioned=torch.tensor([0, 1, 2, 3]),
     caption=torch.tensor([0, 0, 1, 1]),
     captions=torch.tensor([4, 7]),
 )
@@ -38,8 +39,8 @@ def test_single_views_and_items_without_prompt_stay_out():
 
 
 def test_a_batch_that_concerns_no_term_costs_nothing_and_does_not_stop():
-    none = torch.zeros(6, dtype=torch.bool)
-    empty = Labels(ITEM, none, none, torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+    none = torch.zeros(0, dtype=torch.long)
+    empty = Labels(ITEM, LABELS.items, none, none, none, none)
     objective = Objective(config.Loss(triplet=1.0, supcon=1.0, infonce=1.0), 16, 3)
     features = FEATURES.clone().requires_grad_()
     total, _ = objective(features, TEXT[:0], SCALE, empty)

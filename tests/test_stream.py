@@ -25,14 +25,15 @@ def recipe(tiny):
 
 
 def streamed(shared, recipe, first, last, workers):
-    """Step to (rows, images) of the global batch, put together from what each rank got."""
+    """Step to (rows, images) of the global batch; the images put together from what each rank got."""
     parts = [list(stream.batches(shared, recipe, first, last, rank, workers)) for rank in range(workers)]
     for part in parts:
         assert [step for step, _, _ in part] == list(range(first, last)), "every step once, in order"
-    return {
-        together[0][0]: tuple(np.concatenate([each[i] for each in together]) for i in (1, 2))
-        for together in zip(*parts, strict=True)
-    }
+    found = {}
+    for step in zip(*parts, strict=True):
+        assert all(np.array_equal(rows, step[0][1]) for _, rows, _ in step), "all ranks know the whole batch's rows"
+        found[step[0][0]] = step[0][1], np.concatenate([images for _, _, images in step])
+    return found
 
 
 def test_the_stream_is_the_plan_decoded(shared, recipe, small_catalogue):
