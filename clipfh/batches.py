@@ -31,6 +31,11 @@ class Index:
         """(I,) images of each item."""
         return np.bincount(self.item, minlength=len(self.names))
 
+    @functools.cached_property
+    def num_single(self) -> int:
+        """Items of one image."""
+        return int((self.views == 1).sum())
+
 
 def index_of(rows: pa.Table, shard_ends: np.ndarray) -> Index:
     """The index of some rows."""
@@ -56,9 +61,10 @@ class Plan:
         seed: another seed, other batches.
         category: (I,) category code of each item, for grouping.
         categories: about how many categories share a batch; 0 draws items from all.
+        singles: draw items of one view too.
 
     Raises:
-        UserError: fewer than P items.
+        UserError: fewer than P items to draw from.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Plan:
         seed: int = 0,
         category: np.ndarray | None = None,
         categories: int = 0,
+        singles: bool = True,
     ) -> None:
         self.items, self.views, self.seed = items, views, seed
         self.category = category
@@ -76,16 +83,22 @@ class Plan:
         self.rows = np.argsort(item, kind="stable")
         self.sizes = np.bincount(item)
         self.starts = np.cumsum(self.sizes) - self.sizes
+        self.drawn = np.flatnonzero(self.sizes >= (1 if singles else 2))
         self._orders: dict[int, np.ndarray] = {}
-        if len(self.sizes) < items:
+        which = "train items" if singles else "train items with two photos or more, which the losses need"
+        if not len(self.drawn):
             raise UserError(
-                f"--batch.items {items} is more than the {len(self.sizes)} train items: take {len(self.sizes)} or fewer"
+                f"there are no {which}: give more photos of an item, or switch on loss.ce, loss.center or loss.infonce"
+            )
+        if self.num_items < items:
+            raise UserError(
+                f"--batch.items {items} is more than the {self.num_items} {which}: take {self.num_items} or fewer"
             )
 
     @property
     def num_items(self) -> int:
         """I, the items that batches are drawn from."""
-        return len(self.sizes)
+        return len(self.drawn)
 
     def batch(self, step: int) -> np.ndarray:
         """(P*K,) image rows of the step's batch, the K views of an item side by side."""
@@ -112,7 +125,7 @@ class Plan:
     def _shuffled(self, number: int) -> np.ndarray:
         """(I,) items shuffled; when grouped, in shuffled runs of one category."""
         rng = np.random.default_rng((self.seed, number))
-        order = rng.permutation(self.num_items)
+        order = self.drawn[rng.permutation(self.num_items)]
         if not self.run or self.category is None:
             return order
         order = order[np.argsort(self.category[order], kind="stable")]
@@ -139,9 +152,9 @@ class Plan:
         return self.rows[self.starts[items][:, None] + chosen]
 
 
-def plan_of(index: Index, batch: config.Batch, seed: int) -> Plan:
-    """The plan of a run on these train images."""
-    return Plan(index.item, batch.items, batch.views, seed, index.category, batch.categories)
+def plan_of(index: Index, batch: config.Batch, seed: int, singles: bool) -> Plan:
+    """The plan of a run on these train images. `singles`: whether its losses take an item's only photo."""
+    return Plan(index.item, batch.items, batch.views, seed, index.category, batch.categories, singles)
 
 
 def digest(previous: str, step: int, rows: np.ndarray) -> str:
@@ -177,6 +190,8 @@ class Budget:
     every: float
     """images between two reports"""
     batch: int
+    epoch: int
+    """images in a pass over all that are trained on"""
 
     def is_report(self, done: int) -> bool:
         """Whether a report is due after so many steps: the first to reach a multiple of `every`, and the last.
@@ -192,13 +207,15 @@ class Budget:
         return int(min(self.every / self.batch, self.total) / 2)
 
 
-def budget_of(experiment: config.Experiment, num_images: int) -> Budget:
+def budget_of(experiment: config.Experiment, num_images: int, num_single: int) -> Budget:
     """Steps that see at least the images asked for, and the reports on the way.
 
     Args:
         experiment: with a budget in images or in epochs.
-        num_images: an epoch.
+        num_images: of the train items.
+        num_single: those of them that are an item's only one; where no term takes those, an epoch has none.
     """
     budget, batch = experiment.budget, experiment.batch.images
-    images = budget.images or math.ceil(budget.epochs * num_images)
-    return Budget(max(1, math.ceil(images / batch)), budget.report_every or images / 10, batch)
+    epoch = num_images if experiment.loss.takes_singles else num_images - num_single
+    images = budget.images or math.ceil(budget.epochs * epoch)
+    return Budget(max(1, math.ceil(images / batch)), budget.report_every or images / 10, batch, epoch)

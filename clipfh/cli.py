@@ -445,11 +445,13 @@ def train(args: argparse.Namespace) -> None:
             if experiment.stage == "joint" and not experiment.loss.takes_text:
                 print("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
             inputs = train.inputs_of(opened, experiment, clip, stream, placement.keep_gib)
-            for note in train.notes_on(inputs):
+            for note in train.notes_on(inputs, experiment.loss):
                 print(note)
-            total = batches.budget_of(experiment, inputs.num_images).total * experiment.batch.images
+            budget = batches.budget_of(experiment, inputs.num_images, inputs.num_single)
             with track.following(args.track, out):
-                _followed(lambda: fit.fit(experiment, inputs, out, resources, retries=3), out, total)
+                _followed(
+                    lambda: fit.fit(experiment, inputs, out, resources, retries=3), out, budget.total * budget.batch
+                )
     last = runs.read_metrics(out)[-1]
     if "diverged" in last:
         raise UserError(last["diverged"])
@@ -482,10 +484,9 @@ def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
     """What the sweep will take, measured on a worker of the cluster where there is one, else here."""
     from clipfh import estimate
 
+    epoch = estimate.epoch(opened, loaded.experiment(loaded.first))
     if not (args.address or os.environ.get("RAY_ADDRESS")):
-        return estimate.told(
-            loaded, estimate.measure(opened, loaded.experiment(loaded.first)), opened.num_images("train")
-        )
+        return estimate.told(loaded, estimate.measure(opened, loaded.experiment(loaded.first)), epoch)
     import ray
 
     from clipfh import cluster
@@ -495,7 +496,7 @@ def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
         task: Any = ray.remote(estimate.measure).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
         measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), resources.threads))
         at_once = cluster.at_once(loaded.placement, resources)
-    return f"{estimate.told(loaded, measured, opened.num_images('train'))}\n{at_once} trials at once"
+    return f"{estimate.told(loaded, measured, epoch)}\n{at_once} trials at once"
 
 
 def status(args: argparse.Namespace) -> None:

@@ -119,6 +119,11 @@ class Loss:
         """Whether a term that is on learns from prompts."""
         return self.infonce > 0 or (self.supcon > 0 and self.supcon_captions)
 
+    @property
+    def takes_singles(self) -> bool:
+        """Whether a term that is on learns from an item's only photo. Triplet, and supcon among images, do not."""
+        return self.ce > 0 or self.center > 0 or self.takes_text
+
 
 @dataclass(frozen=True)
 class Optimizer:

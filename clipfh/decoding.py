@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from clipfh import batches, images
 from clipfh.batches import Index, Plan
 from clipfh.catalogue import Catalogue
-from clipfh.config import Augment, Batch
+from clipfh.config import Augment, Batch, Experiment
 
 
 def fetch(handle: Any) -> Any:
@@ -66,6 +66,13 @@ class Recipe:
     seed: int
     size: int
     """side of the model's input, pixels"""
+    singles: bool
+    """whether items of one photo take part"""
+
+    @classmethod
+    def of(cls, experiment: Experiment, size: int) -> Recipe:
+        """The recipe of an experiment, for images of a size."""
+        return cls(experiment.batch, experiment.augment, experiment.seed, size, experiment.loss.takes_singles)
 
 
 class Feed(Protocol):
@@ -139,17 +146,17 @@ def decode(
 
 
 @functools.lru_cache(maxsize=4)
-def _plan(index: Any, batch: Batch, seed: int) -> tuple[Plan, np.ndarray]:
+def _plan(index: Any, batch: Batch, seed: int, singles: bool) -> tuple[Plan, np.ndarray]:
     """The plan and the ends of the shards, made once a process."""
     fetched: Index = fetch(index)
-    return batches.plan_of(fetched, batch, seed), fetched.shard_ends
+    return batches.plan_of(fetched, batch, seed, singles), fetched.shard_ends
 
 
 class BatchDecoder:
     """A rank's part of any step's batch, decoded. Shards are fetched when they are first asked for, and held."""
 
     def __init__(self, shared: Images, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
-        self.plan, shard_ends = _plan(shared.index, recipe.batch, recipe.seed)
+        self.plan, shard_ends = _plan(shared.index, recipe.batch, recipe.seed, recipe.singles)
         self.encoded = _reader(shard_ends, shared.shards, _encoded)
         self.kept = _reader(shard_ends, shared.kept, operator.getitem)
         self.recipe, self.rank, self.world_size = recipe, rank, world_size

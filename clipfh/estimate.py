@@ -53,9 +53,11 @@ def measure(catalogue: Catalogue, experiment: config.Experiment, threads: int = 
         torch.set_num_threads(threads)
     device = model.device()
     peaks, seconds = [], 0.0
-    items = [min(count, catalogue.num_items("train")) for count in (SMALL, LARGE)]
+    index = _index(catalogue)
+    drawn = len(index.names) - (0 if experiment.loss.takes_singles else index.num_single)
+    items = [min(count, drawn) for count in (SMALL, LARGE)]
     for count in items:
-        learner = _learner(catalogue, experiment, count, device)
+        learner = _learner(catalogue, experiment, index, count, device)
         for _ in range(2):
             seconds = _step(learner, device)
         peaks.append(_peak(device))
@@ -64,8 +66,19 @@ def measure(catalogue: Catalogue, experiment: config.Experiment, threads: int = 
     return Measured(str(device), last / seconds, image, peaks[0] - first * image, _memory(device))
 
 
-def _learner(catalogue: Catalogue, experiment: config.Experiment, items: int, device: torch.device) -> Learner:
-    index = batches.index_of(catalogue.rows("train"), np.array([catalogue.num_images("train")]))
+def _index(catalogue: Catalogue) -> batches.Index:
+    return batches.index_of(catalogue.rows("train"), np.array([catalogue.num_images("train")]))
+
+
+def epoch(catalogue: Catalogue, experiment: config.Experiment) -> int:
+    """Images in a pass over all that is trained on."""
+    index = _index(catalogue)
+    return batches.budget_of(experiment, len(index.item), index.num_single).epoch
+
+
+def _learner(
+    catalogue: Catalogue, experiment: config.Experiment, index: batches.Index, items: int, device: torch.device
+) -> Learner:
     captions, _ = train.captions_of(catalogue, index.names, experiment, "train")
     batch = dataclasses.replace(experiment.batch, items=items, views=VIEWS, chunk=0)
     small = dataclasses.replace(experiment, batch=batch)
@@ -74,7 +87,9 @@ def _learner(catalogue: Catalogue, experiment: config.Experiment, items: int, de
 
 def _step(learner: Learner, device: torch.device) -> float:
     """Seconds of one step."""
-    rows = batches.plan_of(learner.index, learner.experiment.batch, 0).batch(learner.step)
+    experiment = learner.experiment
+    plan = batches.plan_of(learner.index, experiment.batch, 0, experiment.loss.takes_singles)
+    rows = plan.batch(learner.step)
     size = model.preprocess_of(learner.clip).size
     pixels = np.random.default_rng(0).integers(0, 256, (len(rows), size, size, 3), np.uint8)
     start = time.perf_counter()
@@ -96,10 +111,10 @@ def _memory(device: torch.device) -> float:
     return float(torch.cuda.mem_get_info()[1] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
-def told(sweep: Sweep, measured: Measured, num_images: int) -> str:
-    """The estimate for a person."""
+def told(sweep: Sweep, measured: Measured, epoch: int) -> str:
+    """The estimate for a person. `epoch`: images in a pass over all that is trained on."""
     budget = sweep.experiment(sweep.first).budget
-    most = budget.images or int(budget.epochs * num_images)
+    most = budget.images or int(budget.epochs * epoch)
     seen = images_of_a_trial(sweep, most)
     hours = sweep.trials * seen / measured.rate / 3600
     again = sweep.final.top * sweep.final.seeds + sweep.final.refit

@@ -148,5 +148,5 @@ def is_over(experiment: config.Experiment, inputs: Inputs, last: dict[str, Any])
     """Whether a run's last report is the last that it will make."""
     patience = experiment.budget.patience
     stopped = patience and last.get("reports_since_best", 0) >= patience
-    total = batches.budget_of(experiment, inputs.num_images).total
+    total = batches.budget_of(experiment, inputs.num_images, inputs.num_single).total
     return bool("diverged" in last or stopped or last["step"] >= total)

@@ -61,7 +61,7 @@ class Learner:
         torch.manual_seed(experiment.seed)
         self.experiment, self.clip, self.index, self.captions, self.device = experiment, clip, index, captions, on
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.budget = batches.budget_of(experiment, len(index.item))
+        self.budget = batches.budget_of(experiment, len(index.item), index.num_single)
         self.precision = model.precision(experiment.model.precision, on)
         self.trains_text = experiment.stage == "joint" and experiment.loss.takes_text
         _prepare(clip, experiment, self.trains_text)
@@ -220,7 +220,7 @@ class Learner:
         self.unchecked.check()
         found: dict[str, Any] = tally.means()  # before all else: its clock is that of the training
         images = self.step * self.experiment.batch.images
-        found = {"step": self.step, "images": images, "epoch": images / len(self.index.item), **found}
+        found = {"step": self.step, "images": images, "epoch": images / self.budget.epoch, **found}
         if validation is not None:
             found |= {"start_val_mAP": start_val_mAP, "val_mAP": self.validate(validation)}
         found |= self._of_last_batch()

@@ -172,6 +172,11 @@ class Sweep:
         """The first value of every range: one point of the space."""
         return {name: r.values[0] for name, r in self.search.items()}
 
+    @property
+    def off(self) -> dict[str, Any]:
+        """What may be off, switched off."""
+        return {name: r.off for name, r in self.search.items() if r.off is not None}
+
 
 def _term_of(name: str) -> str:
     """'triplet' for loss.triplet_margin; '' for what is no option of a term (those sort first)."""
@@ -265,7 +270,7 @@ def _check_values(sweep: Sweep) -> None:
                 raise UserError(
                     f"batch.items {experiment.batch.items} can't be shared by {sweep.placement.workers} workers"
                 )
-    sweep.experiment({**sweep.first, **{name: r.off for name, r in sweep.search.items() if r.off is not None}})
+    sweep.experiment({**sweep.first, **sweep.off})
     for point in sweep.points:
         for name, value in point.items():
             if name not in sweep.search:

@@ -16,6 +16,7 @@ from torch import nn
 
 from clipfh import (
     UserError,
+    batches,
     checkpoint,
     cluster,
     config,
@@ -32,6 +33,7 @@ from clipfh import (
     train,
 )
 from clipfh.catalogue import Catalogue
+from clipfh.decoding import fetch
 from clipfh.inputs import Inputs
 from clipfh.space import Sweep, resolved
 from clipfh.trials import ZERO_SHOT, Leaderboard, Watch, search
@@ -108,7 +110,7 @@ def run(
         rows = board.write(search(sweep, inputs, out, resources, watch, resume, retry_failed))
     keeper.trials(rows)
     winner = _winner(begun, inputs, rows)
-    about = {"resources": dataclasses.asdict(resources), "notes": train.notes_on(inputs)}
+    about = {"resources": dataclasses.asdict(resources), "notes": train.notes_on(inputs, base.loss)}
     summary = _finish(begun, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
     keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
     keeper.finals(winner.run)
@@ -143,12 +145,16 @@ def _inputs(begun: _Begun, zero_shot: float) -> Inputs:
     """What all trials read.
 
     Raises:
-        UserError: the largest P that may be drawn is more than the items.
+        UserError: the largest P that may be drawn is more than the items that some losses of the space leave.
     """
-    corners = (begun.sweep.experiment(corner) for corner in begun.sweep.corners("batch.items"))
-    widest = max(corners, key=lambda experiment: experiment.batch.items)
-    inputs = train.inputs_of(begun.catalogue, widest, begun.clip, stream, begun.sweep.placement.keep_gib)
-    for note in train.notes_on(inputs):
+    corners = begun.sweep.corners("batch.items")
+    widest = max(corners, key=lambda point: begun.sweep.experiment(point).batch.items)
+    inputs = train.inputs_of(
+        begun.catalogue, begun.sweep.experiment(widest), begun.clip, stream, begun.sweep.placement.keep_gib
+    )
+    fewest = begun.sweep.experiment({**widest, **begun.sweep.off})  # without the terms that take single photos
+    batches.plan_of(fetch(inputs.images.index), fewest.batch, fewest.seed, fewest.loss.takes_singles)
+    for note in train.notes_on(inputs, begun.base.loss):
         begun.tell(note)
     return dataclasses.replace(inputs, start_val_mAP=zero_shot)
 

@@ -55,10 +55,11 @@ def begin(
     return clip, experiment
 
 
-def notes_on(inputs: Inputs) -> list[str]:
-    """What to tell people of items and prompts that count for less."""
+def notes_on(inputs: Inputs, loss: config.Loss) -> list[str]:
+    """What to tell people of items and prompts that count for less with a loss."""
+    left = "left out of terms that need a second one" if loss.takes_singles else "not trained on"
     counts = {
-        "train items have one view and are left out of terms that need a positive": inputs.num_single,
+        f"train items have one photo and are {left}": inputs.num_single,
         "prompts of train items are longer than the model reads: their ends are cut off": inputs.num_cut,
     }
     return [f"note: {count:,} {what}" for what, count in counts.items() if count]
@@ -102,7 +103,7 @@ def inputs_of(
     splits = ("train", *VALIDATION) if with_validation else ("train",)
     images = feed.share(catalogue, *splits)
     index: batches.Index = fetch(images.index)
-    batches.plan_of(index, experiment.batch, experiment.seed)
+    batches.plan_of(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
     preprocess = model.preprocess_of(clip)
     if keep_gib:
         images = feed.keep_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
@@ -115,7 +116,7 @@ def inputs_of(
         items=feed.put(validation_codes(catalogue)),
         size=preprocess.size,
         num_images=len(index.item),
-        num_single=int((index.views == 1).sum()),
+        num_single=index.num_single,
         num_cut=num_cut if experiment.loss.takes_text else 0,
     )
 

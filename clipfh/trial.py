@@ -52,7 +52,7 @@ class Trial(tune.Trainable):
         self.experiment = self.sweep.experiment(settings)
         self.folder = self.out / "trials" / self.trial_name
         _clear_of_another(self.folder, self.experiment)
-        self.total = batches.budget_of(self.experiment, self.inputs.num_images).total
+        self.total = batches.budget_of(self.experiment, self.inputs.num_images, self.inputs.num_single).total
         self.reported, self.looked = 0, time.monotonic()
         self.error: Exception | None = None
         self.losses: list[str] = []

@@ -42,7 +42,7 @@ def loop(job: dict[str, Any]) -> None:
         known = inputs.start_val_mAP
         found |= {"start_val_mAP": learner.validate(validation) if known is None else known, "best_val_mAP": 0.0}
     history = History(job["out"], learner.step)
-    recipe = decoding.Recipe(experiment.batch, experiment.augment, experiment.seed, inputs.size)
+    recipe = decoding.Recipe.of(experiment, inputs.size)
     place = learner.rank, learner.world_size
     decoded = stream.batches(inputs.images, recipe, learner.step, learner.budget.total, *place, tasks=job["decoding"])
     batch_stream = transfer.ahead(decoded, learner.device)

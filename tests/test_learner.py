@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipfh import UserError, batches, config, learner, model, tally
+from clipfh import UserError, batches, config, learner, model, tally, transfer
 
 P, K, ITEMS = 4, 2, 7
 STEPS = 10
@@ -210,6 +210,18 @@ def test_labels_name_every_caption_once():
     caption = captions().of_item[INDEX.item[rows]]
     np.testing.assert_array_equal(labels.captions[labels.caption].numpy(), caption[caption >= 0])
     assert len(labels.captions.unique()) == len(labels.captions)
+
+
+def test_no_image_is_trained_on_in_vain():
+    one = learner_of(**{"loss.supcon": 1.0, "loss.triplet": 1.0})
+    plan = batches.plan_of(INDEX, one.experiment.batch, 0, one.experiment.loss.takes_singles)
+    for step in range(STEPS):
+        rows = plan.batch(step)
+        labels, tokens = one._labels(rows)
+        features, text, scale = one._features(transfer.images(IMAGES[rows], one.device), tokens, labels)
+        features.retain_grad()
+        one.objective(features, text, scale, labels)[0].backward()
+        assert features.grad.abs().sum(1).all()
 
 
 class Reads(TorchDispatchMode):

@@ -21,7 +21,7 @@ def shared(ray_cluster, small_catalogue):
 
 @pytest.fixture(scope="module")
 def recipe(tiny):
-    return decoding.Recipe(tiny.batch, tiny.augment, seed=3, size=64)
+    return decoding.Recipe(tiny.batch, tiny.augment, seed=3, size=64, singles=False)
 
 
 def streamed(shared, recipe, first, last, workers):
@@ -40,7 +40,7 @@ def test_the_stream_is_the_plan_decoded(shared, recipe, small_catalogue):
     found = streamed(shared, recipe, 0, 6, workers=1)
     table = small_catalogue.images("train")
     index = batches.index_of(small_catalogue.rows("train"), np.array([len(table)]))
-    plan = Plan(index.item, recipe.batch.items, recipe.batch.views, recipe.seed, index.category)
+    plan = Plan(index.item, recipe.batch.items, recipe.batch.views, recipe.seed, index.category, singles=False)
     for step, (rows, images) in found.items():
         np.testing.assert_array_equal(rows, plan.batch(step))
         expected = decoding.decode(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)

@@ -116,7 +116,7 @@ def _drained(experiment: config.Experiment, inputs: Inputs, out: Path, resources
 
 def _drain(job: dict[str, Any]) -> None:
     experiment, inputs = job["experiment"], job["inputs"]
-    recipe = decoding.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
+    recipe = decoding.Recipe.of(experiment, inputs.size)
     arriving = stream.batches(inputs.images, recipe, 0, IMAGES // experiment.batch.images)
     begun, count = _after_the_first(arriving), 0
     for _, rows, _ in arriving:
@@ -146,8 +146,8 @@ class _Photos(torch.utils.data.Dataset):
 def _loader(opened: Catalogue, inputs: Inputs) -> float:
     """Images per second of torch's DataLoader with a process a core, the first left out."""
     experiment = config.resolve("image", None, SETTINGS)
-    recipe = decoding.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
-    plan = batches.plan_of(ray.get(inputs.images.index), experiment.batch, 0)
+    recipe = decoding.Recipe.of(experiment, inputs.size)
+    plan = batches.plan_of(ray.get(inputs.images.index), experiment.batch, 0, singles=False)
     column = opened.images("train")["image"].combine_chunks()
     count = IMAGES // experiment.batch.images
     sampler = [[(s, i, int(row)) for i, row in enumerate(plan.batch(s))] for s in range(count)]
@@ -170,8 +170,8 @@ def _steps(opened: Catalogue, inputs: Inputs, resources: cluster.Resources, fold
     budget = {"budget.images": STEPS * 64, "budget.report_every": STEPS * 64}
     experiment = config.resolve("image", None, {**SETTINGS, **budget})
     index: batches.Index = ray.get(inputs.images.index)
-    plan = batches.plan_of(index, experiment.batch, 0)
-    recipe = decoding.Recipe(experiment.batch, experiment.augment, 0, inputs.size)
+    plan = batches.plan_of(index, experiment.batch, 0, singles=False)
+    recipe = decoding.Recipe.of(experiment, inputs.size)
     column = opened.images("train")["image"].combine_chunks()
     some = [decoding.decode(recipe, lambda at: column[at].as_py(), s, 0, plan.batch(s)) for s in range(8)]
     state = experiment, index, ray.get(inputs.captions), some, resources.threads
@@ -261,7 +261,7 @@ def _plain(folder: Path) -> None:
     experiment, index, captions, some, threads = pickle.loads((folder / "plain.pickle").read_bytes())
     torch.set_num_threads(threads)
     learner = Learner(experiment, train.start_of(experiment), index, captions, model.device())
-    plan = batches.plan_of(index, experiment.batch, 0)
+    plan = batches.plan_of(index, experiment.batch, 0, singles=False)
     step = _writing_times(learner.train_step, folder)
     for number in itertools.count():
         learner.step = number % STEPS
@@ -278,7 +278,7 @@ def _evaluation(inputs: Inputs, resources: cluster.Resources) -> float:
     begun = time.perf_counter()
     learner.validate(validation)
     scoring = time.perf_counter() - begun
-    plan, size = batches.plan_of(ray.get(inputs.images.index), experiment.batch, 0), inputs.size
+    plan, size = batches.plan_of(ray.get(inputs.images.index), experiment.batch, 0, singles=False), inputs.size
     pixels = np.random.default_rng(0).integers(0, 255, (experiment.batch.images, size, size, 3), dtype=np.uint8)
     learner.train_step(plan.batch(0), pixels)
     begun, count = time.perf_counter(), 16

@@ -95,8 +95,8 @@ def _trained(opened: Any, experiment: Any, original: str) -> Any:
     learner = Learner(experiment, clip, index, captions, torch.device("cpu"))
     if original:
         learner.objective = _Original(original)
-    plan = batches.plan_of(index, experiment.batch, experiment.seed)
-    recipe = decoding.Recipe(experiment.batch, experiment.augment, experiment.seed, model.preprocess_of(clip).size)
+    plan = batches.plan_of(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
+    recipe = decoding.Recipe.of(experiment, model.preprocess_of(clip).size)
     column = table["image"].chunk(0)
     for step in range(learner.budget.total):
         rows = plan.batch(step)
