@@ -88,9 +88,21 @@ def weights_of(settings: config.Model) -> str:
 
 
 def build(settings: config.Model) -> nn.Module:
-    """The architecture with random weights, float32, on the CPU."""
+    """The architecture with random weights, float32, on the CPU, and with the preprocessing of the settings' weights.
+
+    So the models of `build`, `with_weights` and `initial` take the same pixels. A file's preprocessing is not known:
+    with one, as with random weights, it is the architecture's.
+    """
+    pixels = pixels_of(settings)
     with _quiet():
-        return library().create_model(architecture(settings), pretrained_text=False)
+        return library().create_model(architecture(settings), pretrained_text=False, force_preprocess_cfg=pixels)
+
+
+def pixels_of(settings: config.Model) -> dict[str, Any]:
+    """What open_clip does to images for the settings' weights, but for the size, which is the architecture's."""
+    transform, tag = library().transform, library().get_pretrained_cfg(architecture(settings), weights_of(settings))
+    merged = transform.merge_preprocess_dict(transform.PreprocessCfg(), tag)
+    return {key: value for key, value in merged.items() if key != "size"}
 
 
 @contextlib.contextmanager

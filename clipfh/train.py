@@ -73,6 +73,13 @@ def start_of(experiment: config.Experiment, warm_start: str | None = None) -> nn
     named = weights.experiment.model.name if weights.experiment else weights.model_name
     if named and model.plain_name(named) != model.plain_name(experiment.model.name):
         raise UserError(f"--warm-start {warm_start} holds {named}, not {experiment.model.name}: give --model {named}")
+    before = weights.experiment.model if weights.experiment else experiment.model
+    if model.pixels_of(before) != model.pixels_of(experiment.model):
+        tag = model.weights_of(before) or "none"
+        raise UserError(
+            f"--warm-start {warm_start} was trained on images prepared as for the weights '{tag}', which differs from "
+            f"'{model.weights_of(experiment.model) or 'none'}': give --model.pretrained {tag}"
+        )
     return model.with_weights(experiment.model, weights.state, warm_start)
 
 

@@ -1,11 +1,14 @@
 """Towers: names, weights, freezing, depth; the real loading code on small files in the real formats."""
 
+import json
+from dataclasses import asdict
+
 import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from clipfh import UserError, config, model
+from clipfh import UserError, config, model, onnx
 
 SMALL = config.Model(name=config.SMALL, freeze_patch=False)
 
@@ -68,6 +71,55 @@ def test_weights_that_cannot_be_downloaded_name_the_remedy(monkeypatch):
 def test_random_weights_follow_the_seed():
     first, again, other = (model.initial(SMALL, seed).visual.proj for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+class Stub(torch.nn.Module):
+    """Stands for every architecture: next to no weights, and the size of its input."""
+
+    def __init__(self, **parts) -> None:
+        super().__init__()
+        self.visual = torch.nn.Linear(1, 1)
+        self.visual.image_size = parts["vision_cfg"].get("image_size", 224)
+
+
+@pytest.fixture
+def nothing_is_large(monkeypatch):
+    """open_clip's own factory, all of it, but for the download and the weights."""
+    for name in ("CLIP", "CustomTextCLIP", "CoCa"):
+        monkeypatch.setattr(f"open_clip.factory.{name}", Stub)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *args, **kwargs: "downloaded")
+    monkeypatch.setattr("open_clip.factory.load_checkpoint", lambda *args, **kwargs: None)
+    monkeypatch.setattr(model, "_without_network_only_the_cache", lambda: None)
+
+
+def preprocessings(settings) -> list[dict]:
+    """As zero-shot, training, a checkpoint, the export's two files and the pixels of training have it."""
+    zero_shot, built = model.initial(settings, 0), model.build(settings)
+    loaded = model.with_weights(settings, zero_shot.state_dict(), "a checkpoint")
+    found = [asdict(model.preprocess_of(each)) for each in (zero_shot, built, loaded)]
+    exported = json.loads(model.open_clip_config(settings, model.preprocess_of(loaded)))
+    size = exported["model_cfg"]["vision_cfg"].get("image_size", 224)
+    processor = onnx.described(model.preprocess_of(loaded))
+    towers = {key: tuple(getattr(model.Towers(built), key).double().flatten().tolist()) for key in ("mean", "std")}
+    return [
+        *found,
+        {"size": size, **exported["preprocess_cfg"]},
+        found[0] | {"mean": processor["image_mean"], "std": processor["image_std"]},
+        found[0] | towers,
+    ]
+
+
+def test_every_tag_has_one_preprocessing_from_zero_shot_to_export(nothing_is_large):
+    different, pairs = [], open_clip.list_pretrained()
+    for name, tag in pairs:
+        cfg = asdict(open_clip.transform.PreprocessCfg()) | open_clip.get_pretrained_cfg(name, tag)
+        words = {key: cfg[key] for key in ("interpolation", "resize_mode")}
+        for found in preprocessings(config.Model(name=name, pretrained=tag)):
+            same = all(found[key] == pytest.approx(cfg[key], abs=1e-6) for key in ("mean", "std"))
+            size = open_clip.get_model_config(name)["vision_cfg"].get("image_size", 224)
+            if not same or found["size"] != size or found != found | words:
+                different.append(f"{name} {tag}")
+    assert len(pairs) >= 196 and not different, f"{len({*different})} of {len(pairs)} tags differ: {different}"
 
 
 def test_towers_see_what_open_clip_sees():

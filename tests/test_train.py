@@ -226,6 +226,14 @@ for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_isDriverSufficient"): 
     assert [each.returncode for each in done] == [0, 1], done[0].stderr
 
 
+def test_a_warm_start_keeps_the_preprocessing_of_its_weights(tmp_path):
+    name = {"model.name": "ViT-L-14"}
+    trained = config.resolve("image", None, {**name, "model.pretrained": "laion2b_s32b_b82k"})
+    checkpoint.save(tmp_path, trained, {"visual.proj": torch.zeros(1)}, {}, {}, {})
+    with pytest.raises(UserError, match=r"prepared as for .* give --model.pretrained laion2b_s32b_b82k$"):
+        train.start_of(config.resolve("joint", None, name), str(tmp_path))
+
+
 def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
     """As in evaluation, whose figure of the zero-shot model is what trials are compared with."""
     rng, lines = np.random.default_rng(0), ["image_path,item_id,split"]
