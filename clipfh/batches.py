@@ -13,7 +13,7 @@ import pyarrow as pa
 from clipfh import UserError, config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity: arrays have no hash
 class Index:
     """What a plan and the losses need to know of the train images. Rows are those of the catalogue's train split."""
 

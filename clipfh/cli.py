@@ -14,6 +14,7 @@ import sys
 import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -429,29 +430,28 @@ def train(args: argparse.Namespace) -> None:
     as_it_was = args.resume and not settings and not args.preset
     given = None if as_it_was else config.resolve(args.stage, args.preset, settings)
     opened = catalogue.open_catalogue(args.catalogue)
-    from clipfh import batches, cluster, fit, runs, stream, track, train
+    from clipfh import batches, in_process, runs, track, train
 
     track.require(args.track)
+    alone = in_process.wanted(placement, args.address, args.out)
     with _all_or_nothing(out, "checkpoints/checkpoint_*"):
         clip, experiment = train.begin(out, given, opened, args.warm_start, args.resume)
         if experiment.stage != args.stage:
             raise UserError(
                 f"--resume: {out} is of the {experiment.stage} stage: write clipfh train {experiment.stage}"
             )
-        with _connected(args, placement):
-            resources = cluster.place(placement)
+        with contextlib.nullcontext() if alone else _connected(args, placement):
+            run = _run_here(placement) if alone else _run_over_a_cluster(placement)
             images = opened.num_images("train")
-            print(f"{experiment.stage} stage of {experiment.model.name} on {images:,} images: {resources}", flush=True)
+            print(f"{experiment.stage} stage of {experiment.model.name} on {images:,} images: {run.where}", flush=True)
             if experiment.stage == "joint" and not experiment.loss.takes_text:
                 print("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
-            inputs = train.inputs_of(opened, experiment, clip, stream, placement.keep_gib)
+            inputs = train.inputs_of(opened, experiment, clip, run.feed, placement.keep_gib)
             for note in train.notes_on(inputs, experiment.loss):
                 print(note)
             budget = batches.budget_of(experiment, inputs.num_images, inputs.num_single)
             with track.following(args.track, out):
-                _followed(
-                    lambda: fit.fit(experiment, inputs, out, resources, retries=3), out, budget.total * budget.batch
-                )
+                run.fit(experiment, inputs, out, functools.partial(_tell_report, budget.total * budget.batch))
     last = runs.read_metrics(out)[-1]
     if "diverged" in last:
         raise UserError(last["diverged"])
@@ -735,8 +735,39 @@ class _Tenths:
             print(f"{done:,} of {total:,} {self.unit}", flush=True)
 
 
-def _followed(work: Callable[[], None], out: Path, images: int) -> None:
-    """Do the work in a thread, and print a line for each report of the run meanwhile.
+@dataclass(frozen=True)
+class _Run:
+    """How and where a run of `train` is computed."""
+
+    where: str
+    feed: Any
+    """decoding.Feed"""
+    fit: Callable[[config.Experiment, Any, Path, Callable[[dict[str, Any]], None]], None]
+    """Trains an experiment, of inputs, in a folder, and tells each report."""
+
+
+def _run_here(placement: config.Placement) -> _Run:
+    """In this process, in its main thread, where Ctrl-C reaches it."""
+    from clipfh import in_process
+
+    placed = in_process.placed(placement)
+    where = f"in this process on CPU, {placed['threads']} thread{'s' * (placed['threads'] > 1)}"
+    return _Run(where, in_process.Feed(), functools.partial(in_process.fit, placement))
+
+
+def _run_over_a_cluster(placement: config.Placement) -> _Run:
+    from clipfh import cluster, fit, stream
+
+    resources = cluster.place(placement)
+
+    def train(experiment: config.Experiment, inputs: Any, out: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+        _followed(lambda: fit.fit(experiment, inputs, out, resources, retries=3), out, tell)
+
+    return _Run(str(resources), stream, train)
+
+
+def _followed(work: Callable[[], None], out: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Do the work in a thread, and tell each report of the run meanwhile.
 
     Here in the main thread Ctrl-C reaches us; Ray Train would take it for itself.
     """
@@ -758,12 +789,17 @@ def _followed(work: Callable[[], None], out: Path, images: int) -> None:
         over = not thread.is_alive()
         lines = runs.read_metrics(out)
         for line in lines[told:]:
-            print(_report_line(line, images), flush=True)
-            for warning in line.get("warnings", []):
-                print(f"warning: {warning}", flush=True)
+            tell(line)
         told = max(told, len(lines))
     if errors:
         raise errors[0]
+
+
+def _tell_report(images: int, line: dict[str, Any]) -> None:
+    """A line for a report of a run of so many images, and its warnings."""
+    print(_report_line(line, images), flush=True)
+    for warning in line.get("warnings", []):
+        print(f"warning: {warning}", flush=True)
 
 
 def _report_line(line: dict[str, Any], images: int) -> str:
@@ -820,6 +856,11 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _told_to_end(number: int, *_: object) -> NoReturn:
+    """SIGTERM, by which Slurm and Kubernetes announce the end. Ray takes it the same way where it runs."""
+    raise SystemExit(number)
+
+
 def _stop_at_once(*_: object) -> NoReturn:
     os.write(sys.stderr.fileno(), b"\nclipfh: stopped at once\n")
     os._exit(130)
@@ -830,6 +871,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = None
     try:
         signal.signal(signal.SIGINT, _stop)
+        signal.signal(signal.SIGTERM, _told_to_end)
         args = parse(sys.argv[1:] if argv is None else argv)
         code = globals()[args.command](args) or 0
         sys.stdout.flush()
@@ -840,7 +882,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"clipfh: stopped; {_going_on(args)}", file=sys.stderr)
         return 130
-    except SystemExit as stop:  # Ray makes one of SIGTERM, by which Slurm and Kubernetes announce the end
+    except SystemExit as stop:
         if stop.code == signal.SIGTERM:
             print(f"clipfh: told to end; {_going_on(args)}", file=sys.stderr)
             return 128 + signal.SIGTERM

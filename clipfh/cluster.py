@@ -59,6 +59,8 @@ class Resources:
     gpus: float
     threads: int
     """torch threads of a worker"""
+    shares_cores: bool = False
+    """whether its threads follow the other runs that compute on its machine, and are its share of the cores"""
     decoding: int | None = None
     """tasks of its data pipeline at a time; None leaves them to Ray's count of CPUs"""
 
@@ -194,7 +196,8 @@ def place(placement: Placement, alone: bool = True) -> Resources:
             "once: take fewer --workers, or less per worker"
         )
     runs = 1 if alone else at_once(placement, resources)
-    return dataclasses.replace(resources, decoding=_decoding(runs * resources.workers))
+    shares = placement.cpus_per_worker == "auto" and not gpus and (alone or _is_own())
+    return dataclasses.replace(resources, decoding=_decoding(runs * resources.workers), shares_cores=shares)
 
 
 def _decoding(workers: int) -> int | None:

@@ -17,7 +17,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from clipfh import UserError, batches, cluster, config
 from clipfh.inputs import Inputs
 
-WORKER = "clipfh.worker"
+WORKER = "clipfh.ray_worker"
 """The module of a worker's `loop`, and of `load`, which its process calls before all else."""
 
 
@@ -115,6 +115,7 @@ def fit(
             "inputs": inputs,
             "out": out,
             "threads": resources.threads,
+            "shares_cores": resources.shares_cores,
             "decoding": resources.decoding,
             "followed": followed,
         },

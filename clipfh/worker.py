@@ -1,96 +1,150 @@
-"""What Ray Train runs on each worker of a run: the loop over its batches, its reports and checkpoints."""
+"""What each worker of a run does: the loop over its batches, its reports and checkpoints. Nothing of Ray."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import ray
-import ray.train
 import torch
 
-from clipfh import batches, checkpoint, cluster, config, decoding, model, stream, transfer
+from clipfh import batches, checkpoint, config, cores, decoding, model, transfer
+from clipfh.decoding import fetch
 from clipfh.inputs import Inputs
 from clipfh.learner import Learner, Validation
 from clipfh.runs import History
 from clipfh.tally import Diverged, Tally
 
-
-def load() -> None:
-    """Import the libraries that take longest. A worker's process does it before it knows of which run it is."""
-    import tensorboardX  # noqa: F401
-
-    model.library()
+Save = Callable[[Path], None]
+"""Writes a checkpoint into an empty folder."""
 
 
-def loop(job: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker."""
-    torch.set_num_threads(job["threads"])
+class Session(Protocol):
+    """What a worker's loop runs under: where its checkpoints lie, and who takes its reports."""
+
+    node: str
+    """address of this worker's machine"""
+
+    def checkpoint(self) -> contextlib.AbstractContextManager[str | None]:
+        """The folder of the checkpoint to go on from, for as long as the block lasts; None to begin."""
+
+    def report(self, metrics: dict[str, Any], save: Save | None) -> None:
+        """Take a report and, from the first worker, its checkpoint. All workers call it, at the same steps."""
+
+    def is_ending(self) -> bool:
+        """Whether this machine is about to be taken away. All workers ask at the same steps, and hear the same."""
+
+    def prepare_next(self) -> None:
+        """Called half-way to the first report of a run that another one follows."""
+
+
+def train(job: dict[str, Any], session: Session, feed: decoding.Feed) -> None:
+    """Train on this worker's part of each batch, from the session's checkpoint to the end of the budget."""
     experiment, inputs = job["experiment"], job["inputs"]
     learner = learner_of(experiment, inputs)
     validation = validation_of(inputs)
-    found: dict[str, Any] = {"stream": "", "reports_since_best": 0}
-    if start := ray.train.get_checkpoint():
-        with start.as_directory() as folder:
-            raw, average, state, found = checkpoint.load_training(folder)
-            learner.restore(raw, average, state)
-    elif validation is not None:
-        known = inputs.start_val_mAP
-        found |= {"start_val_mAP": learner.validate(validation) if known is None else known, "best_val_mAP": 0.0}
+    found = _begin(learner, validation, inputs, session)
     history = History(job["out"], learner.step)
     recipe = decoding.Recipe.of(experiment, inputs.size)
     place = learner.rank, learner.world_size
-    decoded = stream.batches(inputs.images, recipe, learner.step, learner.budget.total, *place, tasks=job["decoding"])
+    decoded = feed.batches(inputs.images, recipe, learner.step, learner.budget.total, *place, tasks=job["decoding"])
     batch_stream = transfer.ahead(decoded, learner.device)
-    tally, patience, notice, began = Tally(), experiment.budget.patience, _Notice(), 0.0
+    tally, patience, notice, began = Tally(), experiment.budget.patience, _Notice(session), 0.0
     next_wanted = learner.step + learner.budget.half_a_report  # not sooner: other trials may still be starting here
-    while learner.step < learner.budget.total and not (patience and found["reports_since_best"] >= patience):
-        waiting = time.monotonic()
-        step, rows, images = next(batch_stream)
-        waited = time.monotonic() - waiting
-        if not began:
-            began = time.time()
-        if job["followed"] and learner.step == next_wanted:
-            cluster.start_another()
-        try:
-            tally.add(len(rows), waited, learner.train_step(rows, images))
-            found["stream"] = batches.digest(found["stream"], step, rows)
-            history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
-            if learner.budget.is_report(learner.step) or notice.is_new(learner.step):
-                found = _report(learner, validation, history, tally, {**found, "began": began})
-                tally = Tally()
-        except Diverged as diverged:
-            _report_divergence(diverged, inputs, history, experiment.batch.images)
-            return
+    with _Threads(job["threads"], job["shares_cores"]) as threads:
+        while learner.step < learner.budget.total and not (patience and found["reports_since_best"] >= patience):
+            threads.adjust()
+            waiting = time.monotonic()
+            step, rows, images = next(batch_stream)
+            waited = time.monotonic() - waiting
+            began = began or time.time()
+            if job["followed"] and learner.step == next_wanted:
+                session.prepare_next()
+            try:
+                tally.add(len(rows), waited, learner.train_step(rows, images))
+                found["stream"] = batches.digest(found["stream"], step, rows)
+                history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
+                if learner.budget.is_report(learner.step) or notice.is_new(learner.step):
+                    found = _report(learner, validation, history, tally, {**found, "began": began}, session)
+                    tally = Tally()
+            except Diverged as diverged:
+                _report_divergence(diverged, learner.rank, inputs, history, experiment.batch.images)
+                return
 
 
-@dataclass
+def _begin(learner: Learner, validation: Validation | None, inputs: Inputs, session: Session) -> dict[str, Any]:
+    """What the last report left, restored; or the score that training starts from."""
+    found: dict[str, Any] = {"stream": "", "reports_since_best": 0}
+    with session.checkpoint() as folder:
+        if folder:
+            raw, average, state, found = checkpoint.load_training(folder)
+            learner.restore(raw, average, state)
+        elif validation is not None:
+            known = inputs.start_val_mAP
+            found |= {"start_val_mAP": learner.validate(validation) if known is None else known, "best_val_mAP": 0.0}
+    return found
+
+
+class _Threads:
+    """torch's threads: as many as were given or, where runs share this machine's cores, this one's share as it is now.
+
+    Args:
+        given: threads; where cores are shared the share counts alone.
+        shared: whether they are.
+    """
+
+    EVERY_S = 1.0
+
+    def __init__(self, given: int, shared: bool) -> None:
+        torch.set_num_threads(given)
+        self.share = cores.Share() if shared else None
+        self.looked = -self.EVERY_S
+
+    def __enter__(self) -> _Threads:
+        if self.share:
+            self.share.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.share:
+            self.share.__exit__(*error)
+
+    def adjust(self) -> None:
+        """Take the share as it is now; looks once a second."""
+        if self.share and time.monotonic() >= self.looked + self.EVERY_S:
+            self.looked = time.monotonic()
+            if (threads := self.share.threads()) != torch.get_num_threads():
+                torch.set_num_threads(threads)
+
+
 class _Notice:
     """Word that a node is about to be taken away, as spot machines are: a checkpoint then, whatever the schedule.
 
-    Ray Train goes on elsewhere from there. All ranks ask at the same steps, and hear the same.
+    Ray Train goes on elsewhere from there.
     """
 
     EVERY = 16  # steps: asking takes a few milliseconds
-    given: bool = False
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.given = session, False
 
     def is_new(self, step: int) -> bool:
         """Whether it has come since it was last asked for."""
         if self.given or step % self.EVERY:
             return False
-        self.given = ray.train.get_preemption_info() is not None
+        self.given = self.session.is_ending()
         return self.given
 
 
 def learner_of(experiment: config.Experiment, inputs: Inputs) -> Learner:
     """A rank's learner, from what lies in the object store."""
     clip = model.build(experiment.model)
-    clip.load_state_dict({n: torch.from_numpy(w.copy()) for n, w in ray.get(inputs.weights).items()})
-    index, captions = ray.get([inputs.images.index, inputs.captions])
+    clip.load_state_dict({n: torch.from_numpy(w.copy()) for n, w in fetch(inputs.weights).items()})
+    index, captions = fetch(inputs.images.index), fetch(inputs.captions)
     return Learner(experiment, clip, index, captions, model.device())
 
 
@@ -98,13 +152,18 @@ def validation_of(inputs: Inputs) -> Validation | None:
     """The validation images, from the object store; None where the run trains on them."""
     if inputs.validation is None:
         return None
-    return Validation(ray.get(inputs.validation), *ray.get(inputs.items))
+    return Validation(fetch(inputs.validation), *fetch(inputs.items))
 
 
 def _report(
-    learner: Learner, validation: Validation | None, history: History, tally: Tally, before: dict[str, Any]
+    learner: Learner,
+    validation: Validation | None,
+    history: History,
+    tally: Tally,
+    before: dict[str, Any],
+    session: Session,
 ) -> dict[str, Any]:
-    """Evaluate, write a checkpoint and the history, tell Ray Train; all ranks take part."""
+    """Evaluate, write the history, report with a checkpoint; all ranks take part."""
     now = learner.report(tally, validation, before.get("start_val_mAP", 0.0))
     now |= {name: before[name] for name in ("stream", "reports_since_best")}
     if validation is not None:
@@ -112,23 +171,25 @@ def _report(
         now["best_val_mAP"] = max(now["val_mAP"], before["best_val_mAP"])
         now["reports_since_best"] = 0 if better else before["reports_since_best"] + 1
     if learner.rank:
-        ray.train.report(now)
+        session.report(now, None)
         return now
-    now |= {"node": ray.util.get_node_ip_address(), "began": before["began"], "time": time.time()}
+    now |= {"node": session.node, "began": before["began"], "time": time.time()}
     history.metrics.append(json.dumps(now))
     history.write()
     _write_events(history.out, now)
-    with tempfile.TemporaryDirectory() as folder:
-        average = learner.average.weights if learner.experiment.optimizer.ema else {}
-        checkpoint.save(folder, learner.experiment, learner.clip.state_dict(), average, learner.state(), now)
-        ray.train.report(now, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    session.report(now, functools.partial(_save, learner, now))
     return now
 
 
-def _report_divergence(diverged: Diverged, inputs: Inputs, history: History, batch: int) -> None:
+def _save(learner: Learner, metrics: dict[str, Any], folder: Path) -> None:
+    average = learner.average.weights if learner.experiment.optimizer.ema else {}
+    checkpoint.save(folder, learner.experiment, learner.clip.state_dict(), average, learner.state(), metrics)
+
+
+def _report_divergence(diverged: Diverged, rank: int, inputs: Inputs, history: History, batch: int) -> None:
     """A last line that says why the run ends; its score is the worst there is, for the search to learn from."""
     place = {"step": diverged.step + 1, "images": (diverged.step + 1) * batch}
-    if ray.train.get_context().get_world_rank() == 0:
+    if rank == 0:
         values = ", ".join(f"{name} {value:g}" for name, value in diverged.terms.items())
         paths = decoding.paths(inputs.images, diverged.rows)
         reason = (

@@ -13,7 +13,7 @@ FLOORS = [
     {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "embeddings"}
     | {"space", "cluster", "submit", "track", "tally"},
     {"decoding", "stream", "embed", "embed_ray", "evaluate", "learner", "search", "onnx", "results", "inputs"},
-    {"fit", "train", "worker", "export", "plots", "searched", "finds", "status"},
+    {"fit", "train", "worker", "ray_worker", "in_process", "export", "plots", "searched", "finds", "status"},
     {"report", "trial", "trials", "final", "keep", "estimate"},
     {"sweep"},
     {"cli", "demo"},
@@ -23,6 +23,8 @@ NEIGHBOURS = {
     "embed_ray": {"embed"},
     "evaluate": {"embed", "embed_ray"},
     "stream": {"decoding"},
+    "ray_worker": {"worker"},
+    "in_process": {"worker"},
     "inputs": {"decoding"},
     "rerank": {"metrics"},
     "augment": {"transfer"},

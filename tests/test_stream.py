@@ -79,7 +79,7 @@ def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
         step = block["step"]
         return {"step": step, "row": step, "image": np.full(len(step), "open_clip" in sys.modules)}
 
-    @ray.remote(runtime_env=cluster.first_calling("clipfh.worker.load"))
+    @ray.remote(runtime_env=cluster.first_calling("clipfh.ray_worker.load"))
     def worker(images):
         stream._load = load
         decoding = [bool(image) for _, _, image in stream.batches(images, recipe, 0, 2)]

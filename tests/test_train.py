@@ -181,14 +181,35 @@ def assert_same(run: Path, undisturbed: Path) -> None:
     assert apart(final(run), final(undisturbed)) < 1e-6
 
 
+HERE, OVER_RAY = (), ("--address=local",)
+"""A run in the command's own process, and one by Ray Train on this machine."""
+
+
 @pytest.mark.resilience
-def test_a_killed_command_resumes_to_the_same_end(small_catalogue, undisturbed, tmp_path):
+@pytest.mark.parametrize("begins,goes_on", [(HERE, HERE), (OVER_RAY, OVER_RAY), (HERE, OVER_RAY), (OVER_RAY, HERE)])
+def test_a_killed_command_resumes_to_the_same_end(small_catalogue, undisturbed, tmp_path, begins, goes_on):
     run = tmp_path / "run"
-    process = subprocess.Popen(command(small_catalogue, run), start_new_session=True, stdout=subprocess.PIPE)
+    process = subprocess.Popen(command(small_catalogue, run, *begins), start_new_session=True, stdout=subprocess.PIPE)
     await_reports(process, run, 2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert runs.latest_step(run) < 60, "killed in mid-run"
+    subprocess.run(command(small_catalogue, run, "--resume", *goes_on), check=True, capture_output=True)
+    assert_same(run, undisturbed)
+    assert len(list((run / "checkpoints").glob("checkpoint_*-*"))) <= 2, "the best and the latest alone are kept"
+
+
+@pytest.mark.resilience
+@pytest.mark.parametrize("number,code,words", [(signal.SIGTERM, 143, "told to end"), (signal.SIGINT, 130, "stopped")])
+def test_a_run_that_is_told_to_end_says_how_to_go_on(small_catalogue, undisturbed, tmp_path, number, code, words):
+    run = tmp_path / "run"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(small_catalogue, run), **pipes)
+    await_reports(process, run, 1)
+    process.send_signal(number)
+    line = f"clipfh: {words}; the same command with --resume goes on from the last checkpoint\n"
+    assert process.communicate()[1] == line
+    assert process.returncode == code
     subprocess.run(command(small_catalogue, run, "--resume"), check=True, capture_output=True)
     assert_same(run, undisturbed)
 
@@ -196,7 +217,7 @@ def test_a_killed_command_resumes_to_the_same_end(small_catalogue, undisturbed, 
 @pytest.mark.resilience
 def test_a_killed_worker_is_replaced_and_the_end_is_the_same(small_catalogue, undisturbed, tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen(command(small_catalogue, run), stdout=subprocess.PIPE)
+    process = subprocess.Popen(command(small_catalogue, run, *OVER_RAY), stdout=subprocess.PIPE)
     await_reports(process, run, 2)
     pids = subprocess.run(["pgrep", "-f", "ray::.*TrainWorker"], capture_output=True, text=True).stdout.split()
     ours = [pid for pid in map(int, pids) if process.pid in ancestors(pid)]
@@ -221,7 +242,7 @@ import torch
 def asked(*_): raise SystemExit("a GPU was asked for")
 for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_isDriverSufficient"): setattr(torch._C, name, asked)
 """
-    load, ask = "from clipfh import worker; worker.load()", "torch.cuda.is_available()"
+    load, ask = "from clipfh import ray_worker; ray_worker.load()", "torch.cuda.is_available()"
     done = [subprocess.run([sys.executable, "-c", code + line], capture_output=True) for line in (load, ask)]
     assert [each.returncode for each in done] == [0, 1], done[0].stderr
 
