@@ -116,13 +116,17 @@ class Learner:
         total, terms = self.objective(features, text, log_scale, labels)
         grad_norm, lost = self._update(total)
         self.objective.move_centers(features, labels, self.experiment.optimizer.center_lr)
-        self.seen = features.detach(), text, labels
-        before, self.unchecked = self.unchecked, Made(self.step, terms, rows, transfer.Late(lost))
+        self.seen = features.detach(), None if text is None else text.detach(), labels
+        values = {term: value.detach() for term, value in terms.items()}
+        before, self.unchecked = self.unchecked, Made(self.step, values, rows, transfer.Late(lost))
         self.step += 1
         if before:
             before.check()
-        named = {f"loss_{term}": value.detach() for term, value in terms.items()}
-        return {"loss": total.detach(), **named, "grad_norm": grad_norm}
+        return {
+            "loss": total.detach(),
+            **{f"loss_{term}": value for term, value in values.items()},
+            "grad_norm": grad_norm,
+        }
 
     def _features(self, pixels: Tensor, tokens: Tensor | None, labels: Labels) -> tuple[Tensor, Tensor | None, Tensor]:
         """Features of the global batch's images and distinct captions, and the log of the logit scale."""
@@ -295,6 +299,6 @@ def _cosines(feature_BD: Tensor, text_CD: Tensor | None, labels: Labels) -> dict
     others_BB = labels.item[:, None] != labels.item
     found = {"image_cosine": (embedding_BD @ embedding_BD.T)[others_BB].mean().item()}
     if text_CD is not None and len(labels.captioned):
-        pairs = feature_BD[labels.captioned], text_CD.detach()[labels.caption]
+        pairs = feature_BD[labels.captioned], text_CD[labels.caption]
         found["image_text_cosine"] = F.cosine_similarity(*pairs).mean().item()
     return found

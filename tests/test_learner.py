@@ -4,13 +4,16 @@ import copy
 import functools
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from clipfh import UserError, batches, config, learner, model, tally, transfer
 
@@ -250,6 +253,44 @@ def test_a_step_reads_one_value_of_the_device(stage: str, randaugment: float):
     with Reads() as reads:
         one.train_step(np.arange(8), IMAGES[:8])
     assert sum(reads.found.values()) <= 1, reads.found
+
+
+class Moves(TorchDispatchMode):
+    """Notes what goes from one device to another, and whether it is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        before = [t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if isinstance(out, torch.Tensor) and set(before) - {out.device.type}:
+            self.found.append((out.device.type, "copy" in str(func) and bool((kwargs or {}).get("non_blocking"))))
+        return out
+
+
+@pytest.mark.parametrize("stage", ["image", "joint"])
+def test_a_gpu_is_sent_all_without_waiting(stage: str, monkeypatch):
+    """On a GPU made up of shapes alone, where whatever needs a value fails; it has no backward pass."""
+
+    def no_update(_: object, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return total.detach(), (~torch.isfinite(total.detach())).float()
+
+    monkeypatch.setattr(learner.Learner, "_update", no_update)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: mock.MagicMock())
+    settings = {**SETTINGS, "loss.supcon": 1.0, "loss.triplet": 1.0, "loss.center": 1.0, "loss.infonce": 1.0}
+    experiment = config.resolve(stage, "scratch", {**settings, "augment.randaugment": 9.0})
+    clip, texts = model.initial(experiment.model, 0), captions()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        one = learner.Learner(experiment, clip, INDEX, texts, torch.device("cuda", 0))
+        for _ in range(2):
+            one.unchecked = None  # its value is what the next step would read
+            with Moves() as moves:
+                one.train_step(np.arange(8), IMAGES[:8])
+    assert all(unawaited for _, unawaited in moves.found), moves.found
+    assert [to for to, _ in moves.found].count("cpu") == 1 and len(moves.found) == 6
 
 
 def diverge(one: learner.Learner) -> dict[str, torch.Tensor]:
