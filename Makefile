@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test install bench lint clean
+.PHONY: demo test install bench gpu-pack clean
 
 demo: install
 	$(BIN)/clipfh demo --out demo
@@ -15,6 +15,10 @@ test: install
 
 bench: install
 	$(BIN)/python tests/benchmarks/run.py
+
+# What a machine lacks that has a GPU, Python 3.12 with torch and no network: tests/gpu.sh there
+gpu-pack: install
+	$(BIN)/python tests/gpu_pack.py
 
 install: .venv/installed
 
