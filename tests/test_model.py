@@ -167,6 +167,14 @@ def test_batch_norm_stays_in_eval_mode():
     assert norms and not any(m.training for m in norms) and clip.visual.training
 
 
+def test_a_resnets_weights_lie_as_its_images_do():
+    """Else a GPU turns each of them in every pass."""
+    clip = open_clip.create_model("RN50-quickgelu", device="meta")
+    model.Towers(clip)
+    kernels = [p for p in clip.visual.parameters() if p.ndim == 4]
+    assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+
 @pytest.mark.parametrize(
     "setting,device,expected",
     [("auto", "cpu", torch.float32), ("float32", "cuda", torch.float32), ("bfloat16", "cpu", torch.bfloat16)],

@@ -3,15 +3,18 @@
 import csv
 import json
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import open_clip
 import optuna
 import pytest
 import ray
 import torch
+import yaml
 from ray.util.placement_group import placement_group_table
 
-from clipfh import UserError, catalogue, checkpoint, config, images, model, results, space, sweep
+from clipfh import UserError, batches, catalogue, checkpoint, config, images, model, results, space, sweep
 
 TEXT = """
 name: tiny
@@ -29,6 +32,18 @@ budget: {images: 256, first_rung: 64, reduction: 2}
 placement: {concurrent: 2}
 final: {top: 1, seeds: 2, refit: true}
 """
+
+
+def test_a_space_whose_losses_may_leave_too_few_items_is_refused(tmp_path, monkeypatch):
+    """Without cross-entropy nothing is learned from an item's only photo."""
+    search = {"batch.items": {"choice": [2, 4]}, "loss.ce": {"loguniform": [0.1, 1.0], "or": 0.0}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x", "search": search}))
+    loaded = space.load(tmp_path / "x.yaml")
+    index = batches.Index(np.array([0, 0, 1, 1, 2, 2, 3, 4]), np.zeros(5, int), list("abcde"), np.array([8]))
+    inputs = SimpleNamespace(images=SimpleNamespace(index=index))
+    monkeypatch.setattr(sweep.train, "inputs_of", lambda *_: inputs)
+    with pytest.raises(UserError, match="--batch.items 4 is more than the 3 train items with two photos or more"):
+        sweep._inputs(SimpleNamespace(sweep=loaded, catalogue=None, clip=None), 0.0)
 
 
 @pytest.fixture(scope="module")
