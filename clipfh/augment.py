@@ -5,6 +5,7 @@ Random crops and mirroring are not here: they go with decoding (`clipfh.images`)
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -87,6 +88,7 @@ def _changed(images: Tensor, codes: np.ndarray, strength: float, theta: Tensor, 
     return torch.cat(found)
 
 
+@functools.lru_cache(maxsize=1024)
 def _theta(code: int, strength: float, height: int, width: int) -> np.ndarray:
     """(3, 2) float32: from a place in the new image, in pixels from the middle, to where in the old one its colour is.
 

@@ -11,14 +11,14 @@ import torch
 from clipfh import config, model, optimizer
 
 STAGES = ("image", "joint")
-STEPS, TURNS = 20, 10
+STEPS, TURNS = 20, 20
 
 
 def rows() -> list[dict]:
     """All measurements, as {name, value, target, ok}."""
     torch.set_num_threads(1)
     return [
-        row(f"optimizer, {stage} stage: Python's time, by that of a group for each weight", share(stage), 0.5)
+        row(f"optimizer, {stage} stage: Python's time, by that of a group for each weight", share(stage), 0.6)
         for stage in STAGES
     ]
 
