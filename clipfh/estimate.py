@@ -55,7 +55,7 @@ def measure(catalogue: Catalogue, experiment: config.Experiment, threads: int = 
     peaks, seconds = [], 0.0
     index = _index(catalogue)
     drawn = len(index.names) - (0 if experiment.loss.takes_singles else index.num_single)
-    items = [min(count, drawn) for count in (SMALL, LARGE)]
+    items = [max(2, min(count, drawn)) for count in (SMALL, LARGE)]  # of fewer than two the plan says what is wrong
     for count in items:
         learner = _learner(catalogue, experiment, index, count, device)
         for _ in range(2):
