@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from clipfh import LOST, UserError, __version__, config
+from clipfh import LOST, UserError, __version__, causes, config, mendable
 
 DESCRIPTION = """Tune CLIP to find the same item again in a catalogue of photos.
 
@@ -486,7 +486,9 @@ def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
 
     epoch = estimate.epoch(opened, loaded.experiment(loaded.first))
     if not (args.address or os.environ.get("RAY_ADDRESS")):
-        return estimate.told(loaded, estimate.measure(opened, loaded.experiment(loaded.first)), epoch)
+        asked = loaded.placement.gpus_per_worker
+        gpus = None if asked == "auto" else asked
+        return estimate.told(loaded, estimate.measure(opened, loaded.experiment(loaded.first), gpus=gpus), epoch)
     import ray
 
     from clipfh import cluster
@@ -494,7 +496,7 @@ def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
     with _connected(args, loaded.placement):
         resources = cluster.place(loaded.placement, alone=False)
         task: Any = ray.remote(estimate.measure).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
-        measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), resources.threads))
+        measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), resources.threads, resources.gpus))
         at_once = cluster.at_once(loaded.placement, resources)
     return f"{estimate.told(loaded, measured, epoch)}\n{at_once} trials at once"
 
@@ -818,27 +820,17 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came from, also in other processes."""
-    if error is None:
-        return
-    yield error
-    inner = [getattr(error, name, None) for name in ("cause", "controller_failure")]
-    for cause in (*inner, *getattr(error, "worker_failures", {}).values(), error.__cause__ or error.__context__):
-        yield from _chain(cause)
-
-
 def _mendable(error: BaseException, args: argparse.Namespace | None) -> str | None:
     """The one line for an error that the user can mend, wherever it stands in the chain of causes."""
-    for each in _chain(error):
-        if isinstance(each, UserError) and not hasattr(each, "cause"):  # Ray's text for one is a traceback
-            return str(each)
+    if line := mendable(error):
+        return line
+    for each in causes(error):
         if getattr(each, "errno", None) in NO_ROOM or any(os.strerror(code) in str(each) for code in NO_ROOM):
             where = getattr(each, "filename", None) or getattr(args, "out", None) or "what is written"
             return f"no room on disk for {where}: free some; {_going_on(args)}"
         if isinstance(each, WRONG_PATH) and each.filename and each.strerror:
             return f"{each.filename}: {each.strerror.lower()}: check the path"
-    lost = next((each for each in _chain(error) if type(each).__name__ in LOST), None)
+    lost = next((each for each in causes(error) if type(each).__name__ in LOST), None)
     return f"Ray lost a process or a node ({' '.join(str(lost).split())[:160]}): {_going_on(args)}" if lost else None
 
 

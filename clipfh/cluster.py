@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -13,10 +14,12 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 import ray
+import yaml
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
@@ -29,7 +32,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.placement_group import PlacementGroup
 
-from clipfh import LOST, UserError, cores
+from clipfh import LOST, UserError, cores, mendable
 from clipfh.config import Placement
 
 # Train asks its workers for reports at this interval; at its default of 2 s every report waits for it.
@@ -46,8 +49,19 @@ PIPELINE_CPUS = 1
 TASKS_A_CORE = 2
 """Tasks wait for memory as well as computing; two to a core keep it busy."""
 
+ROOM_S = 1800
+"""How long an autoscaler may take to make room for a run. Clouds have a GPU in minutes, or have none for hours."""
+
 KEPT_S = 3600
 """How long a process that was started beforehand waits for its actor."""
+
+ENDLESS = 100
+"""Nodes of a kind that an autoscaler may make without a limit, as far as we count."""
+
+RAY_UP = Path("~/ray_bootstrap_config.yaml")
+"""Where `ray up` leaves its file on the head."""
+
+said = functools.partial(print, flush=True)
 
 
 @dataclass(frozen=True)
@@ -81,12 +95,17 @@ def connect(address: str | None = None, placement: Placement | None = None, dash
     two cores a trial's worker and its data pipeline, twice, would otherwise wait for each other for ever.
 
     Raises:
-        UserError: nobody answers at the address.
+        UserError: nobody answers at the address, or it is one of Ray's client.
     """
     if ray.is_initialized():
         return
     _hush()
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address.startswith("ray://"):
+        raise UserError(
+            f"--address {address} is that of Ray's client, which can't do all that is needed here: on a node of the "
+            "cluster give HOST:6379 of its head; from elsewhere, clipfh submit --address http://HOST:8265"
+        )
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process a run, for a machine that nobody takes away
@@ -162,7 +181,7 @@ def _is_own() -> bool:
 
 def _check_reachable(address: str) -> None:
     """Ray retries for a minute and then ends the process: ask first."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
@@ -171,15 +190,16 @@ def _check_reachable(address: str) -> None:
         ) from error
 
 
-def place(placement: Placement, alone: bool = True) -> Resources:
+def place(placement: Placement, alone: bool = True, tell: Callable[[str], None] = said) -> Resources:
     """What one run takes on this cluster: all the cores of a machine when alone, else one for each worker.
+
+    Where an autoscaler has yet to make room for it, waits for that, and tells so.
 
     Raises:
         UserError: the cluster can't hold one such run.
     """
-    have = ray.cluster_resources()
-    gpus = placement.gpus_per_worker
-    gpus = (1.0 if have.get("GPU", 0) >= placement.workers else 0.0) if gpus == "auto" else float(gpus)
+    have = most()
+    gpus = _gpus(placement, have.get("GPU", 0))
     cpus = float(
         _share(placement, have, gpus, alone) if placement.cpus_per_worker == "auto" else placement.cpus_per_worker
     )
@@ -190,7 +210,7 @@ def place(placement: Placement, alone: bool = True) -> Resources:
                 f"a run with {placement.workers} worker(s) needs {amount:g} {name} (a CPU for each data pipeline "
                 f"included), the cluster has {have.get(name, 0):g}: take fewer --workers, or less per worker"
             )
-    if not _fits(resources):
+    if not _fits(resources) and not _made(resources, tell):
         raise UserError(
             f"no node has room for a worker with {cpus:g} CPU and {gpus:g} GPU, or not for all {placement.workers} at "
             "once: take fewer --workers, or less per worker"
@@ -198,6 +218,69 @@ def place(placement: Placement, alone: bool = True) -> Resources:
     runs = 1 if alone else at_once(placement, resources)
     shares = placement.cpus_per_worker == "auto" and not gpus and (alone or _is_own())
     return dataclasses.replace(resources, decoding=_decoding(runs * resources.workers), shares_cores=shares)
+
+
+def most() -> dict[str, float]:
+    """What the cluster has, or what its autoscaler may make of it where that is more."""
+    have, made = ray.cluster_resources(), collections.Counter[str]()
+    for node in _nodes_to_be():
+        made.update(node)
+    return {name: max(have.get(name, 0), made[name]) for name in {*have, *made}}
+
+
+def _nodes_to_be() -> list[dict[str, float]]:
+    """What each node has that an autoscaler may make; none where there is no autoscaler that we know of.
+
+    Some tell Ray of their nodes. That of `ray up` leaves a file on the head, where jobs run. KubeRay's does neither.
+    """
+    config = ray._private.state.state.get_cluster_config()
+    kinds = (
+        [(dict(group.resources), group.max_count) for group in config.node_group_configs] if config else _of_ray_up()
+    )
+    return [resources for resources, count in kinds for _ in range(ENDLESS if count < 0 else count)]
+
+
+def _of_ray_up() -> list[tuple[dict[str, float], int]]:
+    """The kinds of workers in the file of `ray up`: what a node has, and how many of them there may be."""
+    file = RAY_UP.expanduser()
+    if _is_own() or not file.exists():
+        return []
+    config = yaml.safe_load(file.read_text())
+    workers = [kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]]
+    return [(kind.get("resources", {}), kind.get("max_workers", config.get("max_workers", 0))) for kind in workers]
+
+
+def _gpus(placement: Placement, have: float) -> float:
+    """GPUs of a worker. Where there are any, `auto` takes no CPU in their place: that would be slower by far."""
+    if placement.gpus_per_worker != "auto":
+        return float(placement.gpus_per_worker)
+    if 0 < have < placement.workers:
+        raise UserError(
+            f"--workers {placement.workers} take a GPU each, the cluster has {have:g}: take fewer, or "
+            "--gpus-per-worker 0 for the CPU"
+        )
+    return 1.0 if have else 0.0
+
+
+def _made(resources: Resources, tell: Callable[[str], None]) -> bool:
+    """Whether the cluster has an autoscaler that makes room for a run: asks for it, and waits.
+
+    Raises:
+        UserError: it could, but did not.
+    """
+    if not _room(_nodes_to_be(), resources):
+        return False
+    tell(f"waiting for the cluster's autoscaler to make room for {resources}")
+    deadline = time.monotonic() + ROOM_S
+    with _requested(resources, 1):
+        while not _fits(resources):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the cluster's autoscaler made no room for {resources} within {ROOM_S // 60} minutes: its log on "
+                    "the head, monitor.log, says why; or take less"
+                )
+            time.sleep(1)
+    return True
 
 
 def _decoding(workers: int) -> int | None:
@@ -209,7 +292,7 @@ def _share(placement: Placement, have: dict[str, float], gpus: float, alone: boo
     """CPUs of a worker when nobody said how many."""
     if gpus or not (alone or placement.concurrent != "auto"):
         return 1
-    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
+    largest = max((node.get("CPU", 0) for node in (*_nodes(), *_nodes_to_be())), default=1)
     runs = placement.workers * (1 if alone or placement.concurrent == "auto" else placement.concurrent)
     at_hand = min(cores.available(), int(largest))
     return max(1, min(at_hand // runs, int(have.get("CPU", 0) // runs) - PIPELINE_CPUS))
@@ -222,7 +305,11 @@ def at_once(placement: Placement, resources: Resources) -> int:
 
 
 def _fits(resources: Resources) -> int:
-    return _room([node["Resources"] for node in ray.nodes() if node["Alive"]], resources)
+    return _room(_nodes(), resources)
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _room(nodes: Sequence[Mapping[str, float]], resources: Resources) -> int:
@@ -236,12 +323,17 @@ def _room(nodes: Sequence[Mapping[str, float]], resources: Resources) -> int:
 @contextlib.contextmanager
 def asked_for(placement: Placement, resources: Resources) -> Iterator[None]:
     """Ask an autoscaler, where there is one, for room for as many runs at once as were asked for, or as it may make."""
-    most = ray._private.state.state.get_max_resources_from_cluster_config()
-    auto = _room([dict(most)], resources) if most else 0
+    auto = _room(_nodes_to_be(), resources)
     runs = auto if placement.concurrent == "auto" else placement.concurrent
     if not runs:
         yield
         return
+    with _requested(resources, runs):
+        yield
+
+
+@contextlib.contextmanager
+def _requested(resources: Resources, runs: int) -> Iterator[None]:
     bundle = {name: amount / resources.workers for name, amount in resources.total.items() if amount}
     request_resources(bundles=[bundle] * (runs * resources.workers))
     try:
@@ -263,7 +355,7 @@ def through_losses(work: Callable[[], T], times: int = 3) -> T:
             return work()
         except RayError as error:
             # A task's error often holds what it came of as text alone
-            if not any(name in f"{type(error).__mro__} {error}" for name in LOST):
+            if mendable(error) or not any(name in f"{type(error).__mro__} {error}" for name in LOST):
                 raise
     return work()
 

@@ -268,10 +268,9 @@ class Placement:
         require(self.workers >= 1, "workers", "1 or more", self.workers)
         gpus = self.gpus_per_worker
         if gpus != "auto":
-            require(gpus >= 0, "gpus-per-worker", "0 or more", gpus)
-            require(
-                gpus >= 1 or gpus == 0 or self.workers == 1, "gpus-per-worker", "1 or more with several workers", gpus
-            )
+            one = "0 to 1 (a worker computes on one GPU: --workers N takes N of them)"
+            require(0 <= gpus <= 1, "gpus-per-worker", one, gpus)
+            require(gpus in (0, 1) or self.workers == 1, "gpus-per-worker", "0 or 1 with several workers", gpus)
         cpus = self.cpus_per_worker
         require(cpus == "auto" or cpus > 0, "cpus-per-worker", "above 0", cpus)
         require(self.concurrent == "auto" or self.concurrent >= 1, "concurrent", "1 or more", self.concurrent)

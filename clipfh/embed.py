@@ -21,6 +21,8 @@ from clipfh.catalogue import Catalogue
 BATCH = 128
 Progress = Callable[[int, int], None]
 
+enough_memory = model.enough_memory("see by nvidia-smi what else computes on it, or take a smaller --model")
+
 
 class Encoder(Protocol):
     """A model to embed with."""
@@ -53,10 +55,12 @@ class InProcess:
     """The encoder that embeds in this process. Threads decode the next images while the model embeds."""
 
     def __init__(self, clip: nn.Module, settings: config.Model) -> None:
-        self.settings, self.preprocess, device = settings, model.preprocess_of(clip), model.device()
+        device = model.device(min(1, torch.cuda.device_count()))  # also one that does not work, as Ray does
+        self.settings, self.preprocess = settings, model.preprocess_of(clip)
         self.towers = model.Towers(clip).to(device)
         self.precision = model.precision(settings.precision, device)
 
+    @enough_memory
     def images(self, catalogue: Catalogue, splits: Sequence[str], progress: Progress | None = None) -> Tensor:
         catalogue.require(*splits)
         total, done, parts = sum(map(catalogue.num_images, splits)), 0, []

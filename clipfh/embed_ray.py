@@ -19,11 +19,13 @@ from clipfh.catalogue import Catalogue
 class _Embedder:
     """A copy of the model, fed with batches of images or of tokens by Ray Data."""
 
-    def __init__(self, clip: Any, precision: str) -> None:
-        device = model.device()
+    @embed.enough_memory
+    def __init__(self, clip: Any, precision: str, gpus: int = 0) -> None:
+        device = model.device(gpus)
         self.towers = model.Towers(ray.get(clip)).to(device).eval()
         self.precision = model.precision(precision, device)
 
+    @embed.enough_memory
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if "image" in batch:
             embedding = model.embed(self.towers, batch["image"], self.precision)
@@ -71,10 +73,10 @@ class Encoder:
         rows.context.execution_options.preserve_order = True
         rows.context.enable_progress_bars = False
         arguments = {"clip": self.clip, "precision": self.settings.precision}
-        gpus = int(ray.cluster_resources().get("GPU", 0))
+        gpus = int(cluster.most().get("GPU", 0))
         if gpus:
             pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)
-            how: dict[str, Any] = {"fn_constructor_kwargs": arguments, "compute": pool, "num_gpus": 1}
+            how: dict[str, Any] = {"fn_constructor_kwargs": {**arguments, "gpus": 1}, "compute": pool, "num_gpus": 1}
             embedded = rows.map_batches(_Embedder, batch_size=embed.BATCH, **how)
         else:
             embedded = _in_tasks(rows, _embed_on_cpu, embed.BATCH, 1, at_once, **arguments)

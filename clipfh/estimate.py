@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import torch
 
-from clipfh import batches, config, model, train
+from clipfh import batches, config, embed, model, train
 from clipfh.catalogue import Catalogue
 from clipfh.learner import Learner
 from clipfh.space import Sweep
@@ -43,15 +43,20 @@ class Measured:
         return max(0, int((self.memory - self.rest) / self.image))
 
 
-def measure(catalogue: Catalogue, experiment: config.Experiment, threads: int = 0) -> Measured:
+@embed.enough_memory
+def measure(
+    catalogue: Catalogue, experiment: config.Experiment, threads: int = 0, gpus: float | None = None
+) -> Measured:
     """Train two steps each of a small and a larger batch, here. Peaks of memory only grow, so the small one is first.
+
+    `gpus` is what this process was given, as `model.device` takes it.
 
     Raises:
         UserError: weights or prompts that do not fit.
     """
     if threads:
         torch.set_num_threads(threads)
-    device = model.device()
+    device = model.device(gpus)
     peaks, seconds = [], 0.0
     index = _index(catalogue)
     drawn = len(index.names) - (0 if experiment.loss.takes_singles else index.num_single)

@@ -9,12 +9,15 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.backend import BackendConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 
-from clipfh import UserError, batches, cluster, config
+from clipfh import UserError, batches, cluster, config, mendable
 from clipfh.inputs import Inputs
 
 WORKER = "clipfh.ray_worker"
@@ -40,6 +43,17 @@ def _write_list(manager: Any) -> None:
     store.move(f"{path}.new", path)
 
 
+class _Patience(DefaultFailurePolicy):
+    """Ray Train's, but what the user must mend is not tried again, and a cluster that others use is waited for."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if mendable(training_failed_error):
+            return FailureDecision.RAISE
+        if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+            return FailureDecision.RETRY
+        return super().make_decision(training_failed_error)
+
+
 class _Trainer(DataParallelTrainer):
     """Ray Train's trainer without three processes a run.
 
@@ -49,6 +63,7 @@ class _Trainer(DataParallelTrainer):
     """
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        parts["failure_policy"] = _Patience(parts["failure_policy"].failure_config)
         if ray.get_runtime_context().get_actor_id() is None:
             return super()._initialize_and_run_controller(**parts)
         run = next(each.run for each in parts["callbacks"] if isinstance(each, cluster.Register))
@@ -100,6 +115,7 @@ def fit(
 
     Raises:
         ray.train.TrainingFailedError: workers failed more often than that.
+        UserError: what a worker failed of is the user's to mend; no worker is replaced then.
     """
     if experiment.batch.items % resources.workers:
         raise UserError(
@@ -114,6 +130,7 @@ def fit(
             "experiment": experiment,
             "inputs": inputs,
             "out": out,
+            "gpus": resources.gpus,
             "threads": resources.threads,
             "shares_cores": resources.shares_cores,
             "decoding": resources.decoding,
@@ -141,6 +158,10 @@ def fit(
     )
     try:
         trainer.fit()
+    except TrainingFailedError as error:
+        if line := mendable(error):
+            raise UserError(line) from error
+        raise
     finally:
         cluster.end(name)  # the handle kept for it holds the controller back from ending by itself
 

@@ -183,7 +183,7 @@ def fit(
     """
     session = _Session(out, "step" if inputs.validation is None else "val_mAP", tell)
     job = {"experiment": experiment, "inputs": inputs, "out": str(out.absolute()), "decoding": None, "followed": False}
-    worker.train(job | placed(placement), session, Feed())
+    worker.train(job | placed(placement) | {"gpus": 0}, session, Feed())
 
 
 def placed(placement: config.Placement) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def run(
     catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
     _begin(sweep, out, resume)
     base = sweep.experiment(sweep.first)
-    resources = cluster.place(sweep.placement, alone=False)
+    resources = cluster.place(sweep.placement, alone=False, tell=tell)
     tell(f"{sweep.trials} trials, {cluster.at_once(sweep.placement, resources)} at once, each {resources}")
     texts = train.prompts_of(catalogue, base, *train.VALIDATION, "query", "gallery")
     begun = _Begun(sweep, catalogue, out, base, train.start_of(base), texts, resources, tell)

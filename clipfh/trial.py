@@ -10,7 +10,7 @@ from typing import Any
 
 from ray import tune
 
-from clipfh import batches, cluster, config, files, fit, runs
+from clipfh import UserError, batches, cluster, config, files, fit, runs
 from clipfh.inputs import Inputs
 from clipfh.space import Sweep
 
@@ -81,6 +81,8 @@ class Trial(tune.Trainable):
         try:
             followed = self._is_followed()
             fit.fit(self.experiment, self.inputs, self.folder, self.resources, name=self.run, followed=followed)
+        except UserError:
+            raise
         except Exception as error:
             runs.wait_for(self.folder / runs.EXPERIMENT)
             step = runs.latest_step(self.folder)
@@ -104,7 +106,7 @@ class Trial(tune.Trainable):
         while True:
             running = self.thread.is_alive()
             if not running and self.error:
-                raise self.error
+                return self._failed(self.error)
             lines = runs.read_metrics(self.folder)
             new = next((line for line in lines if line["step"] > self.reported and self._is_saved(line)), None)
             if new and not (running and self._is_last(new)):
@@ -116,6 +118,17 @@ class Trial(tune.Trainable):
                 return _result(runs.read_metrics(self.folder)[-1], True)
             self._give_way()
             self.thread.join(0.1)
+
+    def _failed(self, error: Exception) -> dict[str, Any]:
+        """A last result, of the worst score there is, where these settings can't be trained: no other start would help.
+
+        Raises:
+            Exception: the error, where one might.
+        """
+        if not isinstance(error, UserError):
+            raise error
+        images = next((line["images"] for line in reversed(runs.read_metrics(self.folder))), 0)
+        return _result({"images": images, "val_mAP": 0.0, OBJECTIVE: 0.0, "failed": str(error)}, True)
 
     def _give_way(self) -> None:
         """Stop training, for now, where the cluster no longer holds us. Looks once a second."""
@@ -154,7 +167,7 @@ def _clear_of_another(folder: Path, experiment: config.Experiment) -> None:
 
 
 def _result(line: dict[str, Any], done: bool) -> dict[str, Any]:
-    shown = ("images", "val_mAP", OBJECTIVE, "loss", "images_per_second", "diverged", "warnings")
+    shown = ("images", "val_mAP", OBJECTIVE, "loss", "images_per_second", "diverged", "failed", "warnings")
     kept = {name: line[name] for name in shown if name in line}
     return {**kept, "done": done, "finished": done}
 

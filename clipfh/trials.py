@@ -119,7 +119,9 @@ class Watch(tune.Callback):
         self.tell(f"trial {number_of(trial)} starts: {shown}")
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        if self.each_report:
+        if "failed" in result:
+            self.tell(f"trial {number_of(trial)} can't be trained: {result['failed']}")
+        elif self.each_report:
             best = max(result[OBJECTIVE], *((t.last_result or {}).get(OBJECTIVE, 0.0) for t in trials))
             self.tell(
                 f"trial {number_of(trial)}: {result['images']:,} images, val mAP {result['val_mAP']:.3f}, "
@@ -163,7 +165,8 @@ class Leaderboard:
     def row(self, trial: Any, over: bool) -> dict[str, Any]:
         """A trial's line. Tune says that a trial is over before it changes the trial's status."""
         last = trial.last_result or {}
-        found = {"val_mAP": f"{last[OBJECTIVE]:.6f}"} if last.get(OBJECTIVE) is not None else {}
+        scored = last.get(OBJECTIVE) is not None and "failed" not in last
+        found = {"val_mAP": f"{last[OBJECTIVE]:.6f}"} if scored else {}
         return {
             "trial": number_of(trial),
             "status": _status(trial.status, last, over),
@@ -195,7 +198,7 @@ class Leaderboard:
 
 
 def _status(tunes: str, last: Mapping[str, Any], over: bool) -> str:
-    if tunes == "ERROR":
+    if tunes == "ERROR" or "failed" in last:
         return "failed"
     if tunes != "TERMINATED" and not over:
         return "running"
@@ -203,8 +206,9 @@ def _status(tunes: str, last: Mapping[str, Any], over: bool) -> str:
 
 
 def _why(trial: Any, last: Mapping[str, Any]) -> str:
-    if "diverged" in last:
-        return str(last["diverged"])
+    for reason in ("diverged", "failed"):
+        if reason in last:
+            return str(last[reason])
     if trial.status != "ERROR":
         return ""
     return _error_of(trial)

@@ -42,10 +42,14 @@ class Session(Protocol):
         """Called half-way to the first report of a run that another one follows."""
 
 
+@model.enough_memory(
+    "give --batch.chunk 64, say, or --model.checkpointing true, which compute some of it again; or a smaller P x K "
+    "(--batch.items, --batch.views)"
+)
 def train(job: dict[str, Any], session: Session, feed: decoding.Feed) -> None:
     """Train on this worker's part of each batch, from the session's checkpoint to the end of the budget."""
     experiment, inputs = job["experiment"], job["inputs"]
-    learner = learner_of(experiment, inputs)
+    learner = learner_of(experiment, inputs, model.device(job["gpus"]))
     validation = validation_of(inputs)
     found = _begin(learner, validation, inputs, session)
     history = History(job["out"], learner.step)
@@ -140,12 +144,12 @@ class _Notice:
         return self.given
 
 
-def learner_of(experiment: config.Experiment, inputs: Inputs) -> Learner:
+def learner_of(experiment: config.Experiment, inputs: Inputs, on: torch.device) -> Learner:
     """A rank's learner, from what lies in the object store."""
     clip = model.build(experiment.model)
     clip.load_state_dict({n: torch.from_numpy(w.copy()) for n, w in fetch(inputs.weights).items()})
     index, captions = fetch(inputs.images.index), fetch(inputs.captions)
-    return Learner(experiment, clip, index, captions, model.device())
+    return Learner(experiment, clip, index, captions, on)
 
 
 def validation_of(inputs: Inputs) -> Validation | None:
@@ -166,6 +170,8 @@ def _report(
     """Evaluate, write the history, report with a checkpoint; all ranks take part."""
     now = learner.report(tally, validation, before.get("start_val_mAP", 0.0))
     now |= {name: before[name] for name in ("stream", "reports_since_best")}
+    if "step" not in before:
+        now["warnings"] = [*model.notes_on(learner.experiment.model.precision, learner.device), *now["warnings"]]
     if validation is not None:
         better = now["val_mAP"] > before["best_val_mAP"] or "val_mAP" not in before
         now["best_val_mAP"] = max(now["val_mAP"], before["best_val_mAP"])

@@ -98,8 +98,14 @@ def test_command_line_texts(name, text, value):
 def test_placement_texts():
     assert config.parse("gpus_per_worker", "auto", config.Placement) == "auto"
     assert config.parse("gpus_per_worker", ".5", config.Placement) == 0.5
-    with pytest.raises(UserError, match="gpus-per-worker must be 1 or more with several workers"):
+    with pytest.raises(UserError, match="gpus-per-worker must be 0 or 1 with several workers"):
         config.Placement(workers=2, gpus_per_worker=0.5)
+
+
+@pytest.mark.parametrize("gpus", [4.0, 1.5, -1.0])
+def test_a_worker_takes_no_more_than_the_gpu_it_computes_on(gpus):
+    with pytest.raises(UserError, match=f"gpus-per-worker must be 0 to 1 .*--workers N.*, not {gpus}"):
+        config.Placement(gpus_per_worker=gpus)
 
 
 @given(

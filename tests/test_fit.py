@@ -6,8 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.fs
+import pytest
+from ray.train import FailureConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from clipfh import fit
+from clipfh import UserError, fit
 
 
 def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
@@ -24,3 +28,17 @@ def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
         with contextlib.suppress(OSError):
             fit._write_list(SimpleNamespace(_storage_context=context, _save_state=lambda: "new"))
         assert (tmp_path / "list.json").read_text() == expected
+
+
+@pytest.mark.parametrize(
+    "error,decisions",
+    [
+        (ControllerError(WorkerGroupStartupTimeoutError(1)), ["RETRY"] * 4),  # others use the cluster: it waits
+        (ControllerError(WorkerGroupStartupFailedError()), ["RETRY", "RAISE"]),
+        (WorkerGroupError("", {0: RuntimeError("a bug")}), ["RETRY", "RAISE"]),
+        (WorkerGroupError("", {0: RuntimeError(), 1: UserError("no memory")}), ["RAISE"]),
+    ],
+)
+def test_what_is_tried_again(error, decisions):
+    policy = fit._Patience(FailureConfig(max_failures=1, controller_failure_limit=1))
+    assert [policy.make_decision(error).value for _ in decisions] == decisions

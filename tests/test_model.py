@@ -184,9 +184,44 @@ def test_precision(setting, device, expected):
 
 
 def test_auto_precision_asks_the_gpu(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda on: "Tesla T4")
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda has=has: has)
-        assert model.precision("auto", torch.device("cuda")) == expected
+        # A T4 has no bfloat16, but emulates it several times slower than it computes in float32
+        monkeypatch.setattr(
+            "torch.cuda.is_bf16_supported", lambda including_emulation=True, h=has: h or including_emulation
+        )
+        assert model.precision("auto", gpu) == expected
+        assert bool(model.notes_on("auto", gpu)) == (not has), "and people are told"
+    assert "Tesla T4" in model.notes_on("auto", gpu)[0]
+    assert not model.notes_on("float32", gpu) and not model.notes_on("auto", torch.device("cpu"))
+
+
+def test_who_was_given_no_gpu_computes_on_the_cpu_whatever_torch_sees(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr(model, "_gpu_trouble", lambda: "", raising=False)
+    assert model.device(0) == torch.device("cpu")
+    assert model.device(0.5) == model.device(None) == torch.device("cuda", 0)
+
+
+def test_a_gpu_that_torch_cant_compute_on_is_refused_with_torchs_reason(monkeypatch):
+    old = "The NVIDIA driver on your system is too old (found version 12040)."
+
+    def ones(*size, device):
+        raise RuntimeError(old)
+
+    monkeypatch.setattr("torch.ones", ones)
+    with pytest.raises(UserError, match=r"too old \(found version 12040\).*driver 580"):
+        model.device(1)
+    assert model.device(None) == torch.device("cpu"), "nobody gave one: the CPU will do"
+
+
+def test_float32_is_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    model.device(0)
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("training", [True, False])

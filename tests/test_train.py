@@ -1,5 +1,6 @@
 """Runs: what they leave behind, the same for any number of workers, exact after kills."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from conftest import TINY
 from PIL import Image
@@ -117,6 +119,24 @@ def test_divergence_ends_the_run_with_the_reason(fitted):
     last = runs.read_metrics(run)[-1]
     assert "loss or gradient are not finite at step" in last["diverged"] and last["val_mAP"] == 0.0
     assert len(last["diverged_images"]) == 16 and last["diverged_images"][0] in last["diverged"]
+
+
+def test_a_gpu_with_too_little_memory_is_one_line_and_not_tried_again(ray_cluster, small_catalogue, tiny, tmp_path):
+    started = tmp_path / "started"
+
+    class Weights:
+        def items(self):
+            with started.open("a") as file:
+                file.write("once ")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    clip, experiment = train.begin(tmp_path / "run", tiny, small_catalogue)
+    inputs = dataclasses.replace(train.inputs_of(small_catalogue, experiment, clip, stream), weights=ray.put(Weights()))
+    with pytest.raises(
+        UserError, match=r"memory is too small \(CUDA out of memory.*2.00 GiB.*--batch.chunk 64"
+    ) as caught:
+        fit.fit(experiment, inputs, tmp_path / "run", cluster.Resources(1, 1, 0, 1), retries=3)
+    assert started.read_text() == "once " and "\n" not in str(caught.value)
 
 
 def test_prompts_that_are_cut_are_counted(small_catalogue, tiny, tmp_path):

@@ -204,6 +204,37 @@ def test_a_state_that_cant_be_read_is_refused(tmp_path, broken):
         trials._require_whole(tmp_path)
 
 
+def ended(folder: Path, error: Exception) -> Trial:
+    """A trial whose training has just failed."""
+    made = Trial.__new__(Trial)
+    made.thread, made.error, made.folder = SimpleNamespace(is_alive=lambda: False), error, folder
+    return made
+
+
+def test_settings_that_cant_be_trained_fail_at_once_and_the_sampler_hears_of_it(tmp_path, monkeypatch):
+    no_memory = UserError("the GPU's memory is too small: give --batch.chunk")
+    last = ended(tmp_path, no_memory).step()
+    assert last["done"], "Tune starts no such trial again"
+
+    asked = searcher(tmp_path)
+    asked.suggest("a")
+    asked.on_trial_complete("a", last)
+    assert study(tmp_path).trials[0].value == 0.0
+
+    lines = []
+    watch = trials.Watch(trials.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1), lines.append, count=1)
+    tunes = SimpleNamespace(trial_id="a", experiment_tag="1_x", status="TERMINATED", last_result=last, config={})
+    watch.on_trial_result(1, [tunes], tunes, last)
+    assert lines == [f"trial 0001 can't be trained: {no_memory}"]
+    row = watch.board.row(tunes, over=True)
+    assert (row["status"], row["error"], row.get("val_mAP")) == ("failed", str(no_memory), None)
+
+
+def test_a_trial_that_fails_of_anything_else_is_tunes_to_start_again(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"):
+        ended(tmp_path, RuntimeError("a bug")).step()
+
+
 def test_a_watch_that_tells_a_terminal_can_be_kept(tmp_path):
     """Tune keeps its callbacks with the search, and a console holds a lock."""
     console = rich.console.Console()

@@ -272,7 +272,7 @@ def _evaluation(inputs: Inputs, resources: cluster.Resources) -> float:
     """Share of a trial's time that scoring takes, with the preset's budget and a report each tenth of it."""
     torch.set_num_threads(resources.threads)
     experiment = config.resolve("image", None, SETTINGS)
-    learner, validation = worker.learner_of(experiment, inputs), worker.validation_of(inputs)
+    learner, validation = worker.learner_of(experiment, inputs, model.device()), worker.validation_of(inputs)
     assert validation is not None
     learner.validate(validation)
     begun = time.perf_counter()
