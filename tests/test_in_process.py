@@ -16,7 +16,7 @@ def shared(small_catalogue):
 
 @pytest.fixture(scope="module")
 def recipe(tiny):
-    return decoding.Recipe(tiny.batch, tiny.augment, seed=3, size=64)
+    return decoding.Recipe(tiny.batch, tiny.augment, seed=3, size=64, singles=True)
 
 
 def test_its_batches_are_those_of_ray_data(shared, recipe, small_catalogue, ray_cluster):

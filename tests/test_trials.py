@@ -1,6 +1,8 @@
 """The searcher without training: what it proposes, when, and what it keeps of other studies."""
 
 import functools
+import math
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +72,19 @@ def test_the_same_seed_draws_the_same_and_samplers_differ(tmp_path):
     }
     assert drawn["one"] == drawn["two"] != drawn["other"]
     assert drawn["tpe"] != drawn["one"]
+
+
+def test_trials_that_run_at_once_are_no_near_copies(tmp_path):
+    space_of_two = {"optimizer.lr": {"loguniform": [1e-5, 1e-1]}, "augment.erase": {"uniform": [0.0, 1.0]}}
+    made = searcher(tmp_path, search=space_of_two)
+    for number in range(16):
+        point = made.suggest(f"before {number}")
+        score = -((math.log10(point["optimizer.lr"]) + 3) ** 2) - (point["augment.erase"] - 0.3) ** 2
+        made.on_trial_complete(f"before {number}", {trials.OBJECTIVE: score})
+    at_once = [made.suggest(f"at once {number}") for number in range(16)]
+    places = [(math.log10(each["optimizer.lr"]) / 4, each["augment.erase"]) for each in at_once]
+    nearest = [min(math.dist(place, other) for other in places if other is not place) for place in places]
+    assert statistics.mean(nearest) > 0.13, "in shares of the sides of the space"
 
 
 def test_a_search_knows_the_trials_of_an_earlier_one(tmp_path):
