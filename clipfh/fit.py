@@ -98,7 +98,7 @@ def fit(
     out: str | Path,
     resources: cluster.Resources,
     *,
-    name: str = "run",
+    name: str = "",
     retries: int = 0,
     followed: bool = False,
 ) -> None:
@@ -109,7 +109,7 @@ def fit(
         inputs: of this experiment's model, prompts and catalogue.
         out: the run's folder, which holds its `experiment.json`.
         resources: where to compute it.
-        name: of the run on this cluster, for `cluster.end`.
+        name: of the run on this cluster, for `cluster.end`; by default its folder, as others may train there too.
         retries: how often lost workers are replaced. 0 under Tune, which retries whole trials.
         followed: by a run with the same resources, whose processes are started while this one trains.
 
@@ -123,6 +123,7 @@ def fit(
             "each worker takes as many items"
         )
     out = str(out) if "://" in str(out) else str(Path(out).absolute())
+    name = name or out
     trainer = _Trainer(
         loop,
         backend_config=_backend(resources),

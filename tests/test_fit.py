@@ -11,7 +11,7 @@ from ray.train import FailureConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from clipfh import UserError, fit
+from clipfh import UserError, cluster, fit
 
 
 def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
@@ -42,3 +42,21 @@ def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
 def test_what_is_tried_again(error, decisions):
     policy = fit._Patience(FailureConfig(max_failures=1, controller_failure_limit=1))
     assert [policy.make_decision(error).value for _ in decisions] == decisions
+
+
+def test_a_run_is_known_on_its_cluster_by_its_folder(monkeypatch, tmp_path, tiny):
+    """With one name for all, the first run to end would free what another one holds."""
+    registered, ended = [], []
+
+    class Trainer:
+        def __init__(self, loop, run_config, **rest):
+            registered.extend(each.run for each in run_config.callbacks if isinstance(each, cluster.Register))
+
+        def fit(self):
+            pass
+
+    monkeypatch.setattr(fit, "_Trainer", Trainer)
+    monkeypatch.setattr(cluster, "end", ended.append)
+    for name in ("one", "other"):
+        fit.fit(tiny, SimpleNamespace(validation=None), tmp_path / name, cluster.Resources(1, 1, 0, 1))
+    assert registered == ended == [str(tmp_path / "one"), str(tmp_path / "other")]
