@@ -272,7 +272,8 @@ def _made(resources: Resources, tell: Callable[[str], None]) -> bool:
         return False
     tell(f"waiting for the cluster's autoscaler to make room for {resources}")
     deadline = time.monotonic() + ROOM_S
-    with _requested(resources, 1):
+    _request(resources, 1)
+    try:
         while not _fits(resources):
             if time.monotonic() > deadline:
                 raise UserError(
@@ -280,6 +281,8 @@ def _made(resources: Resources, tell: Callable[[str], None]) -> bool:
                     "the head, monitor.log, says why; or take less"
                 )
             time.sleep(1)
+    finally:
+        _request(resources, 0)
     return True
 
 
@@ -321,25 +324,30 @@ def _room(nodes: Sequence[Mapping[str, float]], resources: Resources) -> int:
 
 
 @contextlib.contextmanager
-def asked_for(placement: Placement, resources: Resources) -> Iterator[None]:
-    """Ask an autoscaler, where there is one, for room for as many runs at once as were asked for, or as it may make."""
-    auto = _room(_nodes_to_be(), resources)
-    runs = auto if placement.concurrent == "auto" else placement.concurrent
-    if not runs:
-        yield
-        return
-    with _requested(resources, runs):
-        yield
+def asking(placement: Placement, resources: Resources) -> Iterator[Callable[[int], None]]:
+    """What asks an autoscaler, where there is one, for room for the runs that are left, each time that it is called.
+
+    It asks for as many of them at once as were asked for, or as the autoscaler may make; for none when the block ends.
+    """
+    most = _room(_nodes_to_be(), resources) if placement.concurrent == "auto" else placement.concurrent
+    asked = 0
+
+    def ask(left: int) -> None:
+        nonlocal asked
+        if (runs := min(most, left)) != asked:
+            _request(resources, runs)
+            asked = runs
+
+    try:
+        yield ask
+    finally:
+        ask(0)
 
 
-@contextlib.contextmanager
-def _requested(resources: Resources, runs: int) -> Iterator[None]:
+def _request(resources: Resources, runs: int) -> None:
+    """Ask the autoscaler for room for some runs, in place of what was asked for before."""
     bundle = {name: amount / resources.workers for name, amount in resources.total.items() if amount}
     request_resources(bundles=[bundle] * (runs * resources.workers))
-    try:
-        yield
-    finally:
-        request_resources(bundles=[])
 
 
 T = TypeVar("T")

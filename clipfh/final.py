@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from clipfh import cluster, config, files, fit, runs
+from clipfh import cluster, config, files, fit, mendable, runs
 from clipfh.inputs import Inputs
-from clipfh.space import Final
+from clipfh.space import Sweep
+from clipfh.trial import last_line
 
 RETRIES = 3
 
@@ -30,29 +32,25 @@ def leaders(rows: Sequence[Mapping[str, Any]], out: Path, top: int) -> dict[str,
 
 def again(
     leading: Mapping[str, config.Experiment],
-    final: Final,
+    sweep: Sweep,
     inputs: Inputs,
     folder: Path,
     resources: cluster.Resources,
-    at_once: int,
     tell: Callable[[str], None],
 ) -> dict[str, list[float]]:
     """Train leading settings with several seeds; returns each trial's validation mAPs, seed by seed.
 
     Runs that `folder` has already are gone on with, or left alone when they are over.
     """
+    numbers = range(1, sweep.final.seeds + 1)
     seeded = {
         (trial, number): dataclasses.replace(experiment, seed=experiment.seed + number)
         for trial, experiment in leading.items()
-        for number in range(1, final.seeds + 1)
+        for number in numbers
     }
     jobs = {run_of(folder, *key): experiment for key, experiment in seeded.items()}
-
-    def told(out: Path) -> None:
-        tell(f"{out.name}: val mAP {score(out):.3f}")
-
-    _train_all(jobs, inputs, resources, at_once, told)
-    return {trial: [score(run_of(folder, trial, number)) for number in range(1, final.seeds + 1)] for trial in leading}
+    _train_all(jobs, sweep, inputs, resources, tell)
+    return {trial: [score(run_of(folder, trial, number)) for number in numbers] for trial in leading}
 
 
 def run_of(folder: Path, trial: str, number: int) -> Path:
@@ -75,36 +73,58 @@ def best_run(folder: Path, trial: str, scores: Sequence[float]) -> Path:
     return run_of(folder, trial, 1 + max(range(len(scores)), key=lambda number: scores[number]))
 
 
-def refit(experiment: config.Experiment, inputs: Inputs, folder: Path, resources: cluster.Resources) -> Path:
+def refit(
+    experiment: config.Experiment,
+    sweep: Sweep,
+    inputs: Inputs,
+    folder: Path,
+    resources: cluster.Resources,
+    tell: Callable[[str], None],
+) -> Path:
     """Train on inputs that hold the validation items too, to the end of the budget; returns the run's folder."""
     whole = dataclasses.replace(experiment, budget=dataclasses.replace(experiment.budget, patience=0))
     out = folder / "refit"
-    _train_all({out: whole}, inputs, resources, 1, lambda run: None)
+    _train_all({out: whole}, sweep, inputs, resources, tell)
     return out
 
 
 def _train_all(
     jobs: Mapping[Path, config.Experiment],
+    sweep: Sweep,
     inputs: Inputs,
     resources: cluster.Resources,
-    at_once: int,
-    told: Callable[[Path], None],
+    tell: Callable[[str], None],
 ) -> None:
-    """Train each of the experiments in its folder, some at a time."""
-    with ThreadPoolExecutor(at_once) as pool:
-        running = {pool.submit(_train, experiment, inputs, out, resources): out for out, experiment in jobs.items()}
-        try:
-            for run in as_completed(running):
+    """Train each of the experiments in its folder, as many at a time as trials; an autoscaler makes room for them."""
+    over = threading.Event()
+    pool = ThreadPoolExecutor(len(jobs) if sweep.placement.concurrent == "auto" else sweep.placement.concurrent)
+    running = {pool.submit(_train, experiment, inputs, out, resources, over): out for out, experiment in jobs.items()}
+    try:
+        with cluster.asking(sweep.placement, resources) as ask:
+            ask(len(jobs))
+            for number, run in enumerate(as_completed(running), 1):
+                tell(_outcome(running[run], run))
                 run.result()
-                told(running[run])
-        except BaseException:  # Ctrl-C among them: the threads wait for runs, which end here
-            pool.shutdown(wait=False, cancel_futures=True)
-            for out in jobs:
-                cluster.end(str(out))
-            raise
+                ask(len(jobs) - number)
+    finally:  # also on Ctrl-C: the threads wait for runs, or for their turn, which end here
+        over.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for out in jobs:
+            cluster.end(str(out))
 
 
-def _train(experiment: config.Experiment, inputs: Inputs, out: Path, resources: cluster.Resources) -> None:
+def _outcome(out: Path, run: Future[None]) -> str:
+    """What a run came to, for a person."""
+    if error := run.exception():
+        return f"{out.name} failed: {mendable(error) or last_line(str(error))}"
+    last = runs.read_metrics(out)[-1]
+    return f"{out.name}: val mAP {last['best_val_mAP']:.3f}" if "best_val_mAP" in last else f"{out.name} is done"
+
+
+def _train(
+    experiment: config.Experiment, inputs: Inputs, out: Path, resources: cluster.Resources, over: threading.Event
+) -> None:
+    """Train when it is this run's turn, as trials do: more of them than a cluster holds could stand still."""
     lines = runs.read_metrics(out)
     if lines and fit.is_over(experiment, inputs, lines[-1]) and runs.latest_step(out) >= lines[-1]["step"]:
         return
@@ -112,4 +132,11 @@ def _train(experiment: config.Experiment, inputs: Inputs, out: Path, resources: 
     runs.wait_for(out.parents[1] / runs.SWEEP)
     out.mkdir(parents=True, exist_ok=True)
     files.write(out / runs.EXPERIMENT, config.to_json(experiment))
-    fit.fit(experiment, inputs, out, resources, name=str(out), retries=RETRIES)
+    cluster.queue(str(out))
+    try:
+        while not cluster.is_turn_of(str(out), resources):
+            if over.wait(1):
+                return
+        fit.fit(experiment, inputs, out, resources, name=str(out), retries=RETRIES)
+    finally:
+        cluster.leave(str(out))

@@ -105,8 +105,8 @@ def run(
     inputs = _inputs(begun, zero_shot)
     board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
     keeper = keep.Keeper(sweep, out)
-    watch = Watch(board, tell, sweep.trials, each_report, keeper.trials)
-    with cluster.asked_for(sweep.placement, resources):
+    with cluster.asking(sweep.placement, resources) as ask:
+        watch = Watch(board, tell, sweep.trials, each_report, keeper.trials, ask)
         rows = board.write(search(sweep, inputs, out, resources, watch, resume, retry_failed))
     keeper.trials(rows)
     winner = _winner(begun, inputs, rows)
@@ -166,8 +166,7 @@ def _winner(begun: _Begun, inputs: Inputs, rows: list[dict[str, Any]]) -> _Winne
     run, again = out / "trials" / trial, dict[str, list[float]]()
     if leading := final.leaders(rows, out, asked.top):
         begun.tell(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
-        at_once = cluster.at_once(begun.sweep.placement, begun.resources)
-        again = final.again(leading, asked, inputs, folder, begun.resources, at_once, begun.tell)
+        again = final.again(leading, begun.sweep, inputs, folder, begun.resources, begun.tell)
         trial = final.best(again)
         score, run = mean(again[trial]), final.best_run(folder, trial, again[trial])
         if score <= zero_shot_of(rows):
@@ -178,7 +177,7 @@ def _winner(begun: _Begun, inputs: Inputs, rows: list[dict[str, Any]]) -> _Winne
         begun.tell(f"now trial {trial}'s settings on train and validation items together")
         experiment = config.load(out / "trials" / trial / runs.EXPERIMENT)
         whole = train.inputs_of(begun.catalogue, experiment, begun.clip, stream, with_validation=True)
-        run = final.refit(experiment, whole, folder, begun.resources)
+        run = final.refit(experiment, begun.sweep, whole, folder, begun.resources, begun.tell)
     return _Winner(trial, score, run, again)
 
 

@@ -99,18 +99,21 @@ class Watch(tune.Callback):
         count: int,
         each_report: bool = True,
         free: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None,
+        ask: Callable[[int], None] = lambda left: None,
     ) -> None:
-        """`free`: called with the leaderboard's rows when a trial has ended."""
+        """`free`: called with the leaderboard's rows when a trial has ended. `ask`: with how many trials are left."""
+        self.ask = ask
         self.board, self.tell, self.count, self.each_report, self.free = board, tell, count, each_report, free
         self.ended: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """What Tune keeps with the search: a terminal can't be kept, and a resumed search gets a Watch of its own."""
-        return {name: value for name, value in self.__dict__.items() if name != "tell"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("tell", "ask")}
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         """Before anything is written: while the sweep's folder is away, nothing happens."""
         runs.wait_for(self.board.file.with_name(runs.SWEEP), self.tell)
+        self.ask(self.count - sum(trial.is_finished() for trial in trials))
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         shown = ", ".join(

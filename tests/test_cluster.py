@@ -139,6 +139,16 @@ def test_the_file_of_ray_up_tells_of_nodes_to_be(nodes, monkeypatch, tmp_path):
     assert cluster.most() == {}, "a cluster of our own on such a head is another one"
 
 
+@pytest.mark.parametrize("concurrent,asked", [("auto", [4, 3, 1, 0]), (2, [2, 1, 0]), (8, [5, 4, 3, 1, 0])])
+def test_an_autoscaler_is_asked_for_no_more_runs_than_are_left(nodes, monkeypatch, concurrent, asked):
+    nodes.to_be[:], seen = [GPU_NODES], []
+    monkeypatch.setattr(cluster, "request_resources", lambda bundles: seen.append(len(bundles)))
+    with cluster.asking(config.Placement(concurrent=concurrent), cluster.Resources(1, 1, 1, 1)) as ask:
+        for left in (5, 4, 4, 3, 1):
+            ask(left)
+    assert seen == asked
+
+
 def test_an_address_of_rays_client_is_refused(monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(UserError, match="ray://head:10001 is that of Ray's client.*HOST:6379.*clipfh submit"):

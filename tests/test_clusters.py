@@ -60,18 +60,7 @@ def test_the_token_is_asked_for(nodes, tmp_path):
 
 
 def test_two_runs_at_once_both_end_well(nodes, small_catalogue, tmp_path):
-    settings = [
-        "--model",
-        "clipfh-small",
-        "--batch.items",
-        "8",
-        "--batch.views",
-        "2",
-        "--augment.crop_min",
-        "0.5",
-        "--cpus-per-worker",
-        "1",
-    ]
+    settings = ["--model", "clipfh-small", "--batch.items", "8", "--batch.views", "2", "--cpus-per-worker", "1"]
     jobs = [
         nodes.submit(
             "train", "image", small_catalogue.path, "--out", tmp_path / images, "--budget.images", images, *settings

@@ -30,6 +30,7 @@ NEIGHBOURS = {
     "augment": {"transfer"},
     "optimizer": {"model"},
     "trials": {"trial"},
+    "final": {"trial"},
     "keep": {"final"},
     "cli": {"demo"},
 }

@@ -245,6 +245,16 @@ def test_settings_that_cant_be_trained_fail_at_once_and_the_sampler_hears_of_it(
     assert (row["status"], row["error"], row.get("val_mAP")) == ("failed", str(no_memory), None)
 
 
+def test_a_watch_tells_how_many_trials_are_left(tmp_path):
+    (tmp_path / "sweep.yaml").touch()
+    left = []
+    board = trials.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1)
+    watch = trials.Watch(board, lambda line: None, count=3, ask=left.append)
+    for over in (False, True):
+        watch.on_step_begin(1, [SimpleNamespace(is_finished=lambda over=over: over)])
+    assert left == [3, 2]
+
+
 def test_a_trial_that_fails_of_anything_else_is_tunes_to_start_again(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
         ended(tmp_path, RuntimeError("a bug")).step()
