@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ class Trial(tune.Trainable):
         self.folder = self.out / "trials" / self.trial_name
         _clear_of_another(self.folder, self.experiment)
         self.total = batches.budget_of(self.experiment, self.inputs.num_images, self.inputs.num_single).total
-        self.reported, self.looked = 0, time.monotonic()
+        self.reported = 0
         self.error: Exception | None = None
         self.losses: list[str] = []
         self.over = threading.Event()
@@ -117,7 +116,7 @@ class Trial(tune.Trainable):
                 runs.wait_for(self.folder / runs.EXPERIMENT)
                 return _result(runs.read_metrics(self.folder)[-1], True)
             self._give_way()
-            self.thread.join(0.1)
+            self.thread.join(1)  # the file system is one that others share
 
     def _failed(self, error: Exception) -> dict[str, Any]:
         """A last result, of the worst score there is, where these settings can't be trained: no other start would help.
@@ -131,11 +130,9 @@ class Trial(tune.Trainable):
         return _result({"images": images, "val_mAP": 0.0, OBJECTIVE: 0.0, "failed": str(error)}, True)
 
     def _give_way(self) -> None:
-        """Stop training, for now, where the cluster no longer holds us. Looks once a second."""
-        if time.monotonic() > self.looked + 1:
-            self.looked = time.monotonic()
-            if not self._is_our_turn():
-                cluster.end(self.run)
+        """Stop training, for now, where the cluster no longer holds us."""
+        if not self._is_our_turn():
+            cluster.end(self.run)
 
     def _is_saved(self, line: dict[str, Any]) -> bool:
         """Whether the report's checkpoint is on the list: a score without its weights must not win."""

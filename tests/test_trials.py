@@ -245,6 +245,16 @@ def test_settings_that_cant_be_trained_fail_at_once_and_the_sampler_hears_of_it(
     assert (row["status"], row["error"], row.get("val_mAP")) == ("failed", str(no_memory), None)
 
 
+def test_a_trial_looks_for_reports_once_a_second(tmp_path, monkeypatch):
+    """They lie on a file system that other machines share, and each look reads them all."""
+    monkeypatch.setattr(cluster, "is_turn_of", lambda run, resources: True)
+    made, waits, alive = ended(tmp_path, UserError("over")), [], [True] * 3
+    made.run, made.resources = "a", RESOURCES
+    made.thread = SimpleNamespace(is_alive=lambda: bool(alive) and alive.pop(), join=waits.append)
+    made.step()
+    assert waits == [1, 1, 1]
+
+
 def test_a_watch_tells_how_many_trials_are_left(tmp_path):
     (tmp_path / "sweep.yaml").touch()
     left = []
