@@ -215,6 +215,8 @@ def place(placement: Placement, alone: bool = True, tell: Callable[[str], None] 
             f"no node has room for a worker with {cpus:g} CPU and {gpus:g} GPU, or not for all {placement.workers} at "
             "once: take fewer --workers, or less per worker"
         )
+    if lacking := _lacking(resources):
+        tell(f"others use the cluster: waiting for {lacking} to be free")
     runs = 1 if alone else at_once(placement, resources)
     shares = placement.cpus_per_worker == "auto" and not gpus and (alone or _is_own())
     return dataclasses.replace(resources, decoding=_decoding(runs * resources.workers), shares_cores=shares)
@@ -284,6 +286,15 @@ def _made(resources: Resources, tell: Callable[[str], None]) -> bool:
     finally:
         _request(resources, 0)
     return True
+
+
+def _lacking(resources: Resources) -> str:
+    """What a run would take that others hold, in words; Ray Train waits for it."""
+    if _is_own():
+        return ""
+    free = ray.available_resources()
+    amounts = {name: amount - free.get(name, 0) for name, amount in resources.total.items()}
+    return " and ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount > 0)
 
 
 def _decoding(workers: int) -> int | None:

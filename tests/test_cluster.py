@@ -87,6 +87,7 @@ def nodes(monkeypatch):
     alive, to_be = [], []
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": node} for node in alive])
     monkeypatch.setattr("ray.cluster_resources", lambda: dict(sum(map(Counter, alive), Counter())))
+    monkeypatch.setattr("ray.available_resources", lambda: ray.cluster_resources())
     config = SimpleNamespace(node_group_configs=to_be)
     monkeypatch.setattr("ray._private.state.state.get_cluster_config", lambda: config if to_be else None)
     return SimpleNamespace(alive=alive, to_be=to_be)
@@ -100,6 +101,13 @@ def test_a_worker_takes_a_gpu_where_there_are_any(nodes):
     assert cluster.place(config.Placement(workers=4, gpus_per_worker=0.0)).gpus == 0
     nodes.alive[:] = [{"CPU": 16.0}]
     assert cluster.place(config.Placement(workers=4)).gpus == 0
+
+
+def test_a_cluster_that_others_use_is_waited_for_and_that_is_told(nodes, monkeypatch):
+    nodes.alive[:], told = [{"CPU": 16.0, "GPU": 2.0}], []
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 12.0, "GPU": 0.5})
+    cluster.place(config.Placement(workers=2), tell=told.append)
+    assert told == ["others use the cluster: waiting for 1.5 GPU to be free"]
 
 
 GPU_NODES = SimpleNamespace(resources={"CPU": 8.0, "GPU": 1.0}, max_count=4)
