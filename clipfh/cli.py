@@ -487,8 +487,9 @@ def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
     epoch = estimate.epoch(opened, loaded.experiment(loaded.first))
     if not (args.address or os.environ.get("RAY_ADDRESS")):
         asked = loaded.placement.gpus_per_worker
-        gpus = None if asked == "auto" else asked
-        return estimate.told(loaded, estimate.measure(opened, loaded.experiment(loaded.first), gpus=gpus), epoch)
+        how = {"gpus": None if asked == "auto" else asked, "workers": loaded.placement.workers}
+        measured = estimate.measure(opened, loaded.experiment(loaded.first), **how)
+        return estimate.told(loaded, measured, epoch)
     import ray
 
     from clipfh import cluster
@@ -496,9 +497,10 @@ def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
     with _connected(args, loaded.placement):
         resources = cluster.place(loaded.placement, alone=False)
         task: Any = ray.remote(estimate.measure).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
-        measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), resources.threads, resources.gpus))
+        how = resources.threads, resources.gpus, resources.workers
+        measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), *how))
         at_once = cluster.at_once(loaded.placement, resources)
-    return f"{estimate.told(loaded, measured, epoch)}\n{at_once} trials at once"
+    return estimate.told(loaded, measured, epoch, at_once)
 
 
 def status(args: argparse.Namespace) -> None:
