@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby, islice
@@ -46,7 +46,8 @@ SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in CO
 
 SHARD_IMAGES = 512  # a task of a process, and what a kill may cost; fewer where they would be few shards for the cores
 ROW_GROUP_IMAGES = 64  # all that a process has in memory
-MAX_PIXELS = 100_000_000
+MAX_PIXELS, MAX_JPEG_PIXELS = 100_000_000, 250_000_000  # a JPEG decodes at a half, quarter or eighth of its sides
+ALONE_PIXELS = 16_000_000  # of more to decode only one is at a time: a pixel takes 9 to 20 bytes, on each core
 LEFT_OUT_LISTED = 1000
 # Encoded images are all different, and zstd makes nothing of them
 _STORED = {
@@ -55,7 +56,7 @@ _STORED = {
     "write_statistics": list(COLUMNS),
 }
 
-TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
+TOO_LARGE = f"more than {MAX_PIXELS:,} pixels, or {MAX_JPEG_PIXELS:,} of a JPEG"
 NO_RANGE = "pixels without a known range"
 NO_GALLERY = "query without a gallery image of its item"
 
@@ -249,14 +250,17 @@ def _shuffled(names: Iterable[str], seed: str) -> list[str]:
 def _check_disjoint(photos: list[Photo]) -> None:
     parts = defaultdict(set)
     for photo in photos:
-        parts[photo.item_id].add({"train": "train", "query": "test", "gallery": "test"}.get(photo.split, "validation"))
-    shared = [item for item, its in parts.items() if len(its) > 1]
-    if shared:
-        names = " and ".join(sorted(parts[shared[0]]))
-        raise UserError(
-            f"item {shared[0]} is in {names} ({len(shared)} items are in two): figures would be too good: "
-            "give all images of an item to one of them"
-        )
+        part = {"train": "train", "query": "test", "gallery": "test"}.get(photo.split, "validation")
+        parts["item", photo.item_id].add(part)
+        parts["photo", photo.path].add(part)
+    for kind, remedy in (("item", "give all images of an item to one of them"), ("photo", "list it in one of them")):
+        shared = [name for (of, name), its in parts.items() if of == kind and len(its) > 1]
+        if shared:
+            names = " and ".join(sorted(parts[kind, shared[0]]))
+            raise UserError(
+                f"{kind} {shared[0]} is in {names} ({len(shared)} {kind}s are in two): figures would be too good: "
+                f"{remedy}"
+            )
 
 
 def _check_not_empty(images: Mapping[str, int], source: str) -> None:
@@ -304,7 +308,7 @@ def _processes() -> Iterator[ProcessPoolExecutor]:
     """A process a core, started at once; what has not begun when the block fails is dropped."""
     # Spawned, not forked: the caller may have threads
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(cores.available(), mp_context=spawn, initializer=_start_worker)
+    pool = ProcessPoolExecutor(cores.available(), mp_context=spawn, initializer=_start_worker, initargs=(spawn.Lock(),))
     with _main_module_hidden():
         for _ in range(cores.available()):  # they start while the source is read
             pool.submit(os.getpid)
@@ -328,7 +332,13 @@ def _main_module_hidden() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _start_worker() -> None:
+_alone: AbstractContextManager[object] = nullcontext()
+"""What a process holds while it decodes a large image: a lock of all processes."""
+
+
+def _start_worker(alone: AbstractContextManager[object]) -> None:
+    global _alone
+    _alone = alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     warnings.simplefilter("ignore")  # about odd metadata in images that decode all the same
     Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
@@ -386,24 +396,33 @@ def _shrink(data: bytes, image_size: int) -> bytes:
     """
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
         width, height = opened.size
-        if width * height > MAX_PIXELS:
+        if width * height > (MAX_JPEG_PIXELS if opened.format == "JPEG" else MAX_PIXELS):
             raise _Refused(TOO_LARGE)
         is_turned = opened.getexif().get(ORIENTATION_TAG, 1) != 1
         excess = min(width, height) / image_size
         if excess <= 1 and not is_turned and _is_plain(opened):
             opened.draft("L", (1, 1))  # reads a JPEG to its end, but makes few pixels of it
-            opened.load()
+            with _room_for(opened, width * height):
+                opened.load()
             return data
         # A JPEG may decode to a half, quarter or eighth; from twice the wanted size that costs no visible quality
         opened.draft("RGB", (int(2 * width / excess), int(2 * height / excess)))
-        image = _as_rgb(ImageOps.exif_transpose(opened) if is_turned else opened)
-        if excess > 1:
-            long = round(max(width, height) / excess)
-            size = (image_size, long) if image.width <= image.height else (long, image_size)
-            image = image.resize(size, Image.Resampling.BICUBIC)
+        with _room_for(opened, width * height):
+            image = _as_rgb(ImageOps.exif_transpose(opened) if is_turned else opened)
+            if excess > 1:
+                long = round(max(width, height) / excess)
+                size = (image_size, long) if image.width <= image.height else (long, image_size)
+                image = image.resize(size, Image.Resampling.BICUBIC)
         encoded = io.BytesIO()
         image.save(encoded, "JPEG", quality=95)
         return encoded.getvalue()
+
+
+def _room_for(opened: Image.Image, pixels: int) -> AbstractContextManager[object]:
+    """Waits where the image, of so many pixels in its file, takes much memory: only one such is decoded at a time."""
+    if not opened.info.get("progressive"):  # all of such a JPEG is in memory, at whatever size it is decoded
+        pixels = opened.width * opened.height
+    return _alone if pixels > ALONE_PIXELS else nullcontext()
 
 
 def _is_plain(image: Image.Image) -> bool:

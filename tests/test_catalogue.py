@@ -351,6 +351,37 @@ def test_odd_images_are_taken_as_one_picture_of_eight_bits(kind):
             assert np.abs(seen - expected).mean() < 12
 
 
+def test_a_phones_108_megapixels_are_read():
+    large = saved(Image.new("L", (12_000, 9_000), 127), quality=20)
+    assert Image.open(io.BytesIO(catalogue._shrink(large, 256))).size == (341, 256)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "alone"),
+    [
+        ((600, 500), {"format": "PNG"}, True),
+        ((200, 200), {"format": "PNG"}, False),
+        ((30, 9000), {"format": "PNG"}, True),  # no larger than is kept, but long
+        ((600, 500), {"format": "JPEG"}, False),  # decodes at an eighth
+        ((600, 500), {"format": "JPEG", "progressive": True}, True),
+    ],
+)
+def test_only_one_image_that_takes_much_memory_is_decoded_at_a_time(size, options, alone, monkeypatch):
+    held = []
+
+    class Lock:
+        def __enter__(self):
+            held.append(True)
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(catalogue, "_alone", Lock())
+    monkeypatch.setattr(catalogue, "ALONE_PIXELS", 100_000)
+    catalogue._shrink(saved(colored(size), options.pop("format"), **options), 30)
+    assert held == [True] * alone
+
+
 def damaged(root):
     """More than a hundred damaged images of twenty kinds, beside good ones: a source, and the paths of the damaged."""
     sizes = [(40, 30), (30, 64), (400, 300)] * 3
@@ -509,6 +540,10 @@ def test_require(tmp_path, quick):
         ([("a.jpg", "i", "query"), ("a.jpg", "i", "gallery")], "no train images"),
         ([("a.jpg", "i", "train"), ("a.jpg", "j", "")], "a.jpg: has no split"),
         ([("a.jpg", "i", "train"), ("a.jpg", "i", "query")], "item i is in test and train"),
+        (
+            [(f"{n}.jpg", "i", "train") for n in "ab"] + [(f"{n}.jpg", "j", "test") for n in "abc"],
+            "photo a.jpg is in test and train .2 photos are in two.",
+        ),
         ([("gone.jpg", "i", "train")], "1 images are listed, none is there"),
     ],
 )

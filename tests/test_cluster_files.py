@@ -126,6 +126,19 @@ def test_a_quoted_command_is_one(command):
         cli._check_submission(args.words, ROOT)
 
 
+def test_every_pod_has_shared_memory_for_rays_object_store_within_its_limit():
+    cluster = next(yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text()))["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+        (shm,) = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == name]
+        size, memory = (
+            int(text.removesuffix("Gi")) for text in (shm["sizeLimit"], container["resources"]["limits"]["memory"])
+        )
+        assert shm["medium"] == "Memory" and 0.3 * memory <= size <= memory / 2, "Ray takes 30% of the memory for it"
+
+
 def test_the_entrypoint_of_the_kubernetes_job_is_a_command():
     job = next(yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text()))
     program, *words = shlex.split(re.sub(r"\$\(.*\)", "--resume", job["spec"]["entrypoint"]))
