@@ -497,8 +497,8 @@ def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
     with _connected(args, loaded.placement):
         resources = cluster.place(loaded.placement, alone=False)
         task: Any = ray.remote(estimate.measure).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
-        how = resources.threads, resources.gpus, resources.workers
-        measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), *how))
+        given = resources.threads, resources.gpus, resources.workers
+        measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), *given))
         at_once = cluster.at_once(loaded.placement, resources)
     return estimate.told(loaded, measured, epoch, at_once)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import resource
 import sys
 import time
@@ -79,6 +80,7 @@ def measure(
     make = functools.partial(_learner, experiment, index, captions, device)
     memory, peaks, seconds = _memory(device, gpus), [], 0.0
     for images in (SMALL, LARGE):
+        gc.collect()  # the learner before would count as this one's
         seconds, sizes = _timed(make(images, 0), images)
         peaks.append(_peak(device))
     image = max(1.0, (peaks[1] - peaks[0]) / (LARGE - SMALL))
