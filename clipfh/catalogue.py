@@ -377,6 +377,7 @@ def _read_inside(store: fs.SubTreeFileSystem, file: str) -> bytes:
 def photo(path: str | Path, image_size: int) -> bytes:
     """A photo as `prepare` would put it into a catalogue. Raises UserError where it can't be read as an image."""
     data = Path(path).read_bytes()
+    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
     try:
         return _shrink(data, image_size)
     except Exception as error:  # decoders fail on foreign bytes in every way there is
