@@ -12,6 +12,7 @@ import re
 import socket
 import sys
 import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -155,10 +156,17 @@ def _without_network_only_the_cache() -> None:
     from huggingface_hub import constants
 
     host = urllib.parse.urlsplit(constants.ENDPOINT)
+    if _goes_by_proxy(host.scheme, host.hostname or ""):
+        return
     try:
         socket.create_connection((host.hostname or "", host.port or 443), timeout=5).close()
     except OSError:
         constants.HF_HUB_OFFLINE = True
+
+
+def _goes_by_proxy(scheme: str, host: str) -> bool:
+    """Whether the environment has a proxy for the host: then there need be no direct way to it."""
+    return bool({scheme, "all"} & set(urllib.request.getproxies())) and not urllib.request.proxy_bypass(host)
 
 
 def _weights_error(settings: config.Model, weights: str, error: Exception) -> UserError:

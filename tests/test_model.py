@@ -68,6 +68,29 @@ def test_weights_that_cannot_be_downloaded_name_the_remedy(monkeypatch):
         model.initial(config.Model(name="RN50"), 0)
 
 
+@pytest.mark.parametrize(
+    "direct,environment",
+    [
+        (False, {"HTTPS_PROXY": "http://proxy:1"}),
+        (True, {}),
+        (True, {"HTTPS_PROXY": "http://proxy:1", "NO_PROXY": "huggingface.co"}),
+        (False, {"ALL_PROXY": "http://proxy:1"}),
+    ],
+)
+def test_behind_a_proxy_the_hub_is_not_looked_for_directly(monkeypatch, direct, environment):
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr("socket.create_connection", lambda *a, **k: (_ for _ in ()).throw(OSError("unreachable")))
+    model._without_network_only_the_cache()
+    from huggingface_hub import constants
+
+    assert direct == constants.HF_HUB_OFFLINE
+
+
 def test_random_weights_follow_the_seed():
     first, again, other = (model.initial(SMALL, seed).visual.proj for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
