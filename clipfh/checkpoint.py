@@ -76,6 +76,14 @@ def load(path: str | Path) -> Weights:
     return Weights(state, experiment, metrics, str(folder))
 
 
+def files_of(path: str | Path) -> list[Path]:
+    """The files from which `load` has its weights. UserError: as `find`."""
+    folder = find(path)
+    if folder.is_file():
+        return [folder]
+    return [file for file in (folder / EXPORTED, folder / RAW, folder / AVERAGE) if file.exists()]
+
+
 def find(path: str | Path) -> Path:
     """The folder that holds the weights meant by a path: a sweep's export, a run's best checkpoint, or itself."""
     folder = Path(path)

@@ -328,7 +328,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     names = [name for name, *_ in config.fields() if name != "stage"]
     given = {n: config.parse(n, vars(args)[n]) for n in names if vars(args).get(n) is not None}
     shorthand = getattr(args, "loss", None)
-    return {**({} if shorthand is None else config.loss_terms(shorthand)), **given}
+    return {**({} if shorthand is None else config.loss_terms(shorthand)), **config.absolute(given)}
 
 
 def _placement(args: argparse.Namespace) -> config.Placement:
@@ -417,7 +417,8 @@ def _model(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, con
 
     weights = checkpoint.load(args.checkpoint) if args.checkpoint else None
     experiment = (weights.experiment if weights else None) or config.resolve("image", None, settings)
-    experiment = config.replace(experiment, settings)
+    exact = {"model.precision": "float32"} if settings.get("model.precision") != "bfloat16" else {}  # as exports are
+    experiment = config.replace(experiment, {**settings, **exact})
     if weights is None:
         return train.start_of(experiment), experiment, ""
     return model.with_weights(experiment.model, weights.state, args.checkpoint), experiment, weights.path
@@ -446,7 +447,7 @@ def train(args: argparse.Namespace) -> None:
             print(f"{experiment.stage} stage of {experiment.model.name} on {images:,} images: {run.where}", flush=True)
             if experiment.stage == "joint" and not experiment.loss.takes_text:
                 print("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
-            inputs = train.inputs_of(opened, experiment, clip, run.feed, placement.keep_gib)
+            inputs = train.inputs_of(opened, experiment, clip, run.feed, placement.keep_gib, warm=train.is_warm(out))
             for note in train.notes_on(inputs, experiment.loss):
                 print(note)
             budget = batches.budget_of(experiment, inputs.num_images, inputs.num_single)

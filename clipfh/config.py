@@ -37,7 +37,7 @@ class Model:
     pretrained: str = ""
     """open_clip tag, local weights file, or 'none' for random weights; empty: the usual ones of the name"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on GPUs that have it, else float32"""
+    """auto: bfloat16 on GPUs that have it, else float32. Evaluation and embeddings: float32, as exports are"""
     freeze_patch: bool = True
     """keep the patch embedding (ViT) or the stem (ResNet) as it is"""
     freeze_blocks: int = 0
@@ -430,6 +430,16 @@ def parse(name: str, text: str, cls: type = Experiment) -> Any:
         whole = math.isfinite(number) and number == int(number)
         value = int(number) if whole else number
     return check(name, value, cls)
+
+
+def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with files named from the root on: they are kept, and read again from other working directories."""
+    found = dict(settings)
+    if file := found.get("text.file"):
+        found["text.file"] = str(Path(file).absolute())
+    if (file := found.get("model.pretrained")) and Path(file).is_file():
+        found["model.pretrained"] = str(Path(file).absolute())
+    return found
 
 
 def loss_terms(shorthand: str) -> dict[str, float]:

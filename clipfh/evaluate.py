@@ -21,6 +21,7 @@ from clipfh import rerank as reranking
 from clipfh.catalogue import Catalogue
 
 IMAGES, TEXTS = "embeddings.parquet", "prompts.parquet"
+QUERIES = "queries.parquet"
 TOP = 50
 """Gallery images that `predictions.parquet` lists for each query."""
 
@@ -158,16 +159,21 @@ def measure(
 ) -> dict[str, Any]:
     """Work out the `figures`, re-ranked if asked, and `write` them; returns them. UserError: as `figures`."""
     similarity = reranking.reranked(embedded.query, embedded.gallery) if rerank else None
-    found = figures(embedded, random_splits, skip_unmatched, similarity)
+    found, scores = judge(embedded, random_splits, skip_unmatched, similarity)
     found["rerank"] = {"k1": reranking.K1, "k2": reranking.K2, "lambda": reranking.LAMBDA} if rerank else None
-    write(out, found, embedded, similarity)
+    write(out, found, embedded, scores, similarity)
     return found
 
 
-def figures(
+def figures(embedded: Embedded, random_splits: int, skip_unmatched: bool = False) -> dict[str, Any]:
+    """All that `metrics.json` holds, by the cosine. UserError: as `judge`."""
+    return judge(embedded, random_splits, skip_unmatched)[0]
+
+
+def judge(
     embedded: Embedded, random_splits: int, skip_unmatched: bool = False, similarity: metrics.Similarity | None = None
-) -> dict[str, Any]:
-    """All that `metrics.json` holds; null where there is nothing to score.
+) -> tuple[dict[str, Any], metrics.Scores]:
+    """All that `metrics.json` holds, null where there is nothing to score; and what each query scored.
 
     Args:
         embedded: query and gallery.
@@ -188,7 +194,7 @@ def figures(
     for group in ("category", "gender"):
         found[f"by_{group}"] = metrics.by_group(overall, embedded.query_rows[group].to_pylist())
     found["random_splits"] = metrics.random_splits(embedded.both, random_splits) if random_splits else None
-    return {**found, **_text_figures(embedded)}
+    return {**found, **_text_figures(embedded)}, overall
 
 
 def _require_matched(scores: metrics.Scores, rows: pa.Table) -> None:
@@ -211,13 +217,20 @@ def _text_figures(embedded: Embedded) -> dict[str, Any]:
 
 
 def write(
-    out: str | Path, found: dict[str, Any], embedded: Embedded, similarity: metrics.Similarity | None = None
+    out: str | Path,
+    found: dict[str, Any],
+    embedded: Embedded,
+    scores: metrics.Scores,
+    similarity: metrics.Similarity | None = None,
 ) -> None:
-    """`metrics.json` and `predictions.parquet` (query, rank, gallery, similarity, match: the TOP of each query)."""
+    """`metrics.json`, `predictions.parquet` (query, rank, gallery, similarity, match: the TOP of each query) and
+    `queries.parquet` (query, item_id, AP over the whole gallery)."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     listed = predictions(embedded, similarity=similarity)
     pq.write_table(listed, folder / "predictions.parquet", compression="zstd")
+    asked = embedded.query_rows.select(["path", "item_id"]).rename_columns(["query", "item_id"])
+    pq.write_table(asked.append_column("AP", pa.array(scores.values[:, 0].numpy())), folder / QUERIES)
     files.write(folder / "metrics.json", json.dumps(found, indent=2) + "\n")
 
 

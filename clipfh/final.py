@@ -59,8 +59,13 @@ def run_of(folder: Path, trial: str, number: int) -> Path:
 
 
 def score(run: Path) -> float:
-    """A run's best validation mAP."""
+    """A run's best validation mAP; the worst there is where it diverged."""
     return float(runs.read_metrics(run)[-1]["best_val_mAP"])
+
+
+def diverged(run: Path) -> str:
+    """Why a run ended before its time; empty where it did not. Its last checkpoint is of a model half trained."""
+    return str(runs.read_metrics(run)[-1].get("diverged", ""))
 
 
 def best(scores: Mapping[str, Sequence[float]]) -> str:
@@ -117,6 +122,8 @@ def _outcome(out: Path, run: Future[None]) -> str:
     """What a run came to, for a person."""
     if error := run.exception():
         return f"{out.name} failed: {mendable(error) or last_line(str(error))}"
+    if reason := diverged(out):
+        return f"{out.name}: diverged: {reason}"
     last = runs.read_metrics(out)[-1]
     return f"{out.name}: val mAP {last['best_val_mAP']:.3f}" if "best_val_mAP" in last else f"{out.name} is done"
 
@@ -126,7 +133,8 @@ def _train(
 ) -> None:
     """Train when it is this run's turn, as trials do: more of them than a cluster holds could stand still."""
     lines = runs.read_metrics(out)
-    if lines and fit.is_over(experiment, inputs, lines[-1]) and runs.latest_step(out) >= lines[-1]["step"]:
+    is_saved = lines and ("diverged" in lines[-1] or runs.latest_step(out) >= lines[-1]["step"])
+    if is_saved and fit.is_over(experiment, inputs, lines[-1]):
         return
     cluster.end(str(out))  # what an attempt that was killed may have left
     runs.wait_for(out.parents[1] / runs.SWEEP)

@@ -35,7 +35,7 @@ class Line:
 
     model: str
     precision: float
-    """average precision, by the finds that are listed"""
+    """average precision over the finds that are listed: a right image further down counts as not found"""
     first: int | None
     """place of the first right one; None where none is listed"""
     listed: int
@@ -76,7 +76,8 @@ def walls(models: Sequence[Measured]) -> tuple[list[Wall], dict[str, str]]:
     split = next(name for name in GALLERY_OF if asked & set(catalogue.rows(name)["path"].to_pylist()))
     items, answers = _asked(catalogue, split, listed[0].paths)
     precision = [each.precision(answers) for each in listed]
-    chosen = _chosen([model.name for model in models], precision[0], precision[-1], items)
+    measure = f"AP@{max(each.rank.max() for each in listed)}"
+    chosen = _chosen([model.name for model in models], precision[0], precision[-1], items, measure)
     shown = []
     for words, own in chosen:
         queries = [
@@ -137,15 +138,25 @@ Words = tuple[str, str]
 
 
 def _chosen(
-    names: Sequence[str], before: np.ndarray, after: np.ndarray, items: Sequence[str]
+    names: Sequence[str], before: np.ndarray, after: np.ndarray, items: Sequence[str], measure: str
 ) -> list[tuple[Words, list[int]]]:
     """Numbers of queries of each kind, no item twice."""
     two, first, last = len(names) > 1, names[0], names[-1] or "all queries"
     middle = abs(after - np.median(after))
     kinds = [
-        (("Gained most", f"The largest gains in AP from {first} to {last}."), before - after, after > before, 5 * two),
-        (("Lost most", f"The largest losses in AP from {first} to {last}."), after - before, after < before, 3 * two),
-        (("Hardest", f"The lowest AP of {last}."), after, after < 1, 5),
+        (
+            ("Gained most", f"The largest gains in {measure} from {first} to {last}."),
+            before - after,
+            after > before,
+            5 * two,
+        ),
+        (
+            ("Lost most", f"The largest losses in {measure} from {first} to {last}."),
+            after - before,
+            after < before,
+            3 * two,
+        ),
+        (("Hardest", f"The lowest {measure} of {last}."), after, after < 1, 5),
         (("Typical", "From the middle of the field."), middle, after >= 0, 4 * (not two)),
     ]
     taken: set[str] = set()

@@ -16,7 +16,7 @@ class Inputs:
     captions: Any
     """Captions"""
     weights: Any
-    """dict[str, np.ndarray]"""
+    """dict[str, np.ndarray]; None where they are random, and each run draws its own by its seed"""
     validation: Any
     """decoded images (N, size, size, 3) uint8: val_query, then val_gallery; None where those are trained
     on"""

@@ -189,6 +189,20 @@ def summary(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, A
     }
 
 
+def gain(before: Scores, after: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """What mAP gains from one model to another that was asked the same queries, and the 95% `interval` of that.
+
+    The bootstrap draws items with both models' figures. Each model's own interval is wider, as queries differ in
+    difficulty: two that overlap do not mean that the gain is chance. Null over no query, or an interval of one item.
+    """
+    difference = (after.values - before.values)[:, :1]
+    scored = ~difference[:, 0].isnan()
+    values, item = difference[scored].numpy(), before.item[scored].numpy()
+    ends = _bootstrap(values, item, resamples, seed)
+    mean = math.fsum(values[:, 0]) / len(values) if len(values) else None
+    return {"mAP": mean, "interval": None if ends is None else [float(ends[0, 0]), float(ends[1, 0])]}
+
+
 def cmc(scores: Scores, length: int = CURVE) -> list[float] | None:
     """The share of queries with a positive among the first 1, 2, ... `length`; null over no query, as in `summary`."""
     first = scores.first[~scores.first.isnan()]
@@ -452,17 +466,22 @@ def _spread(values: list[float | None]) -> dict[str, Any]:
 
 
 def _intervals(values: np.ndarray, item: np.ndarray, resamples: int, seed: int) -> dict[str, list[float] | None]:
-    """Percentile bootstrap over items of the mean over queries."""
+    """Ends of each key's interval; null over one item."""
+    ends = _bootstrap(values, item, resamples, seed)
+    return dict.fromkeys(KEYS) if ends is None else dict(zip(KEYS, ends.T.tolist(), strict=True))
+
+
+def _bootstrap(values: np.ndarray, item: np.ndarray, resamples: int, seed: int) -> np.ndarray | None:
+    """Percentile bootstrap over items of the means over queries: low and high of the columns, (2, K), of (Q, K)."""
     codes, index = np.unique(item, return_inverse=True)
     if len(codes) < 2:
-        return dict.fromkeys(KEYS)
-    sums = np.zeros((len(codes), len(KEYS) + 1))
+        return None
+    sums = np.zeros((len(codes), values.shape[1] + 1))
     np.add.at(sums, index, np.column_stack([values, np.ones(len(values))]))
     generator, few = np.random.default_rng(seed), max(1, DRAWS // len(codes))
     parts = [_resample(sums, min(few, resamples - done), generator) for done in range(0, resamples, few)]
     drawn = np.concatenate(parts)
-    low, high = np.quantile(drawn[:, :-1] / drawn[:, -1:], (0.025, 0.975), axis=0)
-    return {key: [float(a), float(b)] for key, a, b in zip(KEYS, low, high, strict=True)}
+    return np.quantile(drawn[:, :-1] / drawn[:, -1:], (0.025, 0.975), axis=0)
 
 
 def _resample(sums: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:

@@ -14,7 +14,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from clipfh import UserError, __version__, config, files, finds, plots, searched
-from clipfh.results import ZERO_SHOT, Evaluation, Figures, Measured, Part, Run, Shown, Sweep, known, read, short, usual
+from clipfh.results import (
+    ZERO_SHOT,
+    Evaluation,
+    Figures,
+    Measured,
+    Part,
+    Run,
+    Shown,
+    Sweep,
+    gain,
+    known,
+    read,
+    short,
+    usual,
+)
 
 NONE = "–"
 RANKS = {f"rank{k}": f"Rank-{k}" for k in (1, 5, 10, 20, 30, 40, 50)}
@@ -62,7 +76,7 @@ def page(names: Sequence[str], shown: Sequence[Shown]) -> str:
     )
     words.filters |= {f.__name__: f for f in (score, count, duration, gap, short, with_interval, breakable)}
     words.globals |= {"plots": plots, "searched": searched, "CHARTED": CHARTED, "NONE": NONE}
-    words.globals |= {f.__name__: f for f in (verdict, parts, variants, groups, measures, reranked, counted)}
+    words.globals |= {f.__name__: f for f in (verdict, parts, variants, groups, measures, reranked, counted, compared)}
     words.globals |= {f.__name__: f for f in (splits, wall, losses, meaning, space_of, command, manifest, cost)}
     made = f"clipfh {__version__}, {datetime.now():%Y-%m-%d %H:%M}"
     models = [
@@ -147,7 +161,7 @@ def _of_sweep(sweep: Sweep) -> Markup:
     if sweep.best == ZERO_SHOT:
         return Markup("Tuning made nothing better: zero-shot wins, with mAP {} on the test split.").format(old)
     found = Markup("The winner, trial {}, finds the same item with mAP {} against {} zero-shot on the test split.{}")
-    return found.format(sweep.best, new, old, _caution(before, after))
+    return found.format(sweep.best, new, old, _caution(sweep))
 
 
 def _so_far(sweep: Sweep) -> str:
@@ -160,14 +174,28 @@ def _so_far(sweep: Sweep) -> str:
     return f"{state} So far {leader}. The test split is left for the end."
 
 
-def _caution(before: Figures, after: Figures) -> str:
-    """What must be said where there is no gain, or none that is sure."""
+def _caution(sweep: Sweep) -> str:
+    """What must be said of the gain, or where there is none."""
+    before, after = (model.figures for model in sweep.models)
     if not known(before.get("mAP")) or not known(after.get("mAP")):
         return ""
     if after["mAP"] <= before["mAP"]:
         return " It was better on the validation items only."
-    old, new = ((each.get("intervals") or {}).get("mAP") for each in (before, after))
-    return " The intervals overlap: the gain may be chance." if old and new and old[1] >= new[0] else ""
+    return " " + _of_gain(sweep.summary.get("gain") or gain(*sweep.models))
+
+
+def _of_gain(found: Figures) -> str:
+    """Whether a gain may be chance, in words."""
+    if not found.get("interval"):
+        return "Whether the gain is chance can't be told: it is not known what each query scored."
+    low, high = found["interval"]
+    chance = ": it may be chance" if low <= 0 <= high else ""
+    return f"mAP changes by {found['mAP']:+.3f} [{low:+.3f}, {high:+.3f}] over the same queries{chance}."
+
+
+def compared(models: Sequence[Measured]) -> str:
+    """What the last of several models gains over the first."""
+    return f"From {models[0].name} to {models[-1].name}: {_of_gain(gain(models[0], models[-1]))}"
 
 
 # --- Parts of the figures --------------------------------------------------------------------------------------------

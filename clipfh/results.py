@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from clipfh import UserError, config, runs, space
 
 ZERO_SHOT = "0000"
@@ -31,6 +33,24 @@ class Measured:
     """the file, which need not be there"""
     catalogue: Mapping[str, Any]
     """`path` and `hash`; empty where they are not known"""
+
+
+def gain(before: Measured, after: Measured) -> Figures:
+    """As `metrics.gain` has it, by what each query scored; empty where that is not kept, or not of the same queries."""
+    files = [model.predictions.with_name("queries.parquet") for model in (before, after)]
+    if not all(file.is_file() for file in files):
+        return {}
+    import torch  # here: most reports load none of it
+
+    from clipfh import metrics
+
+    old, new = map(pq.read_table, files)
+    if old.drop_columns("AP") != new.drop_columns("AP"):
+        return {}
+    item = torch.tensor(old["item_id"].combine_chunks().dictionary_encode().indices.to_numpy())
+    first, last = (torch.tensor(table["AP"].to_numpy()) for table in (old, new))
+    scores = [metrics.Scores(each[:, None], each, item, 0) for each in (first, last)]
+    return metrics.gain(scores[0], scores[1])
 
 
 @dataclass(frozen=True)

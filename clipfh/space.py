@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,13 @@ SWITCH = "?"
 """Ends the name of the parameter by which Optuna switches a setting between its range and its `or`."""
 
 KINDS = ("loguniform", "uniform", "int", "choice")
+
+TOGETHER = (
+    ("batch.items", "batch.categories"),
+    ("batch.views", *(f"loss.{term}" for term in config.TERMS), "loss.supcon_captions"),
+    ("budget.images", "budget.epochs"),
+)
+"""Settings whose values must fit each other's."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +175,26 @@ class Sweep:
         found = self.search.get(name)
         return [{**self.first, name: value} for value in found.ends] if found else [self.first]
 
+    def combinations(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """All combinations of the ends of those of these that are searched; of a term's ends one on and one off."""
+        searched = [name for name in names if name in self.search]
+        ends = [self.search[name].ends for name in searched]
+        telling = [
+            {bool(end): end for end in each}.values() if name.startswith("loss.") else each
+            for name, each in zip(searched, ends, strict=True)
+        ]
+        return [dict(zip(searched, values, strict=True)) for values in product(*telling)]
+
     @property
     def first(self) -> dict[str, Any]:
         """The first value of every range: one point of the space."""
         return {name: r.values[0] for name, r in self.search.items()}
+
+    @property
+    def texted(self) -> dict[str, Any]:
+        """Values by which a term learns from prompts; none where no trial has such a term."""
+        points = self.combinations(("loss.infonce", "loss.supcon", "loss.supcon_captions"))
+        return next((p for p in points if self.experiment({**self.first, **p}).loss.takes_text), {})
 
     @property
     def off(self) -> dict[str, Any]:
@@ -231,7 +255,7 @@ def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> Sweep:
         name=str(tree.get("name", "sweep")),
         stage=tree.get("stage", "image"),
         preset=str(preset or ("scratch" if base.get("model.name") == config.SMALL else "recommended")),
-        base={name: config.check(name, value) for name, value in base.items()},
+        base=config.absolute({name: config.check(name, value) for name, value in base.items()}),
         search=search,
         points=[dict(_mapping(point, "a point")) for point in _list(tree.get("points", []), "points")],
         trials=trials if trials is not None else tree.get("trials", MANY if tree.get("sampler") == "grid" else 16),
@@ -265,12 +289,11 @@ def _check_values(sweep: Sweep) -> None:
         raise UserError(f"seed must be a whole number, 0 or more, not {sweep.seed!r}")
     for name in sweep.search:
         for corner in sweep.corners(name):
-            experiment = sweep.experiment(corner)
-            if experiment.batch.items % sweep.placement.workers:
-                raise UserError(
-                    f"batch.items {experiment.batch.items} can't be shared by {sweep.placement.workers} workers"
-                )
+            sweep.experiment(corner)
     sweep.experiment({**sweep.first, **sweep.off})
+    _check_workers(sweep)
+    for names in TOGETHER:
+        _check_together(sweep, names)
     for point in sweep.points:
         for name, value in point.items():
             if name not in sweep.search:
@@ -278,6 +301,29 @@ def _check_values(sweep: Sweep) -> None:
             if not sweep.search[name].holds(config.check(name, value)):
                 raise UserError(f"points: {name} {value} lies outside its range")
         sweep.experiment({**sweep.first, **point})
+
+
+def _check_workers(sweep: Sweep) -> None:
+    """Whether the workers can share every P that may be drawn."""
+    workers, items = sweep.placement.workers, sweep.search.get("batch.items")
+    if items and items.kind == "int" and workers > 1:
+        raise UserError(
+            f"search: batch.items: {workers} workers can't share all of {list(items.values)}: give a choice"
+        )
+    for corner in sweep.corners("batch.items"):
+        count = sweep.experiment(corner).batch.items
+        if count % workers:
+            raise UserError(f"batch.items {count} can't be shared by {workers} workers")
+
+
+def _check_together(sweep: Sweep, names: Sequence[str]) -> None:
+    """Build the experiments at all combinations of the ends of some settings."""
+    for drawn in sweep.combinations(names):
+        try:
+            sweep.experiment({**sweep.first, **drawn})
+        except UserError as error:
+            shown = ", ".join(f"{name} {value}" for name, value in drawn.items())
+            raise UserError(f"search: {shown} may be drawn together, and do not fit together ({error})") from None
 
 
 def _range(name: str, spec: Any) -> Range:

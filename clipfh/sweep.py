@@ -25,7 +25,9 @@ from clipfh import (
     files,
     final,
     keep,
+    metrics,
     model,
+    origins,
     report,
     results,
     runs,
@@ -37,6 +39,9 @@ from clipfh.decoding import fetch
 from clipfh.inputs import Inputs
 from clipfh.space import Sweep, resolved
 from clipfh.trials import ZERO_SHOT, Leaderboard, Watch, search
+
+MADE_OF = "sweep.json"
+"""Which catalogue and files a sweep was begun with, by hash."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,10 @@ class _Winner:
     """whose weights are taken; None for zero-shot"""
     again: dict[str, list[float]]
     """trial to validation mAPs of its settings with other seeds"""
+    refit: bool = False
+    """whether the run is the one on train and validation items together"""
+    diverged: str = ""
+    """why the refit's model is not taken"""
 
 
 def run(
@@ -95,8 +104,9 @@ def run(
     """
     out, started = Path(out).absolute(), time.monotonic()
     catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
-    _begin(sweep, out, resume)
     base = sweep.experiment(sweep.first)
+    _begin(sweep, out, resume)
+    _require_same(catalogue, base, out, tell)
     resources = cluster.place(sweep.placement, alone=False, tell=tell)
     tell(f"{sweep.trials} trials, {cluster.at_once(sweep.placement, resources)} at once, each {resources}")
     texts = train.prompts_of(catalogue, base, *train.VALIDATION, "query", "gallery")
@@ -124,10 +134,42 @@ def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
         raise UserError(f"--resume: {out} holds no sweep; leave --resume out to start one")
     if not resume and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty: --resume goes on with its sweep, or name another folder")
-    if resume and file.read_text() != resolved(sweep):
-        raise UserError(f"--resume: the sweep file differs from {file}: resume with the same, or name another --out")
+    if resume and (change := _change(file.read_text(), resolved(sweep))):
+        raise UserError(
+            f"--resume: the sweep file differs from {file} ({change}): resume with the same, or another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     files.write(file, resolved(sweep))
+
+
+def _change(before: str, now: str) -> str:
+    """The first line of each that the other has not; empty for the same texts."""
+    texts = before.splitlines(), now.splitlines()
+    first = [next((line.strip() for line in a if line not in b), "nothing") for a, b in (texts, texts[::-1])]
+    return "" if before == now else f"{first[0]} there, {first[1]} here"
+
+
+def _require_same(catalogue: Catalogue, base: config.Experiment, out: Path, tell: Callable[[str], None]) -> None:
+    """Keep beside the sweep what it is made of; where that is kept already, see that it still is the same.
+
+    Raises:
+        UserError: another catalogue, or a file that has changed.
+    """
+    file, resumed = out / MADE_OF, (out / "trials").exists()
+    contents = origins.contents(base, None)
+    now = {"catalogue": str(catalogue.path), "hash": catalogue.manifest["hash"], "contents": contents}
+    before = json.loads(file.read_text()) if file.exists() else now
+    if resumed and not file.exists():
+        tell(
+            f"note: {out} was begun by an older version: whether catalogue and prompts are still the same is not known"
+        )
+    if before["hash"] != now["hash"]:
+        raise UserError(
+            f"--resume: {out} was begun on another catalogue than {catalogue.path}, "
+            f"{before['catalogue']} as it was then: give that one, or name another --out"
+        )
+    origins.require_same(before["contents"], contents, out)
+    files.write(file, json.dumps(before, indent=2) + "\n")
 
 
 def _zero_shot(begun: _Begun) -> float:
@@ -135,10 +177,11 @@ def _zero_shot(begun: _Begun) -> float:
     folder = begun.out / "trials" / ZERO_SHOT
     if not (folder / "metrics.json").exists():
         embedded = _embedded(begun, "val", begun.clip)
-        evaluate.write(folder, evaluate.figures(embedded, 0), embedded)
-    found = float(json.loads((folder / "metrics.json").read_text())["mAP"])
-    begun.tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {found:.3f}")
-    return found
+        found, scores = evaluate.judge(embedded, 0)
+        evaluate.write(folder, found, embedded, scores)
+    val_mAP = float(json.loads((folder / "metrics.json").read_text())["mAP"])
+    begun.tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {val_mAP:.3f}")
+    return val_mAP
 
 
 def _inputs(begun: _Begun, zero_shot: float) -> Inputs:
@@ -149,14 +192,13 @@ def _inputs(begun: _Begun, zero_shot: float) -> Inputs:
     """
     corners = begun.sweep.corners("batch.items")
     widest = max(corners, key=lambda point: begun.sweep.experiment(point).batch.items)
-    inputs = train.inputs_of(
-        begun.catalogue, begun.sweep.experiment(widest), begun.clip, stream, begun.sweep.placement.keep_gib
-    )
+    shared = begun.sweep.experiment({**widest, **begun.sweep.texted})
+    inputs = train.inputs_of(begun.catalogue, shared, begun.clip, stream, begun.sweep.placement.keep_gib)
     fewest = begun.sweep.experiment({**widest, **begun.sweep.off})  # without the terms that take single photos
     batches.plan_of(fetch(inputs.images.index), fewest.batch, fewest.seed, fewest.loss.takes_singles)
     for note in train.notes_on(inputs, begun.base.loss):
         begun.tell(note)
-    return dataclasses.replace(inputs, start_val_mAP=zero_shot)
+    return dataclasses.replace(inputs, start_val_mAP=None if inputs.weights is None else zero_shot)
 
 
 def _winner(begun: _Begun, inputs: Inputs, rows: list[dict[str, Any]]) -> _Winner:
@@ -177,7 +219,11 @@ def _winner(begun: _Begun, inputs: Inputs, rows: list[dict[str, Any]]) -> _Winne
         begun.tell(f"now trial {trial}'s settings on train and validation items together")
         experiment = config.load(out / "trials" / trial / runs.EXPERIMENT)
         whole = train.inputs_of(begun.catalogue, experiment, begun.clip, stream, with_validation=True)
-        run = final.refit(experiment, begun.sweep, whole, folder, begun.resources, begun.tell)
+        whole_run = final.refit(experiment, begun.sweep, whole, folder, begun.resources, begun.tell)
+        if not (diverged := final.diverged(whole_run)):
+            return _Winner(trial, score, whole_run, again, refit=True)
+        begun.tell(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
+        return _Winner(trial, score, run, again, diverged=diverged)
     return _Winner(trial, score, run, again)
 
 
@@ -194,18 +240,19 @@ def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: d
         weights = checkpoint.load(winner.run)
         assert weights.experiment is not None
         experiment, best = weights.experiment, model.with_weights(weights.experiment.model, weights.state, weights.path)
-    tested = {key: _tested(begun, key, each) for key, each in (("zero_shot", begun.clip), ("test", best))}
+    (before, old), (after, new) = _tested(begun, "zero_shot", begun.clip), _tested(begun, "test", best)
     shutil.rmtree(out / "best", ignore_errors=True)
-    known = {**tested, "catalogue": export.account(begun.catalogue)}
-    refit = bool(winner.run and begun.sweep.final.refit)
-    export.export(best, experiment, out / "best", {**known, "refit": refit}, export.photos_of(begun.catalogue))
+    known = {"zero_shot": before, "test": after, "catalogue": export.account(begun.catalogue)}
+    photos = export.photos_of(begun.catalogue)
+    export.export(best, experiment, out / "best", {**known, "refit": winner.refit}, photos)
     summary = {
         "name": begun.sweep.name,
         "best_trial": winner.trial,
         "val_mAP": winner.val_mAP,
         "zero_shot_val_mAP": zero_shot_of(rows),
-        "final": {"again": winner.again, "refit": refit},
+        "final": {"again": winner.again, "refit": winner.refit, "refit_diverged": winner.diverged},
         **known,
+        "gain": metrics.gain(old, new),
         "trials": len(rows) - 1,
         "failed": sum(row["status"] == "failed" for row in rows),
         "took": _took(rows, out),
@@ -232,18 +279,16 @@ def _took(rows: list[dict[str, Any]], out: Path) -> dict[str, dict[str, float]]:
 
 
 def _embedded(begun: _Begun, split: str, clip: nn.Module) -> evaluate.Embedded:
-    splits = evaluate.splits_of(split)
-    return cluster.through_losses(
-        lambda: evaluate.embed_splits(begun.catalogue, splits, clip, begun.base.model, begun.texts)
-    )
+    splits, exact = evaluate.splits_of(split), dataclasses.replace(begun.base.model, precision="float32")  # as exported
+    return cluster.through_losses(lambda: evaluate.embed_splits(begun.catalogue, splits, clip, exact, begun.texts))
 
 
-def _tested(begun: _Begun, key: str, clip: nn.Module) -> dict[str, Any]:
-    """Figures of a model on the test split; also written."""
+def _tested(begun: _Begun, key: str, clip: nn.Module) -> tuple[dict[str, Any], metrics.Scores]:
+    """Figures of a model on the test split, and what each query scored; also written."""
     embedded = _embedded(begun, "test", clip)
-    found = evaluate.figures(embedded, 10)
-    evaluate.write(begun.out / "test" / {"zero_shot": "zero-shot", "test": "winner"}[key], found, embedded)
-    return found
+    found, scores = evaluate.judge(embedded, 10)
+    evaluate.write(begun.out / "test" / {"zero_shot": "zero-shot", "test": "winner"}[key], found, embedded, scores)
+    return found, scores
 
 
 def outcome(summary: dict[str, Any], out: str | Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from clipfh import UserError, batches, checkpoint, config, files, model, prompts, runs
+from clipfh import UserError, batches, checkpoint, config, files, model, origins, prompts, runs
 from clipfh.catalogue import Catalogue
 from clipfh.decoding import Feed, fetch
 from clipfh.inputs import Inputs
@@ -32,7 +32,8 @@ def begin(
         resume: go on with what the folder holds.
 
     Raises:
-        UserError: a folder in use, nothing to resume, or another run than the one to resume; unfit weights.
+        UserError: a folder in use, nothing to resume, or another run than the one to resume, also where a file that it
+            is made of has changed; unfit weights.
     """
     file, started = out / runs.EXPERIMENT, out / "run.json"
     if resume and not started.exists():
@@ -40,19 +41,27 @@ def begin(
     if not resume and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty: --resume goes on with its run, or name another folder")
     catalogue.require("train", "val_query", "val_gallery")
-    known = (
-        json.loads(started.read_text()) if resume else {"hash": catalogue.manifest["hash"], "warm_start": warm_start}
-    )
+    warm_start = str(Path(warm_start).absolute()) if warm_start else None
+    fresh = {"hash": catalogue.manifest["hash"], "warm_start": warm_start}
+    known = json.loads(started.read_text()) if resume else fresh
     if known["hash"] != catalogue.manifest["hash"]:
         raise UserError(f"--resume: {out} was trained on another catalogue than {catalogue.path}: give that one")
     if resume and experiment is not None and experiment != config.load(file):
         raise UserError(f"--resume: the settings differ from those in {file}: leave them out, or name another --out")
     experiment = experiment or config.load(file)
-    clip = start_of(experiment, known["warm_start"])
+    has_weights = resume and runs.latest_step(out) > 0
+    contents = origins.contents(experiment, known["warm_start"], has_weights)
+    origins.require_same(known.setdefault("contents", contents), contents, out)
+    clip = model.build(experiment.model) if has_weights else start_of(experiment, known["warm_start"])
     out.mkdir(parents=True, exist_ok=True)
     files.write(file, config.to_json(experiment))
     files.write(started, json.dumps({"catalogue": str(catalogue.path), **known}, indent=2) + "\n")
     return clip, experiment
+
+
+def is_warm(out: Path) -> bool:
+    """Whether a run was begun with the weights of another."""
+    return bool(json.loads((out / "run.json").read_text())["warm_start"])
 
 
 def notes_on(inputs: Inputs, loss: config.Loss) -> list[str]:
@@ -93,6 +102,7 @@ def inputs_of(
     feed: Feed,
     keep_gib: float = 0.0,
     with_validation: bool = False,
+    warm: bool = False,
 ) -> Inputs:
     """Put what runs of this model and these prompts share to where the feed holds it.
 
@@ -103,6 +113,7 @@ def inputs_of(
         feed: what holds it, and gives the workers their batches.
         keep_gib: GiB of decoded images to keep for all runs.
         with_validation: train on the validation items too; their score then means nothing, and there is none.
+        warm: the weights are another run's. Others that are random each run draws by its own seed.
 
     Raises:
         UserError: prompts or a P x K that do not fit the catalogue.
@@ -115,16 +126,17 @@ def inputs_of(
     if keep_gib:
         images = feed.keep_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
     captions, num_cut = captions_of(catalogue, index.names, experiment, *splits)
+    weights = {name: tensor.numpy() for name, tensor in clip.state_dict().items()}
     return Inputs(
         images=images,
         captions=feed.put(captions),
-        weights=feed.put({name: tensor.numpy() for name, tensor in clip.state_dict().items()}),
+        weights=feed.put(weights) if warm or model.weights_of(experiment.model) else None,
         validation=None if with_validation else feed.decoded(catalogue, VALIDATION, preprocess),
         items=feed.put(validation_codes(catalogue)),
         size=preprocess.size,
         num_images=len(index.item),
         num_single=index.num_single,
-        num_cut=num_cut if experiment.loss.takes_text else 0,
+        num_cut=num_cut,
     )
 
 
@@ -139,7 +151,12 @@ def validation_codes(catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray, int]
 def captions_of(
     catalogue: Catalogue, names: list[str], experiment: config.Experiment, *splits: str
 ) -> tuple[Captions, int]:
-    """The prompts of some splits' items, tokenized, and how many of them are longer than the model reads."""
+    """The prompts of some splits' items, tokenized, and how many of them are longer than the model reads.
+
+    None where no term takes them: for half a million items they take half an hour.
+    """
+    if not experiment.loss.takes_text:
+        return Captions(np.zeros((0, 0), np.int32), np.full(len(names), -1, np.int32)), 0
     prompt_of = prompts_of(catalogue, experiment, *splits)
     if not set(names) & set(prompt_of):
         raise UserError(f"--text.file {experiment.text.file} names none of the train items, e.g. {names[0]}")

@@ -146,8 +146,12 @@ class _Notice:
 
 def learner_of(experiment: config.Experiment, inputs: Inputs, on: torch.device) -> Learner:
     """A rank's learner, from what lies in the object store."""
-    clip = model.build(experiment.model)
-    clip.load_state_dict({n: torch.from_numpy(w.copy()) for n, w in fetch(inputs.weights).items()})
+    weights = fetch(inputs.weights)
+    if weights is None:
+        clip = model.initial(experiment.model, experiment.seed)
+    else:
+        clip = model.build(experiment.model)
+        clip.load_state_dict({n: torch.from_numpy(w.copy()) for n, w in weights.items()})
     index, captions = fetch(inputs.images.index), fetch(inputs.captions)
     return Learner(experiment, clip, index, captions, on)
 

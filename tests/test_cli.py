@@ -82,3 +82,11 @@ def test_a_lost_node_is_one_line_that_says_how_to_go_on(tmp_path):
     assert line.startswith("Ray lost a process or a node (") and line.endswith(
         "--resume goes on from the last checkpoint"
     )
+
+
+@pytest.mark.parametrize("given,computed", [([], "float32"), (["auto"], "float32"), (["bfloat16"], "bfloat16")])
+def test_models_are_measured_in_the_precision_of_exports(given, computed):
+    """On any device: so a laptop's zero-shot and a GPU's tuned model are measured alike, and by a hash of one name."""
+    precision = [f"--model.precision={value}" for value in given]
+    args = cli.parse(["evaluate", "none", "--out", "x", "--model", "clipfh-small", *precision])
+    assert cli._model(args, cli._settings(args))[1].model.precision == computed

@@ -12,7 +12,8 @@ FLOORS = [
     | {"drawing", "files", "runs", "cores", "transfer"},
     {"catalogue", "batches", "model", "objective", "optimizer", "checkpoint", "embeddings"}
     | {"space", "cluster", "submit", "track", "tally"},
-    {"decoding", "stream", "embed", "embed_ray", "evaluate", "learner", "search", "onnx", "results", "inputs"},
+    {"decoding", "stream", "embed", "embed_ray", "evaluate", "learner", "search", "onnx", "results", "inputs"}
+    | {"origins"},
     {"fit", "train", "worker", "ray_worker", "in_process", "export", "plots", "searched", "finds", "status"},
     {"report", "trial", "trials", "final", "keep", "estimate"},
     {"sweep"},

@@ -1,8 +1,10 @@
 import json
+import re
 import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -87,7 +89,7 @@ def test_a_sweep_says_who_won_with_figures_intervals_and_the_command(tmp_path):
     assert out == folder / "report.html" and list(folder.glob("*.new")) == []
     page = Page(out)
     assert "The winner, trial 0002, finds the same item with mAP 0.612 [0.592, 0.632] against 0.231" in page.text
-    assert "chance" not in page.text
+    assert "may be chance" not in page.text
     assert page.row("mAP") == ["0.231 [0.211, 0.251]", "0.612 [0.592, 0.632]"]
     assert page.row("Rank-1") == ["0.251 [0.231, 0.271]", "0.632 [0.612, 0.652]"]
     assert page.row("Dresses")[0] == "14,218" and page.row("Pants") == ["12", "0.231", "0.251", "0.612", "0.632"]
@@ -127,15 +129,28 @@ def test_what_it_took_counts_the_final_runs_and_the_refit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("best", "after", "before", "said"),
+    ("best", "after", "before", "gain", "said"),
     [
-        ("0000", 0.231, 0.231, "Tuning made nothing better: zero-shot wins, with mAP 0.231"),
-        ("0002", 0.25, 0.23, "The intervals overlap: the gain may be chance."),
-        ("0002", 0.22, 0.23, "It was better on the validation items only."),
+        ("0000", 0.231, 0.231, [0, 0], "Tuning made nothing better: zero-shot wins, with mAP 0.231"),
+        (
+            "0002",
+            0.25,
+            0.23,
+            [-0.01, 0.05],
+            "by +0.020 [-0.010, +0.050] over the same queries: it may be chance.",
+        ),
+        ("0002", 0.25, 0.23, [0.01, 0.03], "mAP changes by +0.020 [+0.010, +0.030] over the same queries. "),
+        ("0002", 0.25, 0.23, None, "Whether the gain is chance can't be told"),
+        ("0002", 0.22, 0.23, [-0.01, 0.01], "It was better on the validation items only."),
     ],
 )
-def test_a_sweep_claims_no_more_than_it_found(tmp_path, best, after, before, said):
-    page = Page(report.write([finish(make_sweep(tmp_path / "s"), best, figures(after), figures(before))]))
+def test_a_sweep_claims_no_more_than_it_found(tmp_path, best, after, before, gain, said):
+    """By the interval of the gain: those of both models overlap wherever queries differ in difficulty."""
+    folder = finish(make_sweep(tmp_path / "s"), best, figures(after), figures(before))
+    summary = json.loads((folder / "summary.json").read_text())
+    told = {"mAP": after - before, "interval": gain} if gain else {}
+    (folder / "summary.json").write_text(json.dumps({**summary, "gain": told}))
+    page = Page(report.write([folder]))
     assert said in page.text
     assert ("clipfh train" in page.text) == (best != "0000")
 
@@ -284,6 +299,8 @@ def test_pictures_show_what_was_gained_and_what_stays_hard(small_catalogue, tmp_
     assert gained[1].precision == 1 > gained[0].precision and gained[1].finds[0].is_right
     assert gained[1].first == 1 < gained[0].first
     page = Page(report.write([before, after], tmp_path / "page.html"))
+    listed = small_catalogue.num_images("gallery")
+    assert f"AP@{listed} 1.000" in page.text and f"The largest gains in AP@{listed} from" in page.text
     pictures = page.values("src")
     assert len(pictures) > 40 and all(picture.startswith("data:image/webp;base64,") for picture in pictures)
     assert {"right", "wrong"} <= set(page.values("class"))
@@ -396,3 +413,23 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path):
         with pytest.raises(UserError, match="--out"):
             report.write([evaluation], out)
     assert not tmp_path.with_name(f"{tmp_path.name}.new").exists()
+
+
+def test_two_evaluations_are_compared_query_by_query(tmp_path):
+    rng = np.random.default_rng(0)
+    before, items = rng.beta(0.6, 0.6, 1200), [f"item{i // 3}" for i in range(1200)]
+    after = np.clip(before + rng.normal(0.02, 0.03, 1200), 0, 1)
+    paths = [str(i) for i in range(1200)]
+    for name, precision, asked in (("a", before, paths), ("b", after, paths), ("c", after, paths[::-1])):
+        table = pa.table({"query": asked, "item_id": items, "AP": precision})
+        pq.write_table(table, make_evaluation(tmp_path / name) / "queries.parquet")
+    page = Page(report.write([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html"))
+    found = re.search(r"From a to b: mAP changes by \+(\S+) \[\+(\S+), \+(\S+)\] over the same queries\.", page.text)
+    assert found, "the marginal intervals overlap by far, and yet it is no chance"
+    difference = (after - before).reshape(400, 3).mean(1)
+    means = [difference[rng.integers(400, size=400)].mean() for _ in range(2000)]
+    assert [float(each) for each in found.groups()] == pytest.approx(
+        [difference.mean(), *np.quantile(means, (0.025, 0.975))], abs=1e-3
+    )
+    other = Page(report.write([tmp_path / "a", tmp_path / "c"], tmp_path / "page.html"))
+    assert "From a to c: Whether the gain is chance can't be told" in other.text

@@ -72,6 +72,29 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
         ({"budget": {"first_rnug": 5}}, "unknown key budget.first_rnug, did you mean first_rung?"),
         ({"placement": {"worker": 2}}, "placement: unknown setting worker, did you mean workers?"),
         ({"placement": {"workers": 5}}, "batch.items 32 can't be shared by 5 workers"),
+        (
+            {"search": {"batch.items": {"int": [8, 16]}}, "points": [], "placement": {"workers": 2}},
+            "batch.items: 2 workers can't share all of [8, 16]: give a choice",
+        ),
+        (
+            {
+                "search": {"batch.items": {"choice": [64, 4]}, "batch.categories": {"choice": [0, 8]}},
+                "points": [],
+            },
+            "batch.items 4, batch.categories 8 may be drawn together, and do not fit together",
+        ),
+        (
+            {
+                "base": {"model.name": "clipfh-small", "loss.supcon": 0.0},
+                "search": {
+                    "batch.views": {"choice": [2, 1]},
+                    "loss.ce": {"choice": [1.0]},
+                    "loss.triplet": {"choice": [0.0, 1.0]},
+                },
+                "points": [],
+            },
+            "batch.views 1, loss.ce 1.0, loss.triplet 1.0 may be drawn together",
+        ),
         ({"sampler": "bayes"}, "sampler must be one of tpe, random, grid, not 'bayes'"),
         ({"sampler": "grid"}, "sampler: grid tries choices, and loss.triplet has a loguniform range"),
         ({"final": {"tops": 3}}, "final: unknown setting tops, did you mean top?"),
@@ -122,3 +145,19 @@ def test_overrides_and_rungs(tmp_path):
     assert loaded.experiment(loaded.first).budget == config.Budget(images=1000, report_every=100)
     with pytest.raises(UserError, match="optimizer.lr is searched"):
         space.load(write(tmp_path), {"optimizer.lr": 1.0})
+
+
+def test_a_sweep_knows_whether_any_trial_learns_from_prompts(tmp_path):
+    off = {"loss.supcon": {"uniform": [0.5, 1.0]}, "loss.triplet": {"choice": [0.0, 1.0]}}
+    assert space.load(write(tmp_path, search=off, points=[])).texted == {}
+    on = {"loss.supcon": {"choice": [0.0, 1.0]}, "loss.supcon_captions": {"choice": [False, True]}}
+    loaded = space.load(write(tmp_path, search=on, points=[], base={"model.name": "clipfh-small", "loss.ce": 1.0}))
+    assert loaded.texted == {"loss.supcon": 1.0, "loss.supcon_captions": True}
+
+
+def test_files_are_named_from_the_root_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pt").touch()
+    base = {"model.name": "clipfh-small", "text.file": "prompts.json", "model.pretrained": "weights.pt"}
+    found = space.load(write(tmp_path, base=base)).base
+    assert (found["text.file"], found["model.pretrained"]) == (f"{tmp_path}/prompts.json", f"{tmp_path}/weights.pt")

@@ -1,8 +1,11 @@
 """A small sweep, whole: every trial accounted for, the best exported and tested, everything free again."""
 
 import csv
+import dataclasses
 import json
+import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 import yaml
 from ray.util.placement_group import placement_group_table
 
-from clipfh import UserError, batches, catalogue, checkpoint, config, images, model, results, space, sweep
+from clipfh import UserError, batches, catalogue, checkpoint, config, final, images, model, results, space, sweep
 
 TEXT = """
 name: tiny
@@ -183,3 +186,64 @@ def test_an_empty_split_is_found_before_anything_starts(small_catalogue, tmp_pat
     with pytest.raises(UserError, match="no query images"):
         sweep.run(space.load(tmp_path / "tiny.yaml"), empty, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_is_resumed_only_on_its_own_catalogue_and_prompts(small_catalogue, tmp_path):
+    (tmp_path / "prompts.json").write_text("{}")
+    base = config.resolve("image", None, {"model.name": config.SMALL, "text.file": str(tmp_path / "prompts.json")})
+    told = []
+    sweep._require_same(small_catalogue, base, tmp_path, told.append)
+    (tmp_path / "trials").mkdir()
+    sweep._require_same(small_catalogue, base, tmp_path, told.append)
+    other = dataclasses.replace(small_catalogue, manifest={**small_catalogue.manifest, "hash": "another"})
+    with pytest.raises(UserError, match="was begun on another catalogue than"):
+        sweep._require_same(other, base, tmp_path, told.append)
+    (tmp_path / "prompts.json").write_text('{"a": "b"}')
+    with pytest.raises(UserError, match="the file of --text.file has changed"):
+        sweep._require_same(small_catalogue, base, tmp_path, told.append)
+    assert told == []
+    (tmp_path / sweep.MADE_OF).unlink()
+    sweep._require_same(small_catalogue, base, tmp_path, told.append)
+    assert "begun by an older version" in told[0]
+
+
+@pytest.mark.parametrize("reason", ["", "loss or gradient are not finite at step 9"])
+def test_a_refit_that_diverged_is_not_the_winner(tmp_path, monkeypatch, reason):
+    for trial, line in (("trials/0001", {}), ("final/refit", {"diverged": reason} if reason else {})):
+        folder = tmp_path / trial
+        folder.mkdir(parents=True)
+        (folder / "experiment.json").write_text(config.to_json(config.resolve("image")))
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "images": 4, "best_val_mAP": 0.0, **line}))
+    monkeypatch.setattr(sweep.train, "inputs_of", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sweep.final, "refit", lambda *args: tmp_path / "final/refit")
+    told, asked = [], space.Final(top=0, refit=True)
+    begun = SimpleNamespace(
+        sweep=SimpleNamespace(final=asked), out=tmp_path, tell=told.append, catalogue=None, clip=None, resources=None
+    )
+    rows = [{"trial": "0001", "status": "done", "val_mAP": 0.5}, {"trial": "0000", "status": "z", "val_mAP": 0.2}]
+    winner = sweep._winner(begun, None, rows)
+    assert winner.run == tmp_path / ("trials/0001" if reason else "final/refit")
+    assert (winner.refit, winner.diverged) == (not reason, reason) and (reason in told[-1])
+
+
+def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path, monkeypatch):
+    run = tmp_path / "final/0001-again-1"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(
+        '{"step": 4, "images": 4, "val_mAP": 0.9, "best_val_mAP": 0.9}\n'
+        '{"step": 6, "images": 6, "val_mAP": 0.0, "best_val_mAP": 0.0, "diverged": "loss is nan"}\n'
+    )
+    monkeypatch.setattr(final.fit, "fit", lambda *args, **kwargs: pytest.fail("it would only diverge again"))
+    inputs = SimpleNamespace(num_images=100, num_single=0)
+    over: Future[None] = Future()
+    over.set_result(None)
+    final._train(config.resolve("image"), inputs, run, None, threading.Event())
+    assert final.score(run) == 0.0 and final._outcome(run, over) == "0001-again-1: diverged: loss is nan"
+
+
+def test_models_are_tested_in_the_precision_that_is_exported(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep.evaluate, "embed_splits", lambda *args: asked.append(args[3].precision))
+    begun = SimpleNamespace(catalogue=None, base=config.resolve("image"), texts={})
+    sweep._embedded(begun, "test", None)
+    assert asked == ["float32"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ from clipfh import (
     runs,
     stream,
     train,
-)
+    worker,
+)  # fmt: skip
+from clipfh.inputs import Inputs
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +145,7 @@ def test_a_gpu_with_too_little_memory_is_one_line_and_not_tried_again(ray_cluste
 def test_prompts_that_are_cut_are_counted(small_catalogue, tiny, tmp_path):
     names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
     (tmp_path / "prompts.json").write_text(json.dumps({names[0]: "long " * 80, names[1]: "a shirt"}))
-    experiment = config.replace(tiny, {"text.file": str(tmp_path / "prompts.json")})
+    experiment = config.replace(tiny, {"text.file": str(tmp_path / "prompts.json"), "loss.infonce": 1.0})
     captions, num_cut = train.captions_of(small_catalogue, names, experiment, "train")
     assert num_cut == 1 and (captions.of_item >= 0).tolist() == [True, True] + [False] * (len(names) - 2)
 
@@ -295,3 +298,73 @@ def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
     embedding = model.embed(one.towers, pixels, torch.float32)
     embedded = evaluate._assembled(made, evaluate.splits_of("val"), {}, embedding, None)
     assert found == pytest.approx(evaluate.figures(embedded, 0)["mAP"], abs=1e-9) and found < 0.5
+
+
+def test_prompts_are_made_only_where_a_term_takes_them(small_catalogue, tiny, monkeypatch):
+    names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
+    monkeypatch.setattr(train, "prompts_of", lambda *asked: pytest.fail("nobody wants them"))
+    captions, num_cut = train.captions_of(small_catalogue, names, tiny, "train")
+    assert (captions.of_item == -1).all() and len(captions.of_item) == len(names) and num_cut == 0
+    index = batches.index_of(small_catalogue.rows("train"), np.array([small_catalogue.num_images("train")]))
+    one = learner.Learner(tiny, train.start_of(tiny), index, captions, torch.device("cpu"))
+    rows = batches.plan_of(index, tiny.batch, 0, tiny.loss.takes_singles).batch(0)
+    one.train_step(rows, np.zeros((len(rows), 64, 64, 3), np.uint8))
+
+
+def test_random_weights_are_drawn_by_each_runs_seed(tiny):
+    index = batches.Index(np.array([0, 0, 1, 1], np.int32), np.zeros(2, np.int32), ["a", "b"], np.array([4]))
+    captions = learner.Captions(np.zeros((0, 0), np.int32), np.full(2, -1))
+    kept = {name: tensor.numpy() for name, tensor in train.start_of(tiny).state_dict().items()}
+
+    def first(seed: int, weights) -> torch.Tensor:
+        inputs = Inputs(SimpleNamespace(index=index), captions, weights, None, None, 64, 4, 0, 0)
+        settings = {"seed": seed, "batch.items": 2}
+        return worker.learner_of(config.replace(tiny, settings), inputs).clip.visual.proj.detach().clone()
+
+    assert torch.equal(first(0, None), train.start_of(tiny).visual.proj)
+    assert torch.equal(first(3, None), train.start_of(config.replace(tiny, {"seed": 3})).visual.proj)
+    assert not torch.equal(first(3, None), first(0, None))
+    assert torch.equal(first(3, kept), first(0, kept)), "pretrained weights are the same for all seeds"
+
+
+class Held:
+    """A feed that holds nothing but what it is given."""
+
+    put = staticmethod(lambda value: value)
+    decoded = staticmethod(lambda *asked: None)
+
+    @staticmethod
+    def share(catalogue, *splits):
+        rows = catalogue.rows("train")
+        return SimpleNamespace(index=batches.index_of(rows, np.array([rows.num_rows])))
+
+
+@pytest.mark.parametrize("settings,warm,held", [({}, False, False), ({}, True, True), ({"f": 1}, False, True)])
+def test_only_weights_that_are_not_random_are_shared(small_catalogue, tiny, tmp_path, settings, warm, held):
+    clip = train.start_of(tiny)
+    if settings:
+        torch.save(clip.state_dict(), tmp_path / "weights.pt")
+        tiny = config.replace(tiny, {"model.pretrained": str(tmp_path / "weights.pt")})
+    assert (train.inputs_of(small_catalogue, tiny, clip, Held(), warm=warm).weights is not None) == held
+
+
+def test_what_a_run_is_made_of_must_be_the_same_when_it_is_resumed(small_catalogue, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
+    prompts, weights, out = tmp_path / "prompts.json", tmp_path / "warm.pt", tmp_path / "run"
+    prompts.write_text(json.dumps({names[0]: "a shirt"}))
+    torch.save(train.start_of(config.replace(tiny, {"seed": 5})).state_dict(), weights)
+    experiment = config.replace(tiny, config.absolute({"text.file": "prompts.json"}))
+    clip, _ = train.begin(out, experiment, small_catalogue, "warm.pt")
+    monkeypatch.chdir("/")
+    again, resumed = train.begin(out, None, small_catalogue, resume=True)
+    assert resumed == experiment and torch.equal(again.visual.proj, clip.visual.proj) and train.is_warm(out)
+    for file, option in ((prompts, "--text.file"), (weights, "--warm-start")):
+        before = file.read_bytes()
+        file.write_bytes(before + b" ")
+        with pytest.raises(UserError, match=f"--resume: the file of {option} has changed since"):
+            train.begin(out, None, small_catalogue, resume=True)
+        file.write_bytes(before)
+    weights.unlink()
+    monkeypatch.setattr(runs, "latest_step", lambda out: 4)
+    train.begin(out, None, small_catalogue, resume=True)  # the checkpoint has all weights
