@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from clipfh import cluster, config, embed, images, model
 from clipfh.catalogue import Catalogue
+
+IMAGES_A_PROCESS = 512
+"""Fewer are embedded before another process has loaded torch and the model."""
 
 
 class _Embedder:
@@ -52,11 +56,12 @@ class Encoder:
     def images(self, catalogue: Catalogue, splits: Sequence[str], progress: embed.Progress | None = None) -> Tensor:
         catalogue.require(*splits)
         paths = [str(path) for split in splits for path in catalogue.shards(split)]
-        at_once = min(len(paths), cluster.at_work())
+        total = sum(map(catalogue.num_images, splits))
+        at_once = min(len(paths), cluster.at_work(), math.ceil(total / IMAGES_A_PROCESS))
         # Not `read_parquet`, which starts some ten processes more to look into a handful of files
         shards = ray.data.from_items([{"shard": path} for path in paths], override_num_blocks=len(paths))
         decoded = _in_tasks(shards, _decode, None, 0.5, at_once, preprocess=self.preprocess)
-        total, done, parts = sum(map(catalogue.num_images, splits)), 0, []
+        done, parts = 0, []
         for part in self._run(decoded, at_once):
             parts.append(part)
             done += len(part)

@@ -209,7 +209,7 @@ HERE, OVER_RAY = (), ("--address=local",)
 
 
 @pytest.mark.resilience
-@pytest.mark.parametrize("begins,goes_on", [(HERE, HERE), (OVER_RAY, OVER_RAY), (HERE, OVER_RAY), (OVER_RAY, HERE)])
+@pytest.mark.parametrize("begins,goes_on", [(HERE, OVER_RAY), (OVER_RAY, HERE)])
 def test_a_killed_command_resumes_to_the_same_end(small_catalogue, undisturbed, tmp_path, begins, goes_on):
     run = tmp_path / "run"
     process = subprocess.Popen(command(small_catalogue, run, *begins), start_new_session=True, stdout=subprocess.PIPE)
