@@ -319,7 +319,8 @@ def test_random_weights_are_drawn_by_each_runs_seed(tiny):
     def first(seed: int, weights) -> torch.Tensor:
         inputs = Inputs(SimpleNamespace(index=index), captions, weights, None, None, 64, 4, 0, 0)
         settings = {"seed": seed, "batch.items": 2}
-        return worker.learner_of(config.replace(tiny, settings), inputs).clip.visual.proj.detach().clone()
+        one = worker.learner_of(config.replace(tiny, settings), inputs, torch.device("cpu"))
+        return one.clip.visual.proj.detach().clone()
 
     assert torch.equal(first(0, None), train.start_of(tiny).visual.proj)
     assert torch.equal(first(3, None), train.start_of(config.replace(tiny, {"seed": 3})).visual.proj)
