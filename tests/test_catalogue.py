@@ -445,11 +445,12 @@ def test_queries_need_a_gallery_image_that_is_left(tmp_path, quick):
     for number, (path, *_) in enumerate(listed):
         draw(tmp_path / path, number=number)
     (tmp_path / "11.jpg").write_bytes(b"")
-    listed.append(("9.jpg", "lonely", "query"))
+    draw(tmp_path / "16.jpg", number=16)
+    listed.append(("16.jpg", "lonely", "query"))
     made = prepare(table(tmp_path / "l.csv", listed), tmp_path / "out", max_bad=0.2)
     assert {row["item_id"] for row in rows_of(made, "query")} == {"test6", "test7"}
     whys = {path: why for path, why in made.manifest["left_out"]["list"] if path != "11.jpg"}
-    assert whys == {"10.jpg": catalogue.NO_GALLERY, "9.jpg": catalogue.NO_GALLERY}
+    assert whys == {"10.jpg": catalogue.NO_GALLERY, "16.jpg": catalogue.NO_GALLERY}
 
 
 def test_the_number_of_processes_does_not_matter(tmp_path, monkeypatch):
@@ -541,8 +542,8 @@ def test_require(tmp_path, quick):
         ([("a.jpg", "i", "train"), ("a.jpg", "j", "")], "a.jpg: has no split"),
         ([("a.jpg", "i", "train"), ("a.jpg", "i", "query")], "item i is in test and train"),
         (
-            [(f"{n}.jpg", "i", "train") for n in "ab"] + [(f"{n}.jpg", "j", "test") for n in "abc"],
-            "photo a.jpg is in test and train .2 photos are in two.",
+            [("a.jpg", "i", "train"), ("a.jpg", "j", "query"), ("a.jpg", "j", "gallery")],
+            "photo a.jpg is in test and train .1 photos are in two.",
         ),
         ([("gone.jpg", "i", "train")], "1 images are listed, none is there"),
     ],
