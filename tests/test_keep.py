@@ -1,6 +1,7 @@
 """What a sweep leaves on disk, without training: made-up runs as Ray Train and Tune list them."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -152,4 +153,4 @@ def test_the_run_that_was_exported_keeps_its_weights_and_is_not_trained_again(ma
     monkeypatch.setattr(fit, "is_over", lambda *_: True)
     monkeypatch.setattr(fit, "fit", lambda *_, **__: pytest.fail("was trained again"))
     for run in (first, second):
-        final._train(EXPERIMENT, None, run, None)
+        final._train(EXPERIMENT, None, run, None, threading.Event())
