@@ -14,7 +14,7 @@ import torch
 from clipfh import UserError, cli, cluster, config, embed, embed_ray, evaluate, images, metrics, model, train
 
 SPLITS = evaluate.splits_of("test")
-SETTINGS = config.Model(name=config.SMALL)
+SETTINGS = config.Model(name=config.SMALL, precision="float32")
 KEYS = {*metrics.KEYS, "num_query", "num_gallery", "num_unmatched", "intervals", "cmc", "random_splits", "variant"}
 KEYS |= {"by_category", "by_gender", "text_to_image", "image_to_text", "rerank"}
 
