@@ -59,6 +59,19 @@ def test_the_token_is_asked_for(nodes, tmp_path):
     assert "wants its token" in job.communicate()[0] and job.returncode == 2
 
 
+@pytest.mark.slow
+def test_two_runs_at_once_both_end_well(nodes, small_catalogue, tmp_path):
+    settings = ["--model", "clipfh-small", "--batch.items", "8", "--batch.views", "2", "--cpus-per-worker", "1"]
+    jobs = [
+        nodes.submit(
+            "train", "image", small_catalogue.path, "--out", tmp_path / images, "--budget.images", images, *settings
+        )
+        for images in ("1024", "2048")
+    ]
+    logs = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], logs
+
+
 def test_trials_train_on_both_workers(undisturbed):
     assert {line["node"] for lines in reports(undisturbed).values() for line in lines} == {FIRST, SECOND}
 
