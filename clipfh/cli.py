@@ -611,7 +611,7 @@ def report(args: argparse.Namespace) -> None:
 def demo(args: argparse.Namespace) -> None:
     from clipfh import demo
 
-    demo.run(Path(args.out))
+    demo.run(Path(args.out), functools.partial(print, flush=True))
 
 
 @contextlib.contextmanager

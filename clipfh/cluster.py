@@ -218,7 +218,8 @@ def place(placement: Placement, alone: bool = True, tell: Callable[[str], None] 
     if lacking := _lacking(resources):
         tell(f"others use the cluster: waiting for {lacking} to be free")
     runs = 1 if alone else at_once(placement, resources)
-    shares = placement.cpus_per_worker == "auto" and not gpus and (alone or _is_own())
+    # Not a sweep's trials: a second thread beside one that is starting waits for its core more than it computes
+    shares = placement.cpus_per_worker == "auto" and not gpus and alone
     return dataclasses.replace(resources, decoding=_decoding(runs * resources.workers), shares_cores=shares)
 
 

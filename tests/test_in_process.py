@@ -112,5 +112,5 @@ def test_threads_follow_the_runs_on_this_machine(tmp_path, monkeypatch):
 
 def test_who_shares_cores(ray_cluster):
     assert cluster.place(config.Placement()).shares_cores
-    assert cluster.place(config.Placement(concurrent=2), alone=False).shares_cores
+    assert not cluster.place(config.Placement(concurrent=2), alone=False).shares_cores, "trials have a thread each"
     assert not cluster.place(config.Placement(cpus_per_worker=1.0)).shares_cores
