@@ -366,7 +366,8 @@ def _product(query: Tensor, gallery: Tensor, buffer: Tensor) -> Tensor:
     """Similarities (B, N), written into the buffer, from products of whole tiles.
 
     At a ragged edge a BLAS adds in another order: equal images would then differ in the last digit by where they stand,
-    and all results by the size of the block. (`out` also keeps an autocast around us from rounding.)
+    and all results by the size of the block. In float64 whole tiles don't suffice: by processor and threads MKL adds
+    in another order within a product too. (`out` also keeps an autocast around us from rounding.)
     """
     whole = len(gallery) // TILE * TILE
     rows = pad(query, (0, 0, 0, -len(query) % TILE))

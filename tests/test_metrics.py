@@ -244,15 +244,14 @@ def test_no_digit_depends_on_block_or_threads(halves):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [7, 33, 1001])
-def test_equal_images_have_equal_similarities_wherever_they_stand(size, dtype):
+def test_equal_images_have_equal_similarities_wherever_they_stand(size):
     generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(size, 512, generator=generator, dtype=dtype) / 512**0.5
+    embedding = torch.randn(size, 512, generator=generator) / 512**0.5
     embedding[-(size // 2) :] = embedding[: size // 2]
-    query = torch.randn(70, 512, generator=generator, dtype=dtype) / 512**0.5
+    query = torch.randn(70, 512, generator=generator) / 512**0.5
     for rows in (70, 1, 5):
-        found = metrics._product(query[:rows], embedding, torch.empty(128, size, dtype=dtype))
+        found = metrics._product(query[:rows], embedding, torch.empty(128, size))
         assert torch.equal(found[:, -(size // 2) :], found[:, : size // 2])
         torch.testing.assert_close(found, query[:rows] @ embedding.T)
 
