@@ -2,6 +2,6 @@
 
 import sys
 
-from clipfh.cli import main
+from clipfh.cli.main import main
 
 sys.exit(main())

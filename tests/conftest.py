@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipfh import catalogue, config, demo
+from clipfh.config import experiment as config
+from clipfh.data import catalogue
+from clipfh.demo import demo
 
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
@@ -42,7 +44,7 @@ def ray_cluster(tmp_path_factory):
     """The suite's own cluster, its files out of the way of any other."""
     import ray
 
-    from clipfh import cluster
+    from clipfh.cluster import resources as cluster
 
     os.environ["RAY_TMPDIR"] = "/tmp/clipfh-tests"  # a socket's path has room for no more than about 100 letters
     cluster.connect("local", config.Placement(workers=2))

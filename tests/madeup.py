@@ -10,7 +10,8 @@ import optuna
 import yaml
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
-from clipfh import config, space
+from clipfh.config import experiment as config
+from clipfh.config import sweep_file as space
 
 FILE = {
     "name": "demo",

@@ -18,9 +18,10 @@ import torch
 import yaml
 from conftest import TINY
 from nodes import reports, until
-from test_train import await_reports
+from test_training import await_reports
 
-from clipfh import onnx, runs
+from clipfh.model import onnx
+from clipfh.storage import run_folder as runs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -38,7 +38,12 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Experiment
 from ray.tune.search import SearchGenerator
 
-from clipfh import cluster, config, runs, space, trial, trials
+from clipfh.cluster import resources as cluster
+from clipfh.config import experiment as config
+from clipfh.config import sweep_file as space
+from clipfh.storage import run_folder as runs
+from clipfh.sweep import trial
+from clipfh.sweep import tuner as trials
 
 TRIALS, NODES = 1000, 100
 REPORT_S, TRIAL_S = 60.0, 1800.0
@@ -270,7 +275,7 @@ class Instant(tune.Trainable):
 
     def setup(self, config: dict[str, Any], **_: object) -> None:
         """Wait for what a real one imports."""
-        import clipfh.trials  # noqa: F401
+        import clipfh.sweep.tuner  # noqa: F401
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial."""

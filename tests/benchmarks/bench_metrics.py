@@ -13,8 +13,8 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 
-from clipfh import metrics, rerank
-from clipfh.metrics import Embeddings
+from clipfh.retrieval import metrics, rerank
+from clipfh.retrieval.metrics import Embeddings
 
 NUM_QUERY, NUM_GALLERY, NUM_ITEMS, DIM = 14_218, 12_612, 3_985, 512
 

@@ -8,7 +8,9 @@ import time
 
 import torch
 
-from clipfh import config, model, optimizer
+from clipfh.config import experiment as config
+from clipfh.learn import optimizer
+from clipfh.model import clip as model
 
 STAGES = ("image", "joint")
 STEPS, TURNS = 20, 20

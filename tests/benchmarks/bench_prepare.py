@@ -101,7 +101,7 @@ def peak_memory(source: Path, out: Path) -> float:
 
 
 def command(source: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "clipfh.cli", "prepare", "--source", str(source), "--out", str(out)]
+    return [sys.executable, "-m", "clipfh", "prepare", "--source", str(source), "--out", str(out)]
 
 
 def memory(pid: int) -> float:

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import optuna
 
-from clipfh import config, space, trials
+from clipfh.config import experiment as config
+from clipfh.config import sweep_file as space
+from clipfh.sweep import tuner as trials
 
 HERE = Path(__file__).parent
 SURFACE = HERE / "surface.json"
@@ -103,9 +105,11 @@ def train_one(catalogue: str, point: tuple[float, ...]) -> float:
     import recipes
     import torch
 
-    from clipfh import catalogue as catalogues
-    from clipfh import images, model, train
-    from clipfh.learner import Validation
+    from clipfh.data import catalogue as catalogues
+    from clipfh.data import images
+    from clipfh.learn.learner import Validation
+    from clipfh.model import clip as model
+    from clipfh.train import inputs as train
 
     torch.set_num_threads(1)
     opened = catalogues.open_catalogue(catalogue)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from clipfh import embeddings, search
+from clipfh.retrieval import embedding_file as embeddings
+from clipfh.retrieval import lookup as search
 
 NUM_IMAGES, WIDTH, TOP = 100_000, 512, 10
 

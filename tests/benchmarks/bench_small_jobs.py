@@ -20,8 +20,13 @@ import pyarrow as pa
 import pyarrow.csv
 from nodes import HEAD, Nodes, free_port
 
-from clipfh import catalogue, config, cores, demo, runs
-from clipfh.catalogue import Catalogue
+from clipfh.config import cores
+from clipfh.config import experiment as config
+from clipfh.data import catalogue
+from clipfh.data.catalogue import Catalogue
+from clipfh.demo import demo
+from clipfh.model import clip
+from clipfh.storage import run_folder as runs
 
 TURNS = 3
 RUN_IMAGES, AT_ONCE_IMAGES = 30_000, 12_000
@@ -76,7 +81,10 @@ np.save(sys.argv[3], embedded([row["path"] for row in rows]).numpy())
 TRAIN = """
 import sys
 import numpy as np, torch
-from clipfh import batches, catalogue, config, decoding, in_process, model, train
+from clipfh.config import experiment as config
+from clipfh.data import catalogue, decoding
+from clipfh.model import clip as model
+from clipfh.train import in_process, inputs as train
 from clipfh.learner import Learner
 
 experiment = config.resolve("image", None, {"model.name": config.SMALL, "budget.images": int(sys.argv[2])})
@@ -152,7 +160,7 @@ def _embed(folder: Path, opened: Catalogue) -> tuple[list[str], list[str]]:
 
 
 def _architecture() -> Path:
-    return Path(config.__file__).parent / f"{config.SMALL}.json"
+    return Path(clip.__file__).parent / f"{config.SMALL}.json"
 
 
 def _against(name: str, ours: Sequence[str], plain: Sequence[str]) -> list[dict]:

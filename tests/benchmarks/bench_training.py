@@ -23,26 +23,22 @@ import psutil
 import ray
 import torch
 
-from clipfh import (
-    batches,
-    catalogue,
-    cluster,
-    config,
-    cores,
-    decoding,
-    demo,
-    fit,
-    model,
-    runs,
-    space,
-    stream,
-    sweep,
-    train,
-    worker,
-)
-from clipfh.catalogue import Catalogue
-from clipfh.inputs import Inputs
-from clipfh.learner import Learner
+from clipfh.cluster import resources as cluster
+from clipfh.config import cores
+from clipfh.config import experiment as config
+from clipfh.config import sweep_file as space
+from clipfh.data import catalogue, decoding, stream
+from clipfh.data import sampler as batches
+from clipfh.data.catalogue import Catalogue
+from clipfh.demo import demo
+from clipfh.learn.learner import Learner
+from clipfh.model import clip as model
+from clipfh.storage import run_folder as runs
+from clipfh.sweep import sweep
+from clipfh.train import driver as fit
+from clipfh.train import inputs as train
+from clipfh.train import worker
+from clipfh.train.run_inputs import Inputs
 
 ITEMS, SIDE = 300, 256
 SETTINGS = {"model.name": config.SMALL, "batch.items": 16, "batch.views": 4}
@@ -342,7 +338,7 @@ def _plan() -> list[dict]:
     code = """
 import resource, sys, time
 import numpy as np
-from clipfh import batches
+from clipfh.data import sampler as batches
 items, views = int(sys.argv[1]), 10
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 item = np.repeat(np.arange(items, dtype=np.int32), views)

@@ -30,8 +30,13 @@ import numpy as np
 import torch
 import yaml
 
-from clipfh import batches, config, demo, model, runs, transfer
-from clipfh.learner import Captions, Learner
+from clipfh.config import experiment as config
+from clipfh.data import sampler as batches
+from clipfh.data import transfer
+from clipfh.demo import demo
+from clipfh.learn.learner import Captions, Learner
+from clipfh.model import clip as model
+from clipfh.storage import run_folder as runs
 
 VIEWS = 4
 """K of all batches"""

@@ -30,8 +30,11 @@ placement: {{concurrent: {trials}, cpus_per_worker: 1}}
 
 def search(catalogue: str, at_once: int, folder: Path) -> None:
     """As many trials as go at once, and no test split."""
-    from clipfh import catalogue as catalogues
-    from clipfh import cluster, config, space, sweep
+    from clipfh.cluster import resources as cluster
+    from clipfh.config import experiment as config
+    from clipfh.config import sweep_file as space
+    from clipfh.data import catalogue as catalogues
+    from clipfh.sweep import sweep
 
     (folder / "sweep.yaml").write_text(SWEEP.format(trials=at_once))
     cluster.connect("local", config.Placement(workers=TRIALS // 2))  # for as many at once, whatever the machine
@@ -73,7 +76,8 @@ def held(root: psutil.Process) -> list[tuple[float, str]]:
 
 def model_mib() -> float:
     """Of a trial's model: weights, their average, gradients and the optimiser's two moments."""
-    from clipfh import config, model
+    from clipfh.config import experiment as config
+    from clipfh.model import clip as model
 
     weights = model.initial(config.resolve("image", "scratch", {"model.name": config.SMALL}).model, 0)
     return 5 * sum(tensor.numel() * tensor.element_size() for tensor in weights.state_dict().values()) / 2**20

@@ -65,8 +65,8 @@ def run(catalogue: str, name: str, seed: int, images: int, extra: dict[str, Any]
     """Train a recipe and score it on the test split."""
     import torch
 
-    from clipfh import catalogue as catalogues
-    from clipfh import config
+    from clipfh.config import experiment as config
+    from clipfh.data import catalogue as catalogues
 
     torch.set_num_threads(1)
     stage, preset, settings, original = RECIPES[name]
@@ -82,8 +82,11 @@ def _trained(opened: Any, experiment: Any, original: str) -> Any:
     import numpy as np
     import torch
 
-    from clipfh import batches, decoding, model, train
-    from clipfh.learner import Captions, Learner
+    from clipfh.data import decoding
+    from clipfh.data import sampler as batches
+    from clipfh.learn.learner import Captions, Learner
+    from clipfh.model import clip as model
+    from clipfh.train import inputs as train
 
     table = opened.images("train").combine_chunks()
     index = batches.index_of(table, np.array([len(table)]))
@@ -112,7 +115,9 @@ def _score(opened: Any, learner: Any) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from clipfh import images, metrics, model
+    from clipfh.data import images
+    from clipfh.model import clip as model
+    from clipfh.retrieval import metrics
 
     tables = [opened.images(split) for split in ("query", "gallery")]
     preprocess = model.preprocess_of(learner.clip)
@@ -147,7 +152,7 @@ class _Original:
         import torch
         import torch.nn.functional as F
 
-        from clipfh import losses
+        from clipfh.learn import losses
 
         image_BD = F.normalize(feature_BD)
         text_BD = F.normalize(text_CD)[labels.caption]
@@ -188,7 +193,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of all runs")
     args = parser.parse_args()
 
-    from clipfh import config
+    from clipfh.config import experiment as config
 
     extra = {name: config.parse(name, value) for name, value in (pair.split("=") for pair in args.set)}
     kept = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def main(names: list[str]) -> int:
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "resilience")]
     names = names or sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
     rows = [row for name in names for row in measured(name)]
     table = Table("benchmark", "measured", "target", "", box=None)

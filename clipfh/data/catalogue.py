@@ -1,0 +1,674 @@
+"""The photos of a source become a catalogue: a folder of Parquet shards with a manifest.
+
+`prepare` goes: listed photos -> splits -> plan of shards -> shards, by a pool of processes -> manifest.
+All up to the plan is cheap and done at once. Each shard is read, encoded and written by one process, a row group at a
+time, and survives a kill when it is finished.
+"""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby, islice
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+from pyarrow import fs
+
+from clipfh import UserError
+from clipfh.config import cores
+from clipfh.data import sources
+from clipfh.data.sources import OUTSIDE, LeftOut, Photo
+
+FORMAT, VERSION = "clipfh-catalogue", 2
+SPLITS = ("train", "val_gallery", "val_query", "gallery", "query")  # the order of writing: a gallery before its queries
+GALLERY_OF = {"val_query": "val_gallery", "query": "gallery"}
+COLUMNS = ("item_id", "variant", "view", "gender", "category", "path", "split", "text", "color")
+SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in COLUMNS)])
+
+SHARD_IMAGES = 512  # a task of a process, and what a kill may cost; fewer where they would be few shards for the cores
+ROW_GROUP_IMAGES = 64  # all that a process has in memory
+MAX_PIXELS, MAX_JPEG_PIXELS = 100_000_000, 250_000_000  # a JPEG decodes at a half, quarter or eighth of its sides
+ALONE_PIXELS = 16_000_000  # of more to decode only one is at a time: a pixel takes 9 to 20 bytes, on each core
+LEFT_OUT_LISTED = 1000
+# Encoded images are all different, and zstd makes nothing of them
+_STORED = {
+    "compression": {"image": "none"} | dict.fromkeys(COLUMNS, "zstd"),
+    "use_dictionary": list(COLUMNS),
+    "write_statistics": list(COLUMNS),
+}
+
+TOO_LARGE = f"more than {MAX_PIXELS:,} pixels, or {MAX_JPEG_PIXELS:,} of a JPEG"
+NO_RANGE = "pixels without a known range"
+NO_GALLERY = "query without a gallery image of its item"
+
+_row_of = attrgetter(*COLUMNS)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """A finished catalogue; `manifest` is what `catalogue.json` holds."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def shards(self, split: str) -> list[Path]:
+        """The Parquet files of a split, in order. A train item is never cut by the end of a shard."""
+        return [self.path / name for name in self.manifest["shards"][split]]
+
+    def rows(self, split: str) -> pa.Table:
+        """A row an image, without the image."""
+        return self._read(split, COLUMNS)
+
+    def images(self, split: str) -> pa.Table:
+        """A row an image with its encoded bytes: the whole split in memory."""
+        return self._read(split, SCHEMA.names)
+
+    def images_at(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """Encoded images by their paths. Only the row groups that may hold one of them are read."""
+        shards = ds.dataset([str(path) for split in SPLITS for path in self.shards(split)], partitioning=None)
+        found = shards.to_table(columns=["path", "image"], filter=ds.field("path").isin(list(paths)))
+        return dict(zip(found["path"].to_pylist(), found["image"].to_pylist(), strict=True))
+
+    def num_images(self, split: str) -> int:
+        return self.manifest["counts"][split]["images"]
+
+    def num_items(self, split: str) -> int:
+        return self.manifest["counts"][split]["items"]
+
+    def require(self, *splits: str) -> None:
+        """Raise UserError where one of these splits has no image."""
+        for split in splits:
+            if not self.num_images(split):
+                found = ", ".join(f"{self.num_images(name)} {name}" for name in SPLITS)
+                raise UserError(
+                    f"{self.path}: no {split} images (it has {found}): prepare it from a source with more items"
+                )
+
+    def _read(self, split: str, columns: Sequence[str]) -> pa.Table:
+        tables = [_read(path, columns) for path in self.shards(split)]
+        return pa.concat_tables(tables) if tables else SCHEMA.empty_table().select(columns)
+
+
+def open_catalogue(path: str | Path) -> Catalogue:
+    """Open what `prepare` wrote. Raises UserError where it is no catalogue, of another version, or not whole."""
+    path = Path(path).absolute()  # workers of a cluster have another working directory
+    file = path / "catalogue.json"
+    if not file.is_file():
+        if _partial(path).exists() or (path / "plan.json").exists():
+            raise UserError(f"{path}: half-written: run the same clipfh prepare again, it goes on where it stopped")
+        raise UserError(f"{path}: not a catalogue (it has no catalogue.json): make one with clipfh prepare")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: can't be read ({error}): delete {path} and run clipfh prepare again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{file}: not the manifest of a catalogue: make one with clipfh prepare")
+    if (version := manifest.get("version")) != VERSION:
+        raise UserError(
+            f"{path}: a catalogue of version {version}, and this clipfh reads version {VERSION}: "
+            "delete it and run clipfh prepare again"
+        )
+    for name, size in [shard for shards in manifest["shards"].values() for shard in shards.items()]:
+        if not (path / name).is_file() or (path / name).stat().st_size != size:
+            raise UserError(f"{path / name}: missing or cut short: delete {path} and run clipfh prepare again")
+    return Catalogue(path, manifest)
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    val_fraction: float = 0.1,
+    image_size: int = 256,
+    max_bad: float = 0.01,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Catalogue:
+    """Make the catalogue `out` of `source` on all cores; where it is there already and up to date, keep it.
+
+    Works in `<out>.partial` and renames that at the end. Killed and started again, it goes on behind its last finished
+    shard. The manifest's `hash` (rows and image bytes) depends neither on that nor on the number of cores.
+
+    Args:
+        source: path or URI of anything that `sources.read` takes.
+        val_fraction: share of the train items held out for validation, though at least 50 of them or a fifth.
+        image_size: pixels of the short side; larger images are shrunk to it, others keep their bytes.
+        max_bad: share of the listed images that may be left out (missing, unreadable, refused).
+        seed: of the drawing of items and of query images.
+        progress: called with the number of images done and of all images.
+
+    Raises:
+        UserError: the source, a setting or the disk needs mending.
+    """
+    if not (0 <= val_fraction < 1 and 0 <= max_bad <= 1 and image_size > 0):
+        raise UserError("--val-fraction must be in [0, 1), --max-bad in [0, 1], --image-size above 0: change it")
+    source, out = str(source), Path(out).absolute()
+    with _processes() as pool:
+        listing = sources.read(source)
+        tally = _Tally(len(listing.photos) + len(listing.left_out), max_bad, progress)
+        tally.add(0, listing.left_out)
+        photos = _assign_splits(listing.photos, val_fraction, seed)
+        _check_not_empty(Counter(photo.split for photo in photos), source)
+        shards = _cut_into_shards(photos)
+        settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed}
+        plan = _digest(
+            json.dumps([FORMAT, VERSION, settings]), *(_digest(json.dumps(shard.photos)) for shard in shards)
+        )
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            return _keep_up_to_date(out, plan, tally)
+
+        folder = _partial(out)
+        with _user_errors(folder):
+            _claim(folder, plan)
+            _write_shards(pool, folder, shards, listing.store, image_size, tally)
+            pool.shutdown()  # what follows needs memory, the processes none any more
+            contents = _contents(folder, shards)
+            _check_not_empty({split: counts["images"] for split, counts in contents["counts"].items()}, source)
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "plan": plan,
+                "settings": {"source": source, **settings, "max_bad": max_bad},
+                **contents,
+                "left_out": tally.summary(),
+                "notes": listing.notes + contents["notes"],
+            }
+            _finish(folder, out, manifest)
+        return open_catalogue(out)
+
+
+# Splits and the plan: pure functions of the listed photos and the seed.
+
+
+def _assign_splits(photos: list[Photo], val_fraction: float, seed: int) -> list[Photo]:
+    """Give every photo one of SPLITS. No item is in two of train, validation and test.
+
+    Without any split, a tenth of the items is test; without validation, items are held out of train for it.
+    """
+    given = {photo.split for photo in photos}
+    if "" in given and len(given) > 1:
+        first = next(photo.path for photo in photos if not photo.split)
+        raise UserError(f"{first}: has no split while others have one: give all of them a split, or none")
+    if given == {""}:
+        photos = [photo._replace(split="train") for photo in photos]
+        photos = _hold_out(photos, "test", lambda items: max(1, round(items / 10)), seed)
+    if not given & {"val", "val_query", "val_gallery"}:
+        photos = _hold_out(photos, "val", lambda items: max(round(val_fraction * items), min(50, items // 5)), seed)
+    photos = _halve(photos, "test", "query", "gallery", seed)
+    photos = _halve(photos, "val", "val_query", "val_gallery", seed)
+    _check_disjoint(photos)
+    return photos
+
+
+def _hold_out(photos: list[Photo], name: str, count: Callable[[int], int], seed: int) -> list[Photo]:
+    """Move `count(number of train items)` items with two images or more from train to the split `name`.
+
+    At most half of such items go, so that train keeps some where there are hardly any.
+    """
+    images = Counter(photo.item_id for photo in photos if photo.split == "train")
+    paired = _shuffled((item for item, number in images.items() if number > 1), f"{seed} {name}")
+    taken = set(paired[: min(count(len(images)), len(paired) // 2)])
+    return [p._replace(split=name) if p.split == "train" and p.item_id in taken else p for p in photos]
+
+
+def _halve(photos: list[Photo], split: str, query: str, gallery: str, seed: int) -> list[Photo]:
+    """Of each item's images in `split`, half (rounded down) become queries and the rest gallery."""
+    paths = defaultdict(list)
+    for photo in photos:
+        if photo.split == split:
+            paths[photo.item_id].append(photo.path)
+    drawn = {item: set(_shuffled(its, f"{seed} {item}")[: len(its) // 2]) for item, its in paths.items()}
+    return [
+        p._replace(split=query if p.path in drawn[p.item_id] else gallery) if p.split == split else p for p in photos
+    ]
+
+
+def _shuffled(names: Iterable[str], seed: str) -> list[str]:
+    """Names in an order that depends on the seed and on each name alone: not on where or how they were listed."""
+    return sorted(names, key=lambda name: _digest(seed, name))
+
+
+def _check_disjoint(photos: list[Photo]) -> None:
+    parts = defaultdict(set)
+    for photo in photos:
+        part = {"train": "train", "query": "test", "gallery": "test"}.get(photo.split, "validation")
+        parts["item", photo.item_id].add(part)
+        parts["photo", photo.path].add(part)
+    for kind, remedy in (("item", "give all images of an item to one of them"), ("photo", "list it in one of them")):
+        shared = [name for (of, name), its in parts.items() if of == kind and len(its) > 1]
+        if shared:
+            names = " and ".join(sorted(parts[kind, shared[0]]))
+            raise UserError(
+                f"{kind} {shared[0]} is in {names} ({len(shared)} {kind}s are in two): figures would be too good: "
+                f"{remedy}"
+            )
+
+
+def _check_not_empty(images: Mapping[str, int], source: str) -> None:
+    for split in ("train", "query", "gallery"):
+        if not images.get(split):
+            found = ", ".join(f"{images.get(name, 0)} {name}" for name in SPLITS)
+            raise UserError(f"{source}: no {split} images ({found}): a catalogue needs train, query and gallery images")
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    split: str
+    photos: list[Photo]
+
+
+def _cut_into_shards(photos: list[Photo]) -> list[_Shard]:
+    """Photos by split and item, in shards of about as many or, for the end of an item, somewhat fewer."""
+    size = min(SHARD_IMAGES, max(64, len(photos) // 32))
+    ordered = sorted(photos, key=lambda photo: (SPLITS.index(photo.split), photo.item_id, photo.path))
+    shards = []
+    for split, of_split in groupby(ordered, key=lambda photo: photo.split):
+        cuts: list[list[Photo]] = [[]]
+        for _, of_item in groupby(of_split, key=lambda photo: photo.item_id):
+            views = list(of_item)
+            if cuts[-1] and len(cuts[-1]) + len(views) > size:
+                cuts.append([])
+            cuts[-1] += views
+        shards += [_Shard(f"{split}-{number:05d}.parquet", split, cut) for number, cut in enumerate(cuts)]
+    return shards
+
+
+# Encoding, in worker processes.
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+ORIENTATION_TAG = 0x0112
+
+
+class _Refused(Exception):
+    """An image that is left out, for the reason given."""
+
+
+@contextmanager
+def _processes() -> Iterator[ProcessPoolExecutor]:
+    """A process a core, started at once; what has not begun when the block fails is dropped."""
+    # Spawned, not forked: the caller may have threads
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(cores.available(), mp_context=spawn, initializer=_start_worker, initargs=(spawn.Lock(),))
+    with _main_module_hidden():
+        for _ in range(cores.available()):  # they start while the source is read
+            pool.submit(os.getpid)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """A spawned process imports the caller's script: slow, and it runs all of a script that has no main guard.
+
+    Workers need no more than this module.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+_alone: AbstractContextManager[object] = nullcontext()
+"""What a process holds while it decodes a large image: a lock of all processes."""
+
+
+def _start_worker(alone: AbstractContextManager[object]) -> None:
+    global _alone
+    _alone = alone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    warnings.simplefilter("ignore")  # about odd metadata in images that decode all the same
+    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
+    pa.array([""])  # at its first array pyarrow imports pandas: best while the source is still being read
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A killed parent can't stop its workers, and they would wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(store: fs.SubTreeFileSystem, file: str, image_size: int) -> bytes | str:
+    try:
+        return _shrink(_read_inside(store, file), image_size)
+    except _Refused as refused:
+        return str(refused)
+    except Exception as error:  # decoders fail on foreign bytes in every way there is
+        return f"unreadable ({type(error).__name__})"
+
+
+def _read_inside(store: fs.SubTreeFileSystem, file: str) -> bytes:
+    if isinstance(store.base_fs, fs.LocalFileSystem):
+        path, folder = store.base_path + file, file.rpartition("/")[0]  # a Path costs as much as the reading
+        if not _is_inside(file if os.path.islink(path) else folder, store.base_path):  # noqa: PTH114
+            raise _Refused(OUTSIDE)
+        with open(path, "rb", buffering=0) as opened:  # noqa: PTH123
+            return opened.read()
+    with store.open_input_file(file) as stream:
+        return stream.read()
+
+
+def photo(path: str | Path, image_size: int) -> bytes:
+    """A photo as `prepare` would put it into a catalogue. Raises UserError where it can't be read as an image."""
+    data = Path(path).read_bytes()
+    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
+    try:
+        return _shrink(data, image_size)
+    except Exception as error:  # decoders fail on foreign bytes in every way there is
+        reason = str(error) if isinstance(error, _Refused) else type(error).__name__
+        raise UserError(f"{path} can't be read as an image ({reason}): give a JPEG, PNG or WebP photo") from error
+
+
+@lru_cache(maxsize=1 << 12)  # a folder is asked for with each of its images
+def _is_inside(path: str, root: str) -> bool:
+    return Path(root, path).resolve().is_relative_to(Path(root).resolve())
+
+
+def _shrink(data: bytes, image_size: int) -> bytes:
+    """The image as JPEG with a short side of `image_size`; its own bytes where it is no larger and needs no care.
+
+    Either way it is decoded to its end, so that a cut file is found here and not in training.
+    """
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
+        width, height = opened.size
+        if width * height > (MAX_JPEG_PIXELS if opened.format == "JPEG" else MAX_PIXELS):
+            raise _Refused(TOO_LARGE)
+        is_turned = opened.getexif().get(ORIENTATION_TAG, 1) != 1
+        excess = min(width, height) / image_size
+        if excess <= 1 and not is_turned and _is_plain(opened):
+            opened.draft("L", (1, 1))  # reads a JPEG to its end, but makes few pixels of it
+            with _room_for(opened, width * height):
+                opened.load()
+            return data
+        # A JPEG may decode to a half, quarter or eighth; from twice the wanted size that costs no visible quality
+        opened.draft("RGB", (int(2 * width / excess), int(2 * height / excess)))
+        with _room_for(opened, width * height):
+            image = _as_rgb(ImageOps.exif_transpose(opened) if is_turned else opened)
+            if excess > 1:
+                long = round(max(width, height) / excess)
+                size = (image_size, long) if image.width <= image.height else (long, image_size)
+                image = image.resize(size, Image.Resampling.BICUBIC)
+        encoded = io.BytesIO()
+        image.save(encoded, "JPEG", quality=95)
+        return encoded.getvalue()
+
+
+def _room_for(opened: Image.Image, pixels: int) -> AbstractContextManager[object]:
+    """Waits where the image, of so many pixels in its file, takes much memory: only one such is decoded at a time."""
+    if not opened.info.get("progressive"):  # all of such a JPEG is in memory, at whatever size it is decoded
+        pixels = opened.width * opened.height
+    return _alone if pixels > ALONE_PIXELS else nullcontext()
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether all readers make the same of it: one opaque picture of eight bits a channel."""
+    deep = image.mode.startswith(("I", "F"))
+    return not deep and not image.has_transparency_data and getattr(image, "n_frames", 1) == 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits a channel, what is transparent on white, of several frames the first."""
+    if image.mode in ("I", "F"):
+        raise _Refused(NO_RANGE)
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut off all that is above 255
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# Writing: everything below `<out>.partial`, until the last rename.
+
+
+@dataclass
+class _Tally:
+    """What was done and what was left out so far; more than `max_bad` left out stops everything."""
+
+    total: int
+    max_bad: float
+    progress: Callable[[int, int], None] | None
+    done: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def add(self, images: int, left_out: Sequence[LeftOut]) -> None:
+        """Count images that were written, and photos, each a path and a reason, that were left out."""
+        self.left_out += left_out
+        self.done += images + len(left_out)
+        if self.progress:
+            self.progress(self.done, self.total)
+        self.check(len(self.left_out), self.left_out)
+
+    def check(self, count: int, listed: Sequence[Sequence[str]]) -> None:
+        """Raise where `count` left out is too many; `listed` are the first of them."""
+        if count > self.max_bad * self.total:
+            first = ", ".join(f"{path} ({why})" for path, why in listed[:3])
+            raise UserError(
+                f"{count:,} of {self.total:,} images had to be left out so far, more than --max-bad {self.max_bad:g}; "
+                f"first {first}: mend them or raise --max-bad"
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """For the manifest: all counted, the first listed."""
+        listed = sorted(map(tuple, self.left_out))
+        reasons = dict(sorted(Counter(why for _, why in listed).items()))
+        return {"count": len(listed), "reasons": reasons, "list": listed[:LEFT_OUT_LISTED]}
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _keep_up_to_date(out: Path, plan: str, tally: _Tally) -> Catalogue:
+    try:
+        catalogue = open_catalogue(out)
+    except UserError as error:
+        raise UserError(f"{out}: is there and no whole catalogue: delete it or choose another --out") from error
+    if catalogue.manifest["plan"] != plan:
+        raise UserError(f"{out}: holds the catalogue of another source or settings: delete it or choose another --out")
+    tally.check(catalogue.manifest["left_out"]["count"], catalogue.manifest["left_out"]["list"])
+    return catalogue
+
+
+@contextmanager
+def _user_errors(folder: Path) -> Iterator[None]:
+    """What the machine can do to us while writing, in the user's terms."""
+    again = "then run the same command again, it goes on where it stopped"
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError(f"a process that reads images was killed, perhaps for memory: free some, {again}") from error
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error}): make room or mend that, {again}") from error
+
+
+def _claim(folder: Path, plan: str) -> None:
+    """Make the folder ours for this plan: keep what the same plan left there, clear what another plan left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, content = folder / "plan.json", json.dumps({"plan": plan})
+    if file.is_file() and file.read_text() == content:
+        return
+    if file.is_file():
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif any(folder.iterdir()):
+        raise UserError(f"{folder}: is needed to work in, and holds something else: move it or choose another --out")
+    file.write_text(content)
+
+
+def _write_shards(
+    pool: ProcessPoolExecutor,
+    folder: Path,
+    shards: list[_Shard],
+    store: fs.SubTreeFileSystem,
+    image_size: int,
+    tally: _Tally,
+) -> None:
+    """Write all shards that are not there yet, each in one process; those of queries when their gallery is known."""
+    for asks in (False, True):
+        matched = {q: _items(folder, [s for s in shards if s.split == g]) for q, g in GALLERY_OF.items() if asks}
+        under_way = []
+        for shard in (shard for shard in shards if (shard.split in GALLERY_OF) == asks):
+            if footer := _footer(folder / shard.name):
+                tally.add(footer["images"], footer["left_out"])
+                continue
+            items = matched.get(shard.split)
+            under_way.append(pool.submit(_write_shard, folder / shard.name, shard.photos, store, image_size, items))
+        for done in as_completed(under_way):
+            tally.add(*done.result())
+
+
+def _write_shard(
+    path: Path, photos: list[Photo], store: fs.SubTreeFileSystem, image_size: int, matched: set[str] | None
+) -> tuple[int, list[LeftOut]]:
+    """Write a shard under a temporary name, then rename: a shard with its name is whole.
+
+    Its footer holds the hash of its rows and what was left out, for a later run that finds it finished. Returns the
+    number of images and what was left out: also a query whose item is not in `matched`.
+    """
+    num_images, hashes, left_out = 0, [], list[LeftOut]()
+    rows = _rows(photos, store, image_size, matched, left_out)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with pq.ParquetWriter(str(temporary), SCHEMA, **_STORED) as writer:
+            while group := list(islice(rows, ROW_GROUP_IMAGES)):
+                images, *columns = zip(*group, strict=True)
+                hashes.append(_digest(json.dumps(columns), *images))
+                writer.write_table(pa.table([pa.array(values) for values in (images, *columns)], schema=SCHEMA))
+                num_images += len(group)
+            writer.add_key_value_metadata({"clipfh": json.dumps({"hash": _digest(*hashes), "left_out": left_out})})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return num_images, left_out
+
+
+def _rows(
+    photos: list[Photo],
+    store: fs.SubTreeFileSystem,
+    image_size: int,
+    matched: set[str] | None,
+    left_out: list[LeftOut],
+) -> Iterator[tuple[bytes | str, ...]]:
+    """Rows in the order of SCHEMA of the photos that have an image and, where that counts, a match."""
+    for photo in photos:
+        image = _encode(store, photo.file, image_size)
+        if isinstance(image, str):
+            left_out.append((photo.path, image))
+        elif matched is not None and photo.item_id not in matched:
+            left_out.append((photo.path, NO_GALLERY))
+        else:
+            yield image, *_row_of(photo)
+
+
+def _footer(path: Path) -> dict[str, Any] | None:
+    """A shard's hash, number of images and left-out photos; None where it is not there or not whole."""
+    try:
+        metadata = pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return None
+    return {"images": metadata.num_rows, **json.loads(metadata.metadata[b"clipfh"])}
+
+
+def _items(folder: Path, shards: Iterable[_Shard]) -> set[str]:
+    tables = (_read(folder / shard.name, ["item_id"]) for shard in shards)
+    return {item for table in tables for item in table["item_id"].unique().to_pylist()}
+
+
+def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+    # ParquetFile, because pq.read_table takes a folder called `a=b` above the file for a column of its own
+    return pq.ParquetFile(path).read(list(columns)).replace_schema_metadata()
+
+
+def _contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
+    """The manifest's account of the shards in `folder`, from what they hold."""
+    footers = {shard.name: _footer(folder / shard.name) or {} for shard in shards}
+    filled = {split: [s for s in shards if s.split == split and footers[s.name]["images"]] for split in SPLITS}
+    names = ["item_id", "split", *_TOLD]
+    rows = pa.concat_tables(_read(folder / shard.name, names) for its in filled.values() for shard in its)
+    items = rows.group_by(["item_id", "split"]).aggregate([("item_id", "count")])
+    return {
+        "hash": _digest(*(footer["hash"] for footer in footers.values())),
+        "counts": {
+            split: {
+                "images": sum(footers[s.name]["images"] for s in its),
+                "items": pc.sum(pc.equal(items["split"], split)).as_py() or 0,
+            }
+            for split, its in filled.items()
+        },
+        "notes": _oddities(rows, items),
+        "shards": {split: {s.name: (folder / s.name).stat().st_size for s in its} for split, its in filled.items()},
+    }
+
+
+_TOLD = ("category", "variant", "color", "text")
+
+
+def _oddities(rows: pa.Table, items: pa.Table) -> list[str]:
+    """What a reader of figures from these rows should know; `items` has the number of images by item and split."""
+    for name in _TOLD:
+        known = pc.if_else(pc.equal(rows[name], ""), pa.scalar(None, pa.string()), rows[name])
+        rows = rows.set_column(rows.column_names.index(name), name, known)
+    of_item = rows.group_by("item_id").aggregate([(name, "count_distinct") for name in _TOLD])
+    category, variant, color, text = (of_item[f"{name}_count_distinct"].to_numpy() for name in _TOLD)
+    single = pc.and_(pc.equal(items["split"], "train"), pc.equal(items["item_id_count"], 1))
+    counts = {
+        "train items have one image: terms that need a positive leave them out": pc.sum(single).as_py() or 0,
+        "items lie in several categories": (category > 1).sum(),
+        "items have several variants but one color": ((variant > 1) & (color == 1)).sum(),
+        "items have no text: their prompts name what else is known of them": (text == 0).sum(),
+    }
+    notes = [f"{count:,} {what}" for what, count in counts.items() if count]
+    if "val_query" in items["split"].to_pylist():
+        return notes
+    return [*notes, "no validation items: a sweep can't select on this catalogue"]
+
+
+def _finish(folder: Path, out: Path, manifest: dict[str, Any]) -> None:
+    for stale in folder.glob("*.tmp"):
+        stale.unlink()
+    with (folder / "catalogue.json").open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    folder.rename(out)
+    (out / "plan.json").unlink()
+
+
+def _digest(*parts: str | bytes) -> str:
+    """SHA-256 of the parts, each with its length, so that no two lists of parts have the same one."""
+    sha = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        sha.update(len(data).to_bytes(8, "big") + data)
+    return sha.hexdigest()

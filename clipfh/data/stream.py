@@ -1,0 +1,162 @@
+"""The plan's batches, decoded, to each training worker: Ray Data over images that the object store holds once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+from ray.data._internal.stats import get_or_create_stats_actor
+from ray.data.block import BlockMetadata
+
+from clipfh import UserError
+from clipfh.data import decoding
+from clipfh.data.catalogue import Catalogue
+from clipfh.data.decoding import BatchDecoder, Images, Recipe
+from clipfh.data.images import Preprocess
+
+FIRST_TASKS, FIRST_IMAGES = 4, 256
+"""The first tasks of a stream, and what each takes: few images, so that the first batch comes soon."""
+
+TASK_IMAGES, TASK_MIB = 1024, 64
+"""What each of the others takes at most: many, so that Ray's own work for a task counts little."""
+
+TASK_CPUS = 0.5
+"""As many to a core as `cluster.TASKS_A_CORE`, which isn't imported here: it would load Ray Train where we decode."""
+
+TASK: dict[str, Any] = {
+    "num_cpus": TASK_CPUS,
+    "runtime_env": {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: ""}},
+}
+"""A task, asked for by the driver or by a training worker: its process loads none of what a worker's does before all
+else, and serves both. Ray compares environments as text, and writes alike only those that it has merged: hence the
+driver's tasks name theirs too, though the job's is the same."""
+
+_read_shard = ray.remote(**TASK)(decoding.read_shard)
+_room = ray.remote(**TASK)(decoding.room)
+_keep_shard = ray.remote(**TASK)(decoding.keep_shard)
+_for_evaluation = ray.remote(**TASK)(decoding.for_evaluation)
+
+
+def share(catalogue: Catalogue, *splits: str) -> Images:
+    """Put the encoded images of splits into the object store, one object a shard, read by tasks where there is room."""
+    get_or_create_stats_actor()  # else the first worker's pipeline does, as a process with all that the worker's loads
+    shards = [_read_shard.remote(str(path)) for split in splits for path in catalogue.shards(split)]
+    return Images(ray.put(decoding.index(catalogue, *splits)), shards, [None] * len(shards))
+
+
+def put(value: Any) -> Any:
+    """A value in the object store; returns the reference."""
+    return ray.put(value)
+
+
+def keep_decoded(shared: Images, gib: float, size: int, crop_min: float) -> Images:
+    """Keep images decoded as well, as many shards of them as go into so much memory. It changes no pixel.
+
+    Args:
+        shared: what they are decoded from.
+        gib: GiB of the object store that they may take.
+        size: side of the model's input, pixels.
+        crop_min: of the crops that are to be made of them.
+
+    Raises:
+        UserError: the cluster's object store has not so much.
+    """
+    store = ray.cluster_resources().get("object_store_memory", 0) / 2**30
+    if gib > store:
+        raise UserError(
+            f"--keep-gib {gib:g} is more than the cluster's object store has, {store:.1f} GiB: take less, or give Ray "
+            "more by ray start --object-store-memory"
+        )
+    room, kept = gib * 2**30, list[Any]()
+    for shard, needed in zip(
+        shared.shards, ray.get([_room.remote(s, size, crop_min) for s in shared.shards]), strict=True
+    ):
+        kept.append(_keep_shard.remote(shard, size, crop_min) if needed <= room else None)
+        room -= needed if kept[-1] else 0
+    return dataclasses.replace(shared, kept=kept)
+
+
+def batches(
+    shared: Images,
+    recipe: Recipe,
+    first: int,
+    last: int,
+    rank: int = 0,
+    world_size: int = 1,
+    tasks: int | None = None,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """A worker's part of the steps from `first` to before `last`, in order: the step, the rows (W * B,) of its global
+    batch, and the images (B, size, size, 3) of the worker's part of that.
+
+    Rank r of W gets the r-th part of each global batch. Pixels, uint8, are drawn from (seed, step, place in the global
+    batch), so they depend neither on the number of workers nor on which task decodes. The pipeline runs from the worker
+    that reads it: it begins where that one's checkpoint ends, and no process stands between. At most so many `tasks`
+    decode at a time, None for as many as the cluster has CPUs for.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    load = functools.partial(_load, shared=shared, recipe=recipe, rank=rank, world_size=world_size)
+    steps = _Steps(first, last, recipe.batch.images // world_size, recipe.size)
+    # As many blocks as it has tasks: Ray Data would cut them further. And one kind of task, so that steps are counted
+    # where they are decoded; processes of their own would hold CPUs to the end
+    kind = {"concurrency": tasks, **TASK}
+    counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **kind)
+    decoded = counted.map_batches(load, batch_size=None, **kind)
+    decoded.context.execution_options.preserve_order = True
+    for batch in decoded.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
+        yield int(batch["step"][0]), batch["row"][0], batch["image"][0]
+
+
+class _Steps(ray.data.Datasource):
+    """Some steps, in order, as rows with the column `step`, cut into the tasks that are to decode them."""
+
+    def __init__(self, first: int, last: int, images: int, size: int) -> None:
+        """Of so many images each, whose side has so many pixels."""
+        small = max(1, FIRST_IMAGES // images)
+        large = max(1, min(TASK_IMAGES, TASK_MIB * 2**20 // (3 * size**2)) // images)
+        then = min(first + FIRST_TASKS * small, last)
+        cuts = [*range(first, then, small), *range(then, last, large), last]
+        self.tasks = list(itertools.pairwise(cuts))
+
+    def estimate_inmemory_data_size(self) -> int:
+        return sum(8 * (end - start) for start, end in self.tasks)
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
+        return [
+            ray.data.ReadTask(functools.partial(_counted, start, end), BlockMetadata(end - start, None, None, None))
+            for start, end in self.tasks
+        ]
+
+
+def _counted(start: int, end: int) -> list[pa.Table]:
+    return [pa.table({"step": np.arange(start, end)})]
+
+
+def _load(block: dict[str, np.ndarray], shared: Images, recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
+    """Decode a rank's part of some steps: step (S,), row (S, W * B), image (S, B, size, size, 3)."""
+    decoder = BatchDecoder(shared, recipe, rank, world_size)
+    rows, pixels = zip(*(decoder(int(step)) for step in block["step"]), strict=True)
+    return {"step": block["step"], "row": np.stack(rows), "image": np.stack(pixels)}
+
+
+@ray.remote(**TASK)
+def _joined(*parts: np.ndarray) -> np.ndarray:
+    return np.concatenate(parts)
+
+
+def decoded(catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess) -> Any:
+    """Splits decoded for evaluation, once for all workers and trials.
+
+    Returns:
+        ObjectRef of (N, size, size, 3) uint8, in the order of the splits' rows.
+    """
+    paths = [path for split in splits for path in catalogue.shards(split)]
+    return _joined.remote(*[_for_evaluation.remote(_read_shard.remote(str(p)), preprocess) for p in paths])

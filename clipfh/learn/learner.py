@@ -1,0 +1,311 @@
+"""What one worker learns with: towers, losses, optimizer, average of the weights. A step, a report; nothing of Ray."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipfh import UserError
+from clipfh.config import experiment as config
+from clipfh.data import sampler as batches
+from clipfh.data import transfer
+from clipfh.learn import augment, optimizer
+from clipfh.learn import diagnostics as gates
+from clipfh.learn.all_gather import gather
+from clipfh.learn.objective import Labels, Objective
+from clipfh.learn.tally import Made, Tally
+from clipfh.model import clip as model
+from clipfh.retrieval import metrics
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Prompts of the train items; identical ones are one caption."""
+
+    tokens: np.ndarray
+    """(C, context) int32"""
+    of_item: np.ndarray
+    """(I,) int32 caption of each item, -1 for an item without a prompt"""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation images, decoded: the queries, then the gallery."""
+
+    images: np.ndarray
+    """(N, size, size, 3) uint8"""
+    item: np.ndarray
+    """(N,) item codes"""
+    photo: np.ndarray
+    """(N,) codes of the paths: the same photo has the same code, and finds itself in no ranking"""
+    num_query: int
+
+
+class Learner:
+    """One rank of a run.
+
+    Args:
+        experiment: what to compute.
+        clip: the model that training starts from; it is trained in place, in the type that its weights have.
+        index: of the train images.
+        captions: of the train items.
+        on: the device.
+    """
+
+    def __init__(
+        self, experiment: config.Experiment, clip: Any, index: batches.Index, captions: Captions, on: torch.device
+    ) -> None:
+        torch.manual_seed(experiment.seed)
+        self.experiment, self.clip, self.index, self.captions, self.device = experiment, clip, index, captions, on
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.budget = batches.budget_of(experiment, len(index.item), index.num_single)
+        self.precision = model.precision(experiment.model.precision, on)
+        self.trains_text = experiment.stage == "joint" and experiment.loss.takes_text
+        _prepare(clip, experiment, self.trains_text)
+        self.towers = model.Towers(clip, experiment.batch.chunk).to(on).train()
+        self.forward = self._wrapped()
+        dtype = self.towers.mean.dtype
+        self.objective = Objective(experiment.loss, clip.visual.output_dim, len(index.names)).to(on, dtype)
+        self.optimizer = optimizer.adamw(clip, self.objective, experiment.optimizer, on)
+        self.schedule = optimizer.schedule(self.optimizer, self.budget.total, experiment.optimizer.warmup)
+        self.average = optimizer.Average(clip, experiment.optimizer.ema)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.fill = (self.towers.mean.flatten() * 255).round().to(torch.uint8)
+        self.step = 0
+        self.unchecked: Made | None = None
+
+    def _wrapped(self) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+        towers: Any = torch.compile(self.towers) if self.experiment.model.compile else self.towers
+        if self.world_size == 1:
+            return towers
+        devices = [self.device] if self.device.type == "cuda" else None
+        # Batch norm is in eval mode, so buffers never differ
+        return nn.parallel.DistributedDataParallel(
+            towers, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    @functools.cached_property
+    def caption_features(self) -> Tensor:
+        """(C, D) features of all captions by the frozen text tower, which is run this once."""
+        tokens = torch.from_numpy(self.captions.tokens).long()
+        return _precise(model.text_features(self.towers, tokens, self.precision))
+
+    def train_step(self, rows: np.ndarray, images: np.ndarray | Tensor) -> dict[str, Tensor]:
+        """One optimizer step on the global batch.
+
+        Nobody waits for the device here, but for the end of the step before: it always has work in hand. So a loss or
+        a gradient that is not finite is noticed a step late; the step itself changes no weight then.
+
+        Args:
+            rows: (W * B,) image rows of the global batch.
+            images: (B, size, size, 3) uint8, this rank's part; or what `transfer.images` made of them.
+
+        Returns:
+            The losses of the global batch, on the device.
+
+        Raises:
+            Diverged: in the step before, a loss or gradient was not finite.
+            UserError: the towers can't be compiled.
+        """
+        labels, tokens = self._labels(rows)
+        pixels = images if isinstance(images, Tensor) else transfer.images(images, self.device)
+        features, text, log_scale = self._features(pixels, tokens, labels)
+        total, terms = self.objective(features, text, log_scale, labels)
+        grad_norm, lost = self._update(total)
+        self.objective.move_centers(features, labels, self.experiment.optimizer.center_lr)
+        self.seen = features.detach(), None if text is None else text.detach(), labels
+        values = {term: value.detach() for term, value in terms.items()}
+        before, self.unchecked = self.unchecked, Made(self.step, values, rows, transfer.Late(lost))
+        self.step += 1
+        if before:
+            before.check()
+        return {
+            "loss": total.detach(),
+            **{f"loss_{term}": value for term, value in values.items()},
+            "grad_norm": grad_norm,
+        }
+
+    def _features(self, pixels: Tensor, tokens: Tensor | None, labels: Labels) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Features of the global batch's images and distinct captions, and the log of the logit scale."""
+        pixels = self._augmented(pixels)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16), _compiling():
+            image, text, log_scale = self.forward(pixels, tokens)
+        if text is not None:
+            text = gather(_precise(text))[: len(labels.captions)]
+        elif self.experiment.loss.takes_text:
+            text = self.caption_features[labels.captions]
+        return gather(_precise(image)), text, log_scale
+
+    def _augmented(self, pixels: Tensor) -> Tensor:
+        """This rank's images changed as the settings ask, drawn from (seed, step) for the whole batch."""
+        settings, batch = self.experiment.augment, self.experiment.batch.images
+        part = slice(self.rank * len(pixels), (self.rank + 1) * len(pixels))
+        rng = augment.draws(self.experiment.seed, self.step)
+        if settings.randaugment:
+            pixels = augment.randaugment(pixels, settings.randaugment, rng, batch, part, self.fill)
+        return augment.erase(pixels, settings.erase, rng, batch, part, self.fill) if settings.erase else pixels
+
+    def _update(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        """The optimizer's step, which changes nothing where loss or gradient are not finite.
+
+        Returns:
+            The gradient's norm before clipping, and 1.0 where it or the loss were not finite, else 0.0.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        with _compiling():
+            total.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.trained, self.experiment.optimizer.clip or math.inf).detach()
+        lost = (~torch.isfinite(total.detach() + grad_norm)).float()
+        # As torch's own GradScaler tells a fused optimizer to leave all as it is
+        self.optimizer.found_inf = lost  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.schedule.step()
+        model.clamp_scale(self.clip)
+        self.average.update(self.step)
+        return grad_norm, lost
+
+    def _labels(self, rows: np.ndarray) -> tuple[Labels, Tensor | None]:
+        """What the losses know of the global batch and, where the text tower is trained, this rank's tokens."""
+        item = self.index.item[rows]
+        caption = self.captions.of_item[item]
+        captioned = np.flatnonzero(caption >= 0)
+        captions, place = np.unique(caption[captioned], return_inverse=True)
+        arrays = {
+            "item": item,
+            "items": np.unique(item),
+            "paired": np.flatnonzero(self.index.views[item] > 1),
+            "captioned": captioned,
+            "caption": place,
+            "captions": captions,
+        }
+        if self.trains_text:
+            arrays["tokens"] = self._own_tokens(captions)
+        sent = transfer.together(arrays, self.device)
+        tokens = sent.pop("tokens", None)
+        return Labels(**sent), tokens
+
+    def _own_tokens(self, captions: np.ndarray) -> np.ndarray:
+        """This rank's share of the batch's captions: as many on each rank, the last repeated to fill up."""
+        if not len(captions):
+            return self.captions.tokens[:1]
+        share = math.ceil(len(captions) / self.world_size)
+        places = np.arange(self.rank * share, (self.rank + 1) * share).clip(max=len(captions) - 1)
+        return self.captions.tokens[captions[places]]
+
+    def validate(self, validation: Validation) -> float:
+        """mAP of the validation items by the averaged weights; each rank embeds its part."""
+        images, item, num_query = validation.images, validation.item, validation.num_query
+        share = math.ceil(len(images) / self.world_size)
+        start = min(self.rank * share, len(images) - 1)  # the last ranks may have no part of few images
+        own = images[start : start + share]  # no copy: they lie in the object store
+        with self.average.applied():
+            embedded = model.embed(self.towers, own, self.precision)
+        embedding = gather(F.pad(embedded, (0, 0, 0, share - len(own))))[: len(images)]  # and ranked there
+        codes = torch.as_tensor(item)
+        rows = metrics.Embeddings(embedding, item=codes, variant=codes, image=torch.as_tensor(validation.photo))
+        query, gallery = torch.arange(num_query), torch.arange(num_query, len(codes))
+        return metrics.mean_average_precision(rows.select(query), rows.select(gallery))
+
+    def report(self, tally: Tally, validation: Validation | None, start_val_mAP: float) -> dict[str, Any]:
+        """All that a report carries: place, scores, means since the last one, each term's two ends, warnings.
+
+        Args:
+            tally: since the last report.
+            validation: images to score on; None where they are trained on, and no score would mean anything.
+            start_val_mAP: score of the model that training started from.
+
+        Raises:
+            Diverged: in the last step, a loss or gradient was not finite.
+        """
+        assert self.unchecked, "a report before the first step"
+        self.unchecked.check()
+        found: dict[str, Any] = tally.means()  # before all else: its clock is that of the training
+        images = self.step * self.experiment.batch.images
+        found = {"step": self.step, "images": images, "epoch": images / self.budget.epoch, **found}
+        if validation is not None:
+            found |= {"start_val_mAP": start_val_mAP, "val_mAP": self.validate(validation)}
+        found |= self._of_last_batch()
+        found |= {"lr": self.experiment.optimizer.lr * self.schedule.lr_lambdas[0](self.step)}
+        warm = self.step > 2 * self.experiment.optimizer.warmup * self.budget.total
+        return {**found, "warnings": gates.warnings(found, list(self.objective.weights)) if warm else []}
+
+    def _of_last_batch(self) -> dict[str, float]:
+        """Each active term's two ends, and cosines."""
+        feature_BD, text_CD, labels = self.seen
+        bounds = self.objective.bounds(labels, self.clip.logit_scale.detach())
+        ends = {f"{end}_{term}": value for term, b in bounds.items() for end, value in b._asdict().items()}
+        return {**ends, **_cosines(feature_BD, text_CD, labels)}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights."""
+        return {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "objective": self.objective.state_dict(),
+        }
+
+    def restore(self, raw: dict[str, Tensor], average: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's raw weights, averaged weights and `state`.
+
+        Raises:
+            UserError: a checkpoint of a version with another optimizer.
+        """
+        optimizer.load(self.optimizer, state["optimizer"])
+        self.clip.load_state_dict(raw)
+        for name, weights in average.items():
+            self.average.weights[name].copy_(weights)
+        self.schedule.load_state_dict(state["schedule"])
+        self.objective.load_state_dict(state["objective"])
+        self.step = state["step"]
+
+
+def _prepare(clip: Any, experiment: config.Experiment, trains_text: bool) -> None:
+    """Temperature, freezing and gradient checkpointing, as the settings ask."""
+    if experiment.loss.infonce_temperature:
+        clip.logit_scale.data.fill_(-math.log(experiment.loss.infonce_temperature))
+    model.clamp_scale(clip)
+    learn_scale = experiment.loss.learn_scale and experiment.loss.infonce > 0
+    model.freeze(clip, "joint" if trains_text else "image", experiment.model, learn_scale)
+    if experiment.model.checkpointing:
+        model.recompute_blocks(clip, experiment.model.name)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """What the compiler can't do, in the user's terms."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--model.compile: torch.compile can't compile the towers here ({reason}): leave it out, or install what "
+            "is missing (a C++ compiler on CPUs, Triton on GPUs)"
+        ) from error
+
+
+def _precise(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def _cosines(feature_BD: Tensor, text_CD: Tensor | None, labels: Labels) -> dict[str, float]:
+    """Mean cosine of images of different items, and of an image and its caption."""
+    embedding_BD = F.normalize(feature_BD)
+    others_BB = labels.item[:, None] != labels.item
+    found = {"image_cosine": (embedding_BD @ embedding_BD.T)[others_BB].mean().item()}
+    if text_CD is not None and len(labels.captioned):
+        pairs = feature_BD[labels.captioned], text_CD[labels.caption]
+        found["image_text_cosine"] = F.cosine_similarity(*pairs).mean().item()
+    return found

@@ -1,0 +1,215 @@
+"""A checkpoint as a folder that any open_clip user can load, checked against the checkpoint before it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from clipfh import UserError, __version__
+from clipfh.config import experiment as config
+from clipfh.data.catalogue import SPLITS, Catalogue, open_catalogue
+from clipfh.model import checkpoint, onnx
+from clipfh.model import clip as model
+from clipfh.storage import run_folder as runs
+
+TOLERANCE = 1e-5
+ONNX = "onnx"
+TEXTS = ("a red dress", "Women's blouse. Cotton, with a V-neck and long sleeves.", "jeans")
+"""Words that the export and the checkpoint must embed alike."""
+
+Known = Mapping[str, Any]
+"""what a model card tells beside the settings, each where it is known: `catalogue` (path, hash, counts), `test` and
+`zero_shot` (figures), `val_mAP` and `start_val_mAP`, `warm_start`, `refit` (on train and validation items together)"""
+
+
+def export(
+    clip: nn.Module,
+    experiment: config.Experiment,
+    out: str | Path,
+    known: Known | None = None,
+    photos: Sequence[bytes] = (),
+    with_onnx: bool = False,
+) -> Path:
+    """Write the model as `open_clip.create_model_and_transforms("local-dir:OUT")` takes it.
+
+    Args:
+        clip: weights to export.
+        experiment: that made them.
+        out: folder to write; must not exist, or be empty.
+        known: for the model card.
+        photos: encoded images to check with, two or more; else noise is taken.
+        with_onnx: also write both towers as ONNX, into `OUT/onnx`.
+
+    Raises:
+        UserError: something is there already, or a library for ONNX is missing.
+    """
+    out, photos = Path(out), photos if len(photos) > 1 else _noise()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is not empty: remove it, or name another folder")
+    if with_onnx:
+        onnx.require()
+    clip = clip.cpu().eval()
+    with _whole_or_not_at_all(out) as folder:
+        settings = experiment.model
+        weights = {name: tensor.detach().contiguous() for name, tensor in clip.state_dict().items()}
+        save_file(weights, folder / checkpoint.EXPORTED)
+        (folder / model.CONFIG_FILE).write_text(model.open_clip_config(settings, model.preprocess_of(clip)))
+        (folder / runs.EXPERIMENT).write_text(config.to_json(experiment))
+        (folder / "README.md").write_text(card(experiment, known or {}, clip, with_onnx))
+        shutil.copymode(folder / "README.md", folder / checkpoint.EXPORTED)  # safetensors makes it ours alone
+        _check_parity(clip, folder, photos)
+        if with_onnx:
+            onnx.write(clip, settings, folder / ONNX, photos, TEXTS)
+    return out
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place only when the block ends well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as made:
+        folder = Path(made) / "export"
+        folder.mkdir()
+        yield folder
+        if out.exists():
+            out.rmdir()
+        shutil.move(folder, out)
+
+
+def photos_of(catalogue: Catalogue, count: int = 8) -> list[bytes]:
+    """Some photos of a catalogue, encoded."""
+    split = next(name for name in reversed(SPLITS) if catalogue.num_images(name))
+    return list(catalogue.images_at(catalogue.rows(split)["path"][:count].to_pylist()).values())
+
+
+def _noise(count: int = 4) -> list[bytes]:
+    """Encoded images of noise."""
+    encoded = []
+    for pixels in np.random.default_rng(0).integers(0, 256, (count, 300, 200, 3), dtype=np.uint8):
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, "PNG")
+        encoded.append(png.getvalue())
+    return encoded
+
+
+@torch.no_grad()
+def _check_parity(clip: Any, folder: Path, photos: Sequence[bytes]) -> None:
+    """Embeddings of the written folder equal the model's, by the folder's own preprocessing and tokenizer."""
+    name = f"local-dir:{folder}"
+    loaded, _, preprocess = model.library().create_model_and_transforms(name)
+    loaded.eval()
+    theirs = torch.stack([preprocess(Image.open(io.BytesIO(photo))) for photo in photos])
+    ours = onnx.pixel_values(photos, model.preprocess_of(clip))
+    tokens = model.library().get_tokenizer(name)(list(TEXTS))
+    pairs = (
+        (clip.encode_image(ours, normalize=True), loaded.encode_image(theirs, normalize=True)),
+        (clip.encode_text(tokens, normalize=True), loaded.encode_text(tokens, normalize=True)),
+    )
+    worst = max((one - other).abs().max().item() for one, other in pairs)
+    assert worst <= TOLERANCE, f"the export's embeddings differ from the checkpoint's by {worst:g}"
+
+
+# --- What is known of a model ----------------------------------------------------------------------------------------
+
+
+def known_of(weights: checkpoint.Weights) -> Known:
+    """What the folders around some weights tell of them: a sweep's summary, or a run's own account."""
+    folder = Path(weights.path)
+    summary, run = folder.parent / "summary.json", folder.parent.parent / "run.json"
+    if folder.name == "best" and summary.exists():
+        found = json.loads(summary.read_text())
+        return {**{key: found[key] for key in ("catalogue", "test", "zero_shot")}, **found.get("final", {})}
+    if not run.exists():
+        return {}
+    begun = json.loads(run.read_text())
+    catalogue = catalogue_of({"catalogue": {"path": begun["catalogue"], "hash": begun["hash"]}})
+    reached: Known = {key: weights.metrics[key] for key in ("val_mAP", "start_val_mAP") if key in weights.metrics}
+    return {"warm_start": begun["warm_start"], "catalogue": account(catalogue) if catalogue else {}, **reached}
+
+
+def catalogue_of(known: Known) -> Catalogue | None:
+    """The catalogue that a model was tuned on; None where it is no longer there, or no longer the same."""
+    told = known.get("catalogue") or {}
+    if not told or not (Path(told["path"]) / "catalogue.json").exists():
+        return None
+    catalogue = open_catalogue(told["path"])
+    return catalogue if catalogue.manifest["hash"] == told["hash"] else None
+
+
+def account(catalogue: Catalogue) -> dict[str, Any]:
+    """What a summary and a card tell of a catalogue."""
+    return {"path": str(catalogue.path), **{key: catalogue.manifest[key] for key in ("hash", "counts")}}
+
+
+# --- The model card --------------------------------------------------------------------------------------------------
+
+
+def card(experiment: config.Experiment, known: Known, clip: nn.Module, with_onnx: bool) -> str:
+    """The model card, `card.md` filled in: what it is, made of what, how good, how to use it, and its limits."""
+    start = known.get("warm_start") or model.weights_of(experiment.model)
+    reached = [known[key] for key in ("start_val_mAP", "val_mAP") if key in known]
+    pages = Environment(loader=PackageLoader("clipfh.model", ""), undefined=StrictUndefined, keep_trailing_newline=True)
+    pages.filters["plain"] = plain
+    return pages.get_template("card.md").render(
+        name=experiment.model.name,
+        version=__version__,
+        towers="image tower was" if experiment.stage == "image" else "image and text towers were",
+        start=f"the weights {plain(start)}" if start else "random weights",
+        is_untuned="test" in known and known["test"] == known["zero_shot"],
+        size=model.preprocess_of(clip).size,
+        context=model.tokenizer(experiment.model).context_length,
+        onnx={tower.encode.removeprefix("encode_"): tower for tower in onnx.TOWERS} if with_onnx else None,
+        catalogue=_data(known.get("catalogue") or {}),
+        refit=known.get("refit", False),
+        figures=_figures(known),
+        val_mAP=[f"{value:.3f}" for value in reached],
+        settings=config.flat(experiment).items(),
+    )
+
+
+def plain(value: object) -> str:
+    """A value that Markdown and HTML show as it is, on one line, also in a table."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"[\\`*_\[\]{}|#~$]", r"\\\g<0>", text)
+
+
+def _data(catalogue: Mapping[str, Any]) -> dict[str, str]:
+    """What the card tells of the catalogue; nothing where it is not known."""
+    if not catalogue:
+        return {}
+    counts = {n: f"{c['images']:,} photos of {c['items']:,} items" for n, c in catalogue["counts"].items()}
+    return {"name": Path(catalogue["path"]).name, "hash": catalogue["hash"][:12], **counts}
+
+
+def _figures(known: Known) -> dict[str, Any]:
+    """The table of the card; nothing where the test split was not measured."""
+    if "test" not in known:
+        return {}
+    before, after = known["zero_shot"], known["test"]
+    return {
+        "counts": f"{after['num_query']:,} queries and {after['num_gallery']:,} gallery photos",
+        "rows": [(label, _shown(before, key), _shown(after, key)) for key, label in SHOWN],
+    }
+
+
+SHOWN = (("mAP", "mAP"), ("rank1", "Rank-1"), ("rank5", "Rank-5"), ("rank10", "Rank-10"))
+
+
+def _shown(figures: Mapping[str, Any], key: str) -> str:
+    low, high = figures["intervals"][key]
+    return f"{figures[key]:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,0 +1,153 @@
+"""Both towers as ONNX files, checked in onnxruntime before they count as made."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipfh import UserError
+from clipfh.config import experiment as config
+from clipfh.data import images
+from clipfh.model import clip as model
+
+TOLERANCE = 1e-4
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+PREPROCESSOR = "preprocessor_config.json"
+LARGEST = 2**31 - 2**24
+"""Bytes of weights that fit into one protobuf file, with room for the graph; more lie beside it."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What an ONNX file is of, with the names that Hugging Face's models have."""
+
+    file: str
+    encode: str
+    takes: str
+    gives: str
+
+
+TOWERS = (
+    Tower("image.onnx", "encode_image", "pixel_values", "image_embeds"),
+    Tower("text.onnx", "encode_text", "input_ids", "text_embeds"),
+)
+
+
+def require() -> None:
+    """Raise UserError where a library that this needs is missing."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def write(clip: nn.Module, settings: config.Model, folder: Path, photos: Sequence[bytes], texts: Sequence[str]) -> None:
+    """Write `image.onnx`, `text.onnx` and `preprocessor_config.json`; both batches may have any length.
+
+    Args:
+        clip: the model, on the CPU.
+        settings: of the model.
+        folder: to write into.
+        photos: encoded images, two or more, that both must embed alike.
+        texts: the same.
+
+    Raises:
+        UserError: a library is missing.
+    """
+    require()
+    folder.mkdir(parents=True)
+    preprocess = model.preprocess_of(clip)
+    (folder / PREPROCESSOR).write_text(json.dumps(described(preprocess), indent=2) + "\n")
+    samples = (pixel_values(photos, preprocess), model.tokenizer(settings)(list(texts)))
+    for tower, sample in zip(TOWERS, samples, strict=True):
+        _write_tower(_Encoder(clip, tower.encode).eval(), tower, folder / tower.file, sample)
+
+
+class _Encoder(nn.Module):
+    """One tower, to unit embeddings."""
+
+    def __init__(self, clip: nn.Module, encode: str) -> None:
+        super().__init__()
+        self.clip, self.encode = clip, encode
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return F.normalize(getattr(self.clip, self.encode)(batch), dim=-1)
+
+
+@torch.no_grad()
+def _write_tower(encoder: _Encoder, tower: Tower, file: Path, sample: Tensor) -> None:
+    size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
+    with _quiet():
+        torch.onnx.export(
+            encoder,
+            (sample[:2],),  # of a batch of one the exporter would make a constant
+            file,
+            dynamo=True,
+            input_names=[tower.takes],
+            output_names=[tower.gives],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=size > LARGEST,
+            verbose=False,
+        )
+    for batch in (sample, sample[:1]):
+        worst = np.abs(run(file, batch.numpy()) - encoder(batch).numpy()).max()
+        assert worst <= TOLERANCE, f"{file.name}: embeddings differ from the checkpoint's by {worst:g}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter remarks on its own workings."""
+    logger = logging.getLogger("onnxscript")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def run(file: Path, batch: np.ndarray) -> np.ndarray:
+    """Unit embeddings (N, D) of a batch, by onnxruntime on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: batch})[0]
+
+
+def pixel_values(photos: Sequence[bytes], preprocess: images.Preprocess) -> Tensor:
+    """(N, 3, size, size) float32, normalised: what the image tower takes."""
+    pixels = np.stack([images.for_evaluation(photo, preprocess) for photo in photos])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
+    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def described(preprocess: images.Preprocess) -> dict[str, Any]:
+    """The preprocessing, as Hugging Face's CLIPImageProcessor has it in `preprocessor_config.json`."""
+    side, squash = {"height": preprocess.size, "width": preprocess.size}, preprocess.resize_mode == "squash"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": side if squash else {"shortest_edge": preprocess.size},
+        "resample": {"bilinear": 2, "bicubic": 3}[preprocess.interpolation],  # Pillow's numbers
+        "do_center_crop": not squash,
+        "crop_size": side,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+    }

@@ -1,0 +1,193 @@
+"""What models found for some of the queries, with pictures: which gained, which lost, which stay hard."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from clipfh import UserError
+from clipfh.data import images
+from clipfh.data.catalogue import GALLERY_OF, Catalogue, open_catalogue
+from clipfh.report.artifacts import Measured
+
+TOP = 10
+SIZE = (112, 150)
+"""Pictures fit into this: about twice what a screen shows."""
+QUALITY = 55
+
+
+@dataclass(frozen=True)
+class Find:
+    """A gallery image that a query found."""
+
+    path: str
+    is_right: bool
+    """of the item that was asked for"""
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """The first finds of one model for a query."""
+
+    model: str
+    precision: float
+    """average precision over the finds that are listed: a right image further down counts as not found"""
+    first: int | None
+    """place of the first right one; None where none is listed"""
+    listed: int
+    """how many finds are"""
+    finds: list[Find]
+
+
+@dataclass(frozen=True)
+class Query:
+    """A photo that asks, and what each model found."""
+
+    path: str
+    lines: list[Line]
+
+
+@dataclass(frozen=True)
+class Wall:
+    """Queries of one kind."""
+
+    title: str
+    meaning: str
+    queries: list[Query]
+
+
+def walls(models: Sequence[Measured]) -> tuple[list[Wall], dict[str, str]]:
+    """Telling queries, and the pictures of all photos in them: path to data URI.
+
+    Of two models those queries that gained and lost most, and in any case those that stay hard.
+
+    Raises:
+        UserError: predictions or a catalogue that are no longer there, or not the same for all models.
+    """
+    catalogue = _catalogue_of(models)
+    listed = [_Predictions(model) for model in models]
+    if any(each.paths != listed[0].paths for each in listed):
+        raise UserError("the models were asked different queries")
+    asked = set(listed[0].paths)
+    split = next(name for name in GALLERY_OF if asked & set(catalogue.rows(name)["path"].to_pylist()))
+    items, answers = _asked(catalogue, split, listed[0].paths)
+    precision = [each.precision(answers) for each in listed]
+    measure = f"AP@{max(each.rank.max() for each in listed)}"
+    chosen = _chosen([model.name for model in models], precision[0], precision[-1], items, measure)
+    shown = []
+    for words, own in chosen:
+        queries = [
+            Query(listed[0].paths[i], [p.line(i, float(ap[i])) for p, ap in zip(listed, precision, strict=True)])
+            for i in own
+        ]
+        shown += [Wall(*words, queries)] if queries else []
+    queries = [query for wall in shown for query in wall.queries]
+    found = [find.path for query in queries for line in query.lines for find in line.finds]
+    return shown, _pictures(catalogue, [*(query.path for query in queries), *found])
+
+
+def _catalogue_of(models: Sequence[Measured]) -> Catalogue:
+    """The one that all models' figures are of, if it is still what it was."""
+    for model in models:
+        if not model.predictions.is_file():
+            raise UserError(f"{model.predictions} is not there")
+        if not model.catalogue or model.catalogue["hash"] != models[0].catalogue["hash"]:
+            raise UserError("it is not known that the figures are of one and the same catalogue")
+    catalogue = open_catalogue(models[0].catalogue["path"])
+    if catalogue.manifest["hash"] != models[0].catalogue["hash"]:
+        raise UserError(f"{catalogue.path} has changed since the figures were made")
+    return catalogue
+
+
+class _Predictions:
+    """`predictions.parquet`: queries one after the other, and the finds of each by rank."""
+
+    def __init__(self, model: Measured) -> None:
+        table = pq.read_table(model.predictions)
+        self.model = model.name
+        self.gallery, self.similarity, self.match = (
+            table[name].to_numpy() for name in ("gallery", "similarity", "match")
+        )
+        self.rank = table["rank"].to_numpy()
+        self.starts = np.flatnonzero(self.rank == 1)
+        self.paths: list[str] = table["query"].take(self.starts).to_pylist()
+
+    def precision(self, answers: np.ndarray) -> np.ndarray:
+        """Average precision of each query, (Q,), by the finds that are listed; `answers`: how many there are."""
+        found = np.cumsum(self.match)
+        before = np.repeat((found - self.match)[self.starts], np.diff([*self.starts, len(found)]))
+        return np.add.reduceat(self.match * (found - before) / self.rank, self.starts) / np.maximum(answers, 1)
+
+    def line(self, i: int, precision: float) -> Line:
+        """What was found for a query."""
+        start, end = [*self.starts, len(self.rank)][i : i + 2]
+        right = np.flatnonzero(self.match[start:end])
+        first = int(right[0]) + 1 if len(right) else None
+        return Line(self.model, precision, first, int(end - start), self._finds(range(start, min(start + TOP, end))))
+
+    def _finds(self, rows: Iterable[int]) -> list[Find]:
+        return [Find(self.gallery[r], bool(self.match[r]), float(self.similarity[r])) for r in rows]
+
+
+Words = tuple[str, str]
+"""title and meaning"""
+
+
+def _chosen(
+    names: Sequence[str], before: np.ndarray, after: np.ndarray, items: Sequence[str], measure: str
+) -> list[tuple[Words, list[int]]]:
+    """Numbers of queries of each kind, no item twice."""
+    two, first, last = len(names) > 1, names[0], names[-1] or "all queries"
+    middle = abs(after - np.median(after))
+    kinds = [
+        (
+            ("Gained most", f"The largest gains in {measure} from {first} to {last}."),
+            before - after,
+            after > before,
+            5 * two,
+        ),
+        (
+            ("Lost most", f"The largest losses in {measure} from {first} to {last}."),
+            after - before,
+            after < before,
+            3 * two,
+        ),
+        (("Hardest", f"The lowest {measure} of {last}."), after, after < 1, 5),
+        (("Typical", "From the middle of the field."), middle, after >= 0, 4 * (not two)),
+    ]
+    taken: set[str] = set()
+    chosen = []
+    for words, order, fits, number in kinds:
+        ranked = [i for i in np.argsort(order, kind="stable").tolist() if fits[i]]
+        chosen.append((words, _of_different_items(ranked, number, items, taken)))
+    return chosen
+
+
+def _of_different_items(ranked: Iterable[int], number: int, items: Sequence[str], taken: set[str]) -> list[int]:
+    """The first of the ranked queries, none of an item that is taken already."""
+    own: list[int] = []
+    for i in ranked:
+        if len(own) < number and items[i] not in taken:
+            taken.add(items[i])
+            own.append(i)
+    return own
+
+
+def _asked(catalogue: Catalogue, split: str, paths: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The item of each query, and how many gallery images answer it."""
+    rows, gallery = catalogue.rows(split), catalogue.rows(GALLERY_OF[split])
+    item_of = dict(zip(rows["path"].to_pylist(), rows["item_id"].to_pylist(), strict=True))
+    number, also = Counter(gallery["item_id"].to_pylist()), set(gallery["path"].to_pylist())
+    # A query's own photo is no answer
+    return [item_of[path] for path in paths], np.array([number[item_of[path]] - (path in also) for path in paths])
+
+
+def _pictures(catalogue: Catalogue, paths: Iterable[str]) -> dict[str, str]:
+    """Small pictures of some images, as data URIs."""
+    found = catalogue.images_at(list(set(paths)))
+    return {path: images.thumbnail(encoded, *SIZE, QUALITY) for path, encoded in found.items()}

@@ -1,0 +1,349 @@
+"""What a person looks at: evaluations, runs and sweeps as one HTML page that needs no network and no script."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from clipfh import UserError, __version__
+from clipfh.config import experiment as config
+from clipfh.report import examples as finds
+from clipfh.report import model_charts as plots
+from clipfh.report import sweep_charts as searched
+from clipfh.report.artifacts import (
+    ZERO_SHOT,
+    Evaluation,
+    Figures,
+    Measured,
+    Part,
+    Run,
+    Shown,
+    Sweep,
+    gain,
+    known,
+    read,
+    short,
+    usual,
+)
+from clipfh.storage import store as files
+
+NONE = "–"
+RANKS = {f"rank{k}": f"Rank-{k}" for k in (1, 5, 10, 20, 30, 40, 50)}
+LABELS = {"mAP": "mAP", **RANKS, "mAP_at_R": "mAP@R", "mINP": "mINP"}
+CHARTED = {key: LABELS[key] for key in ("mAP", "rank1", "rank5", "rank10", "mAP_at_R", "mINP")}
+
+
+def write(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the page and return where it is.
+
+    Args:
+        paths: folders of evaluations, runs and sweeps; several are compared.
+        out: the file; by default `report.html` in the first folder.
+
+    Raises:
+        UserError: a folder that is none of these or can't be read, or a file that can't be written.
+    """
+    shown = [read(path) for path in paths]
+    own = [Path(path).resolve().name for path in paths]
+    names = own if len(set(own)) == len(own) else [str(path) for path in paths]
+    out = Path(out) if out else Path(paths[0]) / "report.html"
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: name a file with --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.write(out, page(names, shown))
+    except OSError as error:
+        raise UserError(f"{out} can't be written ({error.strerror}): name another file with --out") from error
+    return out
+
+
+def page(names: Sequence[str], shown: Sequence[Shown]) -> str:
+    """The whole file.
+
+    Args:
+        names: of the columns of the comparison.
+        shown: what to report, one or several.
+    """
+    words = Environment(
+        loader=PackageLoader("clipfh.report", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    words.filters |= {f.__name__: f for f in (score, count, duration, gap, short, with_interval, breakable)}
+    words.globals |= {"plots": plots, "searched": searched, "CHARTED": CHARTED, "NONE": NONE}
+    words.globals |= {f.__name__: f for f in (verdict, parts, variants, groups, measures, reranked, counted, compared)}
+    words.globals |= {f.__name__: f for f in (splits, wall, losses, meaning, space_of, command, manifest, cost)}
+    made = f"clipfh {__version__}, {datetime.now():%Y-%m-%d %H:%M}"
+    models = [
+        Measured(name, each.figures, each.models[-1].predictions, each.models[-1].catalogue)
+        for name, each in zip(names, shown, strict=True)
+        if each.models
+    ]
+    runs = [(name, each) for name, each in zip(names, shown, strict=True) if isinstance(each, Run)]
+    return words.get_template("report.html").render(names=names, shown=shown, models=models, runs=runs, made=made)
+
+
+# --- Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def score(value: object) -> str:
+    """A figure from 0 to 1: three digits everywhere."""
+    return f"{value:.3f}" if known(value) else NONE
+
+
+def count(value: object) -> str:
+    """12,612."""
+    return f"{value:,.0f}" if known(value) else NONE
+
+
+def duration(seconds: Any) -> str:  # noqa: ANN401
+    """42 s, 3 min 20 s, 2 h 05 min."""
+    if not known(seconds):
+        return NONE
+    minutes, rest = divmod(round(seconds), 60)
+    hours, part = divmod(minutes, 60)
+    return f"{hours:,} h {part:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def with_interval(figures: Figures, key: str) -> Markup:
+    """A figure and its 95% interval."""
+    ends = (figures.get("intervals") or {}).get(key)
+    interval = f" <small>[{score(ends[0])}, {score(ends[1])}]</small>" if ends else ""
+    return escape(score(figures.get(key))) + Markup(interval)
+
+
+def breakable(name: str) -> Markup:
+    """A setting's name, which may go on in the next line after a dot or an underscore."""
+    return Markup("<wbr>").join(re.findall(r"[^._]+[._]?", name))
+
+
+def gap(line: Mapping[str, Any], term: str) -> str:
+    """How far a loss term still is from its floor, as a share of the way from collapse."""
+    loss, floor, collapse = (line.get(f"{end}_{term}") for end in ("loss", "floor", "collapse"))
+    if not (known(loss) and known(floor) and known(collapse)) or collapse == floor:
+        return NONE
+    return f"{(loss - floor) / (collapse - floor):.0%}"  # type: ignore[operator]
+
+
+# --- Words -----------------------------------------------------------------------------------------------------------
+
+
+def verdict(shown: Shown) -> Markup:
+    """What came of it, in plain words."""
+    if isinstance(shown, Evaluation):
+        figures = shown.figures
+        return Markup("mAP {}, Rank-1 {}.").format(with_interval(figures, "mAP"), with_interval(figures, "rank1"))
+    return _of_run(shown) if isinstance(shown, Run) else _of_sweep(shown)
+
+
+def _of_run(run: Run) -> Markup:
+    end = ""
+    if run.diverged:
+        end = f" Diverged after {count(run.diverged.get('images'))} images: {run.diverged['diverged']}."
+    if not run.best:
+        return escape(f"No validation figure yet.{end}")
+    images, epochs = (run.settings[f"budget.{unit}"] for unit in ("images", "epochs"))
+    budget = f"{count(images)} images" if images else f"{short(epochs)} epochs"
+    best = f"Best validation mAP {score(run.val_mAP)}, after {count(run.best.get('images'))} images"
+    return escape(f"{best}; {count(run.reports[-1].get('images'))} seen of a budget of {budget}.{end}")
+
+
+def _of_sweep(sweep: Sweep) -> Markup:
+    if not sweep.summary:
+        return escape(_so_far(sweep))
+    before, after = (model.figures for model in sweep.models)
+    old, new = with_interval(before, "mAP"), with_interval(after, "mAP")
+    if sweep.best == ZERO_SHOT:
+        return Markup("Tuning made nothing better: zero-shot wins, with mAP {} on the test split.").format(old)
+    found = Markup("The winner, trial {}, finds the same item with mAP {} against {} zero-shot on the test split.{}")
+    return found.format(sweep.best, new, old, _caution(sweep))
+
+
+def _so_far(sweep: Sweep) -> str:
+    state = f"Not finished: running or broken off, with {sweep.num_ended} of {sweep.planned} trials ended."
+    if not sweep.best:
+        return f"{state} The leaderboard has no figure yet."
+    zero_shot = f"{score(sweep.zero_shot)} zero-shot"
+    leads = f"trial {sweep.best} leads with validation mAP {score(sweep.val_mAP)} against {zero_shot}"
+    leader = f"nothing beats the validation mAP of {zero_shot}" if sweep.best == ZERO_SHOT else leads
+    return f"{state} So far {leader}. The test split is left for the end."
+
+
+def _caution(sweep: Sweep) -> str:
+    """What must be said of the gain, or where there is none."""
+    before, after = (model.figures for model in sweep.models)
+    if not known(before.get("mAP")) or not known(after.get("mAP")):
+        return ""
+    if after["mAP"] <= before["mAP"]:
+        return " It was better on the validation items only."
+    return " " + _of_gain(sweep.summary.get("gain") or gain(*sweep.models))
+
+
+def _of_gain(found: Figures) -> str:
+    """Whether a gain may be chance, in words."""
+    if not found.get("interval"):
+        return "Whether the gain is chance can't be told: it is not known what each query scored."
+    low, high = found["interval"]
+    chance = ": it may be chance" if low <= 0 <= high else ""
+    return f"mAP changes by {found['mAP']:+.3f} [{low:+.3f}, {high:+.3f}] over the same queries{chance}."
+
+
+def compared(models: Sequence[Measured]) -> str:
+    """What the last of several models gains over the first."""
+    return f"From {models[0].name} to {models[-1].name}: {_of_gain(gain(models[0], models[-1]))}"
+
+
+# --- Parts of the figures --------------------------------------------------------------------------------------------
+
+
+def parts(models: Sequence[Measured], names: Mapping[str, str], where: str = "") -> list[Part]:
+    """Those of these parts that any model has a figure for; they lie in the figures, or in a part of these."""
+    within = [(model.figures.get(where) or {}) if where else model.figures for model in models]
+    found = [Part(label, [each.get(key) or {} for each in within]) for key, label in names.items()]
+    return [part for part in found if any(known(each.get("mAP")) for each in part.figures)]
+
+
+def variants(models: Sequence[Measured]) -> list[Part]:
+    """The same and other variants; none where there is but one, which would say what is said already."""
+    found = parts(models, {"same": "Same variant", "cross": "Other variants"}, "variant")
+    return found if len(found) > 1 else []
+
+
+def groups(models: Sequence[Measured], where: str) -> list[Part]:
+    """The groups of `by_category` or `by_gender`, the largest first; none where there is but one."""
+    names = {name: name or NONE for model in models for name in model.figures.get(where) or {}}
+    found = sorted(parts(models, names, where), key=lambda part: (-part.num_query, part.label))
+    return found if len(found) > 1 else []
+
+
+def measures(models: Sequence[Measured]) -> dict[str, str]:
+    """Label of each measure that any model has."""
+    return {key: label for key, label in LABELS.items() if any(known(m.figures.get(key)) for m in models)}
+
+
+def reranked(models: Sequence[Measured]) -> str:
+    """Which models' figures are re-ranked."""
+    return ", ".join(model.name or "the model" for model in models if model.figures.get("rerank"))
+
+
+def counted(models: Sequence[Measured]) -> str:
+    """How many images the figures are over."""
+    sizes = {tuple(count(m.figures.get(f"num_{key}")) for key in ("query", "gallery")) for m in models}
+    if len(sizes) > 1:
+        return "They do not rank the same images: compare them with care."
+    return " queries, ".join(sizes.pop()) + " gallery images."
+
+
+def splits(models: Sequence[Measured]) -> list[tuple[str, list[Figures]]]:
+    """Mean and deviation over random splits, a line a measure."""
+    found = [
+        (label, [(m.figures.get("random_splits") or {}).get(key) or {} for m in models])
+        for key, label in CHARTED.items()
+    ]
+    return [(label, each) for label, each in found if any(known(one.get("mean")) for one in each)]
+
+
+def wall(models: Sequence[Measured]) -> dict[str, Any]:
+    """Telling queries with what was found for them, or why there are none."""
+    try:
+        walls, pictures = finds.walls(models)
+    except UserError as error:
+        return {"walls": [], "pictures": {}, "missing": str(error)}
+    return {"walls": walls, "pictures": pictures, "missing": ""}
+
+
+# --- Parts of runs and sweeps ----------------------------------------------------------------------------------------
+
+
+def meaning() -> dict[str, str]:
+    """What each setting is."""
+    return {name: said for name, _, _, said in config.fields()}
+
+
+def space_of(sweep: Sweep) -> list[tuple[str, str, str]]:
+    """Each searched setting, where it was searched, and what the best trial has."""
+    best = sweep.winner.settings if sweep.winner else {}
+    rows = []
+    for name, found in sweep.search.items():
+        between = " to " if found.kind != "choice" else ", "
+        log = " (log)" if found.kind == "loguniform" else ""
+        off = "" if found.off is None else f", or {short(found.off)}"
+        where = between.join(map(short, found.values)) + log + off
+        rows.append((name, where, short(best[name]) if name in best else NONE))
+    return rows
+
+
+def command(sweep: Sweep) -> str:
+    """The command line that trains the winner's settings: those searched, and those that are not the usual ones.
+
+    Empty where there is no winner yet, or where it is the zero-shot model.
+    """
+    experiment = sweep.summary.get("experiment")
+    if not experiment or sweep.best == ZERO_SHOT:
+        return ""
+    return train_command(experiment, sweep.summary.get("searched") or ())
+
+
+def train_command(experiment: Mapping[str, Any], searched: Sequence[str]) -> str:
+    """The command line that trains these settings.
+
+    Args:
+        experiment: dotted settings.
+        searched: names to show in any case.
+    """
+    stage, by_default = experiment["stage"], usual(experiment)
+    told = {"model.name", *searched, *(n for n, value in experiment.items() if value != by_default.get(n))}
+    given = {n: str(v).lower() if isinstance(v, bool) else str(v) for n, v in experiment.items() if n in told}
+    options = (f"--{name} {shlex.quote(value)}" for name, value in given.items())
+    return " \\\n  ".join([f"clipfh train {stage} CATALOGUE --out DIR", *options])
+
+
+def manifest(sweep: Sweep) -> dict[str, Any]:
+    """What is known of the catalogue: its manifest where it is still there, or else what the summary tells."""
+    told: dict[str, Any] = dict(sweep.summary.get("catalogue") or {})
+    file = Path(told["path"]) / "catalogue.json" if told else Path()
+    if told and file.is_file():
+        found = json.loads(file.read_text())
+        if found.get("hash") == told["hash"]:
+            told |= found
+    return {"counts": {}, "shards": {}, "notes": [], "left_out": {"count": 0}} | told
+
+
+def cost(sweep: Sweep) -> dict[str, str]:
+    """What the sweep took."""
+    statuses = sweep.statuses
+    told = [f"{statuses[s]} {s}" for s in ("done", "stopped", "diverged", "failed", "running") if statuses[s]]
+    seconds = sum(trial.seconds for trial in sweep.trials)
+    images, final = sum(trial.images for trial in sweep.trials), list(sweep.final.values())
+    rows = {
+        "Trials": ", ".join(told) or NONE,
+        "Images seen by all trials": count(images),
+        "Time of all trials, added up": duration(seconds),
+    }
+    if final:
+        again = sum(each for each, _ in final), sum(each for _, each in final)
+        rows["Final runs"] = f"{len(final)}, the refit included" if "refit" in sweep.final else str(len(final))
+        rows["Images seen by final runs"], rows["Time of final runs, added up"] = count(again[0]), duration(again[1])
+        seconds += again[1]
+    if each := sweep.summary.get("resources"):
+        for kind in ("gpu", "cpu"):
+            if number := each["workers"] * each[f"{kind}s"]:
+                rows[f"{kind.upper()} hours of all workers"] = f"{number * seconds / 3600:,.2f}"
+    if sweep.summary:
+        rows["Time from start to end"] = duration(sweep.summary.get("seconds"))
+    return rows
+
+
+def losses(run: Run) -> list[tuple[str, Markup]]:
+    """A figure for each loss term."""
+    return [(term, plots.loss(run, term)) for term in run.terms]

@@ -1,0 +1,115 @@
+"""Embed a catalogue's images, and texts: in this process, or by Ray Data where a cluster has more to offer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from clipfh.config import cores
+from clipfh.config import experiment as config
+from clipfh.data import images
+from clipfh.data.catalogue import Catalogue
+from clipfh.model import clip as model
+
+BATCH = 128
+Progress = Callable[[int, int], None]
+
+enough_memory = model.enough_memory("see by nvidia-smi what else computes on it, or take a smaller --model")
+
+
+class Encoder(Protocol):
+    """A model to embed with."""
+
+    def images(self, catalogue: Catalogue, splits: Sequence[str], progress: Progress | None = None) -> Tensor:
+        """Unit embeddings of all images of some splits, (N, D) float32, in the order of `catalogue.rows`.
+
+        Args:
+            catalogue: to read; its images stream through memory.
+            splits: names of the splits.
+            progress: called with the number of images done and of all images.
+
+        Raises:
+            UserError: an empty split.
+        """
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings of texts, (C, D) float32."""
+
+
+def wants_cluster(address: str | None) -> bool:
+    """Whether to embed over a cluster: where one is named, or where this machine has several GPUs.
+
+    All else is done sooner in this process than a cluster is up: it decodes and computes on all cores, and feeds a GPU.
+    """
+    return bool(address or os.environ.get("RAY_ADDRESS")) or torch.cuda.device_count() > 1
+
+
+class InProcess:
+    """The encoder that embeds in this process. Threads decode the next images while the model embeds."""
+
+    def __init__(self, clip: nn.Module, settings: config.Model) -> None:
+        device = model.device(min(1, torch.cuda.device_count()))  # also one that does not work, as Ray does
+        self.settings, self.preprocess = settings, model.preprocess_of(clip)
+        self.towers = model.Towers(clip).to(device)
+        self.precision = model.precision(settings.precision, device)
+
+    @enough_memory
+    def images(self, catalogue: Catalogue, splits: Sequence[str], progress: Progress | None = None) -> Tensor:
+        catalogue.require(*splits)
+        total, done, parts = sum(map(catalogue.num_images, splits)), 0, []
+        encoded = (batch for split in splits for path in catalogue.shards(split) for batch in read(path))
+        with _all_cores(), ThreadPoolExecutor(cores.available()) as pool:
+            for pixels in _decoded(pool, encoded, self.preprocess):
+                parts.append(model.embed(self.towers, pixels, self.precision).cpu())
+                done += len(pixels)
+                if progress:
+                    progress(done, total)
+        return torch.cat(parts)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        tokens = model.tokenizer(self.settings)(list(texts))
+        with _all_cores():
+            return torch.cat(
+                [model.embed_text(self.towers, part, self.precision).cpu() for part in tokens.split(BATCH)]
+            )
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """torch computes with this process's share of the cores, and then as before."""
+    before = torch.get_num_threads()
+    with cores.Share() as share:
+        torch.set_num_threads(min(share.threads(), before))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def read(shard: os.PathLike | str) -> Iterator[pa.Array]:
+    """The encoded images of a shard, BATCH at a time."""
+    for part in pq.ParquetFile(shard).iter_batches(BATCH, columns=["image"]):
+        yield part["image"]
+
+
+def _decoded(
+    pool: ThreadPoolExecutor, encoded: Iterable[pa.Array], preprocess: images.Preprocess
+) -> Iterator[np.ndarray]:
+    """(n, size, size, 3) uint8 images of each batch, in order; one batch more is decoded while the caller works."""
+    waiting: deque[list[Future[np.ndarray]]] = deque()
+    for batch in encoded:
+        waiting.append([pool.submit(images.for_evaluation, each.as_py(), preprocess) for each in batch])
+        if len(waiting) > 1:
+            yield np.stack([future.result() for future in waiting.popleft()])
+    for last in waiting:
+        yield np.stack([future.result() for future in last])

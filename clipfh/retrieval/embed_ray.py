@@ -1,0 +1,108 @@
+"""Embed a catalogue's images, and texts, over all GPUs or CPUs of a Ray cluster, by Ray Data."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from torch import Tensor, nn
+
+from clipfh.cluster import resources as cluster
+from clipfh.config import experiment as config
+from clipfh.data import images
+from clipfh.data.catalogue import Catalogue
+from clipfh.model import clip as model
+from clipfh.retrieval import embed
+
+IMAGES_A_PROCESS = 512
+"""Fewer are embedded before another process has loaded torch and the model."""
+
+
+class _Embedder:
+    """A copy of the model, fed with batches of images or of tokens by Ray Data."""
+
+    @embed.enough_memory
+    def __init__(self, clip: Any, precision: str, gpus: int = 0) -> None:
+        device = model.device(gpus)
+        self.towers = model.Towers(ray.get(clip)).to(device).eval()
+        self.precision = model.precision(precision, device)
+
+    @embed.enough_memory
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if "image" in batch:
+            embedding = model.embed(self.towers, batch["image"], self.precision)
+        else:
+            embedding = model.embed_text(self.towers, torch.from_numpy(batch["tokens"]).long(), self.precision)
+        return {"embedding": embedding.cpu().numpy()}
+
+
+_embedder = functools.lru_cache(maxsize=1)(_Embedder)
+
+
+def _embed_on_cpu(batch: Any, clip: Any, precision: str) -> Any:
+    """The same in a task: processes that have torch loaded serve one dataset after another."""
+    return _embedder(clip, precision)(batch)
+
+
+class Encoder:
+    """The `embed.Encoder` whose model lies in Ray's object store, for all processes that embed."""
+
+    def __init__(self, clip: nn.Module, settings: config.Model) -> None:
+        self.settings, self.preprocess = settings, model.preprocess_of(clip)
+        self.clip = ray.put(clip)  # Ray copies what it holds: the caller's model stays as it is
+
+    def images(self, catalogue: Catalogue, splits: Sequence[str], progress: embed.Progress | None = None) -> Tensor:
+        catalogue.require(*splits)
+        paths = [str(path) for split in splits for path in catalogue.shards(split)]
+        total = sum(map(catalogue.num_images, splits))
+        at_once = min(len(paths), cluster.at_work(), math.ceil(total / IMAGES_A_PROCESS))
+        # Not `read_parquet`, which starts some ten processes more to look into a handful of files
+        shards = ray.data.from_items([{"shard": path} for path in paths], override_num_blocks=len(paths))
+        decoded = _in_tasks(shards, _decode, None, 0.5, at_once, preprocess=self.preprocess)
+        done, parts = 0, []
+        for part in self._run(decoded, at_once):
+            parts.append(part)
+            done += len(part)
+            if progress:
+                progress(done, total)
+        return torch.cat(parts)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        tokens = model.tokenizer(self.settings)(list(texts)).numpy().astype(np.int32)
+        return torch.cat(list(self._run(ray.data.from_numpy(tokens).rename_columns({"data": "tokens"}), at_once=1)))
+
+    def _run(self, rows: ray.data.Dataset, at_once: int) -> Iterator[Tensor]:
+        """Embeddings of the dataset's rows, in its order. On CPUs so many processes take part."""
+        rows.context.execution_options.preserve_order = True
+        rows.context.enable_progress_bars = False
+        arguments = {"clip": self.clip, "precision": self.settings.precision}
+        gpus = int(cluster.most().get("GPU", 0))
+        if gpus:
+            pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)
+            how: dict[str, Any] = {"fn_constructor_kwargs": {**arguments, "gpus": 1}, "compute": pool, "num_gpus": 1}
+            embedded = rows.map_batches(_Embedder, batch_size=embed.BATCH, **how)
+        else:
+            embedded = _in_tasks(rows, _embed_on_cpu, embed.BATCH, 1, at_once, **arguments)
+        for batch in embedded.iter_batches(batch_format="numpy"):
+            yield torch.from_numpy(batch["embedding"].copy())
+
+
+def _in_tasks(
+    rows: ray.data.Dataset, function: Any, size: int | None, cpus: float, at_once: int, **arguments: Any
+) -> ray.data.Dataset:
+    """Batches of so many rows, or blocks, mapped by tasks, so many at once, whose processes serve other tasks too."""
+    how: dict[str, Any] = {"num_cpus": cpus, "runtime_env": cluster.first_calling("")}
+    return rows.map_batches(function, batch_size=size, fn_kwargs=arguments, concurrency=at_once, **how)
+
+
+def _decode(batch: Any, preprocess: images.Preprocess) -> Any:
+    """The images of some shards, a part at a time."""
+    for shard in batch["shard"]:
+        for encoded in embed.read(shard):
+            yield {"image": np.stack([images.for_evaluation(each.as_py(), preprocess) for each in encoded])}

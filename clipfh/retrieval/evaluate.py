@@ -1,0 +1,266 @@
+"""Embed a query and a gallery split, rank them, and write the figures and the predictions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from clipfh import UserError, __version__
+from clipfh.config import experiment as config
+from clipfh.data.catalogue import Catalogue
+from clipfh.model import clip as model
+from clipfh.retrieval import embed, metrics
+from clipfh.retrieval import embedding_file as embeddings
+from clipfh.retrieval import rerank as reranking
+from clipfh.storage import store as files
+
+IMAGES, TEXTS = "embeddings.parquet", "prompts.parquet"
+QUERIES = "queries.parquet"
+TOP = 50
+"""Gallery images that `predictions.parquet` lists for each query."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of a query and a gallery split, with their rows in the catalogue."""
+
+    query: metrics.Embeddings
+    gallery: metrics.Embeddings
+    query_rows: pa.Table
+    gallery_rows: pa.Table
+    captions: metrics.Captions | None
+    """of the items that have a prompt"""
+    prompts: list[str]
+    """the captions, in their order"""
+
+    @property
+    def both(self) -> metrics.Embeddings:
+        """Query and gallery as one."""
+        return self.query.join(self.gallery)
+
+
+def embed_splits(
+    catalogue: Catalogue,
+    splits: tuple[str, str],
+    clip: nn.Module,
+    settings: config.Model,
+    prompts: dict[str, str],
+    progress: embed.Progress | None = None,
+) -> Embedded:
+    """Embed a query and a gallery split, and the prompts of their items, by the encoder of `choose_encoder`.
+
+    Args:
+        catalogue: to read.
+        splits: names of the query and the gallery split.
+        clip: the model.
+        settings: of the model.
+        prompts: item to prompt; items without one are left out of text retrieval.
+        progress: called with the number of images done and of all images.
+
+    Raises:
+        UserError: an empty split.
+    """
+    encode, distinct = choose_encoder(clip, settings), distinct_prompts(catalogue, splits, prompts)
+    embedding = encode.images(catalogue, splits, progress)
+    return _assembled(catalogue, splits, prompts, embedding, encode.texts(distinct) if distinct else None)
+
+
+def choose_encoder(clip: nn.Module, settings: config.Model) -> embed.Encoder:
+    """An encoder of this process, or over the cluster that it is connected to, unless that is this machine's CPUs."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        from clipfh.cluster import resources as cluster
+        from clipfh.retrieval import embed_ray
+
+        if not cluster.is_this_machines_cpus():
+            return embed_ray.Encoder(clip, settings)
+    return embed.InProcess(clip, settings)
+
+
+def _assembled(
+    catalogue: Catalogue, splits: tuple[str, str], prompts: dict[str, str], images: Tensor, texts: Tensor | None
+) -> Embedded:
+    """The embeddings of the splits' images and of their distinct prompts, with what they are of."""
+    tables = [catalogue.rows(split) for split in splits]
+    codes = _codes(tables)
+    rows = metrics.Embeddings(images, *(torch.from_numpy(c) for c in codes))
+    query, gallery = torch.arange(len(images)).split([table.num_rows for table in tables])
+    captions, distinct = None, distinct_prompts(catalogue, splits, prompts)
+    if texts is not None:
+        code_of = dict(zip(_column(tables, "item_id"), codes[0].tolist(), strict=True))
+        row_of = {text: row for row, text in enumerate(distinct)}
+        pairs = [(code, row_of[prompts[name]]) for name, code in code_of.items() if name in prompts]
+        captions = metrics.Captions(texts, *torch.tensor(pairs).T)
+    return Embedded(rows.select(query), rows.select(gallery), tables[0], tables[1], captions, distinct)
+
+
+def distinct_prompts(catalogue: Catalogue, splits: Sequence[str], prompts: dict[str, str]) -> list[str]:
+    """Each prompt of the splits' items once, sorted: the rows of the embedded captions."""
+    items = _column([catalogue.rows(split) for split in splits], "item_id")
+    return sorted({prompts[name] for name in items if name in prompts})
+
+
+def prompted(catalogue: Catalogue, splits: Sequence[str], prompts: dict[str, str]) -> pa.Table:
+    """item_id, path, split and prompt of each image of some splits, in the order of `embed.Encoder.images`."""
+    rows = pa.concat_tables(catalogue.rows(split).select(["item_id", "path", "split"]) for split in splits)
+    return rows.append_column("prompt", pa.array(map(prompts.get, rows["item_id"].to_pylist()), pa.string()))
+
+
+def _codes(tables: Sequence[pa.Table]) -> list[np.ndarray]:
+    """Codes of item, (item, variant) and path over the rows of all tables; no variant known is a variant of its own."""
+    item, variant, path = (_column(tables, name) for name in ("item_id", "variant", "path"))
+    pair = [f"{i} {v}" for i, v in zip(item, variant, strict=True)]
+    return [np.unique(names, return_inverse=True)[1] for names in (item, pair, path)]
+
+
+def _column(tables: Sequence[pa.Table], name: str) -> list[str]:
+    return [value for table in tables for value in table[name].to_pylist()]
+
+
+def fingerprint(
+    catalogue: Catalogue, splits: Sequence[str], clip: nn.Module, settings: config.Model, prompts: dict[str, str]
+) -> str:
+    """A hash of all that embeddings depend on: the model, the images of the splits, prompts."""
+    texts = distinct_prompts(catalogue, splits, prompts)
+    of = [__version__, catalogue.manifest["hash"], list(splits), texts, model.identity(clip, settings)]
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()
+
+
+def keep(folder: str | Path, mark: str, embedded: Embedded) -> None:
+    """Leave the embeddings in a folder, with the fingerprint of what they were made of."""
+    rows = pa.concat_tables([embedded.query_rows, embedded.gallery_rows]).select(["path", "item_id", "split"])
+    if embedded.captions is not None:
+        texts = pa.table({"prompt": embedded.prompts})
+        embeddings.write(Path(folder) / TEXTS, texts, embedded.captions.embedding, mark)
+    embeddings.write(Path(folder) / IMAGES, rows, embedded.both.embedding, mark)
+
+
+def kept(
+    folder: str | Path, mark: str, catalogue: Catalogue, splits: tuple[str, str], prompts: dict[str, str]
+) -> Embedded | None:
+    """What `keep` left in a folder; None where that is nothing, or was made of anything else."""
+    images, texts = (_read(Path(folder) / name, mark) for name in (IMAGES, TEXTS))
+    lacking = texts is None and distinct_prompts(catalogue, splits, prompts)
+    return None if images is None or lacking else _assembled(catalogue, splits, prompts, images, texts)
+
+
+def _read(file: Path, mark: str) -> Tensor | None:
+    """The embeddings in a file; None where there is none or its mark is another."""
+    return embeddings.read(file)[1] if file.exists() and embeddings.mark_of(file) == mark else None
+
+
+def measure(
+    out: str | Path, embedded: Embedded, random_splits: int, skip_unmatched: bool = False, rerank: bool = False
+) -> dict[str, Any]:
+    """Work out the `figures`, re-ranked if asked, and `write` them; returns them. UserError: as `figures`."""
+    similarity = reranking.reranked(embedded.query, embedded.gallery) if rerank else None
+    found, scores = judge(embedded, random_splits, skip_unmatched, similarity)
+    found["rerank"] = {"k1": reranking.K1, "k2": reranking.K2, "lambda": reranking.LAMBDA} if rerank else None
+    write(out, found, embedded, scores, similarity)
+    return found
+
+
+def figures(embedded: Embedded, random_splits: int, skip_unmatched: bool = False) -> dict[str, Any]:
+    """All that `metrics.json` holds, by the cosine. UserError: as `judge`."""
+    return judge(embedded, random_splits, skip_unmatched)[0]
+
+
+def judge(
+    embedded: Embedded, random_splits: int, skip_unmatched: bool = False, similarity: metrics.Similarity | None = None
+) -> tuple[dict[str, Any], metrics.Scores]:
+    """All that `metrics.json` holds, null where there is nothing to score; and what each query scored.
+
+    Args:
+        embedded: query and gallery.
+        random_splits: how many; 0 leaves them out.
+        skip_unmatched: leave out, and count, queries without another image of their item in the gallery.
+        similarity: of queries and gallery, in place of the cosine. Random splits and texts keep the cosine.
+
+    Raises:
+        UserError: a query without such an image, unless skipped.
+    """
+    query, gallery = embedded.query, embedded.gallery
+    scores = metrics.score(query, gallery, skip_unmatched=True, similarity=similarity)
+    overall = scores[0]
+    if not skip_unmatched:
+        _require_matched(overall, embedded.query_rows)
+    found = {**metrics.summary(overall), "cmc": metrics.cmc(overall)}
+    found["variant"] = {"same": metrics.summary(scores[1]), "cross": metrics.summary(scores[2])}
+    for group in ("category", "gender"):
+        found[f"by_{group}"] = metrics.by_group(overall, embedded.query_rows[group].to_pylist())
+    found["random_splits"] = metrics.random_splits(embedded.both, random_splits) if random_splits else None
+    return {**found, **_text_figures(embedded)}, overall
+
+
+def _require_matched(scores: metrics.Scores, rows: pa.Table) -> None:
+    lonely = scores.first.isnan().nonzero().flatten().tolist()
+    if lonely:
+        raise UserError(
+            f"{len(lonely):,} of {rows.num_rows:,} queries have no other image of their item in the gallery (the first "
+            f"is {rows['path'][lonely[0]].as_py()}): mend the source's splits, or leave them out with --skip-unmatched"
+        )
+
+
+def _text_figures(embedded: Embedded) -> dict[str, Any]:
+    if embedded.captions is None:
+        return {"text_to_image": None, "image_to_text": None}
+    captioned = embedded.query.select(torch.isin(embedded.query.item, embedded.captions.item))
+    return {
+        "text_to_image": metrics.text_to_image(embedded.captions, embedded.gallery),
+        "image_to_text": metrics.image_to_text(captioned, embedded.captions) if len(captioned) else None,
+    }
+
+
+def write(
+    out: str | Path,
+    found: dict[str, Any],
+    embedded: Embedded,
+    scores: metrics.Scores,
+    similarity: metrics.Similarity | None = None,
+) -> None:
+    """`metrics.json`, `predictions.parquet` (query, rank, gallery, similarity, match: the TOP of each query) and
+    `queries.parquet` (query, item_id, AP over the whole gallery)."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = predictions(embedded, similarity=similarity)
+    pq.write_table(listed, folder / "predictions.parquet", compression="zstd")
+    asked = embedded.query_rows.select(["path", "item_id"]).rename_columns(["query", "item_id"])
+    pq.write_table(asked.append_column("AP", pa.array(scores.values[:, 0].numpy())), folder / QUERIES)
+    files.write(folder / "metrics.json", json.dumps(found, indent=2) + "\n")
+
+
+def predictions(embedded: Embedded, top: int = TOP, similarity: metrics.Similarity | None = None) -> pa.Table:
+    """The first `top` gallery images of each query, without its own photo, in the order that metrics rank by."""
+    query, gallery = embedded.query, embedded.gallery
+    column, value = metrics.nearest(query, gallery, top, similarity)
+    listed = column >= 0
+    row = torch.arange(len(query))[:, None].expand_as(column)
+    rank = torch.arange(1, column.shape[1] + 1).expand_as(column)
+    return pa.table(
+        {
+            "query": embedded.query_rows["path"].take(pa.array(row[listed].numpy())),
+            "rank": rank[listed].int().numpy(),
+            "gallery": embedded.gallery_rows["path"].take(pa.array(column[listed].numpy())),
+            "similarity": value[listed].numpy(),
+            "match": (query.item[row[listed]] == gallery.item[column[listed]]).numpy(),
+        }
+    )
+
+
+def splits_of(name: str) -> tuple[str, str]:
+    """Query and gallery split of `test` or `val`."""
+    pairs = {"test": ("query", "gallery"), "val": ("val_query", "val_gallery")}
+    if name not in pairs:
+        raise UserError(f"--split must be test or val, not {name}")
+    return pairs[name]

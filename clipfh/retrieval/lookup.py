@@ -1,0 +1,177 @@
+"""Find a photo or some words in a file of embeddings. Nothing of Ray: a search is one product with a matrix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jinja2 import Environment, PackageLoader
+from torch import Tensor, nn
+
+from clipfh import UserError, __version__
+from clipfh.config import experiment as config
+from clipfh.data import catalogue, images
+from clipfh.model import checkpoint
+from clipfh.model import clip as model
+from clipfh.retrieval import embedding_file as embeddings
+from clipfh.retrieval import metrics
+
+THUMBNAIL = (320, 440)
+"""Pixels that a picture on the page fits into: about twice what a screen shows."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """An opened file of embeddings."""
+
+    file: Path
+    rows: pa.Table
+    """item_id, path, split and prompt of N images"""
+    embedding: Tensor
+    """(N, D) float32, unit norm"""
+    made: dict[str, Any]
+    """of which model and catalogue, as `mark` has it"""
+
+
+@dataclass(frozen=True)
+class Find:
+    """An image that was found."""
+
+    similarity: float
+    item_id: str
+    path: str
+
+
+def mark(clip: nn.Module, experiment: config.Experiment, weights: str, of: catalogue.Catalogue) -> str:
+    """What a file of embeddings keeps of where it comes from, as JSON.
+
+    Args:
+        clip: the model.
+        experiment: of the model.
+        weights: where they lie; empty for those that the experiment itself starts from.
+        of: the catalogue.
+    """
+    source = {"path": str(of.path), "hash": of.manifest["hash"], "image_size": of.manifest["settings"]["image_size"]}
+    return json.dumps(
+        {
+            "clipfh": __version__,
+            "model": model.identity(clip, experiment.model),
+            "weights": str(Path(weights).absolute()) if weights else "",
+            "experiment": config.to_json(experiment),
+            "catalogue": source,
+        }
+    )
+
+
+def load(file: str | Path) -> Index:
+    """Open what `clipfh embed` wrote. UserError: it is not there, or something else."""
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"--embeddings {file}: no such file: make one with clipfh embed CATALOGUE --out {file.name}")
+    made = _made(embeddings.mark_of(file))
+    if made is None:
+        raise UserError(f"{file} is no file of clipfh embed: make one with clipfh embed CATALOGUE --out {file.name}")
+    return Index(file, *embeddings.read(file), made)
+
+
+def _made(mark: str | None) -> dict[str, Any] | None:
+    """The parsed mark; None where it is another's, such as the fingerprint that an evaluation leaves."""
+    return json.loads(mark) if mark and mark.startswith("{") else None
+
+
+def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, config.Model]:
+    """The model that made the embeddings, and its settings.
+
+    Args:
+        index: the embeddings.
+        path: where the model's weights lie, if no longer where they were.
+
+    Raises:
+        UserError: it is gone, or is not the same any more.
+    """
+    experiment = config.from_json(index.made["experiment"], str(index.file))
+    where = path or index.made["weights"]
+    if where and not Path(where).exists():
+        raise UserError(f"the model of {index.file} is no longer at {where}: say where by --checkpoint, or embed again")
+    clip = (
+        model.with_weights(experiment.model, checkpoint.load(where).state, where)
+        if where
+        else model.initial(experiment.model, experiment.seed)
+    )
+    if model.identity(clip, experiment.model) != index.made["model"]:
+        raise UserError(
+            f"{index.file} was embedded with another model than {where or experiment.model.name}: give that one by "
+            "--checkpoint, or embed again"
+        )
+    return clip, experiment.model
+
+
+def embed_photo(index: Index, clip: nn.Module, settings: config.Model, file: str | Path) -> Tensor:
+    """Unit embedding (D,) of a photo, taken in as the catalogue's own were. UserError: it can't be read."""
+    photo = catalogue.photo(file, index.made["catalogue"]["image_size"])
+    pixels = images.for_evaluation(photo, model.preprocess_of(clip))
+    return model.embed(_towers(clip), np.stack([pixels]), model.precision(settings.precision, model.device()))[0].cpu()
+
+
+def embed_words(clip: nn.Module, settings: config.Model, words: str) -> Tensor:
+    """Unit embedding (D,) of some words."""
+    tokens = model.tokenizer(settings)([words])
+    return model.embed_text(_towers(clip), tokens, model.precision(settings.precision, model.device()))[0].cpu()
+
+
+def _towers(clip: nn.Module) -> model.Towers:
+    return model.Towers(clip).to(model.device()).eval()
+
+
+def nearest(index: Index, query: Tensor, top: int) -> list[Find]:
+    """The `top` images of greatest cosine with the query (D,), nearest first; of equal ones the earlier first."""
+    row, similarity = (part[0].tolist() for part in metrics.largest((index.embedding @ query)[None], top))
+    found = index.rows.take(row)
+    return [
+        Find(*each) for each in zip(similarity, found["item_id"].to_pylist(), found["path"].to_pylist(), strict=True)
+    ]
+
+
+def write_page(out: str | Path, index: Index, asked: str, photo: Path | None, found: Sequence[Find]) -> None:
+    """One HTML file, without network or script: what was asked for, and pictures of what was found.
+
+    Args:
+        out: the file.
+        index: the embeddings.
+        asked: the words, or the photo's name.
+        photo: the photo that asks; None for words.
+        found: nearest first.
+
+    Raises:
+        UserError: the catalogue is gone or has changed.
+    """
+    source = index.made["catalogue"]
+    pictures = _catalogue_of(index).images_at([find.path for find in found])
+    shown = [(find, images.thumbnail(pictures[find.path], *THUMBNAIL)) for find in found]
+    query = images.thumbnail(catalogue.photo(photo, source["image_size"]), *THUMBNAIL) if photo else None
+    pages = Environment(loader=PackageLoader("clipfh.retrieval", ""), autoescape=True)
+    text = pages.get_template("search.html").render(
+        asked=asked, query=query, shown=shown, count=len(index.embedding), catalogue=source["path"], version=__version__
+    )
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+
+
+def _catalogue_of(index: Index) -> catalogue.Catalogue:
+    """The catalogue that was embedded, if it is still what it was."""
+    source = index.made["catalogue"]
+    if not Path(source["path"]).is_dir():
+        raise UserError(
+            f"the pictures are in the catalogue {source['path']}, which is gone: put it back, or embed it where it is "
+            "now; without --html the search works as it is"
+        )
+    opened = catalogue.open_catalogue(source["path"])
+    if opened.manifest["hash"] != source["hash"]:
+        raise UserError(f"{opened.path} has changed since {index.file} was made: run clipfh embed again")
+    return opened

@@ -1,0 +1,242 @@
+"""What a sweep will take, from a few real steps on made-up images: time, memory, and the largest batch that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import resource
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import psutil
+import torch
+
+from clipfh.config import experiment as config
+from clipfh.config.sweep_file import Sweep
+from clipfh.data import sampler as batches
+from clipfh.data.catalogue import Catalogue
+from clipfh.learn.learner import Captions, Learner
+from clipfh.model import clip as model
+from clipfh.retrieval import embed
+from clipfh.train import inputs as train
+
+SMALL, LARGE = 8, 32
+"""Images of the two batches by which memory is measured, VIEWS of each item."""
+VIEWS = 2
+STEPS = 2
+"""Steps that are timed, after one that is not."""
+MARGIN = 0.9
+"""Share of the memory to count on: the rest goes to fragments, and to batches with more distinct prompts."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A training step on one device."""
+
+    device: str
+    rate: float
+    """images per second"""
+    image: float
+    """bytes that each image of a batch takes at the peak"""
+    rest: float
+    """bytes that a step takes beside"""
+    memory: float
+    """bytes for a worker to take"""
+    weights: float = 0.0
+    """bytes on disk of a model's weights, raw and averaged"""
+    checkpoint: float = 0.0
+    """the same with the optimizer's state"""
+
+    @property
+    def images(self) -> int:
+        """Images of the largest batch that fits, or of the largest chunk."""
+        return max(0, int((self.memory - self.rest) / self.image))
+
+
+@embed.enough_memory
+def measure(
+    catalogue: Catalogue,
+    experiment: config.Experiment,
+    threads: int = 0,
+    gpus: float | None = None,
+    workers: int = 1,
+) -> Measured:
+    """Train some steps here. Peaks of memory only grow, so the small batch is first.
+
+    The speed of a GPU is that of a batch like the experiment's, or of the largest that fits: a small one would only
+    show how fast its work is handed over.
+
+    `gpus` is what this process was given, as `model.device` takes it; a run has so many `workers`.
+
+    Raises:
+        UserError: weights or prompts that do not fit.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    device, index = model.device(gpus), _index(catalogue)
+    batches.plan_of(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)  # says what does not fit
+    captions, _ = train.captions_of(catalogue, index.names, experiment, "train")
+    make = functools.partial(_learner, experiment, index, captions, device)
+    memory, peaks, seconds = _memory(device, gpus), [], 0.0
+    for images in (SMALL, LARGE):
+        gc.collect()  # the learner before would count as this one's
+        seconds, sizes = _timed(make(images, 0), images)
+        peaks.append(_peak(device))
+    image = max(1.0, (peaks[1] - peaks[0]) / (LARGE - SMALL))
+    if device.type == "cuda":
+        memory = _memory(device, gpus)  # now that all of the context is there
+    found = Measured(str(device), LARGE / seconds, image, peaks[0] - SMALL * image, memory, *sizes)
+    if device.type != "cuda":
+        return found
+    chunk, wanted = experiment.batch.chunk, experiment.batch.images // workers
+    images = max(LARGE, (wanted if chunk else min(wanted, found.images)) // VIEWS * VIEWS)
+    return dataclasses.replace(found, rate=images / _timed(make(images, chunk), images)[0])
+
+
+def _index(catalogue: Catalogue) -> batches.Index:
+    return batches.index_of(catalogue.rows("train"), np.array([catalogue.num_images("train")]))
+
+
+def epoch(catalogue: Catalogue, experiment: config.Experiment) -> int:
+    """Images in a pass over all that is trained on."""
+    index = _index(catalogue)
+    return batches.budget_of(experiment, len(index.item), index.num_single).epoch
+
+
+def _learner(
+    experiment: config.Experiment,
+    index: batches.Index,
+    captions: Captions,
+    device: torch.device,
+    images: int,
+    chunk: int,
+) -> Learner:
+    """A learner of so many images a step, whatever the catalogue has."""
+    batch = dataclasses.replace(experiment.batch, items=images // VIEWS, views=VIEWS, chunk=chunk, categories=0)
+    small = dataclasses.replace(experiment, batch=batch)
+    return Learner(small, train.start_of(small), index, captions, device)
+
+
+def _timed(learner: Learner, images: int) -> tuple[float, tuple[float, float]]:
+    """Seconds of a steady step, and bytes on disk of the learner's weights and of its checkpoints."""
+    size = model.preprocess_of(learner.clip).size
+    pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
+    rows = np.resize(np.argsort(learner.index.item, kind="stable"), images)  # photos of an item side by side
+    learner.train_step(rows, pixels)
+    _wait(learner.device)
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        learner.train_step(rows, pixels)
+    _wait(learner.device)
+    return (time.perf_counter() - start) / STEPS, on_disk(learner)
+
+
+def on_disk(learner: Learner) -> tuple[float, float]:
+    """Bytes of a learner's weights, raw and averaged, and of a checkpoint, which has AdamW's two moments too."""
+
+    def size(tensors: Iterable[torch.Tensor]) -> float:
+        return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+    averaged = learner.average.weights.values() if learner.experiment.optimizer.ema else ()
+    weights = size(learner.clip.state_dict().values()) + size(averaged)
+    trained = size(p for group in learner.optimizer.param_groups for p in group["params"] if p.requires_grad)
+    return weights, weights + 2 * trained + size(learner.objective.state_dict().values())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak(device: torch.device) -> float:
+    """Most bytes held so far."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def _memory(device: torch.device, gpus: float | None) -> float:
+    """Bytes for a worker to count on: its share of the GPU without what CUDA itself takes, or what the machine has."""
+    if device.type != "cuda":
+        return MARGIN * psutil.virtual_memory().available
+    free, total = torch.cuda.mem_get_info()
+    taken = total - free - torch.cuda.memory_reserved()  # by the context, and by others
+    return MARGIN * (total * min(1.0, gpus or 1.0) - taken)
+
+
+def told(sweep: Sweep, measured: Measured, epoch: int, at_once: int = 1) -> str:
+    """The estimate for a person. `epoch`: images in a pass over all that is trained on; `at_once`: trials."""
+    budget = sweep.experiment(sweep.first).budget
+    most = budget.images or int(budget.epochs * epoch)
+    seen = images_of_a_trial(sweep, most)
+    hours = sweep.trials * seen / measured.rate / 3600
+    again = sweep.final.top * sweep.final.seeds + sweep.final.refit
+    lines = [
+        f"{sweep.trials} trials of {most:,} images at most" + (f", {seen:,.0f} on average" if seen < most else ""),
+        f"measured on {measured.device}: {measured.rate:,.0f} images/s, {measured.image / 2**20:.1f} MiB an image and "
+        f"{measured.rest / 2**30:.1f} GiB beside, of {measured.memory / 2**30:.1f} GiB to count on",
+        *_batches(sweep, measured),
+        f"about {_time(hours)} of one worker like this one, which trials at once share out; starts, validations and "
+        "checkpoints come on top",
+        _disk(sweep, measured, at_once),
+    ]
+    if again:
+        lines.insert(3, f"then {again} runs of {most:,} images: about {_time(again * most / measured.rate / 3600)}")
+    return "\n".join(lines)
+
+
+def images_of_a_trial(sweep: Sweep, most: float) -> float:
+    """Images that a trial sees on average: one in `reduction` goes on from each rung."""
+    rung, share, seen, before = float(sweep.halving.first_rung), 1.0, 0.0, 0.0
+    while rung and rung < most:
+        seen, before = seen + share * (rung - before), rung
+        rung, share = rung * sweep.halving.reduction, share / sweep.halving.reduction
+    return seen + share * (most - before)
+
+
+def _batches(sweep: Sweep, measured: Measured) -> list[str]:
+    """Which of the P x K that may be drawn fit."""
+    names = [name for name in ("batch.items", "batch.views") if name in sweep.search]
+    ends = product(*(sweep.search[name].ends for name in names))
+    drawn = {sweep.experiment({**sweep.first, **dict(zip(names, each, strict=True))}).batch for each in ends}
+    workers = sweep.placement.workers
+    at_a_time = {batch: min(batch.chunk or batch.images, batch.images / workers) for batch in drawn}
+    fit = [batch for batch in drawn if at_a_time[batch] <= measured.images]
+    largest = max(fit, key=lambda batch: batch.images, default=None)
+    found = f"largest P x K that fits: {largest.items} x {largest.views}" if largest else "no P x K of the space fits"
+    if len(fit) == len(drawn):
+        where = " a worker" if workers > 1 else ""
+        return [f"{found}, the largest of the space ({measured.images:,} images{where} would)"]
+    if measured.images < 2:
+        return [f"{found}: take model.checkpointing, or a smaller model"]
+    return [f"{found}, and not all of the space: take the larger out, or give --batch.chunk {measured.images // 2}"]
+
+
+def _disk(sweep: Sweep, measured: Measured, at_once: int) -> str:
+    """What the checkpoints take: best and latest of each run, and one more while it is written."""
+    final, which = sweep.final, sweep.placement.keep_weights
+    again, running = final.top * final.seeds + final.refit, min(at_once, sweep.trials)
+    all_of_it = (2 * (sweep.trials + again) + running) * measured.checkpoint
+    each = f"a checkpoint takes {_gib(measured.checkpoint)}"
+    if which == "all":
+        return f"{each}; all of them at most {_gib(all_of_it)} (placement.keep_weights all)"
+    kept = (max(1, final.top) if which == "leaders" else 1) * measured.weights
+    most = kept + max(3 * running, 2 * again) * measured.checkpoint
+    end = kept + (again if which == "leaders" else min(1, again)) * measured.weights
+    return (
+        f"{each}; with {running} trial{'s' * (running > 1)} at once some {_gib(most)} at most, and {_gib(end)} at the "
+        f"end (placement.keep_weights {which}; {_gib(all_of_it)} with all)"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size < 10 * 2**30 else f"{size / 2**30:,.0f} GiB"
+
+
+def _time(hours: float) -> str:
+    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.0f} h" if hours < 100 else f"{hours / 24:.0f} days"

@@ -1,0 +1,155 @@
+"""After the search: its leading settings again with other seeds, and the winner on train and validation together."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from clipfh import mendable
+from clipfh.cluster import resources as cluster
+from clipfh.config import experiment as config
+from clipfh.config.sweep_file import Sweep
+from clipfh.storage import run_folder as runs
+from clipfh.storage import store as files
+from clipfh.sweep.trial import last_line
+from clipfh.train import driver as fit
+from clipfh.train.run_inputs import Inputs
+
+RETRIES = 3
+
+
+def leaders(rows: Sequence[Mapping[str, Any]], out: Path, top: int) -> dict[str, config.Experiment]:
+    """The first `top` trials of a leaderboard with settings of their own, and these settings."""
+    found: dict[str, config.Experiment] = {}
+    for row in rows:
+        file = out / "trials" / str(row["trial"]) / runs.EXPERIMENT
+        if row["status"] in ("done", "stopped") and row.get("val_mAP") and len(found) < top:
+            experiment = config.load(file)
+            if experiment not in found.values():
+                found[str(row["trial"])] = experiment
+    return found
+
+
+def again(
+    leading: Mapping[str, config.Experiment],
+    sweep: Sweep,
+    inputs: Inputs,
+    folder: Path,
+    resources: cluster.Resources,
+    tell: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """Train leading settings with several seeds; returns each trial's validation mAPs, seed by seed.
+
+    Runs that `folder` has already are gone on with, or left alone when they are over.
+    """
+    numbers = range(1, sweep.final.seeds + 1)
+    seeded = {
+        (trial, number): dataclasses.replace(experiment, seed=experiment.seed + number)
+        for trial, experiment in leading.items()
+        for number in numbers
+    }
+    jobs = {run_of(folder, *key): experiment for key, experiment in seeded.items()}
+    _train_all(jobs, sweep, inputs, resources, tell)
+    return {trial: [score(run_of(folder, trial, number)) for number in numbers] for trial in leading}
+
+
+def run_of(folder: Path, trial: str, number: int) -> Path:
+    """Where a trial's settings are trained for the n-th time again."""
+    return folder / f"{trial}-again-{number}"
+
+
+def score(run: Path) -> float:
+    """A run's best validation mAP; the worst there is where it diverged."""
+    return float(runs.read_metrics(run)[-1]["best_val_mAP"])
+
+
+def diverged(run: Path) -> str:
+    """Why a run ended before its time; empty where it did not. Its last checkpoint is of a model half trained."""
+    return str(runs.read_metrics(run)[-1].get("diverged", ""))
+
+
+def best(scores: Mapping[str, Sequence[float]]) -> str:
+    """The trial with the highest mean."""
+    return max(scores, key=lambda trial: mean(scores[trial]))
+
+
+def best_run(folder: Path, trial: str, scores: Sequence[float]) -> Path:
+    """The best of a trial's runs."""
+    return run_of(folder, trial, 1 + max(range(len(scores)), key=lambda number: scores[number]))
+
+
+def refit(
+    experiment: config.Experiment,
+    sweep: Sweep,
+    inputs: Inputs,
+    folder: Path,
+    resources: cluster.Resources,
+    tell: Callable[[str], None],
+) -> Path:
+    """Train on inputs that hold the validation items too, to the end of the budget; returns the run's folder."""
+    whole = dataclasses.replace(experiment, budget=dataclasses.replace(experiment.budget, patience=0))
+    out = folder / "refit"
+    _train_all({out: whole}, sweep, inputs, resources, tell)
+    return out
+
+
+def _train_all(
+    jobs: Mapping[Path, config.Experiment],
+    sweep: Sweep,
+    inputs: Inputs,
+    resources: cluster.Resources,
+    tell: Callable[[str], None],
+) -> None:
+    """Train each of the experiments in its folder, as many at a time as trials; an autoscaler makes room for them."""
+    over = threading.Event()
+    pool = ThreadPoolExecutor(len(jobs) if sweep.placement.concurrent == "auto" else sweep.placement.concurrent)
+    running = {pool.submit(_train, experiment, inputs, out, resources, over): out for out, experiment in jobs.items()}
+    try:
+        with cluster.asking(sweep.placement, resources) as ask:
+            ask(len(jobs))
+            for number, run in enumerate(as_completed(running), 1):
+                tell(_outcome(running[run], run))
+                run.result()
+                ask(len(jobs) - number)
+    finally:  # also on Ctrl-C: the threads wait for runs, or for their turn, which end here
+        over.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for out in jobs:
+            cluster.end(str(out))
+
+
+def _outcome(out: Path, run: Future[None]) -> str:
+    """What a run came to, for a person."""
+    if error := run.exception():
+        return f"{out.name} failed: {mendable(error) or last_line(str(error))}"
+    if reason := diverged(out):
+        return f"{out.name}: diverged: {reason}"
+    last = runs.read_metrics(out)[-1]
+    return f"{out.name}: val mAP {last['best_val_mAP']:.3f}" if "best_val_mAP" in last else f"{out.name} is done"
+
+
+def _train(
+    experiment: config.Experiment, inputs: Inputs, out: Path, resources: cluster.Resources, over: threading.Event
+) -> None:
+    """Train when it is this run's turn, as trials do: more of them than a cluster holds could stand still."""
+    lines = runs.read_metrics(out)
+    is_saved = lines and ("diverged" in lines[-1] or runs.latest_step(out) >= lines[-1]["step"])
+    if is_saved and fit.is_over(experiment, inputs, lines[-1]):
+        return
+    cluster.end(str(out))  # what an attempt that was killed may have left
+    runs.wait_for(out.parents[1] / runs.SWEEP)
+    out.mkdir(parents=True, exist_ok=True)
+    files.write(out / runs.EXPERIMENT, config.to_json(experiment))
+    cluster.queue(str(out))
+    try:
+        while not cluster.is_turn_of(str(out), resources):
+            if over.wait(1):
+                return
+        fit.fit(experiment, inputs, out, resources, name=str(out), retries=RETRIES)
+    finally:
+        cluster.leave(str(out))

@@ -1,0 +1,108 @@
+"""What is kept of a sweep's checkpoints. Whatever is deleted of its runs is deleted here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipfh.config.sweep_file import Sweep
+from clipfh.model import checkpoint
+from clipfh.storage import run_folder as runs
+from clipfh.storage import store as files
+from clipfh.sweep import finalists as final
+
+OVER = ("done", "stopped", "diverged")
+"""Trials that train no further. One that failed may be tried again, from its checkpoint."""
+
+Row = Mapping[str, Any]
+"""of the leaderboard"""
+
+
+@dataclass
+class Keeper:
+    """Frees the disk of what a sweep can no longer use, as its placement has it."""
+
+    sweep: Sweep
+    out: Path
+    """the sweep's folder"""
+    freed: int = 0
+    """bytes, since this was made"""
+
+    def trials(self, rows: Sequence[Row]) -> None:
+        """Free what ended trials hold.
+
+        A trial that leads among those that have ended keeps its best weights; one that does not lead now never will.
+        None is touched that Tune, resumed after a kill, would train further.
+
+        Args:
+            rows: of the leaderboard, best first.
+        """
+        which = self.sweep.placement.keep_weights
+        if which == "all":
+            return
+        top = max(1, self.sweep.final.top) if which == "leaders" else 1
+        leading, over = final.leaders(rows, self.out, top), _over(self.out / "tune")
+        for row in rows:
+            if row["status"] in OVER and row["trial"] in over:
+                self.freed += free(self.out / "trials" / str(row["trial"]), row["trial"] in leading)
+
+    def finals(self, winner: Path | None) -> None:
+        """Free what the runs behind the search hold, which are all over. `winner`: whose weights were exported."""
+        which = self.sweep.placement.keep_weights
+        for run in () if which == "all" else sorted((self.out / "final").glob("*")):
+            self.freed += free(run, which == "leaders" or run == winner)
+
+    def __str__(self) -> str:
+        kept = [size for size in map(_size, self.out.glob("*/*/checkpoints")) if size]
+        told = f"kept the weights of {len(kept)} runs, {_gib(sum(map(sum, kept)))}"
+        return f"{told}; freed {_gib(self.freed)}" if self.freed else told
+
+
+def free(run: Path, weights: bool) -> int:
+    """Delete the checkpoints of a run that is over, but for its best weights where these are wanted.
+
+    The list of checkpoints changes first: what a kill leaves undone, the next call does.
+
+    Returns:
+        How many bytes that freed.
+    """
+    folder = run / "checkpoints"
+    if not (folder / runs.SNAPSHOT).exists():
+        return 0
+    snapshot = json.loads((folder / runs.SNAPSHOT).read_text())
+    listed, before = snapshot["checkpoint_results"], sum(_size(folder))
+    best = runs.best_of(run) if weights and listed else ""
+    kept = [i for i, result in enumerate(listed) if result["checkpoint_dir_name"] == best]
+    snapshot |= {
+        "checkpoint_results": [listed[i] for i in kept],
+        "checkpoint_report_indices": [snapshot["checkpoint_report_indices"][i] for i in kept],
+        "latest_checkpoint_result": listed[kept[0]] if kept else None,
+        runs.FREED: runs.read_metrics(run)[-1]["step"],
+    }
+    files.write(folder / runs.SNAPSHOT, json.dumps(snapshot))
+    for each in folder.glob("checkpoint_*/"):
+        if each.name != best:
+            shutil.rmtree(each, ignore_errors=True)  # a run that was just ended may be deleting it too
+    if best:
+        (folder / best / checkpoint.STATE).unlink(missing_ok=True)
+    return before - sum(_size(folder))
+
+
+def _over(tune: Path) -> set[str]:
+    """Numbers of the trials that Tune's last state on disk has as over; of others, a resume wants everything."""
+    file = max(tune.glob("experiment_state-*.json"), default=None)
+    trials = [json.loads(trial) for trial, _ in json.loads(file.read_text())["trial_data"]] if file else []
+    return {trial["custom_trial_name"] for trial in trials if trial["status"] == "TERMINATED"}
+
+
+def _size(folder: Path) -> list[int]:
+    """Bytes of each weights or state file of a run."""
+    return [file.stat().st_size for file in folder.glob("checkpoint_*/*") if file.suffix != ".json"]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,309 @@
+"""A sweep: zero-shot as trial 0, the search, the leading settings again, the winner on the test split, its export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from torch import nn
+
+from clipfh import UserError
+from clipfh.cluster import resources as cluster
+from clipfh.config import experiment as config
+from clipfh.config.sweep_file import Sweep, resolved
+from clipfh.data import sampler as batches
+from clipfh.data import stream
+from clipfh.data.catalogue import Catalogue
+from clipfh.data.decoding import fetch
+from clipfh.model import checkpoint, export
+from clipfh.model import clip as model
+from clipfh.report import artifacts as results
+from clipfh.report import page as report
+from clipfh.retrieval import evaluate, metrics
+from clipfh.storage import run_folder as runs
+from clipfh.storage import store as files
+from clipfh.sweep import finalists as final
+from clipfh.sweep import retention as keep
+from clipfh.sweep.tuner import ZERO_SHOT, Leaderboard, Watch, search
+from clipfh.train import inputs as train
+from clipfh.train import provenance as origins
+from clipfh.train.run_inputs import Inputs
+
+MADE_OF = "sweep.json"
+"""Which catalogue and files a sweep was begun with, by hash."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What the parts of a sweep share."""
+
+    sweep: Sweep
+    catalogue: Catalogue
+    out: Path
+    base: config.Experiment
+    """of which the model, its weights and the prompts are those of all trials"""
+    clip: nn.Module
+    """before any tuning"""
+    texts: dict[str, str]
+    """item to prompt, of the items that are not trained on"""
+    resources: cluster.Resources
+    tell: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Winner:
+    """What the search and what follows it came to."""
+
+    trial: str
+    val_mAP: float
+    """of the trial, or the mean of its settings trained again"""
+    run: Path | None
+    """whose weights are taken; None for zero-shot"""
+    again: dict[str, list[float]]
+    """trial to validation mAPs of its settings with other seeds"""
+    refit: bool = False
+    """whether the run is the one on train and validation items together"""
+    diverged: str = ""
+    """why the refit's model is not taken"""
+
+
+def run(
+    sweep: Sweep,
+    catalogue: Catalogue,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    retry_failed: bool = False,
+    tell: Callable[[str], None] = print,
+    each_report: bool = True,
+) -> dict[str, Any]:
+    """Run a sweep to its end on the connected cluster; returns what `summary.json` holds.
+
+    Args:
+        sweep: what to do.
+        catalogue: to train, select and test on.
+        out: the sweep's folder.
+        resume: go on with what the folder holds.
+        retry_failed: train its failed trials again too.
+        tell: takes a line for a person.
+        each_report: tell of each report of each trial.
+
+    Raises:
+        UserError: a folder that holds another sweep, or nothing to resume; an empty split.
+    """
+    out, started = Path(out).absolute(), time.monotonic()
+    catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
+    base = sweep.experiment(sweep.first)
+    _begin(sweep, out, resume)
+    _require_same(catalogue, base, out, tell)
+    resources = cluster.place(sweep.placement, alone=False, tell=tell)
+    tell(f"{sweep.trials} trials, {cluster.at_once(sweep.placement, resources)} at once, each {resources}")
+    texts = train.prompts_of(catalogue, base, *train.VALIDATION, "query", "gallery")
+    begun = _Begun(sweep, catalogue, out, base, train.start_of(base), texts, resources, tell)
+    zero_shot = _zero_shot(begun)
+    inputs = _inputs(begun, zero_shot)
+    board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
+    keeper = keep.Keeper(sweep, out)
+    with cluster.asking(sweep.placement, resources) as ask:
+        watch = Watch(board, tell, sweep.trials, each_report, keeper.trials, ask)
+        rows = board.write(search(sweep, inputs, out, resources, watch, resume, retry_failed))
+    keeper.trials(rows)
+    winner = _winner(begun, inputs, rows)
+    about = {"resources": dataclasses.asdict(resources), "notes": train.notes_on(inputs, base.loss)}
+    summary = _finish(begun, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
+    keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
+    keeper.finals(winner.run)
+    tell(str(keeper))
+    return summary
+
+
+def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
+    file = out / runs.SWEEP
+    if resume and not file.exists():
+        raise UserError(f"--resume: {out} holds no sweep; leave --resume out to start one")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty: --resume goes on with its sweep, or name another folder")
+    if resume and (change := _change(file.read_text(), resolved(sweep))):
+        raise UserError(
+            f"--resume: the sweep file differs from {file} ({change}): resume with the same, or another --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    files.write(file, resolved(sweep))
+
+
+def _change(before: str, now: str) -> str:
+    """The first line of each that the other has not; empty for the same texts."""
+    texts = before.splitlines(), now.splitlines()
+    first = [next((line.strip() for line in a if line not in b), "nothing") for a, b in (texts, texts[::-1])]
+    return "" if before == now else f"{first[0]} there, {first[1]} here"
+
+
+def _require_same(catalogue: Catalogue, base: config.Experiment, out: Path, tell: Callable[[str], None]) -> None:
+    """Keep beside the sweep what it is made of; where that is kept already, see that it still is the same.
+
+    Raises:
+        UserError: another catalogue, or a file that has changed.
+    """
+    file, resumed = out / MADE_OF, (out / "trials").exists()
+    contents = origins.contents(base, None)
+    now = {"catalogue": str(catalogue.path), "hash": catalogue.manifest["hash"], "contents": contents}
+    before = json.loads(file.read_text()) if file.exists() else now
+    if resumed and not file.exists():
+        tell(
+            f"note: {out} was begun by an older version: whether catalogue and prompts are still the same is not known"
+        )
+    if before["hash"] != now["hash"]:
+        raise UserError(
+            f"--resume: {out} was begun on another catalogue than {catalogue.path}, "
+            f"{before['catalogue']} as it was then: give that one, or name another --out"
+        )
+    origins.require_same(before["contents"], contents, out)
+    files.write(file, json.dumps(before, indent=2) + "\n")
+
+
+def _zero_shot(begun: _Begun) -> float:
+    """Validation mAP of the model before any tuning; kept, so that a resumed sweep does not ask again."""
+    folder = begun.out / "trials" / ZERO_SHOT
+    if not (folder / "metrics.json").exists():
+        embedded = _embedded(begun, "val", begun.clip)
+        found, scores = evaluate.judge(embedded, 0)
+        evaluate.write(folder, found, embedded, scores)
+    val_mAP = float(json.loads((folder / "metrics.json").read_text())["mAP"])
+    begun.tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {val_mAP:.3f}")
+    return val_mAP
+
+
+def _inputs(begun: _Begun, zero_shot: float) -> Inputs:
+    """What all trials read.
+
+    Raises:
+        UserError: the largest P that may be drawn is more than the items that some losses of the space leave.
+    """
+    corners = begun.sweep.corners("batch.items")
+    widest = max(corners, key=lambda point: begun.sweep.experiment(point).batch.items)
+    shared = begun.sweep.experiment({**widest, **begun.sweep.texted})
+    inputs = train.inputs_of(begun.catalogue, shared, begun.clip, stream, begun.sweep.placement.keep_gib)
+    fewest = begun.sweep.experiment({**widest, **begun.sweep.off})  # without the terms that take single photos
+    batches.plan_of(fetch(inputs.images.index), fewest.batch, fewest.seed, fewest.loss.takes_singles)
+    for note in train.notes_on(inputs, begun.base.loss):
+        begun.tell(note)
+    return dataclasses.replace(inputs, start_val_mAP=None if inputs.weights is None else zero_shot)
+
+
+def _winner(begun: _Begun, inputs: Inputs, rows: list[dict[str, Any]]) -> _Winner:
+    """Choose by validation mAP alone; train the leading settings again, and the winner on all items, where asked."""
+    asked, out, folder = begun.sweep.final, begun.out, begun.out / "final"
+    trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
+    run, again = out / "trials" / trial, dict[str, list[float]]()
+    if leading := final.leaders(rows, out, asked.top):
+        begun.tell(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
+        again = final.again(leading, begun.sweep, inputs, folder, begun.resources, begun.tell)
+        trial = final.best(again)
+        score, run = mean(again[trial]), final.best_run(folder, trial, again[trial])
+        if score <= zero_shot_of(rows):
+            trial, score = ZERO_SHOT, zero_shot_of(rows)
+    if trial == ZERO_SHOT:
+        return _Winner(trial, score, None, again)
+    if asked.refit:
+        begun.tell(f"now trial {trial}'s settings on train and validation items together")
+        experiment = config.load(out / "trials" / trial / runs.EXPERIMENT)
+        whole = train.inputs_of(begun.catalogue, experiment, begun.clip, stream, with_validation=True)
+        whole_run = final.refit(experiment, begun.sweep, whole, folder, begun.resources, begun.tell)
+        if not (diverged := final.diverged(whole_run)):
+            return _Winner(trial, score, whole_run, again, refit=True)
+        begun.tell(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
+        return _Winner(trial, score, run, again, diverged=diverged)
+    return _Winner(trial, score, run, again)
+
+
+def zero_shot_of(rows: list[dict[str, Any]]) -> float:
+    """Validation mAP of the zero-shot model on a leaderboard."""
+    return next(float(row["val_mAP"]) for row in rows if row["trial"] == ZERO_SHOT)
+
+
+def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+    """The winner and the zero-shot model on the test split, the export, the summary, the report."""
+    begun.tell(f"winner: trial {winner.trial}, val mAP {winner.val_mAP:.3f}; now the test split")
+    experiment, best, out = begun.base, begun.clip, begun.out
+    if winner.run:
+        weights = checkpoint.load(winner.run)
+        assert weights.experiment is not None
+        experiment, best = weights.experiment, model.with_weights(weights.experiment.model, weights.state, weights.path)
+    (before, old), (after, new) = _tested(begun, "zero_shot", begun.clip), _tested(begun, "test", best)
+    shutil.rmtree(out / "best", ignore_errors=True)
+    known = {"zero_shot": before, "test": after, "catalogue": export.account(begun.catalogue)}
+    photos = export.photos_of(begun.catalogue)
+    export.export(best, experiment, out / "best", {**known, "refit": winner.refit}, photos)
+    summary = {
+        "name": begun.sweep.name,
+        "best_trial": winner.trial,
+        "val_mAP": winner.val_mAP,
+        "zero_shot_val_mAP": zero_shot_of(rows),
+        "final": {"again": winner.again, "refit": winner.refit, "refit_diverged": winner.diverged},
+        **known,
+        "gain": metrics.gain(old, new),
+        "trials": len(rows) - 1,
+        "failed": sum(row["status"] == "failed" for row in rows),
+        "took": _took(rows, out),
+        "experiment": config.flat(experiment),
+        "searched": list(begun.sweep.search),
+        **about,
+    }
+    files.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    report.write([out], None)
+    return summary
+
+
+def _took(rows: list[dict[str, Any]], out: Path) -> dict[str, dict[str, float]]:
+    """Images seen and seconds, added up, of the trials and of the runs after them."""
+    again = results.final_runs(out).values()
+    counts = {
+        "trials": [(row["images"], row["seconds"]) for row in rows],
+        "final": list(again),
+    }
+    return {
+        name: {"images": sum(images for images, _ in each), "seconds": round(sum(seconds for _, seconds in each), 1)}
+        for name, each in counts.items()
+    }
+
+
+def _embedded(begun: _Begun, split: str, clip: nn.Module) -> evaluate.Embedded:
+    splits, exact = evaluate.splits_of(split), dataclasses.replace(begun.base.model, precision="float32")  # as exported
+    return cluster.through_losses(lambda: evaluate.embed_splits(begun.catalogue, splits, clip, exact, begun.texts))
+
+
+def _tested(begun: _Begun, key: str, clip: nn.Module) -> tuple[dict[str, Any], metrics.Scores]:
+    """Figures of a model on the test split, and what each query scored; also written."""
+    embedded = _embedded(begun, "test", clip)
+    found, scores = evaluate.judge(embedded, 10)
+    evaluate.write(begun.out / "test" / {"zero_shot": "zero-shot", "test": "winner"}[key], found, embedded, scores)
+    return found, scores
+
+
+def outcome(summary: dict[str, Any], out: str | Path) -> str:
+    """What a sweep came to, for a person."""
+    lines = [f"{'':12}{'mAP':>22}{'Rank-1':>22}   (test split, 95% interval)"]
+    for label, key in (("zero-shot", "zero_shot"), ("winner", "test")):
+        cells = [f"{summary[key][k]:.3f} [{_interval(summary[key], k)}]" for k in ("mAP", "rank1")]
+        lines.append(f"{label:12}{cells[0]:>22}{cells[1]:>22}")
+    if summary["best_trial"] == ZERO_SHOT:
+        lines.append("Tuning made nothing better: the zero-shot model is the winner.")
+    lines.append(
+        f"trials      {summary['trials']} ({summary['failed']} failed), winner {summary['best_trial']}: "
+        f"{out}/leaderboard.csv"
+    )
+    lines.append(f"export      {out}/best")
+    lines.append(f"report      {out}/report.html")
+    return "\n".join(lines)
+
+
+def _interval(figures: dict[str, Any], key: str) -> str:
+    low, high = figures["intervals"][key]
+    return f"{low:.3f}, {high:.3f}"

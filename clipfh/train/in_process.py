@@ -1,0 +1,198 @@
+"""A run in this process: images in memory, decoded by threads, and checkpoints on the local disk. Nothing of Ray.
+
+For one worker on this machine's CPUs, which trains long before a cluster would be up. Its folder is as Ray Train leaves
+one, so a run that began here can go on over a cluster, and the other way round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import shutil
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipfh.config import cores
+from clipfh.config import experiment as config
+from clipfh.data import decoding, images
+from clipfh.data.catalogue import Catalogue
+from clipfh.data.decoding import Images, Recipe
+from clipfh.storage import run_folder as runs
+from clipfh.storage import store as files
+from clipfh.train import worker
+from clipfh.train.run_inputs import Inputs
+
+AHEAD = 2
+"""Batches that are decoded beyond one for each core."""
+
+
+class Feed:
+    """The `decoding.Feed` that holds what a run reads in this process's memory."""
+
+    def share(self, catalogue: Catalogue, *splits: str) -> Images:
+        paths = [str(path) for split in splits for path in catalogue.shards(split)]
+        with ThreadPoolExecutor(cores.available()) as pool:
+            shards = list(pool.map(decoding.read_shard, paths))
+        return Images(decoding.index(catalogue, *splits), shards, [None] * len(shards))
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def keep_decoded(self, shared: Images, gib: float, size: int, crop_min: float) -> Images:
+        room, kept = gib * 2**30, list[Any]()
+        with ThreadPoolExecutor(cores.available()) as pool:
+            needed = list(pool.map(lambda shard: decoding.room(shard, size, crop_min), shared.shards))
+            for shard, bytes_needed in zip(shared.shards, needed, strict=True):
+                fits = bytes_needed <= room
+                kept.append(pool.submit(decoding.keep_shard, shard, size, crop_min) if fits else None)
+                room -= bytes_needed if fits else 0
+        return dataclasses.replace(shared, kept=[future and future.result() for future in kept])
+
+    def decoded(self, catalogue: Catalogue, splits: tuple[str, ...], preprocess: images.Preprocess) -> np.ndarray:
+        encoded = [photo for split in splits for photo in catalogue.images(split)["image"]]
+        with ThreadPoolExecutor(cores.available()) as pool:
+            return np.stack(list(pool.map(lambda photo: images.for_evaluation(photo.as_py(), preprocess), encoded)))
+
+    def batches(
+        self,
+        shared: Images,
+        recipe: Recipe,
+        first: int,
+        last: int,
+        rank: int = 0,
+        world_size: int = 1,
+        tasks: int | None = None,
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        decoder = decoding.BatchDecoder(shared, recipe, rank, world_size)
+        count = tasks or cores.available()
+        pool = ThreadPoolExecutor(count)
+        try:
+            begun = range(first, min(first + count + AHEAD, last))
+            waiting = deque((step, pool.submit(decoder, step)) for step in begun)
+            while waiting:
+                step, future = waiting.popleft()
+                rows, pixels = future.result()
+                if (following := step + count + AHEAD) < last:
+                    waiting.append((following, pool.submit(decoder, following)))
+                yield step, rows, pixels
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Session:
+    """The `worker.Session` of a run alone. It keeps the best checkpoint and the latest, and Ray Train's list of them.
+
+    Args:
+        out: the run's folder.
+        score: the metric whose highest value is the best.
+        tell: takes each report.
+    """
+
+    node = socket.gethostname()
+
+    def __init__(self, out: Path, score: str, tell: Callable[[dict[str, Any]], None]) -> None:
+        self.folder, self.score, self.tell = out / "checkpoints", score, tell
+        self.list = self.folder / runs.SNAPSHOT
+        self.known = json.loads(self.list.read_text()) if self.list.exists() else _empty_list()
+        self._remove_all_but([result["checkpoint_dir_name"] for result in self.known["checkpoint_results"]])
+
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[str | None]:
+        latest = self.known["latest_checkpoint_result"]
+        yield str(self.folder / latest["checkpoint_dir_name"]) if latest else None
+
+    def report(self, metrics: dict[str, Any], save: worker.Save | None) -> None:
+        assert save is not None, "a run alone has one worker, which saves"
+        name = f"checkpoint_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
+        new = self.folder / f"{name}.new"
+        new.mkdir(parents=True)
+        save(new)
+        new.rename(self.folder / name)
+        self._add({"version": 0, "checkpoint_dir_name": name, "metrics": metrics})
+        self.tell(metrics)
+
+    def is_ending(self) -> bool:
+        return False
+
+    def prepare_next(self) -> None:
+        """Nothing: no run follows one that is alone."""
+
+    def _add(self, latest: dict[str, Any]) -> None:
+        """List a checkpoint, and drop those that are neither the best nor the latest."""
+        index = self.known["current_report_index"]
+        listed = zip(self.known["checkpoint_results"], self.known["checkpoint_report_indices"], strict=True)
+        ranked = sorted([*listed, (latest, index)], key=lambda each: (each[0]["metrics"][self.score], each[1]))
+        kept = [each for each in ranked if each is ranked[-1] or each[0] is latest]
+        self.known |= {
+            "checkpoint_results": [result for result, _ in kept],
+            "checkpoint_report_indices": [number for _, number in kept],
+            "latest_checkpoint_result": latest,
+            "current_report_index": index + 1,
+        }
+        files.write(self.list, json.dumps(self.known))
+        self._remove_all_but([result["checkpoint_dir_name"] for result, _ in kept])
+
+    def _remove_all_but(self, names: list[str]) -> None:
+        """What is not on the list is of no use: half-written, or no longer the best."""
+        for folder in self.folder.glob("checkpoint_*"):
+            if folder.is_dir() and folder.name not in names:
+                shutil.rmtree(folder)
+
+
+def _empty_list() -> dict[str, Any]:
+    """Ray Train's list of a run's checkpoints before the first, as its checkpoint manager reads it."""
+    lists = ("checkpoint_results", "checkpoint_report_indices", "pending_training_results", "pending_validation_specs")
+    ended = ("validated", "timed_out_validation", "failed_validation")
+    return {
+        "ray_version": importlib.metadata.version("ray"),
+        **{name: [] for name in (*lists, *(f"{how}_checkpoint_dir_names" for how in ended))},
+        "latest_checkpoint_result": None,
+        "current_report_index": 0,
+    }
+
+
+def wanted(placement: config.Placement, address: str | None, out: str) -> bool:
+    """Whether a run trains in this process: one worker, on this machine's CPUs, into a local folder."""
+    import torch
+
+    elsewhere = address or os.environ.get("RAY_ADDRESS") or "://" in out
+    has_gpu = placement.gpus_per_worker if placement.gpus_per_worker != "auto" else torch.cuda.device_count()
+    return not elsewhere and placement.workers == 1 and not has_gpu
+
+
+def fit(
+    placement: config.Placement,
+    experiment: config.Experiment,
+    inputs: Inputs,
+    out: Path,
+    tell: Callable[[dict[str, Any]], None],
+) -> None:
+    """Train in this thread, or go on training what `out` holds; as `fit.fit` does over a cluster.
+
+    Args:
+        placement: of which the CPUs count.
+        experiment: what to compute.
+        inputs: of this experiment's model, prompts and catalogue, held by a `Feed`.
+        out: the run's folder, which holds its `experiment.json`.
+        tell: takes each report.
+    """
+    session = _Session(out, "step" if inputs.validation is None else "val_mAP", tell)
+    job = {"experiment": experiment, "inputs": inputs, "out": str(out.absolute()), "decoding": None, "followed": False}
+    worker.train(job | placed(placement) | {"gpus": 0}, session, Feed())
+
+
+def placed(placement: config.Placement) -> dict[str, Any]:
+    """Threads of a run alone: as many as were asked for, or its share of the cores."""
+    if placement.cpus_per_worker == "auto":
+        return {"threads": cores.available(), "shares_cores": True}
+    return {"threads": max(1, int(placement.cpus_per_worker)), "shares_cores": False}

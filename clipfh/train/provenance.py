@@ -1,0 +1,49 @@
+"""The files that a run or a sweep is made of beside its catalogue, by their contents: what --resume must find again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from clipfh import UserError
+from clipfh.config import experiment as config
+from clipfh.model import checkpoint
+
+
+def contents(experiment: config.Experiment, warm_start: str | None, has_weights: bool = False) -> dict[str, str]:
+    """A hash of each file that is read, by the option that names it.
+
+    Args:
+        experiment: names prompts and weights.
+        warm_start: weights to start from instead.
+        has_weights: there is a checkpoint to go on from, so no other weights are read.
+    """
+    pretrained = [Path(experiment.model.pretrained)] if experiment.model.pretrained else []
+    weights = checkpoint.files_of(warm_start) if warm_start and not has_weights else []
+    named = {
+        "--text.file": [Path(experiment.text.file)] if experiment.text.file else [],
+        "--model.pretrained": [] if has_weights or warm_start else [file for file in pretrained if file.is_file()],
+        "--warm-start": weights,
+    }
+    return {option: _hash(files) for option, files in named.items() if files}
+
+
+def _hash(files: Sequence[Path]) -> str:
+    """One hash for all; a file that is away has none, so that whoever reads it can say so."""
+    sha = hashlib.sha256()
+    for each in files:
+        if each.is_file():
+            with each.open("rb") as opened:
+                sha.update(hashlib.file_digest(opened, "sha256").digest())
+    return sha.hexdigest()
+
+
+def require_same(before: Mapping[str, str], now: Mapping[str, str], out: Path) -> None:
+    """Raise UserError where a file is not what it was when `out` was begun. Folders of old versions tell nothing."""
+    for option, found in now.items():
+        if before.get(option, found) != found:
+            raise UserError(
+                f"--resume: the file of {option} has changed since {out} was begun, or is away: put back what it was, "
+                "or name another --out"
+            )

@@ -1,0 +1,56 @@
+"""A worker of a run under Ray Train: what its process loads, and its loop's session."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+
+from clipfh.cluster import resources as cluster
+from clipfh.data import stream
+from clipfh.model import clip as model
+from clipfh.train import worker
+
+
+def load() -> None:
+    """Import the libraries that take longest. A worker's process does it before it knows of which run it is."""
+    import tensorboardX  # noqa: F401
+
+    model.library()
+
+
+def loop(job: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker."""
+    worker.train(job, _Session(), stream)
+
+
+class _Session:
+    """The `worker.Session` of Ray Train, which keeps the checkpoints and their list."""
+
+    def __init__(self) -> None:
+        self.node = ray.util.get_node_ip_address()
+
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[str | None]:
+        start = ray.train.get_checkpoint()
+        with start.as_directory() if start else contextlib.nullcontext() as folder:
+            yield folder
+
+    def report(self, metrics: dict[str, Any], save: worker.Save | None) -> None:
+        if save is None:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save(Path(folder))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def is_ending(self) -> bool:
+        return ray.train.get_preemption_info() is not None
+
+    def prepare_next(self) -> None:
+        cluster.start_another()

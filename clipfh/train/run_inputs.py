@@ -1,0 +1,33 @@
+"""All that a run reads, once it is prepared. It loads neither torch nor Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from clipfh.data import decoding
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run reads. Each part is an object or Ray's reference to one, as `decoding.fetch` takes."""
+
+    images: decoding.Images
+    captions: Any
+    """Captions"""
+    weights: Any
+    """dict[str, np.ndarray]; None where they are random, and each run draws its own by its seed"""
+    validation: Any
+    """decoded images (N, size, size, 3) uint8: val_query, then val_gallery; None where those are trained
+    on"""
+    items: Any
+    """tuple[np.ndarray, np.ndarray, int]: item and path code of each validation image, number of queries"""
+    size: int
+    """side of the model's input, pixels"""
+    num_images: int
+    num_single: int
+    """train items with a single view"""
+    num_cut: int
+    """prompts of train items that are longer than the model reads"""
+    start_val_mAP: float | None = None
+    """validation mAP of the weights, where it is known; else each run measures it"""

@@ -1,0 +1,212 @@
+"""Mirror a run's or a sweep's reports into MLflow or Weights & Biases, from a process of its own.
+
+That process reads what training writes anyway. So training never waits for a server and never fails with one; what was
+not sent while a server was away is sent when it answers, and a run that is resumed goes on as the same run there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from clipfh import UserError, __version__
+from clipfh.config import experiment as config
+
+PROJECT = "clipfh"
+STATE = "track.json"
+"""In a run's folder: by tracker, the run's id there and the last step that was sent."""
+LIBRARIES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
+POLL_SECONDS, AWAY_SECONDS, LAST_SECONDS = 1.0, 30.0, 60.0
+
+
+def require(tracker: str | None) -> None:
+    """Raise UserError where the tracker's library or its key is missing."""
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"--track {tracker} needs {LIBRARIES[tracker]}: pip install {LIBRARIES[tracker]}")
+    if tracker == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        if not wandb.login(prompt=False):
+            raise UserError("--track wandb finds no API key: run wandb login, or set WANDB_MODE=offline")
+
+
+@contextlib.contextmanager
+def following(tracker: str | None, out: Path) -> Iterator[None]:
+    """Send what grows in the folder of a run or a sweep for as long as the block runs, and the rest at its end."""
+    if not tracker:
+        yield
+        return
+    # Ctrl-C is for us alone; the end of its input, which also comes where we are killed, tells it to wind up
+    words = [sys.executable, "-m", "clipfh.train.track", tracker, str(out)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(LAST_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            print(f"warning: {tracker} did not take all reports in time; metrics.jsonl has them", flush=True)
+
+
+class _MLflow:
+    """A run in MLflow, at MLFLOW_TRACKING_URI, in the experiment MLFLOW_EXPERIMENT_NAME."""
+
+    def __init__(self, name: str, tags: Mapping[str, str], settings: Mapping[str, Any], known: str) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        self.client = MlflowClient()
+        if known:
+            self.id = known
+            self.client.update_run(self.id, status="RUNNING")
+            return
+        experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        self.id = self.client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id
+        self.client.log_batch(self.id, params=[Param(key, str(value)) for key, value in settings.items()])
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        return found.experiment_id if found else self.client.create_experiment(name)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        self.client.log_batch(self.id, metrics=[Metric(key, value, now, step) for key, value in values.items()])
+
+    def finish(self) -> None:
+        self.client.set_terminated(self.id)
+
+
+class _Wandb:
+    """A run in Weights & Biases, in the project WANDB_PROJECT."""
+
+    def __init__(self, name: str, tags: Mapping[str, str], settings: Mapping[str, Any], known: str) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=known or None,
+            name=name,
+            group=tags.get("sweep"),
+            config={**settings, **tags},
+            resume="allow",
+            reinit="create_new",
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
+        self.id = self.run.id
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+TRACKERS = {"mlflow": _MLflow, "wandb": _Wandb}
+
+
+class Mirror:
+    """What was sent of the runs in a folder, and what is still to be sent."""
+
+    def __init__(self, tracker: str, out: Path) -> None:
+        self.tracker, self.out = tracker, out
+        self.open: dict[Path, Any] = {}
+
+    def send(self) -> None:
+        """Send all that is new. Raises whatever the tracker raises; what was not sent then is sent by the next call."""
+        for folder in self._runs():
+            state = _state(folder).get(self.tracker, {"id": "", "step": 0})
+            new = [line for line in _lines(folder) if line["step"] > state["step"]]
+            if folder not in self.open and (new or not state["id"]):
+                self.open[folder] = self._start(folder, state["id"])
+                _keep(folder, self.tracker, {**state, "id": self.open[folder].id})
+            for line in new:
+                self.open[folder].log(line["step"], _numbers(line))
+                _keep(folder, self.tracker, {"id": self.open[folder].id, "step": line["step"]})
+
+    def finish(self) -> None:
+        """End the runs that were sent to."""
+        for run in self.open.values():
+            run.finish()
+
+    def _runs(self) -> list[Path]:
+        a_sweeps = sorted([*self.out.glob("trials/*"), *self.out.glob("final/*")])
+        folders = [self.out] if (self.out / "run.json").exists() else a_sweeps
+        return [folder for folder in folders if (folder / "experiment.json").exists()]
+
+    def _start(self, folder: Path, known: str) -> Any:  # noqa: ANN401
+        experiment = config.load(folder / "experiment.json")
+        tags = {"clipfh": __version__, "stage": experiment.stage}
+        name = folder.name
+        if folder != self.out:
+            tags |= {"sweep": self.out.name, "trial": folder.name}
+            name = f"{self.out.name}-{folder.name}"
+        return TRACKERS[self.tracker](name, tags, config.flat(experiment), known)
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        key: float(value)
+        for key, value in line.items()
+        if isinstance(value, int | float) and key != "step" and math.isfinite(value)
+    }
+
+
+def _state(folder: Path) -> dict[str, dict[str, Any]]:
+    file = folder / STATE
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _keep(folder: Path, tracker: str, state: dict[str, Any]) -> None:
+    whole = folder / f"{STATE}.new"
+    whole.write_text(json.dumps({**_state(folder), tracker: state}) + "\n")
+    whole.replace(folder / STATE)
+
+
+def main(tracker: str, out: Path) -> None:
+    """Send until the input ends, then once more."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    logging.disable(logging.ERROR)  # what they tell of themselves is not for the command's output
+    mirror, is_over, told = Mirror(tracker, out), False, False
+    while not is_over:
+        is_over = bool(select.select([sys.stdin], [], [], AWAY_SECONDS if told else POLL_SECONDS)[0])
+        try:
+            mirror.send()
+            if is_over:
+                mirror.finish()
+            told = False
+        except Exception as error:  # whatever a library of others has, training goes on
+            reason = " ".join(str(error).split())[:160]
+            if is_over:
+                print(f"warning: not all was sent to {tracker} ({reason}); --resume sends the rest", flush=True)
+            elif not told:
+                print(
+                    f"warning: {tracker} does not answer ({reason}); training goes on, and it is asked again",
+                    flush=True,
+                )
+            told = True
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,92 @@
+"""What a user can mend is one line and exit code 2; nothing is started for it."""
+
+import json
+import shutil
+
+import pytest
+
+from clipfh.cli import main as cli
+
+
+def refused(capsys, *words):
+    """The one line that a command ends with."""
+    assert cli.main([str(word) for word in words]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("clipfh: ") and line.count("\n") == 1
+    return line
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["train", "image", "none", "--out", "x", "--optimizer.lrr", "1"], "did you mean --optimizer.lr?"),
+        (["train", "image", "none", "--out", "x", "--optimizer.lr", "abc"], "optimizer.lr must be a number, not 'abc'"),
+        (["train", "image", "none", "--out", "x", "--batch.items", "1.5"], "batch.items must be a whole number"),
+        (["train", "image", "none", "--out", "x", "--preset", "joint-v2"], "not for the image stage"),
+        (["train", "image", "none", "--out", "x", "--loss", "foo"], "unknown loss 'foo'"),
+        (["train", "image", "none", "--out", "x", "--workers", "x"], "workers"),
+        (["train", "image", "none", "--out", "x"], "not a catalogue"),
+        (["evaluate", "none", "--out", "x"], "not a catalogue"),
+        (["prepare", "--source", "none", "--out", "x"], "none"),
+        (["sweep", "none.yaml", "none", "--out", "x"], "no such sweep file"),
+        (["export", "none", "--out", "x"], "no such file or folder"),
+        (["embed", "none", "--out", "x"], "not a catalogue"),
+        (["search", "--embeddings", "none", "--text", "a dress"], "make one with clipfh embed"),
+        (["search", "--embeddings", "none"], "--image --text is required"),
+        (["report", "none"], "none"),
+        (["trian", "image"], "did you mean train?"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_mistake_is_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *words)
+    assert not any(tmp_path.iterdir()), "nothing is written"
+
+
+def test_a_catalogue_of_another_version(small_catalogue, capsys, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(small_catalogue.path, other)
+    manifest = json.loads((other / "catalogue.json").read_text())
+    (other / "catalogue.json").write_text(json.dumps({**manifest, "version": 99}))
+    assert "version 99" in refused(capsys, "train", "image", other, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1"])
+def test_nobody_answers_at_the_address(small_catalogue, capsys, tmp_path, address, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    words = ["evaluate", small_catalogue.path, "--out", tmp_path / "x", "--model", "clipfh-small", "--address", address]
+    assert address in refused(capsys, *words)
+
+
+def test_out_in_use_and_nothing_to_resume(small_catalogue, capsys, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    train = ["train", "image", small_catalogue.path, "--model", "clipfh-small", "--out"]
+    assert "is not empty" in refused(capsys, *train, tmp_path / "used")
+    assert "holds no run" in refused(capsys, *train, tmp_path / "new", "--resume")
+
+
+def test_a_lost_node_is_one_line_that_says_how_to_go_on(tmp_path):
+    from ray.exceptions import ActorDiedError
+
+    (tmp_path / "sweep.yaml").write_text("")
+    args = cli.parse(["sweep", "file.yaml", "catalogue", "--out", str(tmp_path)])
+    try:
+        try:
+            raise ActorDiedError()
+        except ActorDiedError as cause:
+            raise RuntimeError("evaluation") from cause
+    except RuntimeError as error:
+        line = cli._mendable(error, args)
+    assert line.startswith("Ray lost a process or a node (") and line.endswith(
+        "--resume goes on from the last checkpoint"
+    )
+
+
+@pytest.mark.parametrize("given,computed", [([], "float32"), (["auto"], "float32"), (["bfloat16"], "bfloat16")])
+def test_models_are_measured_in_the_precision_of_exports(given, computed):
+    """On any device: so a laptop's zero-shot and a GPU's tuned model are measured alike, and by a hash of one name."""
+    precision = [f"--model.precision={value}" for value in given]
+    args = cli.parse(["evaluate", "none", "--out", "x", "--model", "clipfh-small", *precision])
+    assert cli._model(args, cli._settings(args))[1].model.precision == computed

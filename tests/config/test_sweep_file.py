@@ -1,0 +1,165 @@
+"""Sweep files: the shipped ones fit, and every mistake is one clear line before anything starts."""
+
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+from clipfh import UserError
+from clipfh.config import experiment as config
+from clipfh.config import sweep_file as space
+
+SWEEPS = Path(__file__).parents[2] / "sweeps"
+GOOD = {
+    "name": "x",
+    "stage": "image",
+    "base": {"model.name": config.SMALL, "loss.supcon": 1.0},
+    "search": {
+        "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
+        "loss.triplet": {"loguniform": [0.1, 2.0], "or": 0.0},
+        "loss.triplet_margin": {"uniform": [0.1, 0.4]},
+        "batch.views": {"choice": [2, 4]},
+    },
+    "points": [{"optimizer.lr": 1e-3, "loss.triplet": 0.0}],
+    "trials": 3,
+    "budget": {"images": 1000, "first_rung": 100},
+}
+
+
+def write(tmp_path, **changes):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({**GOOD, **changes}))
+    return file
+
+
+@pytest.mark.parametrize("name", ["demo", "image", "joint"])
+def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
+    loaded = space.load(SWEEPS / f"{name}.yaml")
+    (tmp_path / "resolved.yaml").write_text(space.resolved(loaded))
+    again = space.load(tmp_path / "resolved.yaml")
+    assert space.resolved(again) == space.resolved(loaded)
+    assert again.experiment(again.first) == loaded.experiment(loaded.first)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"serach": {}}, "unknown key serach, did you mean search?"),
+        ({"base": {"loss.tripet": 1.0}}, "unknown setting loss.tripet, did you mean loss.triplet?"),
+        ({"base": {"optimizer.clip": "1e-5"}}, "optimizer.clip must be a number, not '1e-5' (in YAML write 1.0e-5"),
+        ({"base": {"preset": "bset"}}, "unknown preset 'bset'"),
+        ({"stage": "text"}, "stage must be one of image, joint"),
+        ({"search": {"optimizer.lr": {"loguniform": [1.0, 0.1]}}}, "wants [low, high] with low below high"),
+        ({"search": {"optimizer.lr": {"loguniform": [0.0, 0.1]}}}, "wants values above 0"),
+        ({"search": {"optimizer.lr": {"normal": [0, 1]}}}, "unknown key normal"),
+        ({"search": {"optimizer.lr": {}}}, "needs one of loguniform, uniform, int, choice"),
+        ({"search": {"batch.views": {"choice": []}}}, "choice wants a list"),
+        ({"search": {"batch.views": {"choice": [2, 2.5]}}}, "batch.views must be a whole number, not 2.5"),
+        ({"search": {"optimizer.lr": 1e-3}}, "search: optimizer.lr must be a mapping"),
+        ({"search": {"optimizer.ema": {"uniform": [0.5, 1.5]}}}, "--optimizer.ema must be from 0 to below 1"),
+        ({"points": [{"optimizer.lr": 1.0}]}, "points: optimizer.lr 1.0 lies outside its range"),
+        ({"points": [{"optimizer.clip": 1.0}]}, "points: optimizer.clip is not searched"),
+        ({"search": {"text.strategy": {"choice": ["raw", "clean"]}}}, "text.strategy can't be searched"),
+        ({"search": {"model.name": {"choice": ["RN50"]}}}, "model.name can't be searched"),
+        (
+            {
+                "base": {"model.name": "clipfh-small", "loss.triplet": 0.0},
+                "search": {"loss.supcon": {"uniform": [0.1, 1.0], "or": 0.0}},
+                "points": [],
+            },
+            "at least one term above 0",
+        ),
+        ({"trials": 0}, "trials must be a whole number above 0, not 0"),
+        ({"budget": {"first_rnug": 5}}, "unknown key budget.first_rnug, did you mean first_rung?"),
+        ({"placement": {"worker": 2}}, "placement: unknown setting worker, did you mean workers?"),
+        ({"placement": {"workers": 5}}, "batch.items 32 can't be shared by 5 workers"),
+        (
+            {"search": {"batch.items": {"int": [8, 16]}}, "points": [], "placement": {"workers": 2}},
+            "batch.items: 2 workers can't share all of [8, 16]: give a choice",
+        ),
+        (
+            {
+                "search": {"batch.items": {"choice": [64, 4]}, "batch.categories": {"choice": [0, 8]}},
+                "points": [],
+            },
+            "batch.items 4, batch.categories 8 may be drawn together, and do not fit together",
+        ),
+        (
+            {
+                "base": {"model.name": "clipfh-small", "loss.supcon": 0.0},
+                "search": {
+                    "batch.views": {"choice": [2, 1]},
+                    "loss.ce": {"choice": [1.0]},
+                    "loss.triplet": {"choice": [0.0, 1.0]},
+                },
+                "points": [],
+            },
+            "batch.views 1, loss.ce 1.0, loss.triplet 1.0 may be drawn together",
+        ),
+        ({"sampler": "bayes"}, "sampler must be one of tpe, random, grid, not 'bayes'"),
+        ({"sampler": "grid"}, "sampler: grid tries choices, and loss.triplet has a loguniform range"),
+        ({"final": {"tops": 3}}, "final: unknown setting tops, did you mean top?"),
+        ({"final": {"seeds": 0}}, "final: --seeds must be 1 or more"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(tmp_path, changes, message):
+    with pytest.raises(UserError) as error:
+        space.load(write(tmp_path, **changes))
+    assert message in str(error.value) and "sweep.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_file_no_yaml_no_mapping(tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [")
+    (tmp_path / "list.yaml").write_text("- a")
+    for name, message in [("none.yaml", "no such sweep file"), ("bad.yaml", "is not YAML"), ("list.yaml", "mapping")]:
+        with pytest.raises(UserError, match=message):
+            space.load(tmp_path / name)
+
+
+def test_options_are_drawn_only_where_their_term_is_on(tmp_path):
+    loaded = space.load(write(tmp_path))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [loaded.sampled(study.ask()) for _ in range(40)]
+    assert {("loss.triplet_margin" in d) == (d["loss.triplet"] > 0) for d in drawn} == {True}
+    assert any(d["loss.triplet"] for d in drawn) and not all(d["loss.triplet"] for d in drawn)
+    for settings in drawn:
+        loaded.experiment(settings)
+
+
+def test_a_grid_is_every_combination_and_no_option_of_a_term_that_is_off(tmp_path):
+    search = {
+        "loss.triplet": {"choice": [1.0], "or": 0.0},
+        "loss.triplet_margin": {"choice": [0.1, 0.2, 0.3]},
+        "batch.views": {"choice": [2, 4]},
+    }
+    loaded = space.load(write(tmp_path, sampler="grid", search=search, points=[], trials=100))
+    combinations = {tuple(sorted(point.items())) for point in loaded.points}
+    assert len(loaded.points) == len(combinations) == loaded.trials == 2 * (3 + 1)
+    assert all(("loss.triplet_margin" in point) == (point["loss.triplet"] > 0) for point in loaded.points)
+    for point in loaded.points:
+        loaded.experiment(point)
+
+
+def test_overrides_and_rungs(tmp_path):
+    loaded = space.load(write(tmp_path), {"seed": 7}, trials=9)
+    assert loaded.trials == 9 and loaded.experiment(loaded.first).seed == 7
+    assert loaded.experiment(loaded.first).budget == config.Budget(images=1000, report_every=100)
+    with pytest.raises(UserError, match="optimizer.lr is searched"):
+        space.load(write(tmp_path), {"optimizer.lr": 1.0})
+
+
+def test_a_sweep_knows_whether_any_trial_learns_from_prompts(tmp_path):
+    off = {"loss.supcon": {"uniform": [0.5, 1.0]}, "loss.triplet": {"choice": [0.0, 1.0]}}
+    assert space.load(write(tmp_path, search=off, points=[])).texted == {}
+    on = {"loss.supcon": {"choice": [0.0, 1.0]}, "loss.supcon_captions": {"choice": [False, True]}}
+    loaded = space.load(write(tmp_path, search=on, points=[], base={"model.name": "clipfh-small", "loss.ce": 1.0}))
+    assert loaded.texted == {"loss.supcon": 1.0, "loss.supcon_captions": True}
+
+
+def test_files_are_named_from_the_root_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pt").touch()
+    base = {"model.name": "clipfh-small", "text.file": "prompts.json", "model.pretrained": "weights.pt"}
+    found = space.load(write(tmp_path, base=base)).base
+    assert (found["text.file"], found["model.pretrained"]) == (f"{tmp_path}/prompts.json", f"{tmp_path}/weights.pt")

@@ -1,0 +1,132 @@
+"""What reaches the workers is the plan, in order, the same for any number of workers and after any restart."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+import ray
+from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
+
+from clipfh import UserError
+from clipfh.cluster import resources as cluster
+from clipfh.data import decoding, stream
+from clipfh.data import sampler as batches
+from clipfh.data.sampler import Plan
+
+
+@pytest.fixture(scope="module")
+def shared(ray_cluster, small_catalogue):
+    return stream.share(small_catalogue, "train")
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny):
+    return decoding.Recipe(tiny.batch, tiny.augment, seed=3, size=64, singles=False)
+
+
+def streamed(shared, recipe, first, last, workers):
+    """Step to (rows, images) of the global batch; the images put together from what each rank got."""
+    parts = [list(stream.batches(shared, recipe, first, last, rank, workers)) for rank in range(workers)]
+    for part in parts:
+        assert [step for step, _, _ in part] == list(range(first, last)), "every step once, in order"
+    found = {}
+    for step in zip(*parts, strict=True):
+        assert all(np.array_equal(rows, step[0][1]) for _, rows, _ in step), "all ranks know the whole batch's rows"
+        found[step[0][0]] = step[0][1], np.concatenate([images for _, _, images in step])
+    return found
+
+
+def test_the_stream_is_the_plan_decoded(shared, recipe, small_catalogue):
+    found = streamed(shared, recipe, 0, 6, workers=1)
+    table = small_catalogue.images("train")
+    index = batches.index_of(small_catalogue.rows("train"), np.array([len(table)]))
+    plan = Plan(index.item, recipe.batch.items, recipe.batch.views, recipe.seed, index.category, singles=False)
+    for step, (rows, images) in found.items():
+        np.testing.assert_array_equal(rows, plan.batch(step))
+        expected = decoding.decode(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
+        np.testing.assert_array_equal(images, expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_kept_images_change_no_pixel_and_stay_within_their_memory(shared, recipe, share):
+    whole = stream.keep_decoded(shared, 1.0, recipe.size, recipe.augment.crop_min)
+    sizes = [ray.get(ref).pixels.nbytes for ref in whole.kept]
+    limit = share * sum(sizes) / 2**30
+    some = stream.keep_decoded(shared, limit, recipe.size, recipe.augment.crop_min)
+    kept = [size for size, ref in zip(sizes, some.kept, strict=True) if ref]
+    assert sum(kept) <= limit * 2**30 and bool(kept) == bool(share) and (len(kept) == len(sizes)) == (share == 1)
+    plain, found = (streamed(each, recipe, 0, 3, 1) for each in (shared, some))
+    for step in plain:
+        np.testing.assert_array_equal(plain[step][1], found[step][1])
+
+
+def test_more_than_the_object_store_is_refused(shared):
+    with pytest.raises(UserError, match="--keep-gib 1000 is more"):
+        stream.keep_decoded(shared, 1000, 64, 0.5)
+
+
+def test_two_workers_get_the_same_batches_and_pixels(shared, recipe):
+    one, two = (streamed(shared, recipe, 0, 4, workers) for workers in (1, 2))
+    for step in one:
+        np.testing.assert_array_equal(one[step][0], two[step][0])
+        np.testing.assert_array_equal(one[step][1], two[step][1])
+
+
+def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
+    """A worker loads open_clip, its tasks and Ray Data's own actor do not, and none loads what timm would."""
+
+    def load(block, **_):
+        step = block["step"]
+        return {"step": step, "row": step, "image": np.full(len(step), "open_clip" in sys.modules)}
+
+    @ray.remote(runtime_env=cluster.first_calling("clipfh.train.ray_worker.load"))
+    def worker(images):
+        stream._load = load
+        decoding = [bool(image) for _, _, image in stream.batches(images, recipe, 0, 2)]
+        return "open_clip" in sys.modules, "wandb" in sys.modules, decoding
+
+    for name in ray.util.list_named_actors(all_namespaces=True):
+        if name["namespace"] == STATS_ACTOR_NAMESPACE:  # another test's
+            ray.kill(ray.get_actor(**name))
+            while name in ray.util.list_named_actors(all_namespaces=True):
+                pass
+    assert ray.get(worker.remote(stream.share(small_catalogue, "train"))) == (True, False, [False, False])
+    actor = ray.get_actor(STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE)
+    assert not ray.get(actor.__ray_call__.remote(lambda _: "open_clip" in sys.modules))
+
+
+def test_a_workers_tasks_use_the_drivers_processes(ray_cluster):
+    """Their environments are the same to the letter, though the one is asked for by a trial's worker."""
+
+    @ray.remote(**stream.TASK)
+    def environment():
+        return ray.get_runtime_context().get_runtime_env_string()
+
+    @ray.remote
+    def of_a_task():
+        return ray.get(environment.remote())
+
+    train = {**DEFAULT_ENV_VARS, **get_env_vars_to_propagate(), **cluster.first_calling("gc.collect")["env_vars"]}
+    assert ray.get(of_a_task.options(runtime_env={"env_vars": train}).remote()) == ray.get(environment.remote())
+
+
+def test_a_restart_goes_on_where_it_was(shared, recipe):
+    assert not list(stream.batches(shared, recipe, 3, 3))
+    whole, rest = streamed(shared, recipe, 0, 7, 1), streamed(shared, recipe, 4, 7, 1)
+    for step in rest:
+        np.testing.assert_array_equal(whole[step][1], rest[step][1])
+
+
+def test_another_seed_is_another_stream(shared, recipe):
+    other = dataclasses.replace(recipe, seed=4)
+    assert not np.array_equal(streamed(shared, recipe, 0, 1, 1)[0][0], streamed(shared, other, 0, 1, 1)[0][0])
+
+
+def test_digest_tells_streams_apart():
+    rows = np.arange(4)
+    assert batches.digest("", 0, rows) == batches.digest("", 0, rows.astype(np.int32))
+    different = {batches.digest("", 0, rows), batches.digest("", 1, rows), batches.digest("", 0, rows[::-1])}
+    assert len(different | {batches.digest("x", 0, rows)}) == 4

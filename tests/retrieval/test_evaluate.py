@@ -1,0 +1,168 @@
+"""A catalogue embedded, its figures, and what is kept of both."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from clipfh import UserError
+from clipfh.cli import main as cli
+from clipfh.cluster import resources as cluster
+from clipfh.config import experiment as config
+from clipfh.data import images
+from clipfh.model import clip as model
+from clipfh.retrieval import embed, embed_ray, evaluate, metrics
+from clipfh.train import inputs as train
+
+SPLITS = evaluate.splits_of("test")
+SETTINGS = config.Model(name=config.SMALL, precision="float32")
+KEYS = {*metrics.KEYS, "num_query", "num_gallery", "num_unmatched", "intervals", "cmc", "random_splits", "variant"}
+KEYS |= {"by_category", "by_gender", "text_to_image", "image_to_text", "rerank"}
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return config.resolve("image", None, {"model.name": config.SMALL})
+
+
+@pytest.fixture(scope="module")
+def clip(experiment):
+    return train.start_of(experiment)
+
+
+@pytest.fixture(scope="module")
+def prompts(small_catalogue, experiment):
+    return train.prompts_of(small_catalogue, experiment, *SPLITS)
+
+
+@pytest.fixture(scope="module")
+def told():
+    return []
+
+
+@pytest.fixture(scope="module")
+def embedded(small_catalogue, clip, prompts, told, ray_cluster):
+    def progress(done, total):
+        told.append((done, total))
+
+    return evaluate.embed_splits(small_catalogue, SPLITS, clip, SETTINGS, prompts, progress)
+
+
+@pytest.fixture
+def folder(tmp_path, small_catalogue, clip, prompts, embedded):
+    """An evaluation's folder in which the embeddings are kept."""
+    evaluate.keep(tmp_path, evaluate.fingerprint(small_catalogue, SPLITS, clip, SETTINGS, prompts), embedded)
+    return tmp_path
+
+
+def test_a_cluster_embeds_as_this_process_does(small_catalogue, clip, prompts, embedded, told, ray_cluster):
+    here = embed.InProcess(clip, SETTINGS)
+    over = embed_ray.Encoder(clip, SETTINGS)
+    counted = []
+    images = over.images(small_catalogue, SPLITS, lambda *at: counted.append(at))
+    torch.testing.assert_close(images, here.images(small_catalogue, SPLITS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(over.texts(["a hat", "a red dress"]), here.texts(["a hat", "a red dress"]))
+    assert counted[-1] == told[-1]
+
+
+def test_a_small_job_starts_no_cluster(small_catalogue, tmp_path):
+    """`evaluate` and `embed` on one machine work in the command's own process, which does not even load Ray."""
+    code = """
+import sys
+from clipfh.cli import main as cli
+assert cli.main(["evaluate", sys.argv[1], "--out", sys.argv[2] + "/eval", "--model", "clipfh-small"]) == 0
+assert cli.main(["embed", sys.argv[1], "--out", sys.argv[2] + "/all.parquet", "--model", "clipfh-small"]) == 0
+print("ray loaded:", "ray" in sys.modules)
+"""
+    words = [sys.executable, "-c", code, str(small_catalogue.path), str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "ray loaded: False"
+
+
+def test_embeddings_are_those_of_each_image_and_prompt_alone(small_catalogue, clip, prompts, embedded, told):
+    towers, preprocess = model.Towers(clip), model.preprocess_of(clip)
+    for split, part in zip(SPLITS, (embedded.query, embedded.gallery), strict=True):
+        encoded = small_catalogue.images(split)["image"].to_pylist()
+        pixels = np.stack([images.for_evaluation(image, preprocess) for image in encoded])
+        torch.testing.assert_close(part.embedding, model.embed(towers, pixels, torch.float32), rtol=0, atol=1e-5)
+    first = embedded.query_rows["item_id"][0].as_py()
+    code, row = embedded.query.item[0], embedded.prompts.index(prompts[first])
+    assert ((embedded.captions.item == code) & (embedded.captions.caption == row)).sum() == 1
+    tokens = model.tokenizer(SETTINGS)([prompts[first]])
+    alone = model.embed_text(towers, tokens, torch.float32)[0]
+    torch.testing.assert_close(embedded.captions.embedding[row], alone, rtol=0, atol=1e-5)
+    total = len(embedded.query) + len(embedded.gallery)
+    assert told[-1] == (total, total)
+
+
+def test_kept_embeddings_come_back_and_nothing_else_does(small_catalogue, clip, prompts, embedded, folder):
+    def kept(weights=clip, settings=SETTINGS, splits=SPLITS, prompts=prompts, catalogue=small_catalogue):
+        mark = evaluate.fingerprint(catalogue, splits, weights, settings, prompts)
+        return evaluate.kept(folder, mark, catalogue, splits, prompts)
+
+    again = kept()
+    assert torch.equal(again.both.embedding, embedded.both.embedding)
+    assert torch.equal(again.captions.embedding, embedded.captions.embedding)
+    assert evaluate.figures(again, 2) == evaluate.figures(embedded, 2)
+    changed = model.build(SETTINGS)
+    changed.load_state_dict(clip.state_dict())
+    changed.logit_scale.data += 1e-6
+    item = embedded.query_rows["item_id"][0].as_py()
+    manifest = {**small_catalogue.manifest, "hash": "another"}
+    assert kept(weights=changed) is None
+    assert kept(settings=dataclasses.replace(SETTINGS, precision="bfloat16")) is None
+    assert kept(splits=evaluate.splits_of("val")) is None
+    assert kept(prompts={**prompts, item: "a red shirt"}) is None
+    assert kept(catalogue=dataclasses.replace(small_catalogue, manifest=manifest)) is None
+    (folder / evaluate.IMAGES).write_bytes(b"PAR1 cut short")
+    with pytest.raises(UserError, match="delete it"):
+        kept()
+
+
+@pytest.mark.parametrize("options", [[], ["--rerank"]])
+def test_a_second_evaluation_embeds_nothing(small_catalogue, folder, options, capsys, monkeypatch):
+    """It does not even start Ray. The predictions are in the order of the figures, re-ranked or not."""
+    monkeypatch.setattr(cluster, "connect", lambda *_: pytest.fail("Ray is started"))
+    command = ["evaluate", str(small_catalogue.path), "--out", str(folder), "--model", config.SMALL]
+    assert cli.main([*command, "--random-splits", "3", *options]) == 0
+    said = capsys.readouterr().out
+    assert "used again" in said and ("re-ranked" in said) == bool(options)
+    found = json.loads((folder / "metrics.json").read_text())
+    assert set(found) == KEYS
+    assert found["rerank"] == ({"k1": 20, "k2": 6, "lambda": 0.3} if options else None)
+    assert [found["cmc"][k - 1] for k in metrics.RANKS] == [found[f"rank{k}"] for k in metrics.RANKS]
+    listed = pq.read_table(folder / "predictions.parquet").to_pandas()
+    nearest = listed[listed["rank"] == 1]
+    assert len(nearest) == found["num_query"]
+    assert nearest["match"].mean() == pytest.approx(found["rank1"])
+    assert listed[listed["rank"] <= 5].groupby("query")["match"].any().mean() == pytest.approx(found["rank5"])
+
+
+def test_a_query_without_a_match_is_named_or_left_out(embedded, tmp_path):
+    item = embedded.query.item[3]
+    alone = (embedded.query.item == item).nonzero().flatten()
+    lacking = dataclasses.replace(embedded, gallery=embedded.gallery.select(embedded.gallery.item != item))
+    path = embedded.query_rows["path"][int(alone[0])].as_py()
+    with pytest.raises(UserError, match=rf"^{len(alone)} of \d+ queries .*{path}.*--skip-unmatched"):
+        evaluate.figures(lacking, 0)
+    found = evaluate.figures(lacking, 0, skip_unmatched=True)
+    assert (found["num_unmatched"], found["num_query"]) == (len(alone), len(embedded.query) - len(alone))
+
+
+def test_figures_of_one_item_without_prompts_are_null_where_there_is_nothing(embedded, capsys):
+    one = embedded.query.item == embedded.query.item[0]
+    of = {"query": embedded.query.select(one), "query_rows": embedded.query_rows.filter(one.numpy())}
+    lone = dataclasses.replace(embedded, **of, captions=None)
+    found = {**evaluate.figures(lone, 0), "rerank": None}
+    assert set(found) == KEYS
+    assert (
+        found["intervals"]["mAP"] is found["text_to_image"] is found["image_to_text"] is found["random_splits"] is None
+    )
+    assert "none" in cli._figures(found)

@@ -1,0 +1,112 @@
+"""What a sweep will take: the arithmetic by hand, and one real measurement."""
+
+import dataclasses
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from clipfh.config import experiment as config
+from clipfh.config import sweep_file as space
+from clipfh.model import checkpoint
+from clipfh.sweep import estimate
+from clipfh.train import inputs as train
+
+GIB = 2.0**30
+FILE = {
+    "name": "x",
+    "base": {"model.name": config.SMALL, "batch.items": 8},
+    "search": {"batch.views": {"choice": [2, 4, 8]}},
+    "trials": 9,
+    "budget": {"images": 9000, "first_rung": 1000, "reduction": 3},
+}
+
+
+def sweep(tmp_path, **changes) -> space.Sweep:
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**FILE, **changes}))
+    return space.load(tmp_path / "sweep.yaml")
+
+
+def test_images_of_a_trial(tmp_path):
+    # All see 1,000 images, a third of them up to 3,000, a ninth up to 9,000
+    assert estimate.images_of_a_trial(sweep(tmp_path), 9000) == pytest.approx(1000 + 2000 / 3 + 6000 / 9)
+    assert estimate.images_of_a_trial(sweep(tmp_path, budget={"images": 9000}), 9000) == 9000
+
+
+def test_what_is_told(tmp_path):
+    measured = estimate.Measured("cpu", rate=100, image=GIB / 32, rest=GIB, memory=2 * GIB)
+    told = estimate.told(sweep(tmp_path), measured, 1000)
+    assert "9 trials of 9,000 images at most, 2,333 on average" in told
+    assert "largest P x K that fits: 8 x 4, and not all of the space: take the larger out" in told
+    assert "--batch.chunk 16" in told and "about 3 min" in told
+    roomy = dataclasses.replace(measured, memory=3 * GIB)
+    assert "largest P x K that fits: 8 x 8, the largest of the space (64 images would)" in estimate.told(
+        sweep(tmp_path), roomy, 1000
+    )
+    again = estimate.told(sweep(tmp_path, final={"top": 2, "seeds": 2, "refit": True}), measured, 1000)
+    assert "then 5 runs of 9,000 images: about 8 min" in again
+
+
+@pytest.mark.parametrize(
+    ("workers", "chunk", "fits"),
+    [
+        (1, 0, False),  # 64 images at a time where 40 fit
+        (2, 0, True),  # 32 on each worker
+        (4, 64, True),  # a chunk is a worker's, and its part of the batch is 16
+        (1, 64, False),  # nor does more than one worker divide a chunk
+        (1, 32, True),
+    ],
+)
+def test_a_chunk_is_a_workers_and_a_batch_is_shared_out(tmp_path, workers, chunk, fits):
+    base = {"model.name": config.SMALL, "batch.items": 32, "batch.views": 2, "batch.chunk": chunk}
+    made = sweep(tmp_path, base=base, search={}, placement={"workers": workers})
+    measured = estimate.Measured("cuda", rate=100, image=GIB, rest=0, memory=40 * GIB)
+    assert ("largest P x K that fits: 32 x 2" in estimate.told(made, measured, 1000)) == fits
+    if workers == 2:
+        chunked = sweep(
+            tmp_path, base={**base, "batch.chunk": 64, "batch.items": 256}, search={}, placement={"workers": 4}
+        )
+        assert "no P x K of the space fits" in estimate.told(chunked, measured, 1000), "64 at a time on each of four"
+
+
+def test_half_a_gpu_has_half_the_memory_and_cuda_its_part(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 8 * GIB)  # so 2 GiB are the context's
+    whole, half = (estimate._memory(torch.device("cuda"), share) for share in (None, 0.5))
+    assert (whole, half) == (pytest.approx(0.9 * 78 * GIB), pytest.approx(0.9 * 38 * GIB))
+
+
+def test_what_the_checkpoints_take_is_told(tmp_path):
+    measured = estimate.Measured("cpu", 100, GIB / 32, GIB, 2 * GIB, weights=GIB, checkpoint=2 * GIB)
+    final = {"top": 2, "seeds": 2, "refit": True}
+    told = estimate.told(sweep(tmp_path, final=final), measured, 1000, at_once=3)
+    # 9 trials and 5 runs with two each, and one being written by each of three; leaders: 2 weights and 5 x 2 of the
+    # final runs, then all their weights
+    assert "a checkpoint takes 2.00 GiB; with 3 trials at once some 22 GiB at most, and 7.00 GiB at the end" in told
+    assert "(placement.keep_weights leaders; 62 GiB with all)" in told
+    best = estimate.told(sweep(tmp_path, placement={"keep_weights": "best"}), measured, 1000)
+    assert "with 1 trial at once some 7.00 GiB at most, and 1.00 GiB at the end" in best
+
+
+def test_sizes_are_those_of_a_real_checkpoint(small_catalogue, tmp_path):
+    for stage in ("image", "joint"):
+        experiment = config.resolve(stage, None, {"model.name": config.SMALL, "loss.ce": 0.1, "loss.infonce": 0.1})
+        index = estimate._index(small_catalogue)
+        captions, _ = train.captions_of(small_catalogue, index.names, experiment, "train")
+        learner = estimate._learner(experiment, index, captions, torch.device("cpu"), 8, 0)
+        _, (weights, whole) = estimate._timed(learner, 8)
+        folder = tmp_path / stage
+        folder.mkdir()
+        checkpoint.save(folder, experiment, learner.clip.state_dict(), learner.average.weights, learner.state(), {})
+        found = {file.name: file.stat().st_size for file in folder.iterdir()}
+        assert weights == pytest.approx(found[checkpoint.RAW] + found[checkpoint.AVERAGE], rel=0.02)
+        assert whole == pytest.approx(sum(found.values()), rel=0.02)
+
+
+def test_a_measurement_is_of_this_machine(small_catalogue, tiny):
+    wide = dataclasses.replace(tiny, batch=dataclasses.replace(tiny.batch, categories=8))
+    measured = estimate.measure(small_catalogue, wide)  # more categories than the measured batch has items
+    assert measured.device == str(estimate.model.device()) and measured.rate > 0
+    assert 0 < measured.image < measured.memory and measured.images > 100
+    assert measured.memory < psutil.virtual_memory().total and measured.checkpoint > measured.weights > 0

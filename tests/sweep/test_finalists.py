@@ -1,0 +1,60 @@
+"""Final runs without training: they take turns, ask for what is left, and say what failed."""
+
+import contextlib
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from clipfh import UserError
+from clipfh.cluster import resources as cluster
+from clipfh.config import experiment as config
+from clipfh.sweep import finalists as final
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path, tiny):
+    """Train three runs on a cluster with room for one; fit is a stand-in. What was told, asked for and run at once."""
+    (tmp_path / "sweep.yaml").touch()
+    waiting, lock, seen = [], threading.Lock(), SimpleNamespace(told=[], asked=[], at_once=0, most=0, ended=[])
+    monkeypatch.setattr(cluster, "queue", waiting.append)
+    monkeypatch.setattr(cluster, "leave", waiting.remove)
+    monkeypatch.setattr(cluster, "end", seen.ended.append)
+    monkeypatch.setattr(cluster, "is_turn_of", lambda run, resources: run == waiting[0])
+    monkeypatch.setattr(
+        cluster, "asking", lambda placement, resources: contextlib.nullcontext(lambda left: seen.asked.append(left))
+    )
+
+    def run(fails: str = "") -> SimpleNamespace:
+        def fit(experiment, inputs, out, resources, **how):
+            with lock:
+                seen.at_once += 1
+                seen.most = max(seen.most, seen.at_once)
+            if out.name == fails:
+                raise UserError("the GPU's memory is too small")
+            (out / "metrics.jsonl").write_text(json.dumps({"best_val_mAP": 0.5, "step": 1, "images": 1}) + "\n")
+            with lock:
+                seen.at_once -= 1
+
+        monkeypatch.setattr(final.fit, "fit", fit)
+        jobs = {tmp_path / "final" / name: tiny for name in ("a", "b", "c")}
+        sweep = SimpleNamespace(placement=config.Placement())
+        final._train_all(jobs, sweep, None, cluster.Resources(1, 1, 0, 1), seen.told.append)
+        return seen
+
+    return SimpleNamespace(run=run, seen=seen)
+
+
+def test_final_runs_take_turns_as_trials_do(trained):
+    seen = trained.run()
+    assert seen.most == 1, "the cluster has room for no more"
+    assert sorted(seen.told) == [f"{name}: val mAP 0.500" for name in "abc"]
+    assert seen.asked == [3, 2, 1, 0]
+
+
+def test_a_final_run_that_fails_is_named(trained):
+    with pytest.raises(UserError, match="memory is too small"):
+        trained.run(fails="a")
+    assert "a failed: the GPU's memory is too small" in trained.seen.told
+    assert {path[-1] for path in trained.seen.ended} == {"a", "b", "c"}, "nothing of the others is left"

@@ -1,0 +1,164 @@
+"""What a sweep leaves on disk, without training: made-up runs as Ray Train and Tune list them."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
+
+from clipfh import UserError
+from clipfh.config import experiment as config
+from clipfh.config import sweep_file as space
+from clipfh.model import checkpoint
+from clipfh.storage import run_folder as runs
+from clipfh.sweep import finalists as final
+from clipfh.sweep import retention as keep
+from clipfh.sweep import trial
+from clipfh.train import driver as fit
+
+EXPERIMENT = config.resolve("image", None, {"model.name": config.SMALL})
+
+
+def make_run(folder: Path, *scores: float, lr: float = 1e-3) -> Path:
+    """A run with a report for each score, and the checkpoints that Ray Train would keep: the best and the latest."""
+    folder.mkdir(parents=True)
+    (folder / runs.EXPERIMENT).write_text(config.to_json(config.replace(EXPERIMENT, {"optimizer.lr": lr})))
+    lines = [{"step": 4 * i, "images": 4 * i, "val_mAP": score} for i, score in enumerate(scores, 1)]
+    (folder / runs.METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    listed = sorted(lines, key=lambda line: line["val_mAP"])
+    listed = [line for line in listed if line in (listed[-1], lines[-1])]
+    results = [{"checkpoint_dir_name": f"checkpoint_{line['step']}", "metrics": line} for line in listed]
+    latest = next(each for each in results if each["metrics"] == lines[-1])
+    state = _CheckpointManagerState(
+        checkpoint_results=results, checkpoint_report_indices=[r["metrics"]["step"] // 4 - 1 for r in results],
+        latest_checkpoint_result=latest, pending_training_results=[], pending_validation_specs=[],
+        current_report_index=len(lines), validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[], failed_validation_checkpoint_dir_names=[],
+    )  # fmt: skip
+    for each in results:
+        made = folder / "checkpoints" / each["checkpoint_dir_name"]
+        made.mkdir(parents=True)
+        for name in (checkpoint.RAW, checkpoint.AVERAGE, checkpoint.STATE):
+            (made / name).write_bytes(bytes(1000))
+    (folder / "checkpoints" / runs.SNAPSHOT).write_text(state.json())
+    return folder
+
+
+def left(run: Path) -> list[str]:
+    """Weights and state on disk, having checked that Ray Train's list names just the folders that are there."""
+    state = _CheckpointManagerState.parse_raw((run / "checkpoints" / runs.SNAPSHOT).read_text())
+    names = [result.checkpoint_dir_name for result in state.checkpoint_results]
+    assert sorted(names) == sorted(folder.name for folder in (run / "checkpoints").glob("checkpoint_*/"))
+    assert len(state.checkpoint_report_indices) == len(names)
+    assert state.latest_checkpoint_result is None or state.latest_checkpoint_result.checkpoint_dir_name in names
+    return sorted(f"{file.parent.name}/{file.name}" for file in (run / "checkpoints").glob("*/*"))
+
+
+BOARD = [  # best first
+    ("0003", "done", [0.5, 0.9, 0.8], 1e-3), ("0001", "running", [0.85], 1e-4), ("0004", "stopped", [0.7], 1e-3),
+    ("0002", "stopped", [0.6], 2e-3), ("0005", "stopped", [0.5], 3e-3), ("0006", "failed", [0.4], 4e-3),
+    ("0007", "diverged", [0.3], 5e-3),
+]  # fmt: skip
+BEST = ["checkpoint_8/ema.safetensors", "checkpoint_8/model.safetensors"]
+
+
+@pytest.fixture
+def make_keeper(tmp_path):
+    def make(which: str, over: str = "0003 0004 0002 0005 0007", top: int = 2) -> keep.Keeper:
+        (tmp_path / "sweep.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    "base": {"model.name": config.SMALL},
+                    "placement": {"keep_weights": which},
+                    "final": {"top": top},
+                }
+            )
+        )
+        for name, _, scores, lr in BOARD:
+            make_run(tmp_path / "trials" / name, *scores, lr=lr)
+        (tmp_path / "tune").mkdir()
+        states = {name: "ERROR" if status == "failed" else "PENDING" for name, status, *_ in BOARD}
+        states |= dict.fromkeys(over.split(), "TERMINATED")
+        data = [[json.dumps({"custom_trial_name": name, "status": each}), "{}"] for name, each in states.items()]
+        (tmp_path / "tune" / "experiment_state-1.json").write_text(json.dumps({"trial_data": data}))
+        return keep.Keeper(space.load(tmp_path / "sweep.yaml"), tmp_path)
+
+    return make
+
+
+ROWS = [{"trial": name, "status": status, "val_mAP": f"{max(scores)}"} for name, status, scores, _ in BOARD]
+
+
+def with_weights(out: Path) -> list[str]:
+    return sorted(run.name for run in (out / "trials").iterdir() if left(run))
+
+
+def test_leaders_keep_their_best_weights_and_what_may_train_on_keeps_everything(make_keeper, tmp_path):
+    keeper = make_keeper("leaders")
+    keeper.trials(ROWS)
+    # 0004 has the settings of 0003, so final would take 0003 and 0002; 0001 runs; 0006 may be tried again
+    assert with_weights(tmp_path) == ["0001", "0002", "0003", "0006"]
+    assert left(tmp_path / "trials/0003") == BEST, "its latest is not its best"
+    assert list(final.leaders(ROWS, tmp_path, 2)) == ["0003", "0002"]
+    assert "checkpoint_4/training.pt" in left(tmp_path / "trials/0001")
+    assert "checkpoint_4/training.pt" in left(tmp_path / "trials/0006")
+    # 6,000 - 2,000 of 0003, 1,000 of 0002, all 3,000 of three others
+    assert keeper.freed == 4000 + 1000 + 3 * 3000
+    keeper.trials(ROWS)
+    assert keeper.freed == 14000, "again, nothing is left to free"
+    assert str(keeper) == "kept the weights of 4 runs, 0.0 GiB; freed 0.0 GiB"
+
+
+def test_only_the_best_or_all(make_keeper, tmp_path):
+    make_keeper("best").trials(ROWS)
+    assert with_weights(tmp_path) == ["0001", "0003", "0006"]
+
+
+def test_all_is_all(make_keeper, tmp_path):
+    keeper = make_keeper("all")
+    make_run(tmp_path / "final" / "refit", 0.5)
+    before = sorted(tmp_path.rglob("*"))
+    keeper.trials(ROWS)
+    keeper.finals(None)
+    assert sorted(tmp_path.rglob("*")) == before and keeper.freed == 0
+
+
+def test_a_trial_that_tune_would_train_further_after_a_kill_is_not_touched(make_keeper, tmp_path):
+    make_keeper("best", over="0004").trials(ROWS)
+    assert "checkpoint_12/training.pt" in left(tmp_path / "trials/0003")
+    assert with_weights(tmp_path) == ["0001", "0002", "0003", "0005", "0006", "0007"]
+
+
+def test_a_trial_without_weights_says_why_and_stays_where_it_ended(make_keeper, tmp_path):
+    make_keeper("leaders").trials(ROWS)
+    run = tmp_path / "trials/0005"
+    with pytest.raises(UserError, match="0005: its weights were not kept: `placement: {keep_weights: all}`"):
+        checkpoint.load(run)
+    assert runs.latest_step(run) == 4 and runs.latest_step(tmp_path / "trials/0003") == 12
+    assert runs.best_of(tmp_path / "trials/0003") == "checkpoint_8"
+    trial._clear_of_another(run, config.load(run / runs.EXPERIMENT))
+    assert not (run / "checkpoints").exists(), "trained anew, it begins anew"
+
+
+def test_what_a_kill_left_undone_is_done(make_keeper, tmp_path):
+    keeper = make_keeper("leaders")
+    run = tmp_path / "trials/0003"
+    keep.free(run, weights=True)
+    (run / "checkpoints/checkpoint_12").mkdir()
+    (run / "checkpoints/checkpoint_12/model.safetensors").write_bytes(bytes(1000))
+    (run / "checkpoints/checkpoint_8/training.pt").write_bytes(bytes(1000))
+    keeper.trials(ROWS)
+    assert left(run) == BEST
+
+
+def test_the_run_that_was_exported_keeps_its_weights_and_is_not_trained_again(make_keeper, tmp_path, monkeypatch):
+    keeper = make_keeper("best")
+    first, second = (make_run(tmp_path / "final" / f"0003-again-{n}", 0.5, 0.9, 0.8) for n in (1, 2))
+    keeper.finals(second)
+    assert (left(first), left(second)) == ([], BEST)
+    monkeypatch.setattr(fit, "is_over", lambda *_: True)
+    monkeypatch.setattr(fit, "fit", lambda *_, **__: pytest.fail("was trained again"))
+    for run in (first, second):
+        final._train(EXPERIMENT, None, run, None, threading.Event())

@@ -1,0 +1,258 @@
+"""A small sweep, whole: every trial accounted for, the best exported and tested, everything free again."""
+
+import csv
+import dataclasses
+import json
+import threading
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import optuna
+import pytest
+import ray
+import torch
+import yaml
+from ray.util.placement_group import placement_group_table
+
+from clipfh import UserError
+from clipfh.config import experiment as config
+from clipfh.config import sweep_file as space
+from clipfh.data import catalogue, images
+from clipfh.data import sampler as batches
+from clipfh.model import checkpoint
+from clipfh.model import clip as model
+from clipfh.report import artifacts as results
+from clipfh.sweep import finalists as final
+from clipfh.sweep import sweep
+
+TEXT = """
+name: tiny
+stage: image
+base: {model.name: clipfh-small, batch.items: 8, augment.crop_min: 0.5}
+search:
+  optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
+  batch.views: {choice: [2, 4]}
+  loss.triplet: {loguniform: [0.1, 2.0], or: 0.0}
+  loss.triplet_margin: {uniform: [0.1, 0.4]}
+points:
+  - {optimizer.lr: 1.0e-3, batch.views: 2, loss.triplet: 0.0}
+trials: 4
+budget: {images: 256, first_rung: 64, reduction: 2}
+placement: {concurrent: 2}
+final: {top: 1, seeds: 2, refit: true}
+"""
+
+
+def test_a_space_whose_losses_may_leave_too_few_items_is_refused(tmp_path, monkeypatch):
+    """Without cross-entropy nothing is learned from an item's only photo."""
+    search = {"batch.items": {"choice": [2, 4]}, "loss.ce": {"loguniform": [0.1, 1.0], "or": 0.0}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x", "search": search}))
+    loaded = space.load(tmp_path / "x.yaml")
+    index = batches.Index(np.array([0, 0, 1, 1, 2, 2, 3, 4]), np.zeros(5, int), list("abcde"), np.array([8]))
+    inputs = SimpleNamespace(images=SimpleNamespace(index=index))
+    monkeypatch.setattr(sweep.train, "inputs_of", lambda *_: inputs)
+    with pytest.raises(UserError, match="--batch.items 4 is more than the 3 train items with two photos or more"):
+        sweep._inputs(SimpleNamespace(sweep=loaded, catalogue=None, clip=None), 0.0)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, small_catalogue, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "tiny.yaml").write_text(TEXT)
+    summary = sweep.run(space.load(folder / "tiny.yaml"), small_catalogue, folder / "out", tell=lambda line: None)
+    return folder / "out", summary
+
+
+# Ray Data's own, one of each for a cluster
+RAYS = {"_StatsActor", "_AutoscalingCoordinatorActor", "_DatasetStateActor"}
+
+
+def held() -> tuple[float, int, set[str]]:
+    """CPUs that are not free, placement groups that are there, actors that are alive."""
+    groups = sum(group["state"] != "REMOVED" for group in placement_group_table().values())
+    alive = [a["ActorClassName"] for a in ray._private.state.actors().values() if a["State"] != "DEAD"]
+    cpus = ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0)
+    return cpus, groups, set(alive) - RAYS
+
+
+def rows(out):
+    with (out / "leaderboard.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_trial_is_accounted_for(finished):
+    out, summary = finished
+    assert sorted(row["trial"] for row in rows(out)) == ["0000", "0001", "0002", "0003", "0004"]
+    assert {row["status"] for row in rows(out)} <= {"zero-shot", "done", "stopped"}
+    assert [int(row["rank"]) for row in rows(out)] == [1, 2, 3, 4, 5]
+    for row in rows(out)[1:]:
+        assert float(row["val_mAP"]) <= float(rows(out)[0]["val_mAP"])
+    assert (summary["trials"], summary["failed"], summary["best_trial"]) == (4, 0, rows(out)[0]["trial"])
+
+
+def test_what_it_held_is_free_again_within_seconds(finished):
+    deadline = time.monotonic() + 10
+    while held() != (0, 0, set()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert held() == (0, 0, set())
+
+
+def test_the_study_holds_every_trial_and_a_margin_only_where_its_loss_is_on(finished):
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(f"{finished[0]}/study.journal"))
+    trials = optuna.load_study(study_name="tiny", storage=storage).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 4
+    for trial in trials:
+        assert (
+            ("loss.triplet_margin" in trial.params) == trial.params["loss.triplet?"] == ("loss.triplet" in trial.params)
+        )
+    assert trials[0].params == {"optimizer.lr": 1e-3, "batch.views": 2, "loss.triplet?": False}
+
+
+def test_the_export_embeds_photos_as_the_checkpoint_does(finished, small_catalogue):
+    out, summary = finished
+    loaded, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out / 'best'}")
+    winner = checkpoint.load(out / "final/refit")
+    ours = model.with_weights(winner.experiment.model, winner.state, "winner")
+    preprocess = model.preprocess_of(loaded)
+    photos = [photo.as_py() for photo in small_catalogue.images("query")["image"][:8]]
+    pixels = torch.stack([torch.from_numpy(images.for_evaluation(p, preprocess).copy()) for p in photos])
+    theirs = model.embed(model.Towers(loaded), pixels.numpy(), torch.float32)
+    expected = model.embed(model.Towers(ours), pixels.numpy(), torch.float32)
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)
+
+
+def test_the_summary_has_both_models_on_the_test_split(finished):
+    out, summary = finished
+    assert json.loads((out / "summary.json").read_text()) == summary
+    for which in ("test", "zero_shot"):
+        low, high = summary[which]["intervals"]["mAP"]
+        assert low <= summary[which]["mAP"] <= high
+    assert summary["test"]["num_query"] == summary["zero_shot"]["num_query"]
+    assert "zero-shot" in sweep.outcome(summary, out) and results.read(out).kind == "Sweep"
+
+
+def test_the_leader_is_trained_again_and_the_winner_with_all_items(finished, small_catalogue):
+    out, summary = finished
+    leader = next(row["trial"] for row in rows(out) if row["trial"] != "0000")
+    scores = summary["final"]["again"][leader]
+    assert len(set(scores)) == 2 and list(summary["final"]["again"]) == [leader], "two seeds, two results"
+    seeds = {config.load(run / "experiment.json").seed for run in (out / "final").glob("*-again-*")}
+    assert seeds == {1, 2}
+    seen = [
+        json.loads(line) for file in out.glob("final/*/metrics.jsonl") for line in file.read_text().splitlines()[-1:]
+    ]
+    assert summary["took"]["final"]["images"] == sum(line["images"] for line in seen) > 0
+    assert summary["took"]["trials"]["images"] == sum(int(row["images"]) for row in rows(out))
+    assert summary["took"]["final"]["seconds"] > 0
+    if summary["best_trial"] == leader:
+        assert summary["final"]["refit"] and summary["val_mAP"] == pytest.approx(sum(scores) / 2)
+        lines = [json.loads(line) for line in (out / "final/refit/metrics.jsonl").read_text().splitlines()]
+        assert not any("val_mAP" in line for line in lines), "a score on what is trained on means nothing"
+        rowsseen = {
+            row
+            for line in (out / "final/refit/stream.jsonl").read_text().splitlines()
+            for row in json.loads(line)["images"]
+        }
+        assert max(rowsseen) >= small_catalogue.num_images("train")
+
+
+def test_only_what_can_still_be_used_is_left_on_disk(finished):
+    out, summary = finished
+    assert not list(out.rglob("training.pt"))
+    leader = next(row["trial"] for row in rows(out) if row["trial"] != "0000")
+    kept = {file.parts[-4] for file in out.glob("trials/*/checkpoints/*/model.safetensors")}
+    assert kept == {leader} and checkpoint.load(out / "trials" / leader).state
+    lost = next(row["trial"] for row in rows(out) if row["trial"] not in ("0000", leader))
+    with pytest.raises(UserError, match="its weights were not kept"):
+        checkpoint.load(out / "trials" / lost)
+
+
+def test_a_finished_sweep_resumes_to_itself(finished, small_catalogue):
+    out, summary = finished
+    loaded = space.load(out / "sweep.yaml")
+    before = {path: path.stat().st_mtime_ns for path in (out / "trials").glob("*/metrics.jsonl")}
+    again = sweep.run(loaded, small_catalogue, out, resume=True, tell=lambda line: None)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "no trial ran twice"
+    assert (finals := list(out.glob("final/*/metrics.jsonl"))) and not list(out.rglob("training.pt")), finals
+
+
+def test_out_in_use_and_nothing_to_resume(finished, small_catalogue, tmp_path):
+    loaded = space.load(finished[0] / "sweep.yaml")
+    with pytest.raises(UserError, match="is not empty: --resume goes on with its sweep"):
+        sweep.run(loaded, small_catalogue, finished[0])
+    with pytest.raises(UserError, match="holds no sweep"):
+        sweep.run(loaded, small_catalogue, tmp_path, resume=True)
+
+
+def test_an_empty_split_is_found_before_anything_starts(small_catalogue, tmp_path):
+    counts = {**small_catalogue.manifest["counts"], "query": {"images": 0, "items": 0}}
+    empty = catalogue.Catalogue(small_catalogue.path, {**small_catalogue.manifest, "counts": counts})
+    (tmp_path / "tiny.yaml").write_text(TEXT)
+    with pytest.raises(UserError, match="no query images"):
+        sweep.run(space.load(tmp_path / "tiny.yaml"), empty, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_is_resumed_only_on_its_own_catalogue_and_prompts(small_catalogue, tmp_path):
+    (tmp_path / "prompts.json").write_text("{}")
+    base = config.resolve("image", None, {"model.name": config.SMALL, "text.file": str(tmp_path / "prompts.json")})
+    told = []
+    sweep._require_same(small_catalogue, base, tmp_path, told.append)
+    (tmp_path / "trials").mkdir()
+    sweep._require_same(small_catalogue, base, tmp_path, told.append)
+    other = dataclasses.replace(small_catalogue, manifest={**small_catalogue.manifest, "hash": "another"})
+    with pytest.raises(UserError, match="was begun on another catalogue than"):
+        sweep._require_same(other, base, tmp_path, told.append)
+    (tmp_path / "prompts.json").write_text('{"a": "b"}')
+    with pytest.raises(UserError, match="the file of --text.file has changed"):
+        sweep._require_same(small_catalogue, base, tmp_path, told.append)
+    assert told == []
+    (tmp_path / sweep.MADE_OF).unlink()
+    sweep._require_same(small_catalogue, base, tmp_path, told.append)
+    assert "begun by an older version" in told[0]
+
+
+@pytest.mark.parametrize("reason", ["", "loss or gradient are not finite at step 9"])
+def test_a_refit_that_diverged_is_not_the_winner(tmp_path, monkeypatch, reason):
+    for trial, line in (("trials/0001", {}), ("final/refit", {"diverged": reason} if reason else {})):
+        folder = tmp_path / trial
+        folder.mkdir(parents=True)
+        (folder / "experiment.json").write_text(config.to_json(config.resolve("image")))
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "images": 4, "best_val_mAP": 0.0, **line}))
+    monkeypatch.setattr(sweep.train, "inputs_of", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sweep.final, "refit", lambda *args: tmp_path / "final/refit")
+    told, asked = [], space.Final(top=0, refit=True)
+    begun = SimpleNamespace(
+        sweep=SimpleNamespace(final=asked), out=tmp_path, tell=told.append, catalogue=None, clip=None, resources=None
+    )
+    rows = [{"trial": "0001", "status": "done", "val_mAP": 0.5}, {"trial": "0000", "status": "z", "val_mAP": 0.2}]
+    winner = sweep._winner(begun, None, rows)
+    assert winner.run == tmp_path / ("trials/0001" if reason else "final/refit")
+    assert (winner.refit, winner.diverged) == (not reason, reason) and (reason in told[-1])
+
+
+def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path, monkeypatch):
+    run = tmp_path / "final/0001-again-1"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(
+        '{"step": 4, "images": 4, "val_mAP": 0.9, "best_val_mAP": 0.9}\n'
+        '{"step": 6, "images": 6, "val_mAP": 0.0, "best_val_mAP": 0.0, "diverged": "loss is nan"}\n'
+    )
+    monkeypatch.setattr(final.fit, "fit", lambda *args, **kwargs: pytest.fail("it would only diverge again"))
+    inputs = SimpleNamespace(num_images=100, num_single=0)
+    over: Future[None] = Future()
+    over.set_result(None)
+    final._train(config.resolve("image"), inputs, run, None, threading.Event())
+    assert final.score(run) == 0.0 and final._outcome(run, over) == "0001-again-1: diverged: loss is nan"
+
+
+def test_models_are_tested_in_the_precision_that_is_exported(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep.evaluate, "embed_splits", lambda *args: asked.append(args[3].precision))
+    begun = SimpleNamespace(catalogue=None, base=config.resolve("image"), texts={})
+    sweep._embedded(begun, "test", None)
+    assert asked == ["float32"]

@@ -1,0 +1,64 @@
+"""What the driver of a run writes."""
+
+import contextlib
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.fs
+import pytest
+from ray.train import FailureConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from clipfh import UserError
+from clipfh.cluster import resources as cluster
+from clipfh.train import driver as fit
+
+
+def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
+    class Full(pyarrow.fs.LocalFileSystem):
+        def open_output_stream(self, path):
+            Path(path).write_text('{"half')
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "list.json").write_text("whole")
+    for store, expected in ((Full(), "whole"), (pyarrow.fs.LocalFileSystem(), "new")):
+        context = SimpleNamespace(
+            storage_filesystem=store, checkpoint_manager_snapshot_path=str(tmp_path / "list.json")
+        )
+        with contextlib.suppress(OSError):
+            fit._write_list(SimpleNamespace(_storage_context=context, _save_state=lambda: "new"))
+        assert (tmp_path / "list.json").read_text() == expected
+
+
+@pytest.mark.parametrize(
+    "error,decisions",
+    [
+        (ControllerError(WorkerGroupStartupTimeoutError(1)), ["RETRY"] * 4),  # others use the cluster: it waits
+        (ControllerError(WorkerGroupStartupFailedError()), ["RETRY", "RAISE"]),
+        (WorkerGroupError("", {0: RuntimeError("a bug")}), ["RETRY", "RAISE"]),
+        (WorkerGroupError("", {0: RuntimeError(), 1: UserError("no memory")}), ["RAISE"]),
+    ],
+)
+def test_what_is_tried_again(error, decisions):
+    policy = fit._Patience(FailureConfig(max_failures=1, controller_failure_limit=1))
+    assert [policy.make_decision(error).value for _ in decisions] == decisions
+
+
+def test_a_run_is_known_on_its_cluster_by_its_folder(monkeypatch, tmp_path, tiny):
+    """With one name for all, the first run to end would free what another one holds."""
+    registered, ended = [], []
+
+    class Trainer:
+        def __init__(self, loop, run_config, **rest):
+            registered.extend(each.run for each in run_config.callbacks if isinstance(each, cluster.Register))
+
+        def fit(self):
+            pass
+
+    monkeypatch.setattr(fit, "_Trainer", Trainer)
+    monkeypatch.setattr(cluster, "end", ended.append)
+    for name in ("one", "other"):
+        fit.fit(tiny, SimpleNamespace(validation=None), tmp_path / name, cluster.Resources(1, 1, 0, 1))
+    assert registered == ended == [str(tmp_path / "one"), str(tmp_path / "other")]

@@ -1,0 +1,121 @@
+"""A run in this process gets the very batches that Ray Data would bring, and leaves a folder as Ray Train does."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from clipfh.cluster import resources as cluster
+from clipfh.config import cores
+from clipfh.config import experiment as config
+from clipfh.data import decoding, stream
+from clipfh.storage import run_folder as runs
+from clipfh.train import in_process, worker
+
+
+@pytest.fixture(scope="module")
+def shared(small_catalogue):
+    return in_process.Feed().share(small_catalogue, "train")
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny):
+    return decoding.Recipe(tiny.batch, tiny.augment, seed=3, size=64, singles=True)
+
+
+def test_its_batches_are_those_of_ray_data(shared, recipe, small_catalogue, ray_cluster):
+    here = list(in_process.Feed().batches(shared, recipe, 2, 9))
+    over_ray = list(stream.batches(stream.share(small_catalogue, "train"), recipe, 2, 9))
+    assert [step for step, _, _ in here] == list(range(2, 9)) == [step for step, _, _ in over_ray]
+    for one, other in zip(here, over_ray, strict=True):
+        np.testing.assert_array_equal(one[1], other[1])
+        np.testing.assert_array_equal(one[2], other[2])
+
+
+def test_kept_images_change_no_pixel_and_stay_within_their_memory(shared, recipe):
+    feed, size, crop_min = in_process.Feed(), recipe.size, recipe.augment.crop_min
+    sizes = [decoding.room(shard, size, crop_min) for shard in shared.shards]
+    some = feed.keep_decoded(shared, sum(sizes) / 2 / 2**30, size, crop_min)
+    kept = [each.pixels.nbytes for each in some.kept if each is not None]
+    assert 0 < sum(kept) <= sum(sizes) / 2
+    for plain, found in zip(feed.batches(shared, recipe, 0, 3), feed.batches(some, recipe, 0, 3), strict=True):
+        np.testing.assert_array_equal(plain[2], found[2])
+
+
+def test_validation_images_are_those_of_ray_data(small_catalogue, ray_cluster):
+    from clipfh.data.images import Preprocess
+
+    splits, preprocess = ("val_query", "val_gallery"), Preprocess(64, (0.5,) * 3, (0.5,) * 3)
+    here = in_process.Feed().decoded(small_catalogue, splits, preprocess)
+    np.testing.assert_array_equal(here, decoding.fetch(stream.decoded(small_catalogue, splits, preprocess)))
+
+
+def test_the_best_checkpoint_and_the_latest_are_kept(tmp_path):
+    def save(folder):
+        (folder / "weights").write_text("")
+
+    told = []
+    session = in_process._Session(tmp_path, "val_mAP", told.append)
+    with session.checkpoint() as begun:
+        assert begun is None
+    for step, score in enumerate([0.2, 0.5, 0.4, 0.3], 1):
+        session.report({"step": step, "val_mAP": score}, save)
+    half = tmp_path / "checkpoints" / "checkpoint_half.new"
+    half.mkdir()  # as a kill leaves it
+    again = in_process._Session(tmp_path, "val_mAP", told.append)
+    with again.checkpoint() as latest:
+        assert latest
+    kept = sorted(folder.name for folder in (tmp_path / "checkpoints").glob("checkpoint_*-*"))
+    listed = json.loads((tmp_path / "checkpoints" / runs.SNAPSHOT).read_text())
+    assert sorted(each["checkpoint_dir_name"] for each in listed["checkpoint_results"]) == kept
+    assert [each["metrics"]["step"] for each in listed["checkpoint_results"]] == [4, 2], "worst first"
+    assert runs.best_of(tmp_path) == listed["checkpoint_results"][1]["checkpoint_dir_name"]
+    assert runs.latest_step(tmp_path) == 4 and latest.endswith(
+        listed["latest_checkpoint_result"]["checkpoint_dir_name"]
+    )
+    assert not half.exists() and len(told) == 4
+
+
+def test_where_a_run_trains(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    alone = config.Placement()
+    assert in_process.wanted(alone, None, "runs/image")
+    assert not in_process.wanted(alone, "auto", "runs/image")
+    assert not in_process.wanted(alone, None, "s3://shop/runs/image")
+    assert not in_process.wanted(dataclasses.replace(alone, workers=2), None, "runs/image")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert not in_process.wanted(alone, None, "runs/image"), "a GPU is fed by processes"
+    assert in_process.wanted(dataclasses.replace(alone, gpus_per_worker=0.0), None, "runs/image")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert not in_process.wanted(dataclasses.replace(alone, gpus_per_worker=0.0), None, "runs/image")
+
+
+def test_threads_follow_the_runs_on_this_machine(tmp_path, monkeypatch):
+    import torch
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(cores, "available", lambda: 4)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(worker._Threads, "EVERY_S", 0.0)
+    try:
+        with worker._Threads(4, shared=True) as threads:
+            threads.adjust()
+            assert torch.get_num_threads() == 4
+            with cores.Share():
+                threads.adjust()
+                assert torch.get_num_threads() == 2
+            threads.adjust()
+            assert torch.get_num_threads() == 4
+        with worker._Threads(3, shared=False) as threads, cores.Share():
+            threads.adjust()
+            assert torch.get_num_threads() == 3, "as many as were asked for"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_who_shares_cores(ray_cluster):
+    assert cluster.place(config.Placement()).shares_cores
+    assert not cluster.place(config.Placement(concurrent=2), alone=False).shares_cores, "trials have a thread each"
+    assert not cluster.place(config.Placement(cpus_per_worker=1.0)).shares_cores
