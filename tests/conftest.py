@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipfh.config import experiment as config
+from clipfh.config import presets
+from clipfh.config.experiment import SMALL_MODEL, Experiment, Placement
 from clipfh.data import catalogue
 from clipfh.demo import demo
 
@@ -17,7 +18,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
 torch.set_num_threads(1)
 
 TINY = {
-    "model.name": config.SMALL,
+    "model.name": SMALL_MODEL,
     "batch.items": 8,
     "batch.views": 2,
     "budget.images": 192,
@@ -47,11 +48,11 @@ def ray_cluster(tmp_path_factory):
     from clipfh.cluster import resources as cluster
 
     os.environ["RAY_TMPDIR"] = "/tmp/clipfh-tests"  # a socket's path has room for no more than about 100 letters
-    cluster.connect("local", config.Placement(workers=2))
+    cluster.connect("local", Placement(workers=2))
     yield
     ray.shutdown()
 
 
 @pytest.fixture(scope="session")
-def tiny() -> config.Experiment:
-    return config.resolve("image", None, TINY)
+def tiny() -> Experiment:
+    return presets.resolve("image", None, TINY)

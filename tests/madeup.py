@@ -10,8 +10,8 @@ import optuna
 import yaml
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
-from clipfh.config import experiment as config
-from clipfh.config import sweep_file as space
+from clipfh.config import presets, schema, sweep_file
+from clipfh.config.sweep_file import SweepFile
 
 FILE = {
     "name": "demo",
@@ -29,7 +29,7 @@ FILE = {
 KEYS = ("mAP", *(f"rank{k}" for k in (1, 5, 10, 20, 30, 40, 50)), "mAP_at_R", "mINP")
 
 
-def write_sweep(folder: Path, endings: str, zero_shot: float = 0.23, sampler=None, **changes) -> space.Sweep:
+def write_sweep(folder: Path, endings: str, zero_shot: float = 0.23, sampler=None, **changes) -> SweepFile:
     """Everything up to the summary.
 
     Args:
@@ -41,8 +41,8 @@ def write_sweep(folder: Path, endings: str, zero_shot: float = 0.23, sampler=Non
     """
     folder.mkdir(parents=True)
     (folder / "sweep.yaml").write_text(yaml.safe_dump({**FILE, "trials": len(endings), **changes}, sort_keys=False))
-    file = space.load(folder / "sweep.yaml")
-    (folder / "sweep.yaml").write_text(space.resolved(file))
+    file = sweep_file.load(folder / "sweep.yaml")
+    (folder / "sweep.yaml").write_text(sweep_file.to_yaml(file))
     storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
     sampler = sampler or optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(study_name=file.name, storage=storage, sampler=sampler, direction="maximize")
@@ -53,7 +53,7 @@ def write_sweep(folder: Path, endings: str, zero_shot: float = 0.23, sampler=Non
     return file
 
 
-def write_board(folder: Path, file: space.Sweep, rows: list[dict]) -> None:
+def write_board(folder: Path, file: SweepFile, rows: list[dict]) -> None:
     """`leaderboard.csv`, best first."""
     rows = sorted(rows, key=lambda row: float(row.get("val_mAP", -1)), reverse=True)
     with (folder / "leaderboard.csv").open("w", newline="") as opened:
@@ -63,7 +63,7 @@ def write_board(folder: Path, file: space.Sweep, rows: list[dict]) -> None:
         writer.writerows({"rank": i, **row} for i, row in enumerate(rows, 1))
 
 
-def _trial(folder: Path, file: space.Sweep, study: optuna.Study, letter: str) -> dict:
+def _trial(folder: Path, file: SweepFile, study: optuna.Study, letter: str) -> dict:
     """Ask Optuna for a trial, write its folder, tell the study; returns its line of the leaderboard."""
     status = {"d": "done", "s": "stopped", "f": "failed", "x": "diverged", "r": "running"}[letter]
     asked = study.ask()
@@ -78,7 +78,7 @@ def _trial(folder: Path, file: space.Sweep, study: optuna.Study, letter: str) ->
     if status == "diverged":
         lines.append({**lines[-1], "best_val_mAP": 0.0, "diverged": "loss is nan at step 9"})
     folder.mkdir(parents=True)
-    (folder / "experiment.json").write_text(config.to_json(experiment))
+    (folder / "experiment.json").write_text(schema.to_json(experiment))
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     reached, images = lines[-1]["best_val_mAP"], lines[-1]["images"]
     if status != "running":
@@ -127,7 +127,7 @@ def reports(top: float, images: int = 60_000, count: int = 6) -> list[dict]:
 
 def finish(folder: Path, best: str, test: dict, zero_shot: dict, **changes) -> Path:
     """Write the summary of a sweep."""
-    experiment = config.resolve(
+    experiment = presets.resolve(
         "image", None, {"model.name": "clipfh-small", "optimizer.lr": 2e-3, "loss.triplet": 0.5}
     )
     summary = {
@@ -141,7 +141,7 @@ def finish(folder: Path, best: str, test: dict, zero_shot: dict, **changes) -> P
         "trials": 3,
         "failed": 0,
         "seconds": 3725.0,
-        "experiment": config.flat(experiment),
+        "experiment": schema.flatten(experiment),
         "searched": list(FILE["search"]),
         "catalogue": {"path": "shop", "hash": "abc123", "counts": {"train": {"images": 25882, "items": 3997}}},
         "resources": {"workers": 2, "cpus": 1.0, "gpus": 0.5, "threads": 1},

@@ -21,7 +21,7 @@ from nodes import reports, until
 from test_training import await_reports
 
 from clipfh.model import onnx
-from clipfh.storage import run_folder as runs
+from clipfh.storage import run_folder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,7 +88,7 @@ def trained(small_catalogue, tmp_path_factory) -> Callable[..., Trained]:
         out = tmp_path_factory.mktemp("run") / "run"
         ran = clipfh("train", "joint", small_catalogue.path, f"--out={out}", *as_options(JOINT), *options)
         assert ran.code == 0, ran.output
-        return Trained(out, ran, runs.read_metrics(out))
+        return Trained(out, ran, run_folder.read_metrics(out))
 
     return run
 
@@ -159,11 +159,11 @@ def test_a_killed_run_frees_the_gpu_and_resumes_with_the_batches_of_one_that_was
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     until(lambda: taken() < before + 16 * MIB, 60)
-    assert 0 < runs.latest_step(out) < 1000, "killed in mid-run"
+    assert 0 < run_folder.latest_step(out) < 1000, "killed in mid-run"
     ran = clipfh(*words, "--resume")
     assert ran.code == 0, ran.output
     unkilled = reports(two_halves[0])["0001"]  # of the same seed, batch and length
-    assert [line["stream"] for line in runs.read_metrics(out)] == [line["stream"] for line in unkilled]
+    assert [line["stream"] for line in run_folder.read_metrics(out)] == [line["stream"] for line in unkilled]
 
 
 def test_the_gpu_evaluates_as_the_cpu_does(trained, small_catalogue, tmp_path):

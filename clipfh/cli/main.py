@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from clipfh import LOST, UserError, __version__, causes, mendable
-from clipfh.config import experiment as config
+from clipfh.config import presets, schema
+from clipfh.config.experiment import LOSS_TERMS, Experiment, ModelSettings, Placement, require
 
 DESCRIPTION = """Tune CLIP to find the same item again in a catalogue of photos.
 
@@ -116,13 +117,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     words = list(argv[: argv.index("--")]) if "--" in argv else list(argv)
     command = next((word for word in words if not word.startswith("-")), None)
     if command and command not in commands:
-        raise UserError(f"unknown command {command}{config.nearest(command, list(commands))} (see clipfh --help)")
+        raise UserError(f"unknown command {command}{schema.nearest(command, list(commands))} (see clipfh --help)")
     asked = commands[command] if command else top
     options = [name[2:] for name in asked._option_string_actions if name.startswith("--")]
     for word in words:
         name = word.partition("=")[0]
         if name.startswith("--") and name[2:] not in options:
-            near = config.nearest(name[2:], options).replace("mean ", "mean --")
+            near = schema.nearest(name[2:], options).replace("mean ", "mean --")
             raise UserError(f"{asked.prog} has no option {name}{near} (see {asked.prog} --help)")
     if command != "submit":
         return top.parse_args(_joined(argv))
@@ -133,7 +134,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _joined(argv: Sequence[str]) -> list[str]:
     """The words, with a setting and its value as one where the value begins with a dash."""
-    settings = {f"--{name}" for name, *_ in config.fields()}
+    settings = {f"--{name}" for name, *_ in schema.fields()}
     joined: list[str] = []
     for word in argv:
         if joined and joined[-1] in settings and word.startswith("-") and not word.startswith("--"):
@@ -235,11 +236,11 @@ def _train_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("stage", choices=("image", "joint"), help="train the image tower, or both")
     p.add_argument("catalogue", metavar="CATALOGUE")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the run")
-    p.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(config.PRESETS)}")
+    p.add_argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(presets.PRESETS)}")
     p.add_argument("--warm-start", metavar="PATH", help="a run, checkpoint, export or weights file to start from")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     _track_argument(p)
-    for name, hint, default, doc in config.fields(config.Placement):
+    for name, hint, default, doc in schema.fields(Placement):
         if name not in ("concurrent", "keep_weights"):  # a sweep's
             p.add_argument(f"--{_dashed(name)}", metavar=_metavar(hint), help=f"{doc} (default: {default})")
     _cluster_arguments(p)
@@ -281,9 +282,9 @@ def _cluster_arguments(p: argparse.ArgumentParser) -> None:
 
 def _setting_arguments(p: argparse.ArgumentParser, shown: Sequence[str] = ()) -> None:
     """An option for each setting, by groups; all of them, or those of the groups shown."""
-    image, joint = (config.flat(config.resolve(stage)) for stage in ("image", "joint"))
+    image, joint = (schema.flatten(presets.resolve(stage)) for stage in ("image", "joint"))
     groups: dict[str, Any] = {}
-    for name, hint, _, doc in config.fields():
+    for name, hint, _, doc in schema.fields():
         of = name.rpartition(".")[0]
         if name == "stage" or (shown and of not in shown):
             continue
@@ -295,7 +296,7 @@ def _setting_arguments(p: argparse.ArgumentParser, shown: Sequence[str] = ()) ->
     groups["model"].add_argument("--model", dest="model.name", metavar="NAME", help="the same as --model.name")
     groups["text"].add_argument("--prompt-json", dest="text.file", metavar="FILE", help="the same as --text.file")
     if "loss" in groups:
-        terms = "+".join(config.TERMS)
+        terms = "+".join(LOSS_TERMS)
         groups["loss"].add_argument("--loss", metavar="A+B", help=f"switch on these terms alone, of {terms}")
 
 
@@ -303,7 +304,7 @@ def _group(name: str) -> tuple[str, str]:
     """Title and text of a group of settings."""
     if not name:
         return "settings", "Defaults are those of the preset 'recommended'; clipfh-small takes 'scratch'."
-    return f"{name} settings", str(typing.get_type_hints(config.Experiment)[name].__doc__)
+    return f"{name} settings", str(typing.get_type_hints(Experiment)[name].__doc__)
 
 
 def _metavar(hint: Any) -> str:
@@ -326,17 +327,15 @@ def _dashed(name: str) -> str:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings given on the command line, typed."""
-    names = [name for name, *_ in config.fields() if name != "stage"]
-    given = {n: config.parse(n, vars(args)[n]) for n in names if vars(args).get(n) is not None}
+    names = [name for name, *_ in schema.fields() if name != "stage"]
+    given = {n: schema.parse(n, vars(args)[n]) for n in names if vars(args).get(n) is not None}
     shorthand = getattr(args, "loss", None)
-    return {**({} if shorthand is None else config.loss_terms(shorthand)), **config.absolute(given)}
+    return {**({} if shorthand is None else presets.loss_terms(shorthand)), **schema.with_absolute_paths(given)}
 
 
-def _placement(args: argparse.Namespace) -> config.Placement:
+def _placement(args: argparse.Namespace) -> Placement:
     given = {name: getattr(args, name) for name in ("workers", "gpus_per_worker", "cpus_per_worker", "keep_gib")}
-    return config.Placement(
-        **{n: config.parse(n, text, config.Placement) for n, text in given.items() if text is not None}
-    )
+    return Placement(**{n: schema.parse(n, text, Placement) for n, text in given.items() if text is not None})
 
 
 # --- The commands ----------------------------------------------------------------------------------------------------
@@ -344,6 +343,8 @@ def _placement(args: argparse.Namespace) -> config.Placement:
 
 def prepare(args: argparse.Namespace) -> None:
     from clipfh.data import catalogue
+
+    pass
 
     with _progress("images") as tell:
         made = catalogue.prepare(
@@ -364,14 +365,16 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def prompts(args: argparse.Namespace) -> None:
-    from clipfh.data import catalogue
+    from clipfh.data import catalogue, prompts
+
+    pass
 
     opened = catalogue.open_catalogue(args.catalogue)
-    from clipfh.data import prompts
-    from clipfh.model import clip as model
+    pass
+    from clipfh.model.clip import load_tokenizer, make_token_counter
 
-    settings = config.Model(name=args.model)
-    counter, limit = model.token_counter(settings), model.tokenizer(settings).context_length
+    settings = ModelSettings(name=args.model)
+    counter, limit = make_token_counter(settings), load_tokenizer(settings).context_length
     items = prompts.item_texts(row for split in catalogue.SPLITS for row in opened.rows(split).to_pylist())
     found = prompts.report(items, counter, limit)
     print(prompts.format_report(found))
@@ -385,19 +388,22 @@ def prompts(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     from clipfh.data import catalogue
+    from clipfh.retrieval import evaluate
+
+    pass
 
     settings, out = _settings(args), Path(args.out)
-    config.require(args.random_splits >= 0, "random-splits", "0 or more", args.random_splits)
+    require(args.random_splits >= 0, "random-splits", "0 or more", args.random_splits)
     opened = catalogue.open_catalogue(args.catalogue)
     if _in_use(out) and not any((out / file).exists() for file in ("predictions.parquet", "embeddings.parquet")):
         raise UserError(f"--out {out} is not empty, and holds no evaluation to replace: name another folder")
-    from clipfh.retrieval import evaluate
-    from clipfh.train import inputs as train
+    pass
+    from clipfh.train.inputs import load_prompts_for
 
     splits = evaluate.splits_of(args.split)
     opened.require(*splits)
     clip, experiment, _ = _model(args, settings)
-    texts = train.prompts_of(opened, experiment, *splits)
+    texts = load_prompts_for(opened, experiment, *splits)
     mark = evaluate.fingerprint(opened, splits, clip, experiment.model, texts)
     embedded = evaluate.kept(out, mark, opened, splits, texts)
     if embedded:
@@ -411,40 +417,43 @@ def evaluate(args: argparse.Namespace) -> None:
     told = {"catalogue": of, "split": args.split, "model": experiment.model.name, "checkpoint": args.checkpoint}
     (out / "evaluation.json").write_text(json.dumps(told, indent=2) + "\n")
     print(_figures(found))
-    print(f"all figures: {out}/metrics.json; the first {evaluate.TOP} finds of each query: {out}/predictions.parquet")
+    top = evaluate.TOP
+    print(f"all figures: {out}/metrics.json; the first {top} finds of each query: {out}/predictions.parquet")
 
 
-def _model(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, config.Experiment, str]:
+def _model(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Experiment, str]:
     """The model at --checkpoint or else the pretrained one, its experiment, and the path of its weights."""
     from clipfh.model import checkpoint
-    from clipfh.model import clip as model
-    from clipfh.train import inputs as train
+    from clipfh.model.clip import load_weights
+    from clipfh.train.inputs import load_start
 
     weights = checkpoint.load(args.checkpoint) if args.checkpoint else None
-    experiment = (weights.experiment if weights else None) or config.resolve("image", None, settings)
+    experiment = (weights.experiment if weights else None) or presets.resolve("image", None, settings)
     exact = {"model.precision": "float32"} if settings.get("model.precision") != "bfloat16" else {}  # as exports are
-    experiment = config.replace(experiment, {**settings, **exact})
+    experiment = schema.replace(experiment, {**settings, **exact})
     if weights is None:
-        return train.start_of(experiment), experiment, ""
-    return model.with_weights(experiment.model, weights.state, args.checkpoint), experiment, weights.path
+        return load_start(experiment), experiment, ""
+    return load_weights(experiment.model, weights.state, args.checkpoint), experiment, weights.path
 
 
 def train(args: argparse.Namespace) -> None:
     from clipfh.data import catalogue
 
+    pass
+
     placement, settings, out = _placement(args), _settings(args), Path(args.out)
     as_it_was = args.resume and not settings and not args.preset
-    given = None if as_it_was else config.resolve(args.stage, args.preset, settings)
+    given = None if as_it_was else presets.resolve(args.stage, args.preset, settings)
     opened = catalogue.open_catalogue(args.catalogue)
-    from clipfh.data import sampler as batches
-    from clipfh.storage import run_folder as runs
+    from clipfh.data import sampler
+    from clipfh.storage import run_folder
     from clipfh.train import in_process, track
-    from clipfh.train import inputs as train
+    from clipfh.train.inputs import is_warm_started, notes_on_singles, open_run, prepare_inputs
 
     track.require(args.track)
     alone = in_process.wanted(placement, args.address, args.out)
     with _all_or_nothing(out, "checkpoints/checkpoint_*"):
-        clip, experiment = train.begin(out, given, opened, args.warm_start, args.resume)
+        clip, experiment = open_run(out, given, opened, args.warm_start, args.resume)
         if experiment.stage != args.stage:
             raise UserError(
                 f"--resume: {out} is of the {experiment.stage} stage: write clipfh train {experiment.stage}"
@@ -455,32 +464,36 @@ def train(args: argparse.Namespace) -> None:
             print(f"{experiment.stage} stage of {experiment.model.name} on {images:,} images: {run.where}", flush=True)
             if experiment.stage == "joint" and not experiment.loss.takes_text:
                 print("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
-            inputs = train.inputs_of(opened, experiment, clip, run.feed, placement.keep_gib, warm=train.is_warm(out))
-            for note in train.notes_on(inputs, experiment.loss):
+            inputs = prepare_inputs(opened, experiment, clip, run.feed, placement.keep_gib, warm=is_warm_started(out))
+            for note in notes_on_singles(inputs, experiment.loss):
                 print(note)
-            budget = batches.budget_of(experiment, inputs.num_images, inputs.num_single)
+            budget = sampler.budget_of(experiment, inputs.num_images, inputs.num_single)
             with track.following(args.track, out):
                 run.fit(experiment, inputs, out, functools.partial(_tell_report, budget.total * budget.batch))
-    last = runs.read_metrics(out)[-1]
+    last = run_folder.read_metrics(out)[-1]
     if "diverged" in last:
         raise UserError(last["diverged"])
     print(f"best val mAP {last['best_val_mAP']:.4f}: clipfh export {out} --out FOLDER makes a model of it")
 
 
 def sweep(args: argparse.Namespace) -> None:
-    from clipfh.config import sweep_file as space
+    from clipfh.config import sweep_file
     from clipfh.data import catalogue
+    from clipfh.sweep import sweep
+
+    pass
 
     if args.retry_failed and not args.resume:
         raise UserError("--retry-failed trains failed trials of a sweep that is there: it goes with --resume")
-    loaded = space.load(args.file, _settings(args), args.trials)
+    loaded = sweep_file.load(args.file, _settings(args), args.trials)
     opened, out = catalogue.open_catalogue(args.catalogue), Path(args.out)
     if args.dry_run:
-        print(space.resolved(loaded), flush=True)
+        print(sweep_file.to_yaml(loaded), flush=True)
         print(_estimate(args, loaded, opened))
         return
     from clipfh.cluster import resources as cluster
-    from clipfh.sweep import sweep
+
+    pass
     from clipfh.train import track
 
     track.require(args.track)
@@ -518,6 +531,8 @@ def _estimate(args: argparse.Namespace, loaded: Any, opened: Any) -> str:
 def status(args: argparse.Namespace) -> None:
     from clipfh.report import status
 
+    pass
+
     print(status.of(args.path))
 
 
@@ -526,9 +541,9 @@ def submit(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise UserError(f"--working-dir {folder}: no such folder")
     _check_submission(args.words, folder)
-    from clipfh.cluster import jobs as submit
+    from clipfh.cluster import jobs
 
-    return submit.run(args.address, folder, args.words)
+    return jobs.run(args.address, folder, args.words)
 
 
 def _check_submission(words: Sequence[str], folder: Path) -> None:
@@ -552,21 +567,21 @@ def _check_submission(words: Sequence[str], folder: Path) -> None:
                     "give a path from / on, which all nodes of the cluster see"
                 )
     if inner.command == "sweep" and not Path(inner.file).is_absolute():
-        from clipfh.config import sweep_file as space
+        from clipfh.config import sweep_file
 
-        space.load(folder / inner.file, settings, inner.trials)
+        sweep_file.load(folder / inner.file, settings, inner.trials)
 
 
 def export(args: argparse.Namespace) -> None:
     from clipfh.model import checkpoint, export
-    from clipfh.model import clip as model
+    from clipfh.model.clip import load_weights
 
     weights = checkpoint.load(args.path)
     if weights.experiment is None:
         raise UserError(
             f"{args.path} is a bare weights file: open_clip loads it as it is; export takes a run or a sweep"
         )
-    clip = model.with_weights(weights.experiment.model, weights.state, args.path)
+    clip = load_weights(weights.experiment.model, weights.state, args.path)
     known = export.known_of(weights)
     catalogue = export.catalogue_of(known)
     photos = export.photos_of(catalogue) if catalogue else []
@@ -580,57 +595,63 @@ def export(args: argparse.Namespace) -> None:
 
 def embed(args: argparse.Namespace) -> None:
     from clipfh.data import catalogue
+    from clipfh.retrieval import evaluate
+
+    pass
 
     settings, out = _settings(args), Path(args.out)
     opened = catalogue.open_catalogue(args.catalogue)
-    from clipfh.retrieval import embedding_file as embeddings
-    from clipfh.retrieval import evaluate
-    from clipfh.retrieval import lookup as search
-    from clipfh.train import inputs as train
+    from clipfh.retrieval import embedding_file
 
-    if out.is_dir() or (out.exists() and embeddings.mark_of(out) is None):
+    pass
+    from clipfh.retrieval import lookup
+    from clipfh.train.inputs import load_prompts_for
+
+    if out.is_dir() or (out.exists() and embedding_file.mark_of(out) is None):
         raise UserError(f"--out {out} is there, and holds no embeddings to replace: name another file")
     clip, experiment, weights = _model(args, settings)
     splits = [split for split in catalogue.SPLITS if opened.num_images(split)]
-    prompts = train.prompts_of(opened, experiment, *splits)
+    prompts = load_prompts_for(opened, experiment, *splits)
     with _to_embed(args), _progress("images embedded") as tell:
         embedding = evaluate.choose_encoder(clip, experiment.model).images(opened, splits, tell)
     rows = evaluate.prompted(opened, splits, prompts)
-    embeddings.write(out, rows, embedding, search.mark(clip, experiment, weights, opened))
+    embedding_file.write(out, rows, embedding, lookup.mark(clip, experiment, weights, opened))
     print(f"{len(embedding):,} embeddings of {embedding.shape[1]} numbers: {out}")
     print(f"clipfh search --embeddings {out} --image PHOTO finds the nearest; --text WORDS looks for words")
 
 
 def search(args: argparse.Namespace) -> None:
-    from clipfh.retrieval import lookup as search
+    from clipfh.retrieval import lookup
 
-    config.require(args.top >= 1, "top", "1 or more", args.top)
-    index = search.load(args.embeddings)
-    clip, settings = search.model_of(index, args.checkpoint)
+    require(args.top >= 1, "top", "1 or more", args.top)
+    index = lookup.load(args.embeddings)
+    clip, settings = lookup.model_of(index, args.checkpoint)
     photo = Path(args.image) if args.image else None
-    query = search.embed_photo(index, clip, settings, photo) if photo else search.embed_words(clip, settings, args.text)
-    found = search.nearest(index, query, args.top)
+    query = lookup.embed_photo(index, clip, settings, photo) if photo else lookup.embed_words(clip, settings, args.text)
+    found = lookup.nearest(index, query, args.top)
     rows = [[str(i), f"{find.similarity:.4f}", find.item_id, find.path] for i, find in enumerate(found, 1)]
     print(_table(["", "similarity", "item", "path"], rows))
     if args.html:
-        search.write_page(args.html, index, photo.name if photo else args.text, photo, found)
+        lookup.write_page(args.html, index, photo.name if photo else args.text, photo, found)
         print(f"page {args.html}")
 
 
 def report(args: argparse.Namespace) -> None:
-    from clipfh.report import page as report
+    from clipfh.report import page
 
-    print(f"report {report.write(args.paths, Path(args.out) if args.out else None)}")
+    print(f"report {page.write(args.paths, Path(args.out) if args.out else None)}")
 
 
 def demo(args: argparse.Namespace) -> None:
     from clipfh.demo import demo
 
+    pass
+
     demo.run(Path(args.out), functools.partial(print, flush=True))
 
 
 @contextlib.contextmanager
-def _connected(args: argparse.Namespace, placement: config.Placement | None = None) -> Iterator[None]:
+def _connected(args: argparse.Namespace, placement: Placement | None = None) -> Iterator[None]:
     """Connected to the cluster at --address, or to one of our own that ends with the block."""
     from clipfh.cluster import resources as cluster
 
@@ -644,6 +665,8 @@ def _connected(args: argparse.Namespace, placement: config.Placement | None = No
 def _to_embed(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
     """Connected to a cluster to embed over, where there is one to gain from."""
     from clipfh.retrieval import embed
+
+    pass
 
     return _connected(args) if embed.wants_cluster(args.address) else contextlib.nullcontext()
 
@@ -732,13 +755,15 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
 @contextlib.contextmanager
 def _live(out: Path) -> Iterator[tuple[Callable[[str], None], bool]]:
     """A table of the sweep's trials below what is told, in a terminal; elsewhere lines alone, also for each report."""
+    from clipfh.report import status
+
     if not sys.stdout.isatty():
         yield functools.partial(print, flush=True), True
         return
     from rich.console import Console
     from rich.live import Live
 
-    from clipfh.report import status
+    pass
 
     console = Console(highlight=False)
     with Live(get_renderable=lambda: status.table(out, console.height - 4), console=console, refresh_per_second=1):
@@ -762,11 +787,11 @@ class _Run:
     where: str
     feed: Any
     """decoding.Feed"""
-    fit: Callable[[config.Experiment, Any, Path, Callable[[dict[str, Any]], None]], None]
+    fit: Callable[[Experiment, Any, Path, Callable[[dict[str, Any]], None]], None]
     """Trains an experiment, of inputs, in a folder, and tells each report."""
 
 
-def _run_here(placement: config.Placement) -> _Run:
+def _run_here(placement: Placement) -> _Run:
     """In this process, in its main thread, where Ctrl-C reaches it."""
     from clipfh.train import in_process
 
@@ -775,15 +800,15 @@ def _run_here(placement: config.Placement) -> _Run:
     return _Run(where, in_process.Feed(), functools.partial(in_process.fit, placement))
 
 
-def _run_over_a_cluster(placement: config.Placement) -> _Run:
+def _run_over_a_cluster(placement: Placement) -> _Run:
     from clipfh.cluster import resources as cluster
     from clipfh.data import stream
-    from clipfh.train import driver as fit
+    from clipfh.train import driver
 
     resources = cluster.place(placement)
 
-    def train(experiment: config.Experiment, inputs: Any, out: Path, tell: Callable[[dict[str, Any]], None]) -> None:
-        _followed(lambda: fit.fit(experiment, inputs, out, resources, retries=3), out, tell)
+    def train(experiment: Experiment, inputs: Any, out: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+        _followed(lambda: driver.fit(experiment, inputs, out, resources, retries=3), out, tell)
 
     return _Run(str(resources), stream, train)
 
@@ -793,7 +818,7 @@ def _followed(work: Callable[[], None], out: Path, tell: Callable[[dict[str, Any
 
     Here in the main thread Ctrl-C reaches us; Ray Train would take it for itself.
     """
-    from clipfh.storage import run_folder as runs
+    from clipfh.storage import run_folder
 
     errors: list[Exception] = []
 
@@ -804,12 +829,12 @@ def _followed(work: Callable[[], None], out: Path, tell: Callable[[dict[str, Any
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    told, over = len(runs.read_metrics(out)), False
+    told, over = len(run_folder.read_metrics(out)), False
     thread.start()
     while not over:
         thread.join(0.5)
         over = not thread.is_alive()
-        lines = runs.read_metrics(out)
+        lines = run_folder.read_metrics(out)
         for line in lines[told:]:
             tell(line)
         told = max(told, len(lines))

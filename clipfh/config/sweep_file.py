@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from clipfh import UserError
-from clipfh.config import experiment as config
+from clipfh.config import presets, schema
+from clipfh.config.experiment import LOSS_TERMS, SMALL_MODEL, Budget, Experiment, Placement, require
 
 if TYPE_CHECKING:
     import optuna
@@ -27,14 +28,14 @@ KINDS = ("loguniform", "uniform", "int", "choice")
 
 TOGETHER = (
     ("batch.items", "batch.categories"),
-    ("batch.views", *(f"loss.{term}" for term in config.TERMS), "loss.supcon_captions"),
+    ("batch.views", *(f"loss.{term}" for term in LOSS_TERMS), "loss.supcon_captions"),
     ("budget.images", "budget.epochs"),
 )
 """Settings whose values must fit each other's."""
 
 
 @dataclass(frozen=True)
-class Range:
+class SearchRange:
     """How one setting is searched."""
 
     kind: str
@@ -96,12 +97,12 @@ class Halving:
     """one trial in so many goes on from a rung"""
 
     def __post_init__(self) -> None:
-        config.require(self.first_rung >= 0, "first_rung", "0 or more", self.first_rung)
-        config.require(self.reduction >= 2, "reduction", "2 or more", self.reduction)
+        require(self.first_rung >= 0, "first_rung", "0 or more", self.first_rung)
+        require(self.reduction >= 2, "reduction", "2 or more", self.reduction)
 
 
 @dataclass(frozen=True)
-class Final:
+class Finalists:
     """What comes between the search and the test split."""
 
     top: int = 0
@@ -112,8 +113,8 @@ class Final:
     """train the winner on train and validation items together"""
 
     def __post_init__(self) -> None:
-        config.require(self.top >= 0, "top", "0 or more", self.top)
-        config.require(self.seeds >= 1, "seeds", "1 or more", self.seeds)
+        require(self.top >= 0, "top", "0 or more", self.top)
+        require(self.seeds >= 1, "seeds", "1 or more", self.seeds)
 
 
 SAMPLERS = ("tpe", "random", "grid")
@@ -121,7 +122,7 @@ MANY = 2**31  # trials of a grid where nobody said how many: all of it
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepFile:
     """A sweep file, resolved and checked."""
 
     name: str
@@ -129,22 +130,22 @@ class Sweep:
     preset: str
     base: dict[str, Any]
     """settings that all trials share, dotted"""
-    search: dict[str, Range]
+    search: dict[str, SearchRange]
     points: list[dict[str, Any]]
     trials: int
     halving: Halving
-    placement: config.Placement = field(default_factory=config.Placement)
+    placement: Placement = field(default_factory=Placement)
     seed: int = 0
     sampler: str = "tpe"
     """one of SAMPLERS; grid tries every combination of choices"""
-    final: Final = field(default_factory=Final)
+    final: Finalists = field(default_factory=Finalists)
     earlier: str = ""
     """folder of another sweep, whose trials the search knows from the start"""
 
-    def experiment(self, sampled: Mapping[str, Any]) -> config.Experiment:
+    def experiment(self, sampled: Mapping[str, Any]) -> Experiment:
         """The experiment of a trial."""
         drawn = {name: value for name, value in sampled.items() if not name.endswith(SWITCH)}
-        return config.resolve(self.stage, self.preset, {**self.base, **drawn})
+        return presets.resolve(self.stage, self.preset, {**self.base, **drawn})
 
     def sampled(self, trial: optuna.Trial) -> dict[str, Any]:
         """A trial's settings. An option of a loss term is drawn only where the term is on."""
@@ -169,7 +170,7 @@ class Sweep:
 
     def _weight(self, term: str) -> float:
         """A term's weight where it is not searched."""
-        return float(config.flat(self.experiment(self.first))[f"loss.{term}"])
+        return float(schema.flatten(self.experiment(self.first))[f"loss.{term}"])
 
     def corners(self, name: str) -> list[dict[str, Any]]:
         """Points of the space that differ in one setting: its ends or choices; one point where it is not searched."""
@@ -206,7 +207,7 @@ class Sweep:
 def _term_of(name: str) -> str:
     """'triplet' for loss.triplet_margin; '' for what is no option of a term (those sort first)."""
     term, _, option = name.removeprefix("loss.").partition("_")
-    return term if name.startswith("loss.") and option and term in config.TERMS else ""
+    return term if name.startswith("loss.") and option and term in LOSS_TERMS else ""
 
 
 KEYS = (
@@ -214,7 +215,7 @@ KEYS = (
 )  # fmt: skip
 
 
-def load(path: str | Path, overrides: Mapping[str, Any] | None = None, trials: int | None = None) -> Sweep:
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None, trials: int | None = None) -> SweepFile:
     """Read and check a sweep file.
 
     Args:
@@ -237,7 +238,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None, trials: i
         raise UserError(f"{path}: {error}") from None
 
 
-def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> Sweep:
+def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> SweepFile:
     tree = _mapping(tree, "the sweep file")
     _known(tree, KEYS)
     base = {**_mapping(tree.get("base", {}), "base"), **overrides}
@@ -246,32 +247,32 @@ def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> Sweep:
     if clash := set(search) & set(overrides):
         raise UserError(f"{sorted(clash)[0]} is searched: give another value in the file, not beside it")
     budget = dict(_mapping(tree.get("budget", {}), "budget"))
-    _known(budget, [f.name for cls in (config.Budget, Halving) for f in dataclasses.fields(cls)], "budget.")
+    _known(budget, [f.name for cls in (Budget, Halving) for f in dataclasses.fields(cls)], "budget.")
     halving = _dataclass(Halving, {k: budget.pop(k) for k in ("first_rung", "reduction") if k in budget}, "budget")
     for name, value in budget.items():
         base.setdefault(f"budget.{name}", value)
     if halving.first_rung:
         base.setdefault("budget.report_every", halving.first_rung)
-    sweep = Sweep(
+    sweep = SweepFile(
         name=str(tree.get("name", "sweep")),
         stage=tree.get("stage", "image"),
-        preset=str(preset or ("scratch" if base.get("model.name") == config.SMALL else "recommended")),
-        base=config.absolute({name: config.check(name, value) for name, value in base.items()}),
+        preset=str(preset or ("scratch" if base.get("model.name") == SMALL_MODEL else "recommended")),
+        base=schema.with_absolute_paths({name: schema.check(name, value) for name, value in base.items()}),
         search=search,
         points=[dict(_mapping(point, "a point")) for point in _list(tree.get("points", []), "points")],
         trials=trials if trials is not None else tree.get("trials", MANY if tree.get("sampler") == "grid" else 16),
         halving=halving,
-        placement=_dataclass(config.Placement, _mapping(tree.get("placement", {}), "placement"), "placement"),
+        placement=_dataclass(Placement, _mapping(tree.get("placement", {}), "placement"), "placement"),
         seed=tree.get("seed", 0),
         sampler=str(tree.get("sampler", "tpe")),
-        final=_dataclass(Final, _mapping(tree.get("final", {}), "final"), "final"),
+        final=_dataclass(Finalists, _mapping(tree.get("final", {}), "final"), "final"),
         earlier=str(tree.get("earlier") or ""),
     )
     _check_values(sweep)
     return _with_grid(sweep) if sweep.sampler == "grid" else sweep
 
 
-def _with_grid(sweep: Sweep) -> Sweep:
+def _with_grid(sweep: SweepFile) -> SweepFile:
     """Its grid as points; no more trials than those."""
     for name, found in sweep.search.items():
         if found.kind != "choice":
@@ -280,7 +281,7 @@ def _with_grid(sweep: Sweep) -> Sweep:
     return dataclasses.replace(sweep, points=points, trials=min(sweep.trials, len(points)))
 
 
-def _check_values(sweep: Sweep) -> None:
+def _check_values(sweep: SweepFile) -> None:
     """Build the experiments at the ends of every range and at every point."""
     if type(sweep.trials) is not int or sweep.trials < 1:
         raise UserError(f"trials must be a whole number above 0, not {sweep.trials!r}")
@@ -298,13 +299,13 @@ def _check_values(sweep: Sweep) -> None:
     for point in sweep.points:
         for name, value in point.items():
             if name not in sweep.search:
-                raise UserError(f"points: {name} is not searched{config.nearest(name, list(sweep.search))}")
-            if not sweep.search[name].holds(config.check(name, value)):
+                raise UserError(f"points: {name} is not searched{schema.nearest(name, list(sweep.search))}")
+            if not sweep.search[name].holds(schema.check(name, value)):
                 raise UserError(f"points: {name} {value} lies outside its range")
         sweep.experiment({**sweep.first, **point})
 
 
-def _check_workers(sweep: Sweep) -> None:
+def _check_workers(sweep: SweepFile) -> None:
     """Whether the workers can share every P that may be drawn."""
     workers, items = sweep.placement.workers, sweep.search.get("batch.items")
     if items and items.kind == "int" and workers > 1:
@@ -317,7 +318,7 @@ def _check_workers(sweep: Sweep) -> None:
             raise UserError(f"batch.items {count} can't be shared by {workers} workers")
 
 
-def _check_together(sweep: Sweep, names: Sequence[str]) -> None:
+def _check_together(sweep: SweepFile, names: Sequence[str]) -> None:
     """Build the experiments at all combinations of the ends of some settings."""
     for drawn in sweep.combinations(names):
         try:
@@ -327,7 +328,7 @@ def _check_together(sweep: Sweep, names: Sequence[str]) -> None:
             raise UserError(f"search: {shown} may be drawn together, and do not fit together ({error})") from None
 
 
-def _range(name: str, spec: Any) -> Range:
+def _range(name: str, spec: Any) -> SearchRange:
     if name in SHARED or name.startswith("text."):
         raise UserError(
             f"search: {name} can't be searched: all trials share weights and prompts; make a sweep for each"
@@ -338,7 +339,7 @@ def _range(name: str, spec: Any) -> Range:
     if len(kinds) != 1:
         raise UserError(f"search: {name} needs one of {', '.join(KINDS)}")
     kind = kinds[0]
-    values = tuple(config.check(name, value) for value in _list(spec[kind], f"search: {name}: {kind}"))
+    values = tuple(schema.check(name, value) for value in _list(spec[kind], f"search: {name}: {kind}"))
     if not values:
         raise UserError(f"search: {name}: {kind} wants a list of one value or more, not []")
     fitting = {int: ("int",), float: ("uniform", "loguniform")}.get(type(values[0]), ())
@@ -348,7 +349,7 @@ def _range(name: str, spec: Any) -> Range:
         raise UserError(f"search: {name}: {kind} wants [low, high] with low below high, not {list(values)}")
     if kind == "loguniform" and values[0] <= 0:
         raise UserError(f"search: {name}: loguniform wants values above 0, not {values[0]}")
-    return Range(kind, values, config.check(name, spec["or"]) if "or" in spec else None)
+    return SearchRange(kind, values, schema.check(name, spec["or"]) if "or" in spec else None)
 
 
 def _mapping(tree: Any, where: str) -> dict[str, Any]:
@@ -366,19 +367,19 @@ def _list(tree: Any, where: str) -> list[Any]:
 def _known(tree: Mapping[str, Any], names: Sequence[str], where: str = "") -> None:
     for name in tree:
         if name not in names:
-            raise UserError(f"unknown key {where}{name}{config.nearest(name, list(names))}")
+            raise UserError(f"unknown key {where}{name}{schema.nearest(name, list(names))}")
 
 
 def _dataclass(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     try:
-        return cls(**{name: config.check(name, value, cls) for name, value in values.items()})
+        return cls(**{name: schema.check(name, value, cls) for name, value in values.items()})
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def resolved(sweep: Sweep) -> str:
+def to_yaml(sweep: SweepFile) -> str:
     """The sweep as YAML, all defaults filled in."""
-    everything = config.flat(sweep.experiment(sweep.first))
+    everything = schema.flatten(sweep.experiment(sweep.first))
     base = {n: v for n, v in everything.items() if n not in sweep.search and n != "stage"}
     search: dict[str, Any] = {
         n: {r.kind: list(r.values)} | ({"or": r.off} if r.off is not None else {}) for n, r in sweep.search.items()

@@ -13,11 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipfh.config.experiment import Augment, Batch, Experiment
+from clipfh.config.experiment import AugmentSettings, BatchSettings, Experiment
 from clipfh.data import images
-from clipfh.data import sampler as batches
 from clipfh.data.catalogue import Catalogue
-from clipfh.data.sampler import Index, Plan
+from clipfh.data.sampler import ItemIndex, PKSampler, build_index, make_sampler
 
 
 def fetch(handle: Any) -> Any:
@@ -62,8 +61,8 @@ class Decoded:
 class Recipe:
     """What makes the pixels of a batch, given its step."""
 
-    batch: Batch
-    augment: Augment
+    batch: BatchSettings
+    augment: AugmentSettings
     seed: int
     size: int
     """side of the model's input, pixels"""
@@ -147,10 +146,10 @@ def decode(
 
 
 @functools.lru_cache(maxsize=4)
-def _plan(index: Any, batch: Batch, seed: int, singles: bool) -> tuple[Plan, np.ndarray]:
+def _plan(index: Any, batch: BatchSettings, seed: int, singles: bool) -> tuple[PKSampler, np.ndarray]:
     """The plan and the ends of the shards, made once a process."""
-    fetched: Index = fetch(index)
-    return batches.plan_of(fetched, batch, seed, singles), fetched.shard_ends
+    fetched: ItemIndex = fetch(index)
+    return make_sampler(fetched, batch, seed, singles), fetched.shard_ends
 
 
 class BatchDecoder:
@@ -194,11 +193,11 @@ def _reader(shard_ends: np.ndarray, shards: list[Any], of: Callable[[Any, int], 
     return read
 
 
-def index(catalogue: Catalogue, *splits: str) -> Index:
+def index(catalogue: Catalogue, *splits: str) -> ItemIndex:
     """The index of some splits' images."""
     rows = pa.concat_tables([catalogue.rows(split) for split in splits])
     lengths = [pq.read_metadata(path).num_rows for split in splits for path in catalogue.shards(split)]
-    return batches.index_of(rows, np.cumsum(lengths))
+    return build_index(rows, np.cumsum(lengths))
 
 
 def read_shard(path: str) -> pa.Table:

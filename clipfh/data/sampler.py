@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from clipfh import UserError
-from clipfh.config import experiment as config
+from clipfh.config.experiment import BatchSettings, Experiment
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity: arrays have no hash
-class Index:
+class ItemIndex:
     """What a plan and the losses need to know of the train images. Rows are those of the catalogue's train split."""
 
     item: np.ndarray
@@ -38,16 +38,16 @@ class Index:
         return int((self.views == 1).sum())
 
 
-def index_of(rows: pa.Table, shard_ends: np.ndarray) -> Index:
+def build_index(rows: pa.Table, shard_ends: np.ndarray) -> ItemIndex:
     """The index of some rows."""
     items = rows["item_id"].combine_chunks().dictionary_encode()
     item = items.indices.to_numpy().astype(np.int32)
     first = np.unique(item, return_index=True)[1]
     category = rows["category"].combine_chunks().dictionary_encode().indices.to_numpy()[first].astype(np.int32)
-    return Index(item, category, items.dictionary.to_pylist(), shard_ends)
+    return ItemIndex(item, category, items.dictionary.to_pylist(), shard_ends)
 
 
-class Plan:
+class PKSampler:
     """The P x K batches of a run, each a pure function of (seed, step).
 
     Items come in endless shuffled passes without a pause between them: an item is drawn once a pass, and the P items
@@ -153,9 +153,9 @@ class Plan:
         return self.rows[self.starts[items][:, None] + chosen]
 
 
-def plan_of(index: Index, batch: config.Batch, seed: int, singles: bool) -> Plan:
+def make_sampler(index: ItemIndex, batch: BatchSettings, seed: int, singles: bool) -> PKSampler:
     """The plan of a run on these train images. `singles`: whether its losses take an item's only photo."""
-    return Plan(index.item, batch.items, batch.views, seed, index.category, batch.categories, singles)
+    return PKSampler(index.item, batch.items, batch.views, seed, index.category, batch.categories, singles)
 
 
 def digest(previous: str, step: int, rows: np.ndarray) -> str:
@@ -208,7 +208,7 @@ class Budget:
         return int(min(self.every / self.batch, self.total) / 2)
 
 
-def budget_of(experiment: config.Experiment, num_images: int, num_single: int) -> Budget:
+def budget_of(experiment: Experiment, num_images: int, num_single: int) -> Budget:
     """Steps that see at least the images asked for, and the reports on the way.
 
     Args:

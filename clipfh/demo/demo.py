@@ -744,7 +744,7 @@ def run(out: Path, tell: Callable[[str], None] = print) -> None:
         UserError: `out` is in use, or the sweep file is not beside the package.
     """
     from clipfh.cluster import resources as cluster
-    from clipfh.config import sweep_file as space
+    from clipfh.config import sweep_file
     from clipfh.data import catalogue
     from clipfh.sweep import sweep
 
@@ -763,7 +763,7 @@ def run(out: Path, tell: Callable[[str], None] = print) -> None:
         + " images"
     )
     tell(f"3. clipfh sweep sweeps/demo.yaml {out}/catalogue --out {out}/sweep")
-    loaded = space.load(SWEEP)
+    loaded = sweep_file.load(SWEEP)
     cluster.connect(placement=loaded.placement)
     summary = sweep.run(loaded, made, out / "sweep", tell=lambda line: tell("   " + line))
     cluster.disconnect()

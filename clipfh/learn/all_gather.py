@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def gather(rows: Tensor) -> Tensor:
+def all_gather_with_gradient(rows: Tensor) -> Tensor:
     """Concatenate the workers' rows by rank: (B, ...) on each of W workers to (W * B, ...) on all of them.
 
     All workers give the same shape and type; integers pass too, without gradient. Without a process group, or with

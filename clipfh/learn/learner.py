@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfh import UserError
-from clipfh.config import experiment as config
-from clipfh.data import sampler as batches
-from clipfh.data import transfer
-from clipfh.learn import augment, optimizer
-from clipfh.learn import diagnostics as gates
-from clipfh.learn.all_gather import gather
+from clipfh.config.experiment import Experiment
+from clipfh.data import sampler, transfer
+from clipfh.data.sampler import ItemIndex
+from clipfh.learn import augment, diagnostics, optimizer
+from clipfh.learn.all_gather import all_gather_with_gradient
 from clipfh.learn.objective import Labels, Objective
+from clipfh.learn.optimizer import ExponentialMovingAverage
 from clipfh.learn.tally import Made, Tally
-from clipfh.model import clip as model
+from clipfh.model.devices import resolve_precision
+from clipfh.model.layers import freeze
+from clipfh.model.towers import Towers, clamp_logit_scale, embed_images, recompute_blocks, text_features
 from clipfh.retrieval import metrics
 
 
@@ -63,22 +65,22 @@ class Learner:
     """
 
     def __init__(
-        self, experiment: config.Experiment, clip: Any, index: batches.Index, captions: Captions, on: torch.device
+        self, experiment: Experiment, clip: Any, index: ItemIndex, captions: Captions, on: torch.device
     ) -> None:
         torch.manual_seed(experiment.seed)
         self.experiment, self.clip, self.index, self.captions, self.device = experiment, clip, index, captions, on
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.budget = batches.budget_of(experiment, len(index.item), index.num_single)
-        self.precision = model.precision(experiment.model.precision, on)
+        self.budget = sampler.budget_of(experiment, len(index.item), index.num_single)
+        self.precision = resolve_precision(experiment.model.precision, on)
         self.trains_text = experiment.stage == "joint" and experiment.loss.takes_text
         _prepare(clip, experiment, self.trains_text)
-        self.towers = model.Towers(clip, experiment.batch.chunk).to(on).train()
+        self.towers = Towers(clip, experiment.batch.chunk).to(on).train()
         self.forward = self._wrapped()
         dtype = self.towers.mean.dtype
         self.objective = Objective(experiment.loss, clip.visual.output_dim, len(index.names)).to(on, dtype)
         self.optimizer = optimizer.adamw(clip, self.objective, experiment.optimizer, on)
         self.schedule = optimizer.schedule(self.optimizer, self.budget.total, experiment.optimizer.warmup)
-        self.average = optimizer.Average(clip, experiment.optimizer.ema)
+        self.average = ExponentialMovingAverage(clip, experiment.optimizer.ema)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.fill = (self.towers.mean.flatten() * 255).round().to(torch.uint8)
         self.step = 0
@@ -98,7 +100,7 @@ class Learner:
     def caption_features(self) -> Tensor:
         """(C, D) features of all captions by the frozen text tower, which is run this once."""
         tokens = torch.from_numpy(self.captions.tokens).long()
-        return _precise(model.text_features(self.towers, tokens, self.precision))
+        return _precise(text_features(self.towers, tokens, self.precision))
 
     def train_step(self, rows: np.ndarray, images: np.ndarray | Tensor) -> dict[str, Tensor]:
         """One optimizer step on the global batch.
@@ -141,10 +143,10 @@ class Learner:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16), _compiling():
             image, text, log_scale = self.forward(pixels, tokens)
         if text is not None:
-            text = gather(_precise(text))[: len(labels.captions)]
+            text = all_gather_with_gradient(_precise(text))[: len(labels.captions)]
         elif self.experiment.loss.takes_text:
             text = self.caption_features[labels.captions]
-        return gather(_precise(image)), text, log_scale
+        return all_gather_with_gradient(_precise(image)), text, log_scale
 
     def _augmented(self, pixels: Tensor) -> Tensor:
         """This rank's images changed as the settings ask, drawn from (seed, step) for the whole batch."""
@@ -170,7 +172,7 @@ class Learner:
         self.optimizer.found_inf = lost  # type: ignore[attr-defined]
         self.optimizer.step()
         self.schedule.step()
-        model.clamp_scale(self.clip)
+        clamp_logit_scale(self.clip)
         self.average.update(self.step)
         return grad_norm, lost
 
@@ -209,8 +211,10 @@ class Learner:
         start = min(self.rank * share, len(images) - 1)  # the last ranks may have no part of few images
         own = images[start : start + share]  # no copy: they lie in the object store
         with self.average.applied():
-            embedded = model.embed(self.towers, own, self.precision)
-        embedding = gather(F.pad(embedded, (0, 0, 0, share - len(own))))[: len(images)]  # and ranked there
+            embedded = embed_images(self.towers, own, self.precision)
+        embedding = all_gather_with_gradient(F.pad(embedded, (0, 0, 0, share - len(own))))[
+            : len(images)
+        ]  # and ranked there
         codes = torch.as_tensor(item)
         rows = metrics.Embeddings(embedding, item=codes, variant=codes, image=torch.as_tensor(validation.photo))
         query, gallery = torch.arange(num_query), torch.arange(num_query, len(codes))
@@ -237,7 +241,7 @@ class Learner:
         found |= self._of_last_batch()
         found |= {"lr": self.experiment.optimizer.lr * self.schedule.lr_lambdas[0](self.step)}
         warm = self.step > 2 * self.experiment.optimizer.warmup * self.budget.total
-        return {**found, "warnings": gates.warnings(found, list(self.objective.weights)) if warm else []}
+        return {**found, "warnings": diagnostics.warnings(found, list(self.objective.weights)) if warm else []}
 
     def _of_last_batch(self) -> dict[str, float]:
         """Each active term's two ends, and cosines."""
@@ -270,15 +274,15 @@ class Learner:
         self.step = state["step"]
 
 
-def _prepare(clip: Any, experiment: config.Experiment, trains_text: bool) -> None:
+def _prepare(clip: Any, experiment: Experiment, trains_text: bool) -> None:
     """Temperature, freezing and gradient checkpointing, as the settings ask."""
     if experiment.loss.infonce_temperature:
         clip.logit_scale.data.fill_(-math.log(experiment.loss.infonce_temperature))
-    model.clamp_scale(clip)
+    clamp_logit_scale(clip)
     learn_scale = experiment.loss.learn_scale and experiment.loss.infonce > 0
-    model.freeze(clip, "joint" if trains_text else "image", experiment.model, learn_scale)
+    freeze(clip, "joint" if trains_text else "image", experiment.model, learn_scale)
     if experiment.model.checkpointing:
-        model.recompute_blocks(clip, experiment.model.name)
+        recompute_blocks(clip, experiment.model.name)
 
 
 @contextmanager

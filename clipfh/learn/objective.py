@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfh.config import experiment as config
+from clipfh.config.experiment import LOSS_TERMS, LossSettings
 from clipfh.learn import losses
 
 
@@ -47,10 +47,10 @@ class Objective(nn.Module):
 
     centers: Tensor
 
-    def __init__(self, loss: config.Loss, dim: int, num_items: int) -> None:
+    def __init__(self, loss: LossSettings, dim: int, num_items: int) -> None:
         super().__init__()
         self.loss, self.num_items = loss, num_items
-        self.weights = {term: getattr(loss, term) for term in config.TERMS if getattr(loss, term)}
+        self.weights = {term: getattr(loss, term) for term in LOSS_TERMS if getattr(loss, term)}
         if loss.ce:
             self.neck = nn.BatchNorm1d(dim)
             self.neck.bias.requires_grad_(False)  # a shift would move every item alike

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from clipfh import UserError
-from clipfh.config import experiment as config
-from clipfh.model import clip as model
+from clipfh.config.experiment import OptimizerSettings
+from clipfh.model.layers import count_blocks, layer_depth, split_towers
 
 
-def adamw(clip: nn.Module, heads: nn.Module, settings: config.Optimizer, device: torch.device) -> torch.optim.AdamW:
+def adamw(clip: nn.Module, heads: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.AdamW:
     """AdamW over what is not frozen: each tower with layer-wise rates, the heads with their own.
 
     Parameters of equal rate and decay are one group: the optimizer's time in Python goes with the number of groups.
@@ -29,12 +29,12 @@ def adamw(clip: nn.Module, heads: nn.Module, settings: config.Optimizer, device:
     return torch.optim.AdamW(of, betas=(0.9, 0.98), eps=1e-6, fused=device.type in ("cuda", "cpu"))
 
 
-def _rates(clip: nn.Module, heads: nn.Module, settings: config.Optimizer) -> Iterator[tuple[nn.Parameter, float]]:
-    towers = model.split_towers(clip)
+def _rates(clip: nn.Module, heads: nn.Module, settings: OptimizerSettings) -> Iterator[tuple[nn.Parameter, float]]:
+    towers = split_towers(clip)
     for tower, multiple in (("image", 1.0), ("text", settings.text_lr)):
-        blocks = model.num_blocks(list(towers[tower]))
+        blocks = count_blocks(list(towers[tower]))
         for name, parameter in towers[tower].items():
-            yield parameter, settings.lr * multiple * settings.layer_decay ** (blocks + 1 - model.depth(name, blocks))
+            yield parameter, settings.lr * multiple * settings.layer_decay ** (blocks + 1 - layer_depth(name, blocks))
     for parameter in towers["scale"].values():
         yield parameter, settings.lr * settings.text_lr
     for parameter in heads.parameters():
@@ -68,7 +68,7 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> tor
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-class Average:
+class ExponentialMovingAverage:
     """Exponential moving average of a model's trained weights, which is what is evaluated and exported.
 
     The decay rises as (1 + t) / (10 + t) to its value, so that a short run is not an average of its start.

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipfh import UserError
-from clipfh.config import experiment as config
-from clipfh.storage import run_folder as runs
+from clipfh.config import schema
+from clipfh.config.experiment import Experiment
+from clipfh.storage import run_folder
 from clipfh.storage.run_folder import EXPERIMENT
 
 RAW, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "training.pt"
@@ -27,7 +28,7 @@ class Weights:
 
     state: dict[str, Tensor]
     """open_clip's names to tensors: the average where there is one, else the raw weights"""
-    experiment: config.Experiment | None
+    experiment: Experiment | None
     """None for a bare weights file"""
     metrics: dict[str, Any]
     path: str
@@ -37,7 +38,7 @@ class Weights:
 
 def save(
     folder: str | Path,
-    experiment: config.Experiment,
+    experiment: Experiment,
     raw: dict[str, Tensor],
     average: dict[str, Tensor],
     training: dict[str, Any],
@@ -49,7 +50,7 @@ def save(
     if average:
         save_file({n: t.detach().cpu().contiguous() for n, t in average.items()}, folder / AVERAGE)
     torch.save(training, folder / STATE)
-    (folder / EXPERIMENT).write_text(config.to_json(experiment))
+    (folder / EXPERIMENT).write_text(schema.to_json(experiment))
     (folder / METRICS).write_text(json.dumps(metrics))
 
 
@@ -70,7 +71,7 @@ def load(path: str | Path) -> Weights:
     folder = find(path)
     if folder.is_file():
         return _load_file(folder)
-    experiment = config.load(folder / EXPERIMENT)
+    experiment = schema.load_experiment(folder / EXPERIMENT)
     metrics = json.loads((folder / METRICS).read_text()) if (folder / METRICS).exists() else {}
     state = load_file(folder / (EXPORTED if (folder / EXPORTED).exists() else RAW))
     if (folder / AVERAGE).exists():
@@ -96,7 +97,7 @@ def find(path: str | Path) -> Path:
     if (folder / "best" / EXPORTED).exists():
         return folder / "best"
     if (folder / "checkpoints").is_dir():
-        return folder / "checkpoints" / runs.best_of(folder)
+        return folder / "checkpoints" / run_folder.best_of(folder)
     raise UserError(f"{path} holds no weights: give a run, a checkpoint, an export or a weights file")
 
 

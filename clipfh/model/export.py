@@ -21,11 +21,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clipfh import UserError, __version__
-from clipfh.config import experiment as config
+from clipfh.config import schema
+from clipfh.config.experiment import Experiment
 from clipfh.data.catalogue import SPLITS, Catalogue, open_catalogue
 from clipfh.model import checkpoint, onnx
-from clipfh.model import clip as model
-from clipfh.storage import run_folder as runs
+from clipfh.model.clip import (
+    CONFIG_FILE,
+    get_preprocess,
+    load_open_clip,
+    load_tokenizer,
+    open_clip_config,
+    weights_name,
+)
+from clipfh.storage import run_folder
 
 TOLERANCE = 1e-5
 ONNX = "onnx"
@@ -39,7 +47,7 @@ Known = Mapping[str, Any]
 
 def export(
     clip: nn.Module,
-    experiment: config.Experiment,
+    experiment: Experiment,
     out: str | Path,
     known: Known | None = None,
     photos: Sequence[bytes] = (),
@@ -68,8 +76,8 @@ def export(
         settings = experiment.model
         weights = {name: tensor.detach().contiguous() for name, tensor in clip.state_dict().items()}
         save_file(weights, folder / checkpoint.EXPORTED)
-        (folder / model.CONFIG_FILE).write_text(model.open_clip_config(settings, model.preprocess_of(clip)))
-        (folder / runs.EXPERIMENT).write_text(config.to_json(experiment))
+        (folder / CONFIG_FILE).write_text(open_clip_config(settings, get_preprocess(clip)))
+        (folder / run_folder.EXPERIMENT).write_text(schema.to_json(experiment))
         (folder / "README.md").write_text(card(experiment, known or {}, clip, with_onnx))
         shutil.copymode(folder / "README.md", folder / checkpoint.EXPORTED)  # safetensors makes it ours alone
         _check_parity(clip, folder, photos)
@@ -111,11 +119,11 @@ def _noise(count: int = 4) -> list[bytes]:
 def _check_parity(clip: Any, folder: Path, photos: Sequence[bytes]) -> None:
     """Embeddings of the written folder equal the model's, by the folder's own preprocessing and tokenizer."""
     name = f"local-dir:{folder}"
-    loaded, _, preprocess = model.library().create_model_and_transforms(name)
+    loaded, _, preprocess = load_open_clip().create_model_and_transforms(name)
     loaded.eval()
     theirs = torch.stack([preprocess(Image.open(io.BytesIO(photo))) for photo in photos])
-    ours = onnx.pixel_values(photos, model.preprocess_of(clip))
-    tokens = model.library().get_tokenizer(name)(list(TEXTS))
+    ours = onnx.pixel_values(photos, get_preprocess(clip))
+    tokens = load_open_clip().get_tokenizer(name)(list(TEXTS))
     pairs = (
         (clip.encode_image(ours, normalize=True), loaded.encode_image(theirs, normalize=True)),
         (clip.encode_text(tokens, normalize=True), loaded.encode_text(tokens, normalize=True)),
@@ -159,9 +167,9 @@ def account(catalogue: Catalogue) -> dict[str, Any]:
 # --- The model card --------------------------------------------------------------------------------------------------
 
 
-def card(experiment: config.Experiment, known: Known, clip: nn.Module, with_onnx: bool) -> str:
+def card(experiment: Experiment, known: Known, clip: nn.Module, with_onnx: bool) -> str:
     """The model card, `card.md` filled in: what it is, made of what, how good, how to use it, and its limits."""
-    start = known.get("warm_start") or model.weights_of(experiment.model)
+    start = known.get("warm_start") or weights_name(experiment.model)
     reached = [known[key] for key in ("start_val_mAP", "val_mAP") if key in known]
     pages = Environment(loader=PackageLoader("clipfh.model", ""), undefined=StrictUndefined, keep_trailing_newline=True)
     pages.filters["plain"] = plain
@@ -171,14 +179,14 @@ def card(experiment: config.Experiment, known: Known, clip: nn.Module, with_onnx
         towers="image tower was" if experiment.stage == "image" else "image and text towers were",
         start=f"the weights {plain(start)}" if start else "random weights",
         is_untuned="test" in known and known["test"] == known["zero_shot"],
-        size=model.preprocess_of(clip).size,
-        context=model.tokenizer(experiment.model).context_length,
+        size=get_preprocess(clip).size,
+        context=load_tokenizer(experiment.model).context_length,
         onnx={tower.encode.removeprefix("encode_"): tower for tower in onnx.TOWERS} if with_onnx else None,
         catalogue=_data(known.get("catalogue") or {}),
         refit=known.get("refit", False),
         figures=_figures(known),
         val_mAP=[f"{value:.3f}" for value in reached],
-        settings=config.flat(experiment).items(),
+        settings=schema.flatten(experiment).items(),
     )
 
 

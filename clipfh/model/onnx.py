@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfh import UserError
-from clipfh.config import experiment as config
+from clipfh.config.experiment import ModelSettings
 from clipfh.data import images
-from clipfh.model import clip as model
+from clipfh.model.clip import get_preprocess, load_tokenizer
 
 TOLERANCE = 1e-4
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -52,7 +52,9 @@ def require() -> None:
         raise UserError(f"--onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def write(clip: nn.Module, settings: config.Model, folder: Path, photos: Sequence[bytes], texts: Sequence[str]) -> None:
+def write(
+    clip: nn.Module, settings: ModelSettings, folder: Path, photos: Sequence[bytes], texts: Sequence[str]
+) -> None:
     """Write `image.onnx`, `text.onnx` and `preprocessor_config.json`; both batches may have any length.
 
     Args:
@@ -67,9 +69,9 @@ def write(clip: nn.Module, settings: config.Model, folder: Path, photos: Sequenc
     """
     require()
     folder.mkdir(parents=True)
-    preprocess = model.preprocess_of(clip)
+    preprocess = get_preprocess(clip)
     (folder / PREPROCESSOR).write_text(json.dumps(described(preprocess), indent=2) + "\n")
-    samples = (pixel_values(photos, preprocess), model.tokenizer(settings)(list(texts)))
+    samples = (pixel_values(photos, preprocess), load_tokenizer(settings)(list(texts)))
     for tower, sample in zip(TOWERS, samples, strict=True):
         _write_tower(_Encoder(clip, tower.encode).eval(), tower, folder / tower.file, sample)
 

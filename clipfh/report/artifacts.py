@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from clipfh import UserError
-from clipfh.config import experiment as config
-from clipfh.config import sweep_file as space
-from clipfh.storage import run_folder as runs
+from clipfh.config import presets, schema, sweep_file
+from clipfh.config.sweep_file import SearchRange
+from clipfh.storage import run_folder
 
 ZERO_SHOT = "0000"
 
@@ -168,7 +168,7 @@ class Sweep:
     name: str
     planned: int
     """number of trials"""
-    search: Mapping[str, space.Range]
+    search: Mapping[str, SearchRange]
     board: list[Trial]
     """best first, with the zero-shot model"""
     summary: Figures
@@ -254,11 +254,13 @@ def _read_run(folder: Path) -> Run:
     lines = _read_lines(folder / "metrics.jsonl")
     reports = [line for line in lines if "diverged" not in line]
     diverged = next((line for line in lines if "diverged" in line), {})
-    return Run(folder.resolve().name, config.flat(config.load(folder / "experiment.json")), reports, diverged)
+    return Run(
+        folder.resolve().name, schema.flatten(schema.load_experiment(folder / "experiment.json")), reports, diverged
+    )
 
 
 def _read_sweep(folder: Path) -> Sweep:
-    file, summary = space.load(folder / "sweep.yaml"), _read_json(folder / "summary.json")
+    file, summary = sweep_file.load(folder / "sweep.yaml"), _read_json(folder / "summary.json")
     rows: list[dict[str, str]] = []
     if (folder / "leaderboard.csv").exists():
         with (folder / "leaderboard.csv").open(newline="") as opened:
@@ -275,7 +277,9 @@ def _read_sweep(folder: Path) -> Sweep:
 
 def final_runs(folder: Path) -> dict[str, tuple[int, float]]:
     """Images and seconds of each run that a sweep has made after its search, the refit included."""
-    return {file.parent.name: runs.spent(_read_lines(file)) for file in sorted(folder.glob("final/*/metrics.jsonl"))}
+    return {
+        file.parent.name: run_folder.spent(_read_lines(file)) for file in sorted(folder.glob("final/*/metrics.jsonl"))
+    }
 
 
 def _trial(row: Mapping[str, str], file: Path, searched: Iterable[str]) -> Trial:
@@ -286,7 +290,7 @@ def _trial(row: Mapping[str, str], file: Path, searched: Iterable[str]) -> Trial
         val_mAP=float(row["val_mAP"]) if row["val_mAP"] else None,
         images=float(row["images"] or 0),
         seconds=float(row["seconds"] or 0),
-        settings={name: config.parse(name, row[name]) for name in searched if row.get(name)},
+        settings={name: schema.parse(name, row[name]) for name in searched if row.get(name)},
         error=row["error"],
         curve=curve(lines),
     )
@@ -311,7 +315,7 @@ def short(value: object) -> str:
 
 def usual(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the settings of this stage and model are by default."""
-    return config.flat(config.resolve(settings["stage"], None, {"model.name": settings["model.name"]}))
+    return schema.flatten(presets.resolve(settings["stage"], None, {"model.name": settings["model.name"]}))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

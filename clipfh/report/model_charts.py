@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from clipfh.report import charts as drawing
+from clipfh.report import charts
 from clipfh.report.artifacts import Measured, Part, Run, known
 from clipfh.report.charts import ACCENT, DASHES, PAPER, SOFT, styled
 
@@ -65,13 +65,13 @@ def _ends(rows: Sequence[Row]) -> tuple[float, float]:
 @styled
 def _whiskers(models: Sequence[Measured], rows: Sequence[Row], title: str, ends: tuple[float, float]) -> Markup:
     apart, step = 9, 30 + 9 * len(models)
-    axes = drawing.axes_of(height=26 + step * len(rows) + 16 * (len(models) > 1))
+    axes = charts.axes_of(height=26 + step * len(rows) + 16 * (len(models) > 1))
     best = strongest(models)
     for i, model in enumerate(models):
         found = [(-step * j - apart * i, label, each[i]) for j, (label, each) in enumerate(rows)]
         _model_whiskers(axes, model.name, MARKERS[i % 6], [(y, n, w) for y, n, w in found if w], i == best)
     for j, (label, each) in enumerate(rows):
-        drawing.heading(
+        charts.heading(
             axes, -step * j + 13, label, " → ".join(f"{w[0]:.3f}" for w in each if w) if len(each) < 3 else ""
         )
     axes.set_xlim(*ends)
@@ -79,8 +79,8 @@ def _whiskers(models: Sequence[Measured], rows: Sequence[Row], title: str, ends:
     axes.set_yticks([])
     axes.grid(axis="x")
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    drawing.legend(axes)
-    return drawing.svg(axes, title)
+    charts.legend(axes)
+    return charts.svg(axes, title)
 
 
 def _model_whiskers(
@@ -95,7 +95,7 @@ def _model_whiskers(
         for y, label, (value, low, high) in placed
     ]
     look = {"facecolors": ACCENT if main else PAPER, "edgecolors": color}
-    drawing.marks(axes, marks, name, marker=marker, s=30, zorder=3, **look)
+    charts.marks(axes, marks, name, marker=marker, s=30, zorder=3, **look)
 
 
 @styled
@@ -105,17 +105,17 @@ def cmc(models: Sequence[Measured]) -> Markup:
     if not curves:
         return Markup()
     best = models[strongest(models)]
-    axes = drawing.axes_of("first k")
+    axes = charts.axes_of("first k")
     for i, (model, shares) in enumerate(curves):
         main = model is best
         look = {"color": ACCENT, "linewidth": 2.2} if main else {"color": SOFT, "linestyle": DASHES[(i + 1) % 6]}
         tip = f"{model.name} {', '.join(f'{shares[k - 1]:.3f} at {k}' for k in (1, 5, 10, 20) if k <= len(shares))}"
-        drawing.line(axes, list(enumerate(shares, 1)), tip, label=model.name, **look)
+        charts.line(axes, list(enumerate(shares, 1)), tip, label=model.name, **look)
     axes.set_xlim(1, max(len(shares) for _, shares in curves))
     axes.set_xticks([k for k in (1, 10, 20, 30, 40, 50) if k <= axes.get_xlim()[1]])
     axes.set_ylim(top=min(1.0, axes.get_ylim()[1]))
-    drawing.legend(axes)
-    return drawing.svg(axes, "Cumulative match curve")
+    charts.legend(axes)
+    return charts.svg(axes, "Cumulative match curve")
 
 
 # --- Figures of a run -------------------------------------------------------------------------------------------------
@@ -128,13 +128,13 @@ def run_curves(runs: Sequence[tuple[str, Run]]) -> Markup:
     if not found:
         return Markup()
     best = max(range(len(found)), key=lambda i: max(value for _, value in found[i][1]))
-    axes = drawing.axes_of("images seen")
+    axes = charts.axes_of("images seen")
     for i, (name, points) in enumerate(found):
         look = {"color": ACCENT, "linewidth": 2.2} if i == best else {"color": SOFT, "linestyle": DASHES[i % 6]}
-        drawing.line(axes, points, name, label=name, **look)
-    drawing.by_images(axes)
-    drawing.legend(axes)
-    return drawing.svg(axes, "Validation mAP by images seen")
+        charts.line(axes, points, name, label=name, **look)
+    charts.by_images(axes)
+    charts.legend(axes)
+    return charts.svg(axes, "Validation mAP by images seen")
 
 
 @styled
@@ -145,10 +145,10 @@ def loss(run: Run, term: str) -> Markup:
         "floor": {"color": SOFT, "linestyle": DASHES[1]},
         "collapse": {"color": SOFT, "linestyle": DASHES[2]},
     }
-    axes = drawing.axes_of("images seen")
+    axes = charts.axes_of("images seen")
     for kind, look in kinds.items():
         if points := run.curve(f"{kind}_{term}"):
-            drawing.line(axes, points, f"{kind}, last {points[-1][1]:.3g}", label=kind, **look)
-    drawing.by_images(axes)
-    drawing.legend(axes)
-    return drawing.svg(axes, f"Loss {term} by images seen")
+            charts.line(axes, points, f"{kind}, last {points[-1][1]:.3g}", label=kind, **look)
+    charts.by_images(axes)
+    charts.legend(axes)
+    return charts.svg(axes, f"Loss {term} by images seen")

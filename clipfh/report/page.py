@@ -14,10 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from clipfh import UserError, __version__
-from clipfh.config import experiment as config
-from clipfh.report import examples as finds
-from clipfh.report import model_charts as plots
-from clipfh.report import sweep_charts as searched
+from clipfh.config import schema
+from clipfh.report import examples, model_charts, sweep_charts
 from clipfh.report.artifacts import (
     ZERO_SHOT,
     Evaluation,
@@ -33,7 +31,7 @@ from clipfh.report.artifacts import (
     short,
     usual,
 )
-from clipfh.storage import store as files
+from clipfh.storage import store
 
 NONE = "–"
 RANKS = {f"rank{k}": f"Rank-{k}" for k in (1, 5, 10, 20, 30, 40, 50)}
@@ -59,7 +57,7 @@ def write(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
         raise UserError(f"{out} is a folder: name a file with --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        files.write(out, page(names, shown))
+        store.write(out, page(names, shown))
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}): name another file with --out") from error
     return out
@@ -80,7 +78,7 @@ def page(names: Sequence[str], shown: Sequence[Shown]) -> str:
         undefined=StrictUndefined,
     )
     words.filters |= {f.__name__: f for f in (score, count, duration, gap, short, with_interval, breakable)}
-    words.globals |= {"plots": plots, "searched": searched, "CHARTED": CHARTED, "NONE": NONE}
+    words.globals |= {"plots": model_charts, "searched": sweep_charts, "CHARTED": CHARTED, "NONE": NONE}
     words.globals |= {f.__name__: f for f in (verdict, parts, variants, groups, measures, reranked, counted, compared)}
     words.globals |= {f.__name__: f for f in (splits, wall, losses, meaning, space_of, command, manifest, cost)}
     made = f"clipfh {__version__}, {datetime.now():%Y-%m-%d %H:%M}"
@@ -256,7 +254,7 @@ def splits(models: Sequence[Measured]) -> list[tuple[str, list[Figures]]]:
 def wall(models: Sequence[Measured]) -> dict[str, Any]:
     """Telling queries with what was found for them, or why there are none."""
     try:
-        walls, pictures = finds.walls(models)
+        walls, pictures = examples.walls(models)
     except UserError as error:
         return {"walls": [], "pictures": {}, "missing": str(error)}
     return {"walls": walls, "pictures": pictures, "missing": ""}
@@ -267,7 +265,7 @@ def wall(models: Sequence[Measured]) -> dict[str, Any]:
 
 def meaning() -> dict[str, str]:
     """What each setting is."""
-    return {name: said for name, _, _, said in config.fields()}
+    return {name: said for name, _, _, said in schema.fields()}
 
 
 def space_of(sweep: Sweep) -> list[tuple[str, str, str]]:
@@ -346,4 +344,4 @@ def cost(sweep: Sweep) -> dict[str, str]:
 
 def losses(run: Run) -> list[tuple[str, Markup]]:
     """A figure for each loss term."""
-    return [(term, plots.loss(run, term)) for term in run.terms]
+    return [(term, model_charts.loss(run, term)) for term in run.terms]

@@ -15,7 +15,8 @@ import yaml
 from rich.table import Table
 
 from clipfh import UserError
-from clipfh.config import experiment as config
+from clipfh.config import schema
+from clipfh.config.experiment import Budget
 
 EXPERIMENT = "experiment.json"  # checkpoint's, which would load torch
 ENDED = ("done", "stopped", "diverged", "failed")
@@ -156,7 +157,7 @@ def _cells(run: Progress) -> list[str]:
 
 def _settings(trial: Path, names: list[str]) -> list[str]:
     file = trial / EXPERIMENT
-    found = config.flat(config.load(file)) if file.exists() else {}
+    found = schema.flatten(schema.load_experiment(file)) if file.exists() else {}
     return [_short(str(found.get(name, ""))) for name in names]
 
 
@@ -213,7 +214,7 @@ def _progress(folder: Path) -> Progress:
     lines: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     reports = [line for line in lines if "diverged" not in line]
     last: dict[str, Any] = reports[-1] if reports else {"images": 0, "val_mAP": 0.0, "best_val_mAP": 0.0}
-    budget = config.load(folder / EXPERIMENT).budget if (folder / EXPERIMENT).exists() else config.Budget()
+    budget = schema.load_experiment(folder / EXPERIMENT).budget if (folder / EXPERIMENT).exists() else Budget()
     epoch = last["images"] / last["epoch"] if last.get("epoch") else math.nan
     total = budget.images or budget.epochs * epoch if (folder / EXPERIMENT).exists() else math.nan
     stopped = budget.patience and last.get("reports_since_best", 0) >= budget.patience

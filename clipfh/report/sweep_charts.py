@@ -11,8 +11,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from clipfh.config.sweep_file import Range
-from clipfh.report import charts as drawing
+from clipfh.config.sweep_file import SearchRange
+from clipfh.report import charts
 from clipfh.report.artifacts import Sweep, Trial, short
 from clipfh.report.charts import ACCENT, DOT, INK, PAPER, QUIET, RULE, SMALL_DOT, SOFT, styled
 
@@ -28,12 +28,12 @@ def history(sweep: Sweep) -> Markup:
     found = [trial for trial in sweep.trials if trial.score is not None]
     if not found:
         return Markup()
-    axes = drawing.axes_of("trial")
+    axes = charts.axes_of("trial")
     top, steps = -math.inf, []
     for trial in found:
         top = max(top, trial.score or 0)
         steps.append((trial.number, top))
-    drawing.line(
+    charts.line(
         axes, [*steps, (sweep.trials[-1].number, top)], color=ACCENT, drawstyle="steps-post", label="best so far"
     )
     _scattered(axes, sweep, [(trial.number, trial, tip(trial, sweep.search)) for trial in found])
@@ -41,11 +41,11 @@ def history(sweep: Sweep) -> Markup:
     scores = [trial.score or 0 for trial in found] + ([] if sweep.zero_shot is None else [sweep.zero_shot])
     low = min(scores) - 0.1 * (max(scores) - min(scores))
     crosses = [(t.number, low, f"trial {t.name} {t.status}: {t.error}") for t in lost]
-    drawing.marks(axes, crosses, "failed or diverged", marker="x", color=SOFT)
-    drawing.level(axes, sweep.zero_shot)
+    charts.marks(axes, crosses, "failed or diverged", marker="x", color=SOFT)
+    charts.level(axes, sweep.zero_shot)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    drawing.legend(axes, columns=3)
-    return drawing.svg(axes, "Validation mAP by trial")
+    charts.legend(axes, columns=3)
+    return charts.svg(axes, "Validation mAP by trial")
 
 
 def _scattered(axes: Axes, sweep: Sweep, placed: Sequence[tuple[float, Trial, str]]) -> None:
@@ -54,10 +54,10 @@ def _scattered(axes: Axes, sweep: Sweep, placed: Sequence[tuple[float, Trial, st
     marks = [(trial, (x, trial.score or 0, said)) for x, trial, said in placed]
     others = [(trial.status == "done", mark) for trial, mark in marks if trial.name != sweep.best]
     hollow, full = ([mark for whole, mark in others if whole == kind] for kind in (False, True))
-    drawing.marks(axes, hollow, "part of the budget", s=size, facecolors=PAPER, edgecolors=QUIET, zorder=2.5)
-    drawing.marks(axes, full, "whole budget", s=size, facecolors=SOFT, edgecolors=PAPER, linewidth=0.5, zorder=2.5)
+    charts.marks(axes, hollow, "part of the budget", s=size, facecolors=PAPER, edgecolors=QUIET, zorder=2.5)
+    charts.marks(axes, full, "whole budget", s=size, facecolors=SOFT, edgecolors=PAPER, linewidth=0.5, zorder=2.5)
     best = [mark for trial, mark in marks if trial.name == sweep.best]
-    drawing.marks(axes, best, "best", s=52, facecolors=ACCENT, edgecolors=PAPER, zorder=3)
+    charts.marks(axes, best, "best", s=52, facecolors=ACCENT, edgecolors=PAPER, zorder=3)
 
 
 def tip(trial: Trial, names: Iterable[str]) -> str:
@@ -73,16 +73,16 @@ def learning(sweep: Sweep) -> Markup:
     trials = [trial for trial in sweep.trials if trial.curve]
     if not trials:
         return Markup()
-    axes = drawing.axes_of("images seen")
+    axes = charts.axes_of("images seen")
     faint = max(0.25, min(0.8, 12 / len(trials)))
     for trial in sorted(trials, key=lambda t: t.name == sweep.best):
         best = trial.name == sweep.best
         look = {"color": ACCENT, "linewidth": 2.2} if best else {"color": SOFT, "alpha": faint, "linewidth": 1}
-        drawing.line(axes, trial.curve, tip(trial, sweep.search), label="best" if best else "other trials", **look)
-    drawing.level(axes, sweep.zero_shot)
-    drawing.by_images(axes)
-    drawing.legend(axes)
-    return drawing.svg(axes, "Learning curves")
+        charts.line(axes, trial.curve, tip(trial, sweep.search), label="best" if best else "other trials", **look)
+    charts.level(axes, sweep.zero_shot)
+    charts.by_images(axes)
+    charts.legend(axes)
+    return charts.svg(axes, "Learning curves")
 
 
 @styled
@@ -92,16 +92,16 @@ def importance(sweep: Sweep) -> Markup:
     if not shares:
         return Markup()
     names = list(shares)
-    axes = drawing.axes_of(height=26 + 34 * len(names))
+    axes = charts.axes_of(height=26 + 34 * len(names))
     for i, (name, share) in enumerate(shares.items()):
         axes.hlines([-34 * i], 0, 1, color=RULE, linewidth=5)
         (bar,) = axes.plot([0, max(share, 0.001)], [-34 * i] * 2, color=ACCENT, linewidth=5, clip_on=False)
         bar.set_url(f"{name}: {share:.0%}")
-        drawing.heading(axes, -34 * i + 14, name, f"{share:.0%}")
+        charts.heading(axes, -34 * i + 14, name, f"{share:.0%}")
     axes.set_xlim(0, 1)
     axes.set_ylim(-34 * len(names) + 22, 26)
     axes.set_axis_off()
-    return drawing.svg(axes, "Importance of the settings")
+    return charts.svg(axes, "Importance of the settings")
 
 
 def shares_of(sweep: Sweep) -> dict[str, float]:
@@ -131,7 +131,7 @@ def shares_of(sweep: Sweep) -> dict[str, float]:
 class Scale:
     """Where a setting's values lie on its axis, from 0 to 1."""
 
-    range: Range
+    range: SearchRange
 
     @property
     def start(self) -> float:
@@ -179,16 +179,16 @@ def cut(sweep: Sweep, name: str) -> Markup:
     found = [t for t in sweep.trials if t.score is not None and name in t.settings]
     if not found:
         return Markup()
-    axes = drawing.axes_of(height=190)
+    axes = charts.axes_of(height=190)
     if scale.range.off is not None:
         axes.axvline(OFF / 2, color=RULE)
     places = [scale.place(t.settings[name]) + _aside(scale, t, name) for t in found]
     _scattered(axes, sweep, [(x, t, tip(t, [name])) for x, t in zip(places, found, strict=True)])
-    drawing.level(axes, sweep.zero_shot)
+    charts.level(axes, sweep.zero_shot)
     axes.set_xlim(-0.04, 1.04)
     axes.margins(y=0.1)
     axes.set_xticks(*zip(*scale.ticks, strict=True))
-    return drawing.svg(axes, f"Validation mAP by {name}")
+    return charts.svg(axes, f"Validation mAP by {name}")
 
 
 def _aside(scale: Scale, trial: Trial, name: str) -> float:
@@ -206,15 +206,15 @@ def parallel(sweep: Sweep) -> Markup:
         return Markup()
     scales = {name: Scale(found) for name, found in sweep.search.items()}
     low, high = trials[0].score or 0, trials[-1].score or 0
-    reached = Scale(Range("uniform", (low, high if high > low else low + 1e-3)))
+    reached = Scale(SearchRange("uniform", (low, high if high > low else low + 1e-3)))
     top = max(1, len(trials) // 10)
     step = 54
-    axes = drawing.axes_of(height=step * (len(scales) + 1) + 6)
+    axes = charts.axes_of(height=step * (len(scales) + 1) + 6)
     for i, trial in enumerate(trials):
         places = [scales[n].place(trial.settings[n]) if n in trial.settings else math.nan for n in scales]
         ys = [-step * j for j in range(len(scales) + 1)]
         look = _parallel_look(trial.name == sweep.best, i >= len(trials) - top, len(trials))
-        drawing.line(
+        charts.line(
             axes, list(zip([*places, reached.place(trial.score)], ys, strict=True)), tip(trial, sweep.search), **look
         )
     for j, (name, scale) in enumerate([*scales.items(), ("validation mAP", reached)]):
@@ -222,7 +222,7 @@ def parallel(sweep: Sweep) -> Markup:
     axes.set_xlim(0, 1)
     axes.set_ylim(-step * len(scales) - 22, 30)
     axes.set_axis_off()
-    return drawing.svg(axes, "Settings of all trials and what they reached")
+    return charts.svg(axes, "Settings of all trials and what they reached")
 
 
 def _parallel_look(best: bool, leading: bool, number: int) -> dict[str, Any]:

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from clipfh.config import cores
-from clipfh.config import experiment as config
-from clipfh.data import images
+from clipfh.config.experiment import ModelSettings
+from clipfh.data import images as images_module
 from clipfh.data.catalogue import Catalogue
-from clipfh.model import clip as model
+from clipfh.model.clip import get_preprocess, load_tokenizer
+from clipfh.model.devices import choose_device, explain_out_of_memory, resolve_precision
+from clipfh.model.towers import Towers, embed_images, embed_texts
 
 BATCH = 128
 Progress = Callable[[int, int], None]
 
-enough_memory = model.enough_memory("see by nvidia-smi what else computes on it, or take a smaller --model")
+enough_memory = explain_out_of_memory("see by nvidia-smi what else computes on it, or take a smaller --model")
 
 
 class Encoder(Protocol):
@@ -57,11 +59,11 @@ def wants_cluster(address: str | None) -> bool:
 class InProcess:
     """The encoder that embeds in this process. Threads decode the next images while the model embeds."""
 
-    def __init__(self, clip: nn.Module, settings: config.Model) -> None:
-        device = model.device(min(1, torch.cuda.device_count()))  # also one that does not work, as Ray does
-        self.settings, self.preprocess = settings, model.preprocess_of(clip)
-        self.towers = model.Towers(clip).to(device)
-        self.precision = model.precision(settings.precision, device)
+    def __init__(self, clip: nn.Module, settings: ModelSettings) -> None:
+        device = choose_device(min(1, torch.cuda.device_count()))  # also one that does not work, as Ray does
+        self.settings, self.preprocess = settings, get_preprocess(clip)
+        self.towers = Towers(clip).to(device)
+        self.precision = resolve_precision(settings.precision, device)
 
     @enough_memory
     def images(self, catalogue: Catalogue, splits: Sequence[str], progress: Progress | None = None) -> Tensor:
@@ -70,18 +72,16 @@ class InProcess:
         encoded = (batch for split in splits for path in catalogue.shards(split) for batch in read(path))
         with _all_cores(), ThreadPoolExecutor(cores.available()) as pool:
             for pixels in _decoded(pool, encoded, self.preprocess):
-                parts.append(model.embed(self.towers, pixels, self.precision).cpu())
+                parts.append(embed_images(self.towers, pixels, self.precision).cpu())
                 done += len(pixels)
                 if progress:
                     progress(done, total)
         return torch.cat(parts)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        tokens = model.tokenizer(self.settings)(list(texts))
+        tokens = load_tokenizer(self.settings)(list(texts))
         with _all_cores():
-            return torch.cat(
-                [model.embed_text(self.towers, part, self.precision).cpu() for part in tokens.split(BATCH)]
-            )
+            return torch.cat([embed_texts(self.towers, part, self.precision).cpu() for part in tokens.split(BATCH)])
 
 
 @contextlib.contextmanager
@@ -103,12 +103,12 @@ def read(shard: os.PathLike | str) -> Iterator[pa.Array]:
 
 
 def _decoded(
-    pool: ThreadPoolExecutor, encoded: Iterable[pa.Array], preprocess: images.Preprocess
+    pool: ThreadPoolExecutor, encoded: Iterable[pa.Array], preprocess: images_module.Preprocess
 ) -> Iterator[np.ndarray]:
     """(n, size, size, 3) uint8 images of each batch, in order; one batch more is decoded while the caller works."""
     waiting: deque[list[Future[np.ndarray]]] = deque()
     for batch in encoded:
-        waiting.append([pool.submit(images.for_evaluation, each.as_py(), preprocess) for each in batch])
+        waiting.append([pool.submit(images_module.for_evaluation, each.as_py(), preprocess) for each in batch])
         if len(waiting) > 1:
             yield np.stack([future.result() for future in waiting.popleft()])
     for last in waiting:

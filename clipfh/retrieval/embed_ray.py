@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from clipfh.cluster import resources as cluster
-from clipfh.config import experiment as config
-from clipfh.data import images
+from clipfh.config.experiment import ModelSettings
+from clipfh.data import images as images_module
 from clipfh.data.catalogue import Catalogue
-from clipfh.model import clip as model
+from clipfh.model.clip import get_preprocess, load_tokenizer
+from clipfh.model.devices import choose_device, resolve_precision
+from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.retrieval import embed
 
 IMAGES_A_PROCESS = 512
@@ -29,16 +31,16 @@ class _Embedder:
 
     @embed.enough_memory
     def __init__(self, clip: Any, precision: str, gpus: int = 0) -> None:
-        device = model.device(gpus)
-        self.towers = model.Towers(ray.get(clip)).to(device).eval()
-        self.precision = model.precision(precision, device)
+        device = choose_device(gpus)
+        self.towers = Towers(ray.get(clip)).to(device).eval()
+        self.precision = resolve_precision(precision, device)
 
     @embed.enough_memory
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if "image" in batch:
-            embedding = model.embed(self.towers, batch["image"], self.precision)
+            embedding = embed_images(self.towers, batch["image"], self.precision)
         else:
-            embedding = model.embed_text(self.towers, torch.from_numpy(batch["tokens"]).long(), self.precision)
+            embedding = embed_texts(self.towers, torch.from_numpy(batch["tokens"]).long(), self.precision)
         return {"embedding": embedding.cpu().numpy()}
 
 
@@ -53,8 +55,8 @@ def _embed_on_cpu(batch: Any, clip: Any, precision: str) -> Any:
 class Encoder:
     """The `embed.Encoder` whose model lies in Ray's object store, for all processes that embed."""
 
-    def __init__(self, clip: nn.Module, settings: config.Model) -> None:
-        self.settings, self.preprocess = settings, model.preprocess_of(clip)
+    def __init__(self, clip: nn.Module, settings: ModelSettings) -> None:
+        self.settings, self.preprocess = settings, get_preprocess(clip)
         self.clip = ray.put(clip)  # Ray copies what it holds: the caller's model stays as it is
 
     def images(self, catalogue: Catalogue, splits: Sequence[str], progress: embed.Progress | None = None) -> Tensor:
@@ -74,7 +76,7 @@ class Encoder:
         return torch.cat(parts)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        tokens = model.tokenizer(self.settings)(list(texts)).numpy().astype(np.int32)
+        tokens = load_tokenizer(self.settings)(list(texts)).numpy().astype(np.int32)
         return torch.cat(list(self._run(ray.data.from_numpy(tokens).rename_columns({"data": "tokens"}), at_once=1)))
 
     def _run(self, rows: ray.data.Dataset, at_once: int) -> Iterator[Tensor]:
@@ -101,8 +103,8 @@ def _in_tasks(
     return rows.map_batches(function, batch_size=size, fn_kwargs=arguments, concurrency=at_once, **how)
 
 
-def _decode(batch: Any, preprocess: images.Preprocess) -> Any:
+def _decode(batch: Any, preprocess: images_module.Preprocess) -> Any:
     """The images of some shards, a part at a time."""
     for shard in batch["shard"]:
         for encoded in embed.read(shard):
-            yield {"image": np.stack([images.for_evaluation(each.as_py(), preprocess) for each in encoded])}
+            yield {"image": np.stack([images_module.for_evaluation(each.as_py(), preprocess) for each in encoded])}

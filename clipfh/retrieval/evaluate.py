@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from clipfh import UserError, __version__
-from clipfh.config import experiment as config
+from clipfh.config.experiment import ModelSettings
 from clipfh.data.catalogue import Catalogue
-from clipfh.model import clip as model
-from clipfh.retrieval import embed, metrics
-from clipfh.retrieval import embedding_file as embeddings
+from clipfh.model.clip import model_fingerprint
+from clipfh.retrieval import embed, embedding_file, metrics
 from clipfh.retrieval import rerank as reranking
-from clipfh.storage import store as files
+from clipfh.storage import store
 
 IMAGES, TEXTS = "embeddings.parquet", "prompts.parquet"
 QUERIES = "queries.parquet"
@@ -54,7 +53,7 @@ def embed_splits(
     catalogue: Catalogue,
     splits: tuple[str, str],
     clip: nn.Module,
-    settings: config.Model,
+    settings: ModelSettings,
     prompts: dict[str, str],
     progress: embed.Progress | None = None,
 ) -> Embedded:
@@ -76,7 +75,7 @@ def embed_splits(
     return _assembled(catalogue, splits, prompts, embedding, encode.texts(distinct) if distinct else None)
 
 
-def choose_encoder(clip: nn.Module, settings: config.Model) -> embed.Encoder:
+def choose_encoder(clip: nn.Module, settings: ModelSettings) -> embed.Encoder:
     """An encoder of this process, or over the cluster that it is connected to, unless that is this machine's CPUs."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
@@ -129,11 +128,11 @@ def _column(tables: Sequence[pa.Table], name: str) -> list[str]:
 
 
 def fingerprint(
-    catalogue: Catalogue, splits: Sequence[str], clip: nn.Module, settings: config.Model, prompts: dict[str, str]
+    catalogue: Catalogue, splits: Sequence[str], clip: nn.Module, settings: ModelSettings, prompts: dict[str, str]
 ) -> str:
     """A hash of all that embeddings depend on: the model, the images of the splits, prompts."""
     texts = distinct_prompts(catalogue, splits, prompts)
-    of = [__version__, catalogue.manifest["hash"], list(splits), texts, model.identity(clip, settings)]
+    of = [__version__, catalogue.manifest["hash"], list(splits), texts, model_fingerprint(clip, settings)]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
@@ -142,8 +141,8 @@ def keep(folder: str | Path, mark: str, embedded: Embedded) -> None:
     rows = pa.concat_tables([embedded.query_rows, embedded.gallery_rows]).select(["path", "item_id", "split"])
     if embedded.captions is not None:
         texts = pa.table({"prompt": embedded.prompts})
-        embeddings.write(Path(folder) / TEXTS, texts, embedded.captions.embedding, mark)
-    embeddings.write(Path(folder) / IMAGES, rows, embedded.both.embedding, mark)
+        embedding_file.write(Path(folder) / TEXTS, texts, embedded.captions.embedding, mark)
+    embedding_file.write(Path(folder) / IMAGES, rows, embedded.both.embedding, mark)
 
 
 def kept(
@@ -157,7 +156,7 @@ def kept(
 
 def _read(file: Path, mark: str) -> Tensor | None:
     """The embeddings in a file; None where there is none or its mark is another."""
-    return embeddings.read(file)[1] if file.exists() and embeddings.mark_of(file) == mark else None
+    return embedding_file.read(file)[1] if file.exists() and embedding_file.mark_of(file) == mark else None
 
 
 def measure(
@@ -237,7 +236,7 @@ def write(
     pq.write_table(listed, folder / "predictions.parquet", compression="zstd")
     asked = embedded.query_rows.select(["path", "item_id"]).rename_columns(["query", "item_id"])
     pq.write_table(asked.append_column("AP", pa.array(scores.values[:, 0].numpy())), folder / QUERIES)
-    files.write(folder / "metrics.json", json.dumps(found, indent=2) + "\n")
+    store.write(folder / "metrics.json", json.dumps(found, indent=2) + "\n")
 
 
 def predictions(embedded: Embedded, top: int = TOP, similarity: metrics.Similarity | None = None) -> pa.Table:

@@ -14,12 +14,14 @@ from jinja2 import Environment, PackageLoader
 from torch import Tensor, nn
 
 from clipfh import UserError, __version__
-from clipfh.config import experiment as config
+from clipfh.config import schema
+from clipfh.config.experiment import Experiment, ModelSettings
 from clipfh.data import catalogue, images
 from clipfh.model import checkpoint
-from clipfh.model import clip as model
-from clipfh.retrieval import embedding_file as embeddings
-from clipfh.retrieval import metrics
+from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer, load_weights, model_fingerprint
+from clipfh.model.devices import choose_device, resolve_precision
+from clipfh.model.towers import Towers, embed_images, embed_texts
+from clipfh.retrieval import embedding_file, metrics
 
 THUMBNAIL = (320, 440)
 """Pixels that a picture on the page fits into: about twice what a screen shows."""
@@ -47,7 +49,7 @@ class Find:
     path: str
 
 
-def mark(clip: nn.Module, experiment: config.Experiment, weights: str, of: catalogue.Catalogue) -> str:
+def mark(clip: nn.Module, experiment: Experiment, weights: str, of: catalogue.Catalogue) -> str:
     """What a file of embeddings keeps of where it comes from, as JSON.
 
     Args:
@@ -60,9 +62,9 @@ def mark(clip: nn.Module, experiment: config.Experiment, weights: str, of: catal
     return json.dumps(
         {
             "clipfh": __version__,
-            "model": model.identity(clip, experiment.model),
+            "model": model_fingerprint(clip, experiment.model),
             "weights": str(Path(weights).absolute()) if weights else "",
-            "experiment": config.to_json(experiment),
+            "experiment": schema.to_json(experiment),
             "catalogue": source,
         }
     )
@@ -73,10 +75,10 @@ def load(file: str | Path) -> Index:
     file = Path(file)
     if not file.is_file():
         raise UserError(f"--embeddings {file}: no such file: make one with clipfh embed CATALOGUE --out {file.name}")
-    made = _made(embeddings.mark_of(file))
+    made = _made(embedding_file.mark_of(file))
     if made is None:
         raise UserError(f"{file} is no file of clipfh embed: make one with clipfh embed CATALOGUE --out {file.name}")
-    return Index(file, *embeddings.read(file), made)
+    return Index(file, *embedding_file.read(file), made)
 
 
 def _made(mark: str | None) -> dict[str, Any] | None:
@@ -84,7 +86,7 @@ def _made(mark: str | None) -> dict[str, Any] | None:
     return json.loads(mark) if mark and mark.startswith("{") else None
 
 
-def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, config.Model]:
+def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, ModelSettings]:
     """The model that made the embeddings, and its settings.
 
     Args:
@@ -94,16 +96,16 @@ def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, config.M
     Raises:
         UserError: it is gone, or is not the same any more.
     """
-    experiment = config.from_json(index.made["experiment"], str(index.file))
+    experiment = schema.from_json(index.made["experiment"], str(index.file))
     where = path or index.made["weights"]
     if where and not Path(where).exists():
         raise UserError(f"the model of {index.file} is no longer at {where}: say where by --checkpoint, or embed again")
     clip = (
-        model.with_weights(experiment.model, checkpoint.load(where).state, where)
+        load_weights(experiment.model, checkpoint.load(where).state, where)
         if where
-        else model.initial(experiment.model, experiment.seed)
+        else load_initial_model(experiment.model, experiment.seed)
     )
-    if model.identity(clip, experiment.model) != index.made["model"]:
+    if model_fingerprint(clip, experiment.model) != index.made["model"]:
         raise UserError(
             f"{index.file} was embedded with another model than {where or experiment.model.name}: give that one by "
             "--checkpoint, or embed again"
@@ -111,21 +113,23 @@ def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, config.M
     return clip, experiment.model
 
 
-def embed_photo(index: Index, clip: nn.Module, settings: config.Model, file: str | Path) -> Tensor:
+def embed_photo(index: Index, clip: nn.Module, settings: ModelSettings, file: str | Path) -> Tensor:
     """Unit embedding (D,) of a photo, taken in as the catalogue's own were. UserError: it can't be read."""
     photo = catalogue.photo(file, index.made["catalogue"]["image_size"])
-    pixels = images.for_evaluation(photo, model.preprocess_of(clip))
-    return model.embed(_towers(clip), np.stack([pixels]), model.precision(settings.precision, model.device()))[0].cpu()
+    pixels = images.for_evaluation(photo, get_preprocess(clip))
+    return embed_images(_towers(clip), np.stack([pixels]), resolve_precision(settings.precision, choose_device()))[
+        0
+    ].cpu()
 
 
-def embed_words(clip: nn.Module, settings: config.Model, words: str) -> Tensor:
+def embed_words(clip: nn.Module, settings: ModelSettings, words: str) -> Tensor:
     """Unit embedding (D,) of some words."""
-    tokens = model.tokenizer(settings)([words])
-    return model.embed_text(_towers(clip), tokens, model.precision(settings.precision, model.device()))[0].cpu()
+    tokens = load_tokenizer(settings)([words])
+    return embed_texts(_towers(clip), tokens, resolve_precision(settings.precision, choose_device()))[0].cpu()
 
 
-def _towers(clip: nn.Module) -> model.Towers:
-    return model.Towers(clip).to(model.device()).eval()
+def _towers(clip: nn.Module) -> Towers:
+    return Towers(clip).to(choose_device()).eval()
 
 
 def nearest(index: Index, query: Tensor, top: int) -> list[Find]:

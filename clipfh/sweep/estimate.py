@@ -16,14 +16,16 @@ import numpy as np
 import psutil
 import torch
 
-from clipfh.config import experiment as config
-from clipfh.config.sweep_file import Sweep
-from clipfh.data import sampler as batches
+from clipfh.config.experiment import Experiment
+from clipfh.config.sweep_file import SweepFile
+from clipfh.data import sampler
 from clipfh.data.catalogue import Catalogue
+from clipfh.data.sampler import ItemIndex, build_index, make_sampler
 from clipfh.learn.learner import Captions, Learner
-from clipfh.model import clip as model
+from clipfh.model.clip import get_preprocess
+from clipfh.model.devices import choose_device
 from clipfh.retrieval import embed
-from clipfh.train import inputs as train
+from clipfh.train.inputs import load_start, tokenize_captions
 
 SMALL, LARGE = 8, 32
 """Images of the two batches by which memory is measured, VIEWS of each item."""
@@ -61,7 +63,7 @@ class Measured:
 @embed.enough_memory
 def measure(
     catalogue: Catalogue,
-    experiment: config.Experiment,
+    experiment: Experiment,
     threads: int = 0,
     gpus: float | None = None,
     workers: int = 1,
@@ -71,16 +73,16 @@ def measure(
     The speed of a GPU is that of a batch like the experiment's, or of the largest that fits: a small one would only
     show how fast its work is handed over.
 
-    `gpus` is what this process was given, as `model.device` takes it; a run has so many `workers`.
+    `gpus` is what this process was given, as `choose_device` takes it; a run has so many `workers`.
 
     Raises:
         UserError: weights or prompts that do not fit.
     """
     if threads:
         torch.set_num_threads(threads)
-    device, index = model.device(gpus), _index(catalogue)
-    batches.plan_of(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)  # says what does not fit
-    captions, _ = train.captions_of(catalogue, index.names, experiment, "train")
+    device, index = choose_device(gpus), _index(catalogue)
+    make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)  # says what does not fit
+    captions, _ = tokenize_captions(catalogue, index.names, experiment, "train")
     make = functools.partial(_learner, experiment, index, captions, device)
     memory, peaks, seconds = _memory(device, gpus), [], 0.0
     for images in (SMALL, LARGE):
@@ -98,19 +100,19 @@ def measure(
     return dataclasses.replace(found, rate=images / _timed(make(images, chunk), images)[0])
 
 
-def _index(catalogue: Catalogue) -> batches.Index:
-    return batches.index_of(catalogue.rows("train"), np.array([catalogue.num_images("train")]))
+def _index(catalogue: Catalogue) -> ItemIndex:
+    return build_index(catalogue.rows("train"), np.array([catalogue.num_images("train")]))
 
 
-def epoch(catalogue: Catalogue, experiment: config.Experiment) -> int:
+def epoch(catalogue: Catalogue, experiment: Experiment) -> int:
     """Images in a pass over all that is trained on."""
     index = _index(catalogue)
-    return batches.budget_of(experiment, len(index.item), index.num_single).epoch
+    return sampler.budget_of(experiment, len(index.item), index.num_single).epoch
 
 
 def _learner(
-    experiment: config.Experiment,
-    index: batches.Index,
+    experiment: Experiment,
+    index: ItemIndex,
     captions: Captions,
     device: torch.device,
     images: int,
@@ -119,12 +121,12 @@ def _learner(
     """A learner of so many images a step, whatever the catalogue has."""
     batch = dataclasses.replace(experiment.batch, items=images // VIEWS, views=VIEWS, chunk=chunk, categories=0)
     small = dataclasses.replace(experiment, batch=batch)
-    return Learner(small, train.start_of(small), index, captions, device)
+    return Learner(small, load_start(small), index, captions, device)
 
 
 def _timed(learner: Learner, images: int) -> tuple[float, tuple[float, float]]:
     """Seconds of a steady step, and bytes on disk of the learner's weights and of its checkpoints."""
-    size = model.preprocess_of(learner.clip).size
+    size = get_preprocess(learner.clip).size
     pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
     rows = np.resize(np.argsort(learner.index.item, kind="stable"), images)  # photos of an item side by side
     learner.train_step(rows, pixels)
@@ -169,7 +171,7 @@ def _memory(device: torch.device, gpus: float | None) -> float:
     return MARGIN * (total * min(1.0, gpus or 1.0) - taken)
 
 
-def told(sweep: Sweep, measured: Measured, epoch: int, at_once: int = 1) -> str:
+def told(sweep: SweepFile, measured: Measured, epoch: int, at_once: int = 1) -> str:
     """The estimate for a person. `epoch`: images in a pass over all that is trained on; `at_once`: trials."""
     budget = sweep.experiment(sweep.first).budget
     most = budget.images or int(budget.epochs * epoch)
@@ -190,7 +192,7 @@ def told(sweep: Sweep, measured: Measured, epoch: int, at_once: int = 1) -> str:
     return "\n".join(lines)
 
 
-def images_of_a_trial(sweep: Sweep, most: float) -> float:
+def images_of_a_trial(sweep: SweepFile, most: float) -> float:
     """Images that a trial sees on average: one in `reduction` goes on from each rung."""
     rung, share, seen, before = float(sweep.halving.first_rung), 1.0, 0.0, 0.0
     while rung and rung < most:
@@ -199,7 +201,7 @@ def images_of_a_trial(sweep: Sweep, most: float) -> float:
     return seen + share * (most - before)
 
 
-def _batches(sweep: Sweep, measured: Measured) -> list[str]:
+def _batches(sweep: SweepFile, measured: Measured) -> list[str]:
     """Which of the P x K that may be drawn fit."""
     names = [name for name in ("batch.items", "batch.views") if name in sweep.search]
     ends = product(*(sweep.search[name].ends for name in names))
@@ -217,7 +219,7 @@ def _batches(sweep: Sweep, measured: Measured) -> list[str]:
     return [f"{found}, and not all of the space: take the larger out, or give --batch.chunk {measured.images // 2}"]
 
 
-def _disk(sweep: Sweep, measured: Measured, at_once: int) -> str:
+def _disk(sweep: SweepFile, measured: Measured, at_once: int) -> str:
     """What the checkpoints take: best and latest of each run, and one more while it is written."""
     final, which = sweep.final, sweep.placement.keep_weights
     again, running = final.top * final.seeds + final.refit, min(at_once, sweep.trials)

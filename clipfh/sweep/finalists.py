@@ -12,32 +12,32 @@ from typing import Any
 
 from clipfh import mendable
 from clipfh.cluster import resources as cluster
-from clipfh.config import experiment as config
-from clipfh.config.sweep_file import Sweep
-from clipfh.storage import run_folder as runs
-from clipfh.storage import store as files
+from clipfh.config import schema
+from clipfh.config.experiment import Experiment
+from clipfh.config.sweep_file import SweepFile
+from clipfh.storage import run_folder, store
 from clipfh.sweep.trial import last_line
-from clipfh.train import driver as fit
+from clipfh.train import driver
 from clipfh.train.run_inputs import Inputs
 
 RETRIES = 3
 
 
-def leaders(rows: Sequence[Mapping[str, Any]], out: Path, top: int) -> dict[str, config.Experiment]:
+def leaders(rows: Sequence[Mapping[str, Any]], out: Path, top: int) -> dict[str, Experiment]:
     """The first `top` trials of a leaderboard with settings of their own, and these settings."""
-    found: dict[str, config.Experiment] = {}
+    found: dict[str, Experiment] = {}
     for row in rows:
-        file = out / "trials" / str(row["trial"]) / runs.EXPERIMENT
+        file = out / "trials" / str(row["trial"]) / run_folder.EXPERIMENT
         if row["status"] in ("done", "stopped") and row.get("val_mAP") and len(found) < top:
-            experiment = config.load(file)
+            experiment = schema.load_experiment(file)
             if experiment not in found.values():
                 found[str(row["trial"])] = experiment
     return found
 
 
 def again(
-    leading: Mapping[str, config.Experiment],
-    sweep: Sweep,
+    leading: Mapping[str, Experiment],
+    sweep: SweepFile,
     inputs: Inputs,
     folder: Path,
     resources: cluster.Resources,
@@ -65,12 +65,12 @@ def run_of(folder: Path, trial: str, number: int) -> Path:
 
 def score(run: Path) -> float:
     """A run's best validation mAP; the worst there is where it diverged."""
-    return float(runs.read_metrics(run)[-1]["best_val_mAP"])
+    return float(run_folder.read_metrics(run)[-1]["best_val_mAP"])
 
 
 def diverged(run: Path) -> str:
     """Why a run ended before its time; empty where it did not. Its last checkpoint is of a model half trained."""
-    return str(runs.read_metrics(run)[-1].get("diverged", ""))
+    return str(run_folder.read_metrics(run)[-1].get("diverged", ""))
 
 
 def best(scores: Mapping[str, Sequence[float]]) -> str:
@@ -84,8 +84,8 @@ def best_run(folder: Path, trial: str, scores: Sequence[float]) -> Path:
 
 
 def refit(
-    experiment: config.Experiment,
-    sweep: Sweep,
+    experiment: Experiment,
+    sweep: SweepFile,
     inputs: Inputs,
     folder: Path,
     resources: cluster.Resources,
@@ -99,8 +99,8 @@ def refit(
 
 
 def _train_all(
-    jobs: Mapping[Path, config.Experiment],
-    sweep: Sweep,
+    jobs: Mapping[Path, Experiment],
+    sweep: SweepFile,
     inputs: Inputs,
     resources: cluster.Resources,
     tell: Callable[[str], None],
@@ -129,27 +129,27 @@ def _outcome(out: Path, run: Future[None]) -> str:
         return f"{out.name} failed: {mendable(error) or last_line(str(error))}"
     if reason := diverged(out):
         return f"{out.name}: diverged: {reason}"
-    last = runs.read_metrics(out)[-1]
+    last = run_folder.read_metrics(out)[-1]
     return f"{out.name}: val mAP {last['best_val_mAP']:.3f}" if "best_val_mAP" in last else f"{out.name} is done"
 
 
 def _train(
-    experiment: config.Experiment, inputs: Inputs, out: Path, resources: cluster.Resources, over: threading.Event
+    experiment: Experiment, inputs: Inputs, out: Path, resources: cluster.Resources, over: threading.Event
 ) -> None:
     """Train when it is this run's turn, as trials do: more of them than a cluster holds could stand still."""
-    lines = runs.read_metrics(out)
-    is_saved = lines and ("diverged" in lines[-1] or runs.latest_step(out) >= lines[-1]["step"])
-    if is_saved and fit.is_over(experiment, inputs, lines[-1]):
+    lines = run_folder.read_metrics(out)
+    is_saved = lines and ("diverged" in lines[-1] or run_folder.latest_step(out) >= lines[-1]["step"])
+    if is_saved and driver.is_over(experiment, inputs, lines[-1]):
         return
     cluster.end(str(out))  # what an attempt that was killed may have left
-    runs.wait_for(out.parents[1] / runs.SWEEP)
+    run_folder.wait_for(out.parents[1] / run_folder.SWEEP)
     out.mkdir(parents=True, exist_ok=True)
-    files.write(out / runs.EXPERIMENT, config.to_json(experiment))
+    store.write(out / run_folder.EXPERIMENT, schema.to_json(experiment))
     cluster.queue(str(out))
     try:
         while not cluster.is_turn_of(str(out), resources):
             if over.wait(1):
                 return
-        fit.fit(experiment, inputs, out, resources, name=str(out), retries=RETRIES)
+        driver.fit(experiment, inputs, out, resources, name=str(out), retries=RETRIES)
     finally:
         cluster.leave(str(out))

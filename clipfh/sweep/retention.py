@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipfh.config.sweep_file import Sweep
+from clipfh.config.sweep_file import SweepFile
 from clipfh.model import checkpoint
-from clipfh.storage import run_folder as runs
-from clipfh.storage import store as files
-from clipfh.sweep import finalists as final
+from clipfh.storage import run_folder, store
+from clipfh.sweep import finalists
 
 OVER = ("done", "stopped", "diverged")
 """Trials that train no further. One that failed may be tried again, from its checkpoint."""
@@ -26,7 +25,7 @@ Row = Mapping[str, Any]
 class Keeper:
     """Frees the disk of what a sweep can no longer use, as its placement has it."""
 
-    sweep: Sweep
+    sweep: SweepFile
     out: Path
     """the sweep's folder"""
     freed: int = 0
@@ -45,7 +44,7 @@ class Keeper:
         if which == "all":
             return
         top = max(1, self.sweep.final.top) if which == "leaders" else 1
-        leading, over = final.leaders(rows, self.out, top), _over(self.out / "tune")
+        leading, over = finalists.leaders(rows, self.out, top), _over(self.out / "tune")
         for row in rows:
             if row["status"] in OVER and row["trial"] in over:
                 self.freed += free(self.out / "trials" / str(row["trial"]), row["trial"] in leading)
@@ -71,19 +70,19 @@ def free(run: Path, weights: bool) -> int:
         How many bytes that freed.
     """
     folder = run / "checkpoints"
-    if not (folder / runs.SNAPSHOT).exists():
+    if not (folder / run_folder.SNAPSHOT).exists():
         return 0
-    snapshot = json.loads((folder / runs.SNAPSHOT).read_text())
+    snapshot = json.loads((folder / run_folder.SNAPSHOT).read_text())
     listed, before = snapshot["checkpoint_results"], sum(_size(folder))
-    best = runs.best_of(run) if weights and listed else ""
+    best = run_folder.best_of(run) if weights and listed else ""
     kept = [i for i, result in enumerate(listed) if result["checkpoint_dir_name"] == best]
     snapshot |= {
         "checkpoint_results": [listed[i] for i in kept],
         "checkpoint_report_indices": [snapshot["checkpoint_report_indices"][i] for i in kept],
         "latest_checkpoint_result": listed[kept[0]] if kept else None,
-        runs.FREED: runs.read_metrics(run)[-1]["step"],
+        run_folder.FREED: run_folder.read_metrics(run)[-1]["step"],
     }
-    files.write(folder / runs.SNAPSHOT, json.dumps(snapshot))
+    store.write(folder / run_folder.SNAPSHOT, json.dumps(snapshot))
     for each in folder.glob("checkpoint_*/"):
         if each.name != best:
             shutil.rmtree(each, ignore_errors=True)  # a run that was just ended may be deleting it too

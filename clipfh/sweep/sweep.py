@@ -16,24 +16,22 @@ from torch import nn
 
 from clipfh import UserError
 from clipfh.cluster import resources as cluster
-from clipfh.config import experiment as config
-from clipfh.config.sweep_file import Sweep, resolved
-from clipfh.data import sampler as batches
+from clipfh.config import schema, sweep_file
+from clipfh.config.experiment import Experiment
+from clipfh.config.sweep_file import SweepFile
 from clipfh.data import stream
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import fetch
+from clipfh.data.sampler import make_sampler
 from clipfh.model import checkpoint, export
-from clipfh.model import clip as model
-from clipfh.report import artifacts as results
-from clipfh.report import page as report
+from clipfh.model.clip import load_weights
+from clipfh.report import artifacts, page
 from clipfh.retrieval import evaluate, metrics
-from clipfh.storage import run_folder as runs
-from clipfh.storage import store as files
-from clipfh.sweep import finalists as final
-from clipfh.sweep import retention as keep
+from clipfh.storage import run_folder, store
+from clipfh.sweep import finalists, retention
 from clipfh.sweep.tuner import ZERO_SHOT, Leaderboard, Watch, search
-from clipfh.train import inputs as train
-from clipfh.train import provenance as origins
+from clipfh.train import provenance
+from clipfh.train.inputs import VALIDATION, load_prompts_for, load_start, notes_on_singles, prepare_inputs
 from clipfh.train.run_inputs import Inputs
 
 MADE_OF = "sweep.json"
@@ -44,10 +42,10 @@ MADE_OF = "sweep.json"
 class _Begun:
     """What the parts of a sweep share."""
 
-    sweep: Sweep
+    sweep: SweepFile
     catalogue: Catalogue
     out: Path
-    base: config.Experiment
+    base: Experiment
     """of which the model, its weights and the prompts are those of all trials"""
     clip: nn.Module
     """before any tuning"""
@@ -75,7 +73,7 @@ class _Winner:
 
 
 def run(
-    sweep: Sweep,
+    sweep: SweepFile,
     catalogue: Catalogue,
     out: str | Path,
     *,
@@ -105,18 +103,18 @@ def run(
     _require_same(catalogue, base, out, tell)
     resources = cluster.place(sweep.placement, alone=False, tell=tell)
     tell(f"{sweep.trials} trials, {cluster.at_once(sweep.placement, resources)} at once, each {resources}")
-    texts = train.prompts_of(catalogue, base, *train.VALIDATION, "query", "gallery")
-    begun = _Begun(sweep, catalogue, out, base, train.start_of(base), texts, resources, tell)
+    texts = load_prompts_for(catalogue, base, *VALIDATION, "query", "gallery")
+    begun = _Begun(sweep, catalogue, out, base, load_start(base), texts, resources, tell)
     zero_shot = _zero_shot(begun)
     inputs = _inputs(begun, zero_shot)
     board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
-    keeper = keep.Keeper(sweep, out)
+    keeper = retention.Keeper(sweep, out)
     with cluster.asking(sweep.placement, resources) as ask:
         watch = Watch(board, tell, sweep.trials, each_report, keeper.trials, ask)
         rows = board.write(search(sweep, inputs, out, resources, watch, resume, retry_failed))
     keeper.trials(rows)
     winner = _winner(begun, inputs, rows)
-    about = {"resources": dataclasses.asdict(resources), "notes": train.notes_on(inputs, base.loss)}
+    about = {"resources": dataclasses.asdict(resources), "notes": notes_on_singles(inputs, base.loss)}
     summary = _finish(begun, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
     keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
     keeper.finals(winner.run)
@@ -124,18 +122,18 @@ def run(
     return summary
 
 
-def _begin(sweep: Sweep, out: Path, resume: bool) -> None:
-    file = out / runs.SWEEP
+def _begin(sweep: SweepFile, out: Path, resume: bool) -> None:
+    file = out / run_folder.SWEEP
     if resume and not file.exists():
         raise UserError(f"--resume: {out} holds no sweep; leave --resume out to start one")
     if not resume and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty: --resume goes on with its sweep, or name another folder")
-    if resume and (change := _change(file.read_text(), resolved(sweep))):
+    if resume and (change := _change(file.read_text(), sweep_file.to_yaml(sweep))):
         raise UserError(
             f"--resume: the sweep file differs from {file} ({change}): resume with the same, or another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
-    files.write(file, resolved(sweep))
+    store.write(file, sweep_file.to_yaml(sweep))
 
 
 def _change(before: str, now: str) -> str:
@@ -145,14 +143,14 @@ def _change(before: str, now: str) -> str:
     return "" if before == now else f"{first[0]} there, {first[1]} here"
 
 
-def _require_same(catalogue: Catalogue, base: config.Experiment, out: Path, tell: Callable[[str], None]) -> None:
+def _require_same(catalogue: Catalogue, base: Experiment, out: Path, tell: Callable[[str], None]) -> None:
     """Keep beside the sweep what it is made of; where that is kept already, see that it still is the same.
 
     Raises:
         UserError: another catalogue, or a file that has changed.
     """
     file, resumed = out / MADE_OF, (out / "trials").exists()
-    contents = origins.contents(base, None)
+    contents = provenance.contents(base, None)
     now = {"catalogue": str(catalogue.path), "hash": catalogue.manifest["hash"], "contents": contents}
     before = json.loads(file.read_text()) if file.exists() else now
     if resumed and not file.exists():
@@ -164,8 +162,8 @@ def _require_same(catalogue: Catalogue, base: config.Experiment, out: Path, tell
             f"--resume: {out} was begun on another catalogue than {catalogue.path}, "
             f"{before['catalogue']} as it was then: give that one, or name another --out"
         )
-    origins.require_same(before["contents"], contents, out)
-    files.write(file, json.dumps(before, indent=2) + "\n")
+    provenance.require_same(before["contents"], contents, out)
+    store.write(file, json.dumps(before, indent=2) + "\n")
 
 
 def _zero_shot(begun: _Begun) -> float:
@@ -189,10 +187,10 @@ def _inputs(begun: _Begun, zero_shot: float) -> Inputs:
     corners = begun.sweep.corners("batch.items")
     widest = max(corners, key=lambda point: begun.sweep.experiment(point).batch.items)
     shared = begun.sweep.experiment({**widest, **begun.sweep.texted})
-    inputs = train.inputs_of(begun.catalogue, shared, begun.clip, stream, begun.sweep.placement.keep_gib)
+    inputs = prepare_inputs(begun.catalogue, shared, begun.clip, stream, begun.sweep.placement.keep_gib)
     fewest = begun.sweep.experiment({**widest, **begun.sweep.off})  # without the terms that take single photos
-    batches.plan_of(fetch(inputs.images.index), fewest.batch, fewest.seed, fewest.loss.takes_singles)
-    for note in train.notes_on(inputs, begun.base.loss):
+    make_sampler(fetch(inputs.images.index), fewest.batch, fewest.seed, fewest.loss.takes_singles)
+    for note in notes_on_singles(inputs, begun.base.loss):
         begun.tell(note)
     return dataclasses.replace(inputs, start_val_mAP=None if inputs.weights is None else zero_shot)
 
@@ -202,21 +200,21 @@ def _winner(begun: _Begun, inputs: Inputs, rows: list[dict[str, Any]]) -> _Winne
     asked, out, folder = begun.sweep.final, begun.out, begun.out / "final"
     trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
     run, again = out / "trials" / trial, dict[str, list[float]]()
-    if leading := final.leaders(rows, out, asked.top):
+    if leading := finalists.leaders(rows, out, asked.top):
         begun.tell(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
-        again = final.again(leading, begun.sweep, inputs, folder, begun.resources, begun.tell)
-        trial = final.best(again)
-        score, run = mean(again[trial]), final.best_run(folder, trial, again[trial])
+        again = finalists.again(leading, begun.sweep, inputs, folder, begun.resources, begun.tell)
+        trial = finalists.best(again)
+        score, run = mean(again[trial]), finalists.best_run(folder, trial, again[trial])
         if score <= zero_shot_of(rows):
             trial, score = ZERO_SHOT, zero_shot_of(rows)
     if trial == ZERO_SHOT:
         return _Winner(trial, score, None, again)
     if asked.refit:
         begun.tell(f"now trial {trial}'s settings on train and validation items together")
-        experiment = config.load(out / "trials" / trial / runs.EXPERIMENT)
-        whole = train.inputs_of(begun.catalogue, experiment, begun.clip, stream, with_validation=True)
-        whole_run = final.refit(experiment, begun.sweep, whole, folder, begun.resources, begun.tell)
-        if not (diverged := final.diverged(whole_run)):
+        experiment = schema.load_experiment(out / "trials" / trial / run_folder.EXPERIMENT)
+        whole = prepare_inputs(begun.catalogue, experiment, begun.clip, stream, with_validation=True)
+        whole_run = finalists.refit(experiment, begun.sweep, whole, folder, begun.resources, begun.tell)
+        if not (diverged := finalists.diverged(whole_run)):
             return _Winner(trial, score, whole_run, again, refit=True)
         begun.tell(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
         return _Winner(trial, score, run, again, diverged=diverged)
@@ -235,7 +233,7 @@ def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: d
     if winner.run:
         weights = checkpoint.load(winner.run)
         assert weights.experiment is not None
-        experiment, best = weights.experiment, model.with_weights(weights.experiment.model, weights.state, weights.path)
+        experiment, best = weights.experiment, load_weights(weights.experiment.model, weights.state, weights.path)
     (before, old), (after, new) = _tested(begun, "zero_shot", begun.clip), _tested(begun, "test", best)
     shutil.rmtree(out / "best", ignore_errors=True)
     known = {"zero_shot": before, "test": after, "catalogue": export.account(begun.catalogue)}
@@ -252,18 +250,18 @@ def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: d
         "trials": len(rows) - 1,
         "failed": sum(row["status"] == "failed" for row in rows),
         "took": _took(rows, out),
-        "experiment": config.flat(experiment),
+        "experiment": schema.flatten(experiment),
         "searched": list(begun.sweep.search),
         **about,
     }
-    files.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    report.write([out], None)
+    store.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    page.write([out], None)
     return summary
 
 
 def _took(rows: list[dict[str, Any]], out: Path) -> dict[str, dict[str, float]]:
     """Images seen and seconds, added up, of the trials and of the runs after them."""
-    again = results.final_runs(out).values()
+    again = artifacts.final_runs(out).values()
     counts = {
         "trials": [(row["images"], row["seconds"]) for row in rows],
         "final": list(again),

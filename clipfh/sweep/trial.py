@@ -11,12 +11,12 @@ from ray import tune
 
 from clipfh import UserError
 from clipfh.cluster import resources as cluster
-from clipfh.config import experiment as config
-from clipfh.config.sweep_file import Sweep
-from clipfh.data import sampler as batches
-from clipfh.storage import run_folder as runs
-from clipfh.storage import store as files
-from clipfh.train import driver as fit
+from clipfh.config import schema
+from clipfh.config.experiment import Experiment
+from clipfh.config.sweep_file import SweepFile
+from clipfh.data import sampler
+from clipfh.storage import run_folder, store
+from clipfh.train import driver
 from clipfh.train.run_inputs import Inputs
 
 OBJECTIVE = "best_val_mAP"
@@ -31,7 +31,7 @@ class Trial(tune.Trainable):
     def setup(
         self,
         config: dict[str, Any],
-        sweep: Sweep | None = None,
+        sweep: SweepFile | None = None,
         inputs: Inputs | None = None,
         out: str = "",
         resources: cluster.Resources | None = None,
@@ -53,11 +53,11 @@ class Trial(tune.Trainable):
     def _begin(self, settings: dict[str, Any]) -> None:
         self.run = self.trial_id
         cluster.end(self.run)  # what an attempt that was killed may have left
-        runs.wait_for(self.out / runs.SWEEP)
+        run_folder.wait_for(self.out / run_folder.SWEEP)
         self.experiment = self.sweep.experiment(settings)
         self.folder = self.out / "trials" / self.trial_name
         _clear_of_another(self.folder, self.experiment)
-        self.total = batches.budget_of(self.experiment, self.inputs.num_images, self.inputs.num_single).total
+        self.total = sampler.budget_of(self.experiment, self.inputs.num_images, self.inputs.num_single).total
         self.reported = 0
         self.error: Exception | None = None
         self.losses: list[str] = []
@@ -82,15 +82,15 @@ class Trial(tune.Trainable):
         while not self._is_our_turn():
             if self.over.wait(1):
                 return True
-        begun = runs.latest_step(self.folder)
+        begun = run_folder.latest_step(self.folder)
         try:
             followed = self._is_followed()
-            fit.fit(self.experiment, self.inputs, self.folder, self.resources, name=self.run, followed=followed)
+            driver.fit(self.experiment, self.inputs, self.folder, self.resources, name=self.run, followed=followed)
         except UserError:
             raise
         except Exception as error:
-            runs.wait_for(self.folder / runs.EXPERIMENT)
-            step = runs.latest_step(self.folder)
+            run_folder.wait_for(self.folder / run_folder.EXPERIMENT)
+            step = run_folder.latest_step(self.folder)
             if self._is_our_turn():
                 if step <= begun:
                     raise
@@ -112,15 +112,15 @@ class Trial(tune.Trainable):
             running = self.thread.is_alive()
             if not running and self.error:
                 return self._failed(self.error)
-            lines = runs.read_metrics(self.folder)
+            lines = run_folder.read_metrics(self.folder)
             new = next((line for line in lines if line["step"] > self.reported and self._is_saved(line)), None)
             if new and not (running and self._is_last(new)):
                 self.reported = new["step"]
                 told, self.losses = self.losses, []
                 return _result({**new, "warnings": [*told, *new.get("warnings", [])]}, self._is_last(new))
             if not running:
-                runs.wait_for(self.folder / runs.EXPERIMENT)
-                return _result(runs.read_metrics(self.folder)[-1], True)
+                run_folder.wait_for(self.folder / run_folder.EXPERIMENT)
+                return _result(run_folder.read_metrics(self.folder)[-1], True)
             self._give_way()
             self.thread.join(1)  # the file system is one that others share
 
@@ -132,7 +132,7 @@ class Trial(tune.Trainable):
         """
         if not isinstance(error, UserError):
             raise error
-        images = next((line["images"] for line in reversed(runs.read_metrics(self.folder))), 0)
+        images = next((line["images"] for line in reversed(run_folder.read_metrics(self.folder))), 0)
         return _result({"images": images, "val_mAP": 0.0, OBJECTIVE: 0.0, "failed": str(error)}, True)
 
     def _give_way(self) -> None:
@@ -142,7 +142,7 @@ class Trial(tune.Trainable):
 
     def _is_saved(self, line: dict[str, Any]) -> bool:
         """Whether the report's checkpoint is on the list: a score without its weights must not win."""
-        return "diverged" in line or line["step"] <= runs.latest_step(self.folder)
+        return "diverged" in line or line["step"] <= run_folder.latest_step(self.folder)
 
     def _is_last(self, line: dict[str, Any]) -> bool:
         return "diverged" in line or line["step"] >= self.total
@@ -160,13 +160,13 @@ class Trial(tune.Trainable):
         cluster.end(self.run)
 
 
-def _clear_of_another(folder: Path, experiment: config.Experiment) -> None:
+def _clear_of_another(folder: Path, experiment: Experiment) -> None:
     """Make the trial's folder. One of this number may have begun, with other settings, just before a kill."""
-    file = folder / runs.EXPERIMENT
-    if runs.is_freed(folder) or (file.exists() and file.read_text() != config.to_json(experiment)):
+    file = folder / run_folder.EXPERIMENT
+    if run_folder.is_freed(folder) or (file.exists() and file.read_text() != schema.to_json(experiment)):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write(file, config.to_json(experiment))
+    store.write(file, schema.to_json(experiment))
 
 
 def _result(line: dict[str, Any], done: bool) -> dict[str, Any]:

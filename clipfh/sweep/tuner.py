@@ -22,9 +22,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from clipfh import UserError
 from clipfh.cluster import resources as cluster
-from clipfh.config.sweep_file import SWITCH, Sweep
-from clipfh.storage import run_folder as runs
-from clipfh.storage import store as files
+from clipfh.config.sweep_file import SWITCH, SweepFile
+from clipfh.storage import run_folder, store
 from clipfh.sweep.trial import OBJECTIVE, Trial, last_line
 from clipfh.train.run_inputs import Inputs
 
@@ -115,7 +114,7 @@ class Watch(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         """Before anything is written: while the sweep's folder is away, nothing happens."""
-        runs.wait_for(self.board.file.with_name(runs.SWEEP), self.tell)
+        run_folder.wait_for(self.board.file.with_name(run_folder.SWEEP), self.tell)
         self.ask(self.count - sum(trial.is_finished() for trial in trials))
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -199,7 +198,7 @@ class Leaderboard:
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({"rank": i, **row} for i, row in enumerate(rows, 1))
-        files.write(self.file, text.getvalue())
+        store.write(self.file, text.getvalue())
         return rows
 
 
@@ -234,7 +233,7 @@ def saved_every(trials: int) -> int:
 
 
 def search(
-    sweep: Sweep,
+    sweep: SweepFile,
     inputs: Inputs,
     out: Path,
     resources: cluster.Resources,
@@ -251,7 +250,7 @@ def search(
     run_config = tune.RunConfig(
         name="tune",
         storage_path=str(out),
-        storage_filesystem=files.local_store(),
+        storage_filesystem=store.local_store(),
         callbacks=[watch],
         verbose=0,
         failure_config=tune.FailureConfig(max_failures=RETRIES),
@@ -274,7 +273,7 @@ def search(
     return list(tuner.fit()._experiment_analysis.trials)
 
 
-def _as_left(sweep: Sweep, out: Path, trainable: Any, watch: Watch, retry_failed: bool) -> tune.Tuner:
+def _as_left(sweep: SweepFile, out: Path, trainable: Any, watch: Watch, retry_failed: bool) -> tune.Tuner:
     """The search as it was saved, what a kill has left at odds made one."""
     _require_whole(out)
     _cut_to_whole_lines(out / STUDY)
@@ -288,7 +287,7 @@ def _as_left(sweep: Sweep, out: Path, trainable: Any, watch: Watch, retry_failed
         trainable,
         resume_unfinished=True,
         resume_errored=retry_failed,
-        storage_filesystem=files.local_store(),
+        storage_filesystem=store.local_store(),
     )
     assert tuner._local_tuner is not None
     parts = tuner._local_tuner._tune_config
@@ -330,10 +329,10 @@ def _count_anew(folder: Path, trials: Sequence[Any]) -> None:
     file = max(folder.glob("search_gen_state-*.json"))
     state = cloudpickle.loads(file.read_bytes())
     count = max((int(number_of(trial)) for trial in trials), default=0)
-    files.write(file, cloudpickle.dumps({**state, "counter": count}))
+    store.write(file, cloudpickle.dumps({**state, "counter": count}))
 
 
-def _searcher(sweep: Sweep, out: Path, resources: cluster.Resources) -> Searcher:
+def _searcher(sweep: SweepFile, out: Path, resources: cluster.Resources) -> Searcher:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Of `group`, which conditional settings need
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -359,14 +358,14 @@ def _storage(journal: Path) -> optuna.storages.JournalStorage:
     return optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
 
 
-def _sampler(sweep: Sweep) -> optuna.samplers.BaseSampler:
+def _sampler(sweep: SweepFile) -> optuna.samplers.BaseSampler:
     """A grid is all points, and none are left to draw. TPE keeps off the trials that run: so Optuna 5 does."""
     if sweep.sampler == "tpe":
         return optuna.samplers.TPESampler(multivariate=True, group=True, seed=sweep.seed, n_startup_trials=8)
     return optuna.samplers.RandomSampler(seed=sweep.seed)
 
 
-def _learn_from(sweep: Sweep, storage: optuna.storages.BaseStorage) -> None:
+def _learn_from(sweep: SweepFile, storage: optuna.storages.BaseStorage) -> None:
     """Copy what another sweep's study knows of the settings searched here.
 
     Raises:
@@ -385,7 +384,7 @@ def _learn_from(sweep: Sweep, storage: optuna.storages.BaseStorage) -> None:
         study.add_trial(trial)
 
 
-def _check_same(sweep: Sweep, name: str, drawn_from: optuna.distributions.BaseDistribution | None) -> None:
+def _check_same(sweep: SweepFile, name: str, drawn_from: optuna.distributions.BaseDistribution | None) -> None:
     """Whether a setting is searched here as it was there; the ends of a range may differ."""
     found = sweep.search.get(name)
     if found is None:
@@ -396,12 +395,12 @@ def _check_same(sweep: Sweep, name: str, drawn_from: optuna.distributions.BaseDi
         raise UserError(f"earlier: {sweep.earlier} drew {name} from {drawn_from}, here it is {here}: give the same")
 
 
-def _sampled(sweep: Sweep, trial: optuna.Trial) -> dict[str, Any]:
+def _sampled(sweep: SweepFile, trial: optuna.Trial) -> dict[str, Any]:
     """Optuna's view of the space, by its define-by-run interface."""
     return sweep.sampled(trial)
 
 
-def _scheduler(sweep: Sweep) -> TrialScheduler:
+def _scheduler(sweep: SweepFile) -> TrialScheduler:
     if not sweep.halving.first_rung:
         return FIFOScheduler()
     return AsyncHyperBandScheduler(
@@ -414,12 +413,12 @@ def _scheduler(sweep: Sweep) -> TrialScheduler:
     )
 
 
-def _scheduler_as_left(sweep: Sweep, out: Path, trials: Sequence[Any]) -> TrialScheduler:
+def _scheduler_as_left(sweep: SweepFile, out: Path, trials: Sequence[Any]) -> TrialScheduler:
     """The scheduler with its rungs as the trials' own metrics have them."""
     scheduler = _scheduler(sweep)
     if isinstance(scheduler, AsyncHyperBandScheduler):
         for trial in trials:
-            lines = runs.read_metrics(out / "trials" / number_of(trial))
+            lines = run_folder.read_metrics(out / "trials" / number_of(trial))
             for milestone, recorded in scheduler._brackets[0]._rungs:
                 reached = next((line[OBJECTIVE] for line in lines if line["images"] >= milestone), None)
                 if reached is not None:

@@ -19,8 +19,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from clipfh import UserError, mendable
 from clipfh.cluster import resources as cluster
-from clipfh.config import experiment as config
-from clipfh.data import sampler as batches
+from clipfh.config.experiment import Experiment
+from clipfh.data import sampler
 from clipfh.train.run_inputs import Inputs
 
 WORKER = "clipfh.train.ray_worker"
@@ -96,7 +96,7 @@ def _backend(resources: cluster.Resources) -> BackendConfig | None:
 
 
 def fit(
-    experiment: config.Experiment,
+    experiment: Experiment,
     inputs: Inputs,
     out: str | Path,
     resources: cluster.Resources,
@@ -170,9 +170,9 @@ def fit(
         cluster.end(name)  # the handle kept for it holds the controller back from ending by itself
 
 
-def is_over(experiment: config.Experiment, inputs: Inputs, last: dict[str, Any]) -> bool:
+def is_over(experiment: Experiment, inputs: Inputs, last: dict[str, Any]) -> bool:
     """Whether a run's last report is the last that it will make."""
     patience = experiment.budget.patience
     stopped = patience and last.get("reports_since_best", 0) >= patience
-    total = batches.budget_of(experiment, inputs.num_images, inputs.num_single).total
+    total = sampler.budget_of(experiment, inputs.num_images, inputs.num_single).total
     return bool("diverged" in last or stopped or last["step"] >= total)

@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 
 from clipfh.config import cores
-from clipfh.config import experiment as config
+from clipfh.config.experiment import Experiment, Placement
 from clipfh.data import decoding, images
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Images, Recipe
-from clipfh.storage import run_folder as runs
-from clipfh.storage import store as files
+from clipfh.storage import run_folder, store
 from clipfh.train import worker
 from clipfh.train.run_inputs import Inputs
 
@@ -102,7 +101,7 @@ class _Session:
 
     def __init__(self, out: Path, score: str, tell: Callable[[dict[str, Any]], None]) -> None:
         self.folder, self.score, self.tell = out / "checkpoints", score, tell
-        self.list = self.folder / runs.SNAPSHOT
+        self.list = self.folder / run_folder.SNAPSHOT
         self.known = json.loads(self.list.read_text()) if self.list.exists() else _empty_list()
         self._remove_all_but([result["checkpoint_dir_name"] for result in self.known["checkpoint_results"]])
 
@@ -139,7 +138,7 @@ class _Session:
             "latest_checkpoint_result": latest,
             "current_report_index": index + 1,
         }
-        files.write(self.list, json.dumps(self.known))
+        store.write(self.list, json.dumps(self.known))
         self._remove_all_but([result["checkpoint_dir_name"] for result, _ in kept])
 
     def _remove_all_but(self, names: list[str]) -> None:
@@ -161,7 +160,7 @@ def _empty_list() -> dict[str, Any]:
     }
 
 
-def wanted(placement: config.Placement, address: str | None, out: str) -> bool:
+def wanted(placement: Placement, address: str | None, out: str) -> bool:
     """Whether a run trains in this process: one worker, on this machine's CPUs, into a local folder."""
     import torch
 
@@ -171,8 +170,8 @@ def wanted(placement: config.Placement, address: str | None, out: str) -> bool:
 
 
 def fit(
-    placement: config.Placement,
-    experiment: config.Experiment,
+    placement: Placement,
+    experiment: Experiment,
     inputs: Inputs,
     out: Path,
     tell: Callable[[dict[str, Any]], None],
@@ -191,7 +190,7 @@ def fit(
     worker.train(job | placed(placement) | {"gpus": 0}, session, Feed())
 
 
-def placed(placement: config.Placement) -> dict[str, Any]:
+def placed(placement: Placement) -> dict[str, Any]:
     """Threads of a run alone: as many as were asked for, or its share of the cores."""
     if placement.cpus_per_worker == "auto":
         return {"threads": cores.available(), "shares_cores": True}

@@ -9,27 +9,37 @@ import numpy as np
 from torch import nn
 
 from clipfh import UserError
-from clipfh.config import experiment as config
+from clipfh.config import schema
+from clipfh.config.experiment import Experiment, LossSettings
 from clipfh.data import prompts
-from clipfh.data import sampler as batches
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Feed, fetch
+from clipfh.data.sampler import ItemIndex, make_sampler
 from clipfh.learn.learner import Captions
 from clipfh.model import checkpoint
-from clipfh.model import clip as model
-from clipfh.storage import run_folder as runs
-from clipfh.storage import store as files
-from clipfh.train import provenance as origins
+from clipfh.model.clip import (
+    build_model,
+    get_preprocess,
+    input_pixels,
+    load_initial_model,
+    load_tokenizer,
+    load_weights,
+    make_token_counter,
+    plain_name,
+    weights_name,
+)
+from clipfh.storage import run_folder, store
+from clipfh.train import provenance
 from clipfh.train.run_inputs import Inputs
 
 
-def begin(
+def open_run(
     out: Path,
-    experiment: config.Experiment | None,
+    experiment: Experiment | None,
     catalogue: Catalogue,
     warm_start: str | None = None,
     resume: bool = False,
-) -> tuple[nn.Module, config.Experiment]:
+) -> tuple[nn.Module, Experiment]:
     """Make the run's folder, or open it to go on; returns the model that it starts from, and its experiment.
 
     Args:
@@ -43,7 +53,7 @@ def begin(
         UserError: a folder in use, nothing to resume, or another run than the one to resume, also where a file that it
             is made of has changed; unfit weights.
     """
-    file, started = out / runs.EXPERIMENT, out / "run.json"
+    file, started = out / run_folder.EXPERIMENT, out / "run.json"
     if resume and not started.exists():
         raise UserError(f"--resume: {out} holds no run; leave --resume out to start one")
     if not resume and out.exists() and any(out.iterdir()):
@@ -54,25 +64,25 @@ def begin(
     known = json.loads(started.read_text()) if resume else fresh
     if known["hash"] != catalogue.manifest["hash"]:
         raise UserError(f"--resume: {out} was trained on another catalogue than {catalogue.path}: give that one")
-    if resume and experiment is not None and experiment != config.load(file):
+    if resume and experiment is not None and experiment != schema.load_experiment(file):
         raise UserError(f"--resume: the settings differ from those in {file}: leave them out, or name another --out")
-    experiment = experiment or config.load(file)
-    has_weights = resume and runs.latest_step(out) > 0
-    contents = origins.contents(experiment, known["warm_start"], has_weights)
-    origins.require_same(known.setdefault("contents", contents), contents, out)
-    clip = model.build(experiment.model) if has_weights else start_of(experiment, known["warm_start"])
+    experiment = experiment or schema.load_experiment(file)
+    has_weights = resume and run_folder.latest_step(out) > 0
+    contents = provenance.contents(experiment, known["warm_start"], has_weights)
+    provenance.require_same(known.setdefault("contents", contents), contents, out)
+    clip = build_model(experiment.model) if has_weights else load_start(experiment, known["warm_start"])
     out.mkdir(parents=True, exist_ok=True)
-    files.write(file, config.to_json(experiment))
-    files.write(started, json.dumps({"catalogue": str(catalogue.path), **known}, indent=2) + "\n")
+    store.write(file, schema.to_json(experiment))
+    store.write(started, json.dumps({"catalogue": str(catalogue.path), **known}, indent=2) + "\n")
     return clip, experiment
 
 
-def is_warm(out: Path) -> bool:
+def is_warm_started(out: Path) -> bool:
     """Whether a run was begun with the weights of another."""
     return bool(json.loads((out / "run.json").read_text())["warm_start"])
 
 
-def notes_on(inputs: Inputs, loss: config.Loss) -> list[str]:
+def notes_on_singles(inputs: Inputs, loss: LossSettings) -> list[str]:
     """What to tell people of items and prompts that count for less with a loss."""
     left = "left out of terms that need a second one" if loss.takes_singles else "not trained on"
     counts = {
@@ -82,30 +92,30 @@ def notes_on(inputs: Inputs, loss: config.Loss) -> list[str]:
     return [f"note: {count:,} {what}" for what, count in counts.items() if count]
 
 
-def start_of(experiment: config.Experiment, warm_start: str | None = None) -> nn.Module:
+def load_start(experiment: Experiment, warm_start: str | None = None) -> nn.Module:
     """The model as training finds it: pretrained or random, then the weights to warm-start from."""
     if not warm_start:
-        return model.initial(experiment.model, experiment.seed)
+        return load_initial_model(experiment.model, experiment.seed)
     weights = checkpoint.load(warm_start)
     named = weights.experiment.model.name if weights.experiment else weights.model_name
-    if named and model.plain_name(named) != model.plain_name(experiment.model.name):
+    if named and plain_name(named) != plain_name(experiment.model.name):
         raise UserError(f"--warm-start {warm_start} holds {named}, not {experiment.model.name}: give --model {named}")
     before = weights.experiment.model if weights.experiment else experiment.model
-    if model.pixels_of(before) != model.pixels_of(experiment.model):
-        tag = model.weights_of(before) or "none"
+    if input_pixels(before) != input_pixels(experiment.model):
+        tag = weights_name(before) or "none"
         raise UserError(
             f"--warm-start {warm_start} was trained on images prepared as for the weights '{tag}', which differs from "
-            f"'{model.weights_of(experiment.model) or 'none'}': give --model.pretrained {tag}"
+            f"'{weights_name(experiment.model) or 'none'}': give --model.pretrained {tag}"
         )
-    return model.with_weights(experiment.model, weights.state, warm_start)
+    return load_weights(experiment.model, weights.state, warm_start)
 
 
 VALIDATION = ("val_query", "val_gallery")
 
 
-def inputs_of(
+def prepare_inputs(
     catalogue: Catalogue,
-    experiment: config.Experiment,
+    experiment: Experiment,
     clip: nn.Module,
     feed: Feed,
     keep_gib: float = 0.0,
@@ -128,17 +138,17 @@ def inputs_of(
     """
     splits = ("train", *VALIDATION) if with_validation else ("train",)
     images = feed.share(catalogue, *splits)
-    index: batches.Index = fetch(images.index)
-    batches.plan_of(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
-    preprocess = model.preprocess_of(clip)
+    index: ItemIndex = fetch(images.index)
+    make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
+    preprocess = get_preprocess(clip)
     if keep_gib:
         images = feed.keep_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
-    captions, num_cut = captions_of(catalogue, index.names, experiment, *splits)
+    captions, num_cut = tokenize_captions(catalogue, index.names, experiment, *splits)
     weights = {name: tensor.numpy() for name, tensor in clip.state_dict().items()}
     return Inputs(
         images=images,
         captions=feed.put(captions),
-        weights=feed.put(weights) if warm or model.weights_of(experiment.model) else None,
+        weights=feed.put(weights) if warm or weights_name(experiment.model) else None,
         validation=None if with_validation else feed.decoded(catalogue, VALIDATION, preprocess),
         items=feed.put(validation_codes(catalogue)),
         size=preprocess.size,
@@ -156,8 +166,8 @@ def validation_codes(catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray, int]
     return item, photo, tables[0].num_rows
 
 
-def captions_of(
-    catalogue: Catalogue, names: list[str], experiment: config.Experiment, *splits: str
+def tokenize_captions(
+    catalogue: Catalogue, names: list[str], experiment: Experiment, *splits: str
 ) -> tuple[Captions, int]:
     """The prompts of some splits' items, tokenized, and how many of them are longer than the model reads.
 
@@ -165,22 +175,22 @@ def captions_of(
     """
     if not experiment.loss.takes_text:
         return Captions(np.zeros((0, 0), np.int32), np.full(len(names), -1, np.int32)), 0
-    prompt_of = prompts_of(catalogue, experiment, *splits)
+    prompt_of = load_prompts_for(catalogue, experiment, *splits)
     if not set(names) & set(prompt_of):
         raise UserError(f"--text.file {experiment.text.file} names none of the train items, e.g. {names[0]}")
     distinct = {text: i for i, text in enumerate(sorted({prompt_of[n] for n in names if n in prompt_of}))}
     of_item = np.array([distinct[prompt_of[n]] if n in prompt_of else -1 for n in names], np.int32)
-    tokens = model.tokenizer(experiment.model)(list(distinct)).numpy().astype(np.int32)
-    full, count = tokens[:, -1] != 0, model.token_counter(experiment.model)
+    tokens = load_tokenizer(experiment.model)(list(distinct)).numpy().astype(np.int32)
+    full, count = tokens[:, -1] != 0, make_token_counter(experiment.model)
     num_cut = sum(count(text) > tokens.shape[1] for text, i in distinct.items() if full[i])
     return Captions(tokens, of_item), num_cut
 
 
-def prompts_of(catalogue: Catalogue, experiment: config.Experiment, *splits: str) -> dict[str, str]:
+def load_prompts_for(catalogue: Catalogue, experiment: Experiment, *splits: str) -> dict[str, str]:
     """Item to prompt: from the experiment's file, or made from the texts of the items of some splits."""
     if experiment.text.file:
         return prompts.load_prompts(experiment.text.file)
-    counter = model.token_counter(experiment.model)
+    counter = make_token_counter(experiment.model)
     rows = (row for split in splits for row in catalogue.rows(split).to_pylist())
-    limit = model.tokenizer(experiment.model).context_length
+    limit = load_tokenizer(experiment.model).context_length
     return prompts.build(experiment.text.strategy, prompts.item_texts(rows), counter, limit)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clipfh import UserError
-from clipfh.config import experiment as config
+from clipfh.config.experiment import Experiment
 from clipfh.model import checkpoint
 
 
-def contents(experiment: config.Experiment, warm_start: str | None, has_weights: bool = False) -> dict[str, str]:
+def contents(experiment: Experiment, warm_start: str | None, has_weights: bool = False) -> dict[str, str]:
     """A hash of each file that is read, by the option that names it.
 
     Args:

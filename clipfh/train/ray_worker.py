@@ -13,7 +13,7 @@ import ray.train
 
 from clipfh.cluster import resources as cluster
 from clipfh.data import stream
-from clipfh.model import clip as model
+from clipfh.model.clip import load_open_clip
 from clipfh.train import worker
 
 
@@ -21,7 +21,7 @@ def load() -> None:
     """Import the libraries that take longest. A worker's process does it before it knows of which run it is."""
     import tensorboardX  # noqa: F401
 
-    model.library()
+    load_open_clip()
 
 
 def loop(job: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from clipfh import UserError, __version__
-from clipfh.config import experiment as config
+from clipfh.config import schema
 
 PROJECT = "clipfh"
 STATE = "track.json"
@@ -150,13 +150,13 @@ class Mirror:
         return [folder for folder in folders if (folder / "experiment.json").exists()]
 
     def _start(self, folder: Path, known: str) -> Any:  # noqa: ANN401
-        experiment = config.load(folder / "experiment.json")
+        experiment = schema.load_experiment(folder / "experiment.json")
         tags = {"clipfh": __version__, "stage": experiment.stage}
         name = folder.name
         if folder != self.out:
             tags |= {"sweep": self.out.name, "trial": folder.name}
             name = f"{self.out.name}-{folder.name}"
-        return TRACKERS[self.tracker](name, tags, config.flat(experiment), known)
+        return TRACKERS[self.tracker](name, tags, schema.flatten(experiment), known)
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:

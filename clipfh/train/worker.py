@@ -13,14 +13,14 @@ from typing import Any, Protocol
 import torch
 
 from clipfh.config import cores
-from clipfh.config import experiment as config
-from clipfh.data import decoding, transfer
-from clipfh.data import sampler as batches
+from clipfh.config.experiment import Experiment
+from clipfh.data import decoding, sampler, transfer
 from clipfh.data.decoding import fetch
 from clipfh.learn.learner import Learner, Validation
 from clipfh.learn.tally import Diverged, Tally
-from clipfh.model import checkpoint
-from clipfh.model import clip as model
+from clipfh.model import checkpoint as checkpoint_module
+from clipfh.model.clip import build_model, load_initial_model
+from clipfh.model.devices import choose_device, explain_out_of_memory, precision_notes
 from clipfh.storage.run_folder import History
 from clipfh.train.run_inputs import Inputs
 
@@ -47,14 +47,14 @@ class Session(Protocol):
         """Called half-way to the first report of a run that another one follows."""
 
 
-@model.enough_memory(
+@explain_out_of_memory(
     "give --batch.chunk 64, say, or --model.checkpointing true, which compute some of it again; or a smaller P x K "
     "(--batch.items, --batch.views)"
 )
 def train(job: dict[str, Any], session: Session, feed: decoding.Feed) -> None:
     """Train on this worker's part of each batch, from the session's checkpoint to the end of the budget."""
     experiment, inputs = job["experiment"], job["inputs"]
-    learner = learner_of(experiment, inputs, model.device(job["gpus"]))
+    learner = learner_of(experiment, inputs, choose_device(job["gpus"]))
     validation = validation_of(inputs)
     found = _begin(learner, validation, inputs, session)
     history = History(job["out"], learner.step)
@@ -75,7 +75,7 @@ def train(job: dict[str, Any], session: Session, feed: decoding.Feed) -> None:
                 session.prepare_next()
             try:
                 tally.add(len(rows), waited, learner.train_step(rows, images))
-                found["stream"] = batches.digest(found["stream"], step, rows)
+                found["stream"] = sampler.digest(found["stream"], step, rows)
                 history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
                 if learner.budget.is_report(learner.step) or notice.is_new(learner.step):
                     found = _report(learner, validation, history, tally, {**found, "began": began}, session)
@@ -90,7 +90,7 @@ def _begin(learner: Learner, validation: Validation | None, inputs: Inputs, sess
     found: dict[str, Any] = {"stream": "", "reports_since_best": 0}
     with session.checkpoint() as folder:
         if folder:
-            raw, average, state, found = checkpoint.load_training(folder)
+            raw, average, state, found = checkpoint_module.load_training(folder)
             learner.restore(raw, average, state)
         elif validation is not None:
             known = inputs.start_val_mAP
@@ -149,13 +149,13 @@ class _Notice:
         return self.given
 
 
-def learner_of(experiment: config.Experiment, inputs: Inputs, on: torch.device) -> Learner:
+def learner_of(experiment: Experiment, inputs: Inputs, on: torch.device) -> Learner:
     """A rank's learner, from what lies in the object store."""
     weights = fetch(inputs.weights)
     if weights is None:
-        clip = model.initial(experiment.model, experiment.seed)
+        clip = load_initial_model(experiment.model, experiment.seed)
     else:
-        clip = model.build(experiment.model)
+        clip = build_model(experiment.model)
         clip.load_state_dict({n: torch.from_numpy(w.copy()) for n, w in weights.items()})
     index, captions = fetch(inputs.images.index), fetch(inputs.captions)
     return Learner(experiment, clip, index, captions, on)
@@ -180,7 +180,7 @@ def _report(
     now = learner.report(tally, validation, before.get("start_val_mAP", 0.0))
     now |= {name: before[name] for name in ("stream", "reports_since_best")}
     if "step" not in before:
-        now["warnings"] = [*model.notes_on(learner.experiment.model.precision, learner.device), *now["warnings"]]
+        now["warnings"] = [*precision_notes(learner.experiment.model.precision, learner.device), *now["warnings"]]
     if validation is not None:
         better = now["val_mAP"] > before["best_val_mAP"] or "val_mAP" not in before
         now["best_val_mAP"] = max(now["val_mAP"], before["best_val_mAP"])
@@ -198,7 +198,7 @@ def _report(
 
 def _save(learner: Learner, metrics: dict[str, Any], folder: Path) -> None:
     average = learner.average.weights if learner.experiment.optimizer.ema else {}
-    checkpoint.save(folder, learner.experiment, learner.clip.state_dict(), average, learner.state(), metrics)
+    checkpoint_module.save(folder, learner.experiment, learner.clip.state_dict(), average, learner.state(), metrics)
 
 
 def _report_divergence(diverged: Diverged, rank: int, inputs: Inputs, history: History, batch: int) -> None:

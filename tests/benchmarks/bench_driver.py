@@ -39,11 +39,12 @@ from ray.tune.experiment import Experiment
 from ray.tune.search import SearchGenerator
 
 from clipfh.cluster import resources as cluster
-from clipfh.config import experiment as config
-from clipfh.config import sweep_file as space
-from clipfh.storage import run_folder as runs
-from clipfh.sweep import trial
-from clipfh.sweep import tuner as trials
+from clipfh.config import sweep_file
+from clipfh.config.experiment import SMALL_MODEL
+from clipfh.config.sweep_file import SweepFile
+from clipfh.storage import run_folder
+from clipfh.sweep import trial as trial_module
+from clipfh.sweep import tuner
 
 TRIALS, NODES = 1000, 100
 REPORT_S, TRIAL_S = 60.0, 1800.0
@@ -142,18 +143,18 @@ def _note(text: str) -> None:
     print(f"  {text}", file=sys.stderr)
 
 
-def _sweep(out: Path, count: int, concurrent: int = NODES) -> space.Sweep:
+def _sweep(out: Path, count: int, concurrent: int = NODES) -> SweepFile:
     """A sweep of so many trials, in a folder made for it."""
     tree = {
         "name": "driver",
-        "base": {"model.name": config.SMALL, "budget.images": IMAGES},
+        "base": {"model.name": SMALL_MODEL, "budget.images": IMAGES},
         "search": SEARCH,
         "trials": count,
         "placement": {"concurrent": concurrent},
     }
     out.mkdir()
     (out / "sweep.yaml").write_text(yaml.safe_dump(tree))
-    return space.load(out / "sweep.yaml")
+    return sweep_file.load(out / "sweep.yaml")
 
 
 def _best(work: Callable[[], Any], times: int = PROBES) -> float:
@@ -169,7 +170,7 @@ def _best(work: Callable[[], Any], times: int = PROBES) -> float:
 def _line(number: int, value: float) -> dict[str, Any]:
     """What a trial tells Tune at its n-th report."""
     line = {"images": IMAGES * number // REPORTS, "val_mAP": value, "best_val_mAP": value, "loss": 1.0}
-    return trial._result({**line, "images_per_second": 1000.0, "warnings": []}, number == REPORTS)
+    return trial_module._result({**line, "images_per_second": 1000.0, "warnings": []}, number == REPORTS)
 
 
 # --- Trials without processes ----------------------------------------------------------------------------------------
@@ -192,13 +193,13 @@ class Controller(TuneController):
     @property
     def running(self) -> list[Any]:
         """The trials that run, the oldest first."""
-        return sorted(self._running_trials, key=trials.number_of)
+        return sorted(self._running_trials, key=tuner.number_of)
 
     def _schedule_trial_actor(self, trial: Any) -> None:
         trial.init_local_path()
         self._staged_trials.discard(trial)
         self._callbacks.on_trial_start(iteration=0, trials=self._trials, trial=trial)
-        self._set_trial_status(trial, "RUNNING")
+        self._set_trial_status(trial_module, "RUNNING")
         self._mark_trial_to_checkpoint(trial)
 
     def _schedule_trial_train(self, trial: Any) -> None:
@@ -213,12 +214,12 @@ def _room() -> int:
     return min(NODES, cluster._room([node["Resources"] for node in ray.nodes()] * NODES, RESOURCES))
 
 
-def _simulated(sweep: space.Sweep, out: Path) -> Iterator[Costs]:
+def _simulated(sweep: SweepFile, out: Path) -> Iterator[Costs]:
     """Costs at 10, 100 and 1,000 trials."""
-    searcher = trials._searcher(sweep, out, RESOURCES)
+    searcher = tuner._searcher(sweep, out, RESOURCES)
     searcher.room = _room
-    board = trials.Leaderboard(out / "leaderboard.csv", list(sweep.search), 0.3)
-    watch = trials.Watch(board, lambda line: None, sweep.trials)
+    board = tuner.Leaderboard(out / "leaderboard.csv", list(sweep.search), 0.3)
+    watch = tuner.Watch(board, lambda line: None, sweep.trials)
     controller = _controller(sweep, out, searcher, watch)
     for count in sorted({min(n, sweep.trials - ENDS) for n in (10, 100, sweep.trials)}):
         _pass(controller, searcher, count)
@@ -227,16 +228,16 @@ def _simulated(sweep: space.Sweep, out: Path) -> Iterator[Costs]:
         yield costs
 
 
-def _controller(sweep: space.Sweep, out: Path, searcher: trials.Searcher, watch: trials.Watch) -> Controller:
-    names = {"trial_name_creator": trials.number_of, "trial_dirname_creator": trials.number_of}
+def _controller(sweep: SweepFile, out: Path, searcher: tuner.Searcher, watch: tuner.Watch) -> Controller:
+    names = {"trial_name_creator": tuner.number_of, "trial_dirname_creator": tuner.number_of}
     experiment = Experiment("tune", Instant, num_samples=sweep.trials, storage_path=str(out), **names)  # type: ignore[arg-type]
     search = SearchGenerator(searcher)
     search.add_configurations([experiment])
-    scheduler = trials._scheduler(sweep)
+    scheduler = tuner._scheduler(sweep)
     return Controller(search_alg=search, scheduler=scheduler, callbacks=[watch], storage=experiment.storage)
 
 
-def _pass(controller: Controller, searcher: trials.Searcher, count: int) -> None:
+def _pass(controller: Controller, searcher: tuner.Searcher, count: int) -> None:
     """Let trials pass, their settings drawn at random, until so many are there."""
     study: Any = searcher._ot_study
     usual, study.sampler = study.sampler, optuna.samplers.RandomSampler(seed=0)
@@ -248,7 +249,7 @@ def _pass(controller: Controller, searcher: trials.Searcher, count: int) -> None
     study.sampler = usual
 
 
-def _costs(controller: Controller, watch: trials.Watch) -> Costs:
+def _costs(controller: Controller, watch: tuner.Watch) -> Costs:
     """Let some trials end and as many begin, and time it."""
     oldest, latest = iter(controller.running), controller.running[-1]
     end = _best(lambda: controller.report(next(oldest), REPORTS), ENDS)
@@ -263,7 +264,7 @@ def _costs(controller: Controller, watch: trials.Watch) -> Costs:
         end=end,
         board=_best(lambda: watch.board.write(controller._trials, watch.ended)),
         save=_best(controller.save_to_dir),
-        every=trials.saved_every(len(controller._trials)),
+        every=tuner.saved_every(len(controller._trials)),
     )
 
 
@@ -288,7 +289,7 @@ class Instant(tune.Trainable):
         return {**_line(number, 0.5), **memory}
 
 
-class Clocked(trials.Watch):
+class Clocked(tuner.Watch):
     """The sweep's callback, which notes when trials begin and report."""
 
     def __init__(self, *args: Any) -> None:
@@ -313,13 +314,13 @@ def _real(out: Path) -> tuple[float, float]:
     The first two wait for their processes, the others take these over.
     """
     sweep = _sweep(out, REAL_TRIALS, concurrent=2)
-    board = trials.Leaderboard(out / "leaderboard.csv", list(SEARCH), 0.3)
+    board = tuner.Leaderboard(out / "leaderboard.csv", list(SEARCH), 0.3)
     watch = Clocked(board, lambda line: None, REAL_TRIALS)
-    usual, trials.Trial = trials.Trial, Instant  # type: ignore[misc,assignment]
+    usual, tuner.Trial = tuner.Trial, Instant  # type: ignore[misc,assignment]
     try:
-        ended = trials.search(sweep, None, out, RESOURCES, watch, resume=False)  # type: ignore[arg-type]
+        ended = tuner.search(sweep, None, out, RESOURCES, watch, resume=False)  # type: ignore[arg-type]
     finally:
-        trials.Trial = usual  # type: ignore[misc]
+        tuner.Trial = usual  # type: ignore[misc]
     assert all(trial.status == "TERMINATED" for trial in ended)
     begin = median(later - earlier for earlier, later in pairwise(watch.began[1:]))
     report = min(median(later - earlier for earlier, later in pairwise(each)) for each in watch.reports.values())
@@ -342,10 +343,10 @@ def _polling(out: Path) -> float:
     out.mkdir()
     keys = [f"loss_{number}" for number in range(20)]
     lines = [json.dumps({**_line(n, 0.5), "step": n, **dict.fromkeys(keys, 0.123456789)}) for n in range(REPORTS // 2)]
-    (out / runs.METRICS).write_text("\n".join(lines))
+    (out / run_folder.METRICS).write_text("\n".join(lines))
     for number in range(NODES):
         cluster.queue(f"trial-{number}")
-    read = _best(lambda: runs.read_metrics(out), 20)
+    read = _best(lambda: run_folder.read_metrics(out), 20)
     turn = _best(lambda: cluster.is_turn_of("trial-0", RESOURCES), 20)
     for number in range(NODES):
         cluster.leave(f"trial-{number}")

@@ -8,9 +8,10 @@ import time
 
 import torch
 
-from clipfh.config import experiment as config
+from clipfh.config.experiment import ModelSettings, OptimizerSettings
 from clipfh.learn import optimizer
-from clipfh.model import clip as model
+from clipfh.model.clip import load_open_clip
+from clipfh.model.layers import freeze
 
 STAGES = ("image", "joint")
 STEPS, TURNS = 20, 20
@@ -28,7 +29,7 @@ def rows() -> list[dict]:
 def share(stage: str) -> float:
     """Time of a step with our groups by that with a group for each weight. The two take turns, the best of each counts:
     what else the machine does is not ours."""
-    ours = optimizer.adamw(tiny(stage), torch.nn.Module(), config.Optimizer(), torch.device("cpu"))
+    ours = optimizer.adamw(tiny(stage), torch.nn.Module(), OptimizerSettings(), torch.device("cpu"))
     each = [{**group, "params": [p]} for group in ours.param_groups for p in group["params"]]
     singly = torch.optim.AdamW(each, fused=True)
     turns = [(timed(ours), timed(singly)) for _ in range(TURNS)]
@@ -38,8 +39,8 @@ def share(stage: str) -> float:
 def tiny(stage: str) -> torch.nn.Module:
     """ViT-B/16 as a stage trains it, each weight shrunk to one number and with a gradient."""
     with torch.device("meta"):
-        clip = model.library().CLIP(**model.library().get_model_config("ViT-B-16"), quick_gelu=True)
-    model.freeze(clip, stage, config.Model(), learn_scale=stage == "joint")
+        clip = load_open_clip().CLIP(**load_open_clip().get_model_config("ViT-B-16"), quick_gelu=True)
+    freeze(clip, stage, ModelSettings(), learn_scale=stage == "joint")
     for module in clip.modules():
         for name, weight in module.named_parameters(recurse=False):
             small = torch.nn.Parameter(torch.zeros([1] * weight.ndim), requires_grad=weight.requires_grad)

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import optuna
 
-from clipfh.config import experiment as config
-from clipfh.config import sweep_file as space
-from clipfh.sweep import tuner as trials
+from clipfh.config import presets, sweep_file
+from clipfh.config.experiment import SMALL_MODEL
+from clipfh.config.sweep_file import Halving, SweepFile
+from clipfh.data import catalogue as catalogues
+from clipfh.sweep import tuner
 
 HERE = Path(__file__).parent
 SURFACE = HERE / "surface.json"
@@ -57,9 +59,9 @@ def first_good(sampler: str, seed: int) -> int:
     """Trials until one is in the best tenth of the surface; as many as there are where none is."""
     surface = json.loads(SURFACE.read_text())
     good = float(np.quantile(list(surface.values()), 0.9))
-    ranges = {name: space._range(name, spec) for name, spec in SEARCH.items()}
-    sweep = space.Sweep("x", "image", "scratch", {}, ranges, [], TRIALS, space.Halving(), seed=seed, sampler=sampler)
-    study = optuna.create_study(direction="maximize", sampler=trials._sampler(sweep))
+    ranges = {name: sweep_file._range(name, spec) for name, spec in SEARCH.items()}
+    sweep = SweepFile("x", "image", "scratch", {}, ranges, [], TRIALS, Halving(), seed=seed, sampler=sampler)
+    study = optuna.create_study(direction="maximize", sampler=tuner._sampler(sweep))
     for number in range(1, TRIALS + 1):
         trial = study.ask()
         score = surface[nearest({name: found.suggest(trial, name) for name, found in ranges.items()})]
@@ -105,25 +107,25 @@ def train_one(catalogue: str, point: tuple[float, ...]) -> float:
     import recipes
     import torch
 
-    from clipfh.data import catalogue as catalogues
+    pass
     from clipfh.data import images
     from clipfh.learn.learner import Validation
-    from clipfh.model import clip as model
-    from clipfh.train import inputs as train
+    from clipfh.model.clip import get_preprocess
+    from clipfh.train.inputs import VALIDATION, validation_codes
 
     torch.set_num_threads(1)
     opened = catalogues.open_catalogue(catalogue)
     settings = {
         **dict(zip(GRID, point, strict=True)),
-        "model.name": config.SMALL,
+        "model.name": SMALL_MODEL,
         "model.precision": "bfloat16",
         "budget.images": IMAGES,
     }
-    learner = recipes._trained(opened, config.resolve("image", "scratch", settings), "")
-    preprocess = model.preprocess_of(learner.clip)
-    tables = [opened.images(split) for split in train.VALIDATION]
+    learner = recipes._trained(opened, presets.resolve("image", "scratch", settings), "")
+    preprocess = get_preprocess(learner.clip)
+    tables = [opened.images(split) for split in VALIDATION]
     pixels = np.concatenate([[images.for_evaluation(e.as_py(), preprocess) for e in t["image"]] for t in tables])
-    return learner.validate(Validation(pixels, *train.validation_codes(opened)))
+    return learner.validate(Validation(pixels, *validation_codes(opened)))
 
 
 if __name__ == "__main__":

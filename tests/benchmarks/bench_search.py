@@ -7,8 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from clipfh.retrieval import embedding_file as embeddings
-from clipfh.retrieval import lookup as search
+from clipfh.retrieval import embedding_file, lookup
 
 NUM_IMAGES, WIDTH, TOP = 100_000, 512, 10
 
@@ -21,15 +20,15 @@ def rows() -> list[dict]:
     table = pa.table({"item_id": [name[4:10] for name in names], "path": names})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "embeddings.parquet"
-        embeddings.write(file, table, vectors, "{}")
-        index = search.load(file)
+        embedding_file.write(file, table, vectors, "{}")
+        index = lookup.load(file)
         best = min(timed(index, vectors[i]) for i in range(30))  # what else the machine does is not ours
     return [row("search: ms a query among 100,000 images", 1000 * best, 100)]
 
 
-def timed(index: search.Index, query: torch.Tensor) -> float:
+def timed(index: lookup.Index, query: torch.Tensor) -> float:
     begun = time.perf_counter()
-    found = search.nearest(index, query, TOP)
+    found = lookup.nearest(index, query, TOP)
     assert len(found) == TOP and found[0].similarity > 0.999
     return time.perf_counter() - begun
 

@@ -21,16 +21,16 @@ import pyarrow.csv
 from nodes import HEAD, Nodes, free_port
 
 from clipfh.config import cores
-from clipfh.config import experiment as config
+from clipfh.config.experiment import SMALL_MODEL
 from clipfh.data import catalogue
 from clipfh.data.catalogue import Catalogue
 from clipfh.demo import demo
 from clipfh.model import clip
-from clipfh.storage import run_folder as runs
+from clipfh.storage import run_folder
 
 TURNS = 3
 RUN_IMAGES, AT_ONCE_IMAGES = 30_000, 12_000
-SMALL = ["--model", config.SMALL]
+SMALL = ["--model", SMALL_MODEL]
 
 # Both plain scripts: photos and items of a CSV file, embedded by the small model of open_clip.
 EMBED = """
@@ -160,7 +160,7 @@ def _embed(folder: Path, opened: Catalogue) -> tuple[list[str], list[str]]:
 
 
 def _architecture() -> Path:
-    return Path(clip.__file__).parent / f"{config.SMALL}.json"
+    return Path(clip.__file__).parent / f"{SMALL_MODEL}.json"
 
 
 def _against(name: str, ours: Sequence[str], plain: Sequence[str]) -> list[dict]:
@@ -234,7 +234,7 @@ def _two_at_once(
 
 def _speed(*out: Path) -> float:
     """Images per second of runs, from the last of their first reports to the first of their last ones."""
-    reports = [runs.read_metrics(run) for run in out]
+    reports = [run_folder.read_metrics(run) for run in out]
     begin, end = max(lines[0]["time"] for lines in reports), min(lines[-1]["time"] for lines in reports)
     return sum(_images_at(lines, end) - _images_at(lines, begin) for lines in reports) / (end - begin)
 

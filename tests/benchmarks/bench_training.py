@@ -24,24 +24,22 @@ import ray
 import torch
 
 from clipfh.cluster import resources as cluster
-from clipfh.config import cores
-from clipfh.config import experiment as config
-from clipfh.config import sweep_file as space
+from clipfh.config import cores, presets, sweep_file
+from clipfh.config.experiment import SMALL_MODEL, Experiment, Placement
 from clipfh.data import catalogue, decoding, stream
-from clipfh.data import sampler as batches
 from clipfh.data.catalogue import Catalogue
+from clipfh.data.sampler import ItemIndex, make_sampler
 from clipfh.demo import demo
 from clipfh.learn.learner import Learner
-from clipfh.model import clip as model
-from clipfh.storage import run_folder as runs
+from clipfh.model.devices import choose_device
+from clipfh.storage import run_folder
 from clipfh.sweep import sweep
-from clipfh.train import driver as fit
-from clipfh.train import inputs as train
-from clipfh.train import worker
+from clipfh.train import driver, worker
+from clipfh.train.inputs import load_start, open_run, prepare_inputs
 from clipfh.train.run_inputs import Inputs
 
 ITEMS, SIDE = 300, 256
-SETTINGS = {"model.name": config.SMALL, "batch.items": 16, "batch.views": 4}
+SETTINGS = {"model.name": SMALL_MODEL, "batch.items": 16, "batch.views": 4}
 IMAGES = 25_600  # of a measured stretch
 STEPS = 200  # of 64 images, in the loop
 TURN_S = 4.0
@@ -76,9 +74,9 @@ def row(name: str, value: float, at_least: float | None = None, at_most: float |
 
 
 def _stream_and_step(opened: Catalogue, folder: Path) -> list[dict]:
-    experiment = config.resolve("image", None, SETTINGS)
-    resources = cluster.place(config.Placement())
-    inputs = train.inputs_of(opened, experiment, train.start_of(experiment), stream)
+    experiment = presets.resolve("image", None, SETTINGS)
+    resources = cluster.place(Placement())
+    inputs = prepare_inputs(opened, experiment, load_start(experiment), stream)
     images = stream.keep_decoded(inputs.images, 1.0, inputs.size, experiment.augment.crop_min)
     kept = dataclasses.replace(inputs, images=images)
     ingest, spared = [], []
@@ -99,14 +97,14 @@ def _stream_and_step(opened: Catalogue, folder: Path) -> list[dict]:
     ]
 
 
-def _drained(experiment: config.Experiment, inputs: Inputs, out: Path, resources: cluster.Resources) -> float:
+def _drained(experiment: Experiment, inputs: Inputs, out: Path, resources: cluster.Resources) -> float:
     """Images per second that arrive at a worker which does nothing with them, the first left out."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file
-    usual, fit.loop = fit.loop, _drain
+    usual, driver.loop = driver.loop, _drain
     try:
-        fit.fit(experiment, inputs, out, resources, name=str(out))
+        driver.fit(experiment, inputs, out, resources, name=str(out))
     finally:
-        fit.loop = usual
+        driver.loop = usual
     return float(json.loads((out / "drained.json").read_text()))
 
 
@@ -141,9 +139,9 @@ class _Photos(torch.utils.data.Dataset):
 
 def _loader(opened: Catalogue, inputs: Inputs) -> float:
     """Images per second of torch's DataLoader with a process a core, the first left out."""
-    experiment = config.resolve("image", None, SETTINGS)
+    experiment = presets.resolve("image", None, SETTINGS)
     recipe = decoding.Recipe.of(experiment, inputs.size)
-    plan = batches.plan_of(ray.get(inputs.images.index), experiment.batch, 0, singles=False)
+    plan = make_sampler(ray.get(inputs.images.index), experiment.batch, 0, singles=False)
     column = opened.images("train")["image"].combine_chunks()
     count = IMAGES // experiment.batch.images
     sampler = [[(s, i, int(row)) for i, row in enumerate(plan.batch(s))] for s in range(count)]
@@ -164,9 +162,9 @@ def _steps(opened: Catalogue, inputs: Inputs, resources: cluster.Resources, fold
     next. While one has its turn all processes of the other are stopped, Ray's own among them.
     """
     budget = {"budget.images": STEPS * 64, "budget.report_every": STEPS * 64}
-    experiment = config.resolve("image", None, {**SETTINGS, **budget})
-    index: batches.Index = ray.get(inputs.images.index)
-    plan = batches.plan_of(index, experiment.batch, 0, singles=False)
+    experiment = presets.resolve("image", None, {**SETTINGS, **budget})
+    index: ItemIndex = ray.get(inputs.images.index)
+    plan = make_sampler(index, experiment.batch, 0, singles=False)
     recipe = decoding.Recipe.of(experiment, inputs.size)
     column = opened.images("train")["image"].combine_chunks()
     some = [decoding.decode(recipe, lambda at: column[at].as_py(), s, 0, plan.batch(s)) for s in range(8)]
@@ -176,15 +174,15 @@ def _steps(opened: Catalogue, inputs: Inputs, resources: cluster.Resources, fold
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file
     plain = psutil.Popen([sys.executable, __file__, str(folder)])
     turns: list[tuple[float, float, float]] = []
-    usual, fit.loop = fit.loop, functools.partial(_timed, fit.loop)
+    usual, driver.loop = driver.loop, functools.partial(_timed, driver.loop)
     try:
         taking = threading.Thread(target=_take_turns, args=(plain, folder / "run", turns), daemon=True)
         taking.start()
-        train.begin(folder / "run", experiment, opened)
-        fit.fit(experiment, inputs, folder / "run", resources, name=folder.name)
+        open_run(folder / "run", experiment, opened)
+        driver.fit(experiment, inputs, folder / "run", resources, name=folder.name)
         taking.join()
     finally:
-        fit.loop = usual
+        driver.loop = usual
         plain.kill()
         plain.wait()
     ours, between = _pace(_times(folder / "run"), [(begun, swapped) for begun, swapped, _ in turns])
@@ -256,8 +254,8 @@ def _plain(folder: Path) -> None:
     """Steps on tensors in memory, until somebody ends it."""
     experiment, index, captions, some, threads = pickle.loads((folder / "plain.pickle").read_bytes())
     torch.set_num_threads(threads)
-    learner = Learner(experiment, train.start_of(experiment), index, captions, model.device())
-    plan = batches.plan_of(index, experiment.batch, 0, singles=False)
+    learner = Learner(experiment, load_start(experiment), index, captions, choose_device())
+    plan = make_sampler(index, experiment.batch, 0, singles=False)
     step = _writing_times(learner.train_step, folder)
     for number in itertools.count():
         learner.step = number % STEPS
@@ -267,14 +265,14 @@ def _plain(folder: Path) -> None:
 def _evaluation(inputs: Inputs, resources: cluster.Resources) -> float:
     """Share of a trial's time that scoring takes, with the preset's budget and a report each tenth of it."""
     torch.set_num_threads(resources.threads)
-    experiment = config.resolve("image", None, SETTINGS)
-    learner, validation = worker.learner_of(experiment, inputs, model.device()), worker.validation_of(inputs)
+    experiment = presets.resolve("image", None, SETTINGS)
+    learner, validation = worker.learner_of(experiment, inputs, choose_device()), worker.validation_of(inputs)
     assert validation is not None
     learner.validate(validation)
     begun = time.perf_counter()
     learner.validate(validation)
     scoring = time.perf_counter() - begun
-    plan, size = batches.plan_of(ray.get(inputs.images.index), experiment.batch, 0, singles=False), inputs.size
+    plan, size = make_sampler(ray.get(inputs.images.index), experiment.batch, 0, singles=False), inputs.size
     pixels = np.random.default_rng(0).integers(0, 255, (experiment.batch.images, size, size, 3), dtype=np.uint8)
     learner.train_step(plan.batch(0), pixels)
     begun, count = time.perf_counter(), 16
@@ -294,12 +292,12 @@ def _sweep(opened: Catalogue, folder: Path) -> list[dict]:
         elif line.startswith("winner"):
             starts.append(time.time())  # the end of the search
 
-    sweep.run(space.load(folder / "sweep.yaml"), opened, folder / "sweep", tell=tell)
+    sweep.run(sweep_file.load(folder / "sweep.yaml"), opened, folder / "sweep", tell=tell)
     *starts, end = starts
-    trials = [runs.read_metrics(run) for run in sorted((folder / "sweep/trials").glob("*")) if run.name != "0000"]
+    trials = [run_folder.read_metrics(run) for run in sorted((folder / "sweep/trials").glob("*")) if run.name != "0000"]
     waits = [lines[0]["began"] - start for lines, start in zip(trials, starts, strict=True)]
     trained = sum(lines[-1]["time"] - lines[0]["began"] for lines in trials)
-    at_once = cluster.at_once(config.Placement(), cluster.place(config.Placement(), alone=False))
+    at_once = cluster.at_once(Placement(), cluster.place(Placement(), alone=False))
     wall = end - starts[0]
     idle = wall * at_once - trained
     print(

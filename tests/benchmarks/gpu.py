@@ -30,13 +30,14 @@ import numpy as np
 import torch
 import yaml
 
-from clipfh.config import experiment as config
-from clipfh.data import sampler as batches
+from clipfh.config import presets
+from clipfh.config.experiment import SMALL_MODEL
 from clipfh.data import transfer
+from clipfh.data.sampler import ItemIndex
 from clipfh.demo import demo
 from clipfh.learn.learner import Captions, Learner
-from clipfh.model import clip as model
-from clipfh.storage import run_folder as runs
+from clipfh.model.clip import get_preprocess, load_initial_model
+from clipfh.storage import run_folder
 
 VIEWS = 4
 """K of all batches"""
@@ -70,7 +71,7 @@ class Size:
 
 
 ON_GPU = Size("ViT-B/16", "ViT-B/32", 64, 25_600, 8192, 5.0, 300, 0.5)
-ON_CPU = Size(config.SMALL, config.SMALL, 8, 640, 512, 0.5, 60, "auto")
+ON_CPU = Size(SMALL_MODEL, SMALL_MODEL, 8, 640, 512, 0.5, 60, "auto")
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,11 @@ def _alone(work: Callable[[], Steps]) -> Steps:
 
 def _steps(size: Size, compile: bool) -> Steps:
     settings = {**size.settings, "model.name": size.model, "model.precision": "bfloat16", "model.compile": compile}
-    experiment = config.resolve("image", None, settings)
-    clip, count = model.initial(experiment.model, 0), experiment.batch.images
-    side, on = model.preprocess_of(clip).size, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    experiment = presets.resolve("image", None, settings)
+    clip, count = load_initial_model(experiment.model, 0), experiment.batch.images
+    side, on = get_preprocess(clip).size, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     items = [str(number) for number in range(size.items)]
-    index = batches.Index(np.arange(size.items).repeat(VIEWS), np.zeros(size.items, int), items, np.array([count]))
+    index = ItemIndex(np.arange(size.items).repeat(VIEWS), np.zeros(size.items, int), items, np.array([count]))
     learner = Learner(experiment, clip, index, Captions(np.zeros((1, 1), np.int32), np.full(size.items, -1)), on)
     pixels = transfer.images(np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8), on)
     step = partial(learner.train_step, np.arange(count), pixels)
@@ -220,12 +221,12 @@ def _two_trials(size: Size, folder: Path, rates: dict[str, float]) -> Iterator[R
     with (folder / "sweep.log").open("w") as log:
         words = ("sweep", folder / "sweep.yaml", folder / "catalogue", "--out", folder / "sweep")
         process = subprocess.Popen(_words(*words), stdout=log, stderr=log)
-        while not all(lines and lines[-1]["images"] >= size.images for lines in map(runs.read_metrics, trials)):
+        while not all(lines and lines[-1]["images"] >= size.images for lines in map(run_folder.read_metrics, trials)):
             assert process.poll() is None, (folder / "sweep.log").read_text()[-200:]
             time.sleep(0.2)
         process.terminate()  # what comes after the trials is not measured
         process.wait()
-    rate = _together([runs.read_metrics(trial)[1:] for trial in trials])
+    rate = _together([run_folder.read_metrics(trial)[1:] for trial in trials])
     yield Row("two trials on a GPU: images/s, those of one", rate / rates["one trial"], "times", 1.0)
 
 
@@ -244,7 +245,7 @@ def _run(size: Size, folder: Path, name: str, model: str, *options: str) -> list
     settings = [f"--{key}={value}" for key, value in size.settings.items()]
     words = ("train", "image", folder / "catalogue", "--out", folder / name, f"--model={model}", *settings, *options)
     _clipfh(*words)
-    return runs.read_metrics(folder / name)[1:]
+    return run_folder.read_metrics(folder / name)[1:]
 
 
 def _speed(lines: list[dict[str, Any]]) -> float:

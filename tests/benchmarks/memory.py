@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from clipfh.data import catalogue as catalogues
+
 TRIALS = 4
 SWEEP = """
 name: memory
@@ -31,13 +33,14 @@ placement: {{concurrent: {trials}, cpus_per_worker: 1}}
 def search(catalogue: str, at_once: int, folder: Path) -> None:
     """As many trials as go at once, and no test split."""
     from clipfh.cluster import resources as cluster
-    from clipfh.config import experiment as config
-    from clipfh.config import sweep_file as space
-    from clipfh.data import catalogue as catalogues
+    from clipfh.config import sweep_file
+    from clipfh.config.experiment import Placement
+
+    pass
     from clipfh.sweep import sweep
 
     (folder / "sweep.yaml").write_text(SWEEP.format(trials=at_once))
-    cluster.connect("local", config.Placement(workers=TRIALS // 2))  # for as many at once, whatever the machine
+    cluster.connect("local", Placement(workers=TRIALS // 2))  # for as many at once, whatever the machine
 
     def tell(line: str) -> None:
         print(line, flush=True)
@@ -45,7 +48,7 @@ def search(catalogue: str, at_once: int, folder: Path) -> None:
             cluster.disconnect()
             sys.exit()
 
-    sweep.run(space.load(folder / "sweep.yaml"), catalogues.open_catalogue(catalogue), folder / "sweep", tell=tell)
+    sweep.run(sweep_file.load(folder / "sweep.yaml"), catalogues.open_catalogue(catalogue), folder / "sweep", tell=tell)
 
 
 def peak(catalogue: str, at_once: int) -> tuple[float, list[tuple[float, str]]]:
@@ -76,10 +79,11 @@ def held(root: psutil.Process) -> list[tuple[float, str]]:
 
 def model_mib() -> float:
     """Of a trial's model: weights, their average, gradients and the optimiser's two moments."""
-    from clipfh.config import experiment as config
-    from clipfh.model import clip as model
+    from clipfh.config import presets
+    from clipfh.config.experiment import SMALL_MODEL
+    from clipfh.model.clip import load_initial_model
 
-    weights = model.initial(config.resolve("image", "scratch", {"model.name": config.SMALL}).model, 0)
+    weights = load_initial_model(presets.resolve("image", "scratch", {"model.name": SMALL_MODEL}).model, 0)
     return 5 * sum(tensor.numel() * tensor.element_size() for tensor in weights.state_dict().values()) / 2**20
 
 

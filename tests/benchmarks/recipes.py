@@ -19,6 +19,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from clipfh.data import catalogue as catalogues
+from clipfh.data import images as images_module
+
 ALONE = {f"loss.{term}": 0.0 for term in ("ce", "triplet", "center", "supcon", "infonce")}
 SUPCON = {"loss.supcon": 1.0, "loss.supcon_temperature": 0.1}
 PLAIN = {
@@ -65,17 +68,19 @@ def run(catalogue: str, name: str, seed: int, images: int, extra: dict[str, Any]
     """Train a recipe and score it on the test split."""
     import torch
 
-    from clipfh.config import experiment as config
-    from clipfh.data import catalogue as catalogues
+    from clipfh.config import presets, schema
+    from clipfh.config.experiment import SMALL_MODEL
+
+    pass
 
     torch.set_num_threads(1)
     stage, preset, settings, original = RECIPES[name]
-    given = {**settings, "model.name": config.SMALL, "budget.images": images, "seed": seed, **extra}
-    experiment = config.resolve(stage, preset, given)
+    given = {**settings, "model.name": SMALL_MODEL, "budget.images": images, "seed": seed, **extra}
+    experiment = presets.resolve(stage, preset, given)
     opened = catalogues.open_catalogue(catalogue)
     learner = _trained(opened, experiment, original)
     found = {"recipe": name, "seed": seed, "images": images, **_score(opened, learner)}
-    return {**found, "experiment": config.flat(experiment)}
+    return {**found, "experiment": schema.flatten(experiment)}
 
 
 def _trained(opened: Any, experiment: Any, original: str) -> Any:
@@ -83,23 +88,23 @@ def _trained(opened: Any, experiment: Any, original: str) -> Any:
     import torch
 
     from clipfh.data import decoding
-    from clipfh.data import sampler as batches
+    from clipfh.data.sampler import build_index, make_sampler
     from clipfh.learn.learner import Captions, Learner
-    from clipfh.model import clip as model
-    from clipfh.train import inputs as train
+    from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer
+    from clipfh.train.inputs import tokenize_captions
 
     table = opened.images("train").combine_chunks()
-    index = batches.index_of(table, np.array([len(table)]))
-    captions, _ = train.captions_of(opened, index.names, experiment, "train")
+    index = build_index(table, np.array([len(table)]))
+    captions, _ = tokenize_captions(opened, index.names, experiment, "train")
     if original == "stage 2":  # one prompt for every image
-        tokens = model.tokenizer(experiment.model)(["a photo of a clothing item"]).numpy().astype(np.int32)
+        tokens = load_tokenizer(experiment.model)(["a photo of a clothing item"]).numpy().astype(np.int32)
         captions = Captions(tokens, np.zeros(len(index.names), np.int32))
-    clip = model.initial(experiment.model, experiment.seed)
+    clip = load_initial_model(experiment.model, experiment.seed)
     learner = Learner(experiment, clip, index, captions, torch.device("cpu"))
     if original:
         learner.objective = _Original(original)
-    plan = batches.plan_of(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
-    recipe = decoding.Recipe.of(experiment, model.preprocess_of(clip).size)
+    plan = make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
+    recipe = decoding.Recipe.of(experiment, get_preprocess(clip).size)
     column = table["image"].chunk(0)
     for step in range(learner.budget.total):
         rows = plan.batch(step)
@@ -115,15 +120,16 @@ def _score(opened: Any, learner: Any) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from clipfh.data import images
-    from clipfh.model import clip as model
+    pass
+    from clipfh.model.clip import get_preprocess
+    from clipfh.model.towers import embed_images
     from clipfh.retrieval import metrics
 
     tables = [opened.images(split) for split in ("query", "gallery")]
-    preprocess = model.preprocess_of(learner.clip)
-    pixels = [np.stack([images.for_evaluation(e.as_py(), preprocess) for e in t["image"]]) for t in tables]
+    preprocess = get_preprocess(learner.clip)
+    pixels = [np.stack([images_module.for_evaluation(e.as_py(), preprocess) for e in t["image"]]) for t in tables]
     with learner.average.applied():
-        embeddings = [model.embed(learner.towers, p, learner.precision) for p in pixels]
+        embeddings = [embed_images(learner.towers, p, learner.precision) for p in pixels]
     names = [table["item_id"].to_pylist() for table in tables]
     codes = np.unique(names[0] + names[1], return_inverse=True)[1]
     parts = torch.from_numpy(codes).split([len(names[0]), len(names[1])])
@@ -193,9 +199,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of all runs")
     args = parser.parse_args()
 
-    from clipfh.config import experiment as config
+    from clipfh.config import schema
 
-    extra = {name: config.parse(name, value) for name, value in (pair.split("=") for pair in args.set)}
+    extra = {name: schema.parse(name, value) for name, value in (pair.split("=") for pair in args.set)}
     kept = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     results = [result for result in kept if result["images"] == args.images]
     done = {(r["recipe"], r["seed"]) for r in results}

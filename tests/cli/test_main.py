@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
-from clipfh.cli import main as cli
+from clipfh.cli import main
 
 
 def refused(capsys, *words):
     """The one line that a command ends with."""
-    assert cli.main([str(word) for word in words]) == 2
+    assert main.main([str(word) for word in words]) == 2
     line = capsys.readouterr().err
     assert line.startswith("clipfh: ") and line.count("\n") == 1
     return line
@@ -71,14 +71,14 @@ def test_a_lost_node_is_one_line_that_says_how_to_go_on(tmp_path):
     from ray.exceptions import ActorDiedError
 
     (tmp_path / "sweep.yaml").write_text("")
-    args = cli.parse(["sweep", "file.yaml", "catalogue", "--out", str(tmp_path)])
+    args = main.parse(["sweep", "file.yaml", "catalogue", "--out", str(tmp_path)])
     try:
         try:
             raise ActorDiedError()
         except ActorDiedError as cause:
             raise RuntimeError("evaluation") from cause
     except RuntimeError as error:
-        line = cli._mendable(error, args)
+        line = main._mendable(error, args)
     assert line.startswith("Ray lost a process or a node (") and line.endswith(
         "--resume goes on from the last checkpoint"
     )
@@ -88,5 +88,5 @@ def test_a_lost_node_is_one_line_that_says_how_to_go_on(tmp_path):
 def test_models_are_measured_in_the_precision_of_exports(given, computed):
     """On any device: so a laptop's zero-shot and a GPU's tuned model are measured alike, and by a hash of one name."""
     precision = [f"--model.precision={value}" for value in given]
-    args = cli.parse(["evaluate", "none", "--out", "x", "--model", "clipfh-small", *precision])
-    assert cli._model(args, cli._settings(args))[1].model.precision == computed
+    args = main.parse(["evaluate", "none", "--out", "x", "--model", "clipfh-small", *precision])
+    assert main._model(args, main._settings(args))[1].model.precision == computed

@@ -7,14 +7,14 @@ from ray._private.runtime_env import packaging
 from ray.job_submission import JobDetails, JobStatus, JobType
 
 from clipfh import UserError
-from clipfh.cli import main as cli
-from clipfh.cluster import jobs as submit
+from clipfh.cli import main
+from clipfh.cluster import jobs
 
 NOBODY = "http://127.0.0.1:1"
 
 
 def refused(capsys, *words):
-    assert cli.main(["submit", *map(str, words)]) == 2
+    assert main.main(["submit", *map(str, words)]) == 2
     line = capsys.readouterr().err
     assert line.startswith("clipfh: ") and line.count("\n") == 1
     return line
@@ -72,7 +72,7 @@ class Client:
 def test_a_broken_connection_is_taken_up_where_it_was(capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     client = Client(["one\ntw", RuntimeError("gone")], ["one\n", "two\n"], ["one\ntwo\nthree\n"], code=2)
-    assert submit.follow(client, "job-1", NOBODY) == 2
+    assert jobs.follow(client, "job-1", NOBODY) == 2
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
 
@@ -81,18 +81,18 @@ def test_a_cluster_that_stays_away_is_given_up(monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with pytest.raises(UserError, match="no longer answers .gone."):
-        submit.follow(Client(*[[RuntimeError("gone")]] * 100), "job-1", NOBODY)
+        jobs.follow(Client(*[[RuntimeError("gone")]] * 100), "job-1", NOBODY)
 
 
 def test_a_job_that_was_stopped_has_no_exit_code(capsys):
-    assert submit.follow(Client(["one\n"], status=JobStatus.STOPPED, code=None), "job-1", NOBODY) == 1
+    assert jobs.follow(Client(["one\n"], status=JobStatus.STOPPED, code=None), "job-1", NOBODY) == 1
     assert "job-1 stopped: stopped by hand" in capsys.readouterr().out
 
 
 def test_ctrl_c_leaves_the_job_alone_and_says_how_to_go_on(capsys, monkeypatch, tmp_path):
     client = Client(["one\n", KeyboardInterrupt()])
-    monkeypatch.setattr(submit, "connect", lambda address: client)
-    assert submit.run(NOBODY, tmp_path, ["sweep", "a b.yaml"]) == 130
+    monkeypatch.setattr(jobs, "connect", lambda address: client)
+    assert jobs.run(NOBODY, tmp_path, ["sweep", "a b.yaml"]) == 130
     assert client.sent == "python -m clipfh sweep 'a b.yaml'"
     told = capsys.readouterr().out
     assert f"ray job logs --address {NOBODY} --follow job-1" in told
@@ -123,8 +123,8 @@ def test_secrets_and_what_commands_wrote_stay_here(capsys, monkeypatch, tmp_path
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / name).touch()
     client = Client(["one\n"], code=0)
-    monkeypatch.setattr(submit, "connect", lambda address: client)
-    submit.run(NOBODY, tmp_path / "folder", ["status", "/o"])
+    monkeypatch.setattr(jobs, "connect", lambda address: client)
+    jobs.run(NOBODY, tmp_path / "folder", ["status", "/o"])
     excludes = client.environment["excludes"]
     packed = tmp_path / "packed.zip"
     packaging.create_package(str(tmp_path / "folder"), packed, include_gitignore=True, excludes=excludes)

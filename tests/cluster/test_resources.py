@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from clipfh import UserError, mendable
 from clipfh.cluster import resources as cluster
 from clipfh.config import cores
-from clipfh.config import experiment as config
+from clipfh.config.experiment import Placement
 
 TWO_CPUS = cluster.Resources(workers=1, cpus=1, gpus=0, threads=1)
 
@@ -68,16 +68,16 @@ def test_a_worker_that_no_node_holds_is_refused(ray_cluster, monkeypatch):
     monkeypatch.setattr("ray.nodes", lambda: nodes)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
     with pytest.raises(UserError, match="no node has room for a worker with 6 CPU"):
-        cluster.place(config.Placement(cpus_per_worker=6.0))
-    assert cluster.place(config.Placement(cpus_per_worker=4.0)).cpus == 4
+        cluster.place(Placement(cpus_per_worker=6.0))
+    assert cluster.place(Placement(cpus_per_worker=4.0)).cpus == 4
 
 
 def test_runs_at_once_share_the_decoding_of_this_machine(ray_cluster, monkeypatch):
     monkeypatch.setattr(cores, "available", lambda: 4)
-    four = config.Placement(concurrent=4, cpus_per_worker=1.0)
+    four = Placement(concurrent=4, cpus_per_worker=1.0)
     assert cluster.place(four).decoding == 8, "alone"
     assert cluster.place(four, alone=False).decoding == 2
-    assert cluster.place(config.Placement(workers=2, concurrent=2, cpus_per_worker=1.0), alone=False).decoding == 2
+    assert cluster.place(Placement(workers=2, concurrent=2, cpus_per_worker=1.0), alone=False).decoding == 2
     monkeypatch.setattr(cluster, "_is_own", lambda: False)
     assert cluster.place(four, alone=False).decoding is None, "where Ray's CPUs are cores"
 
@@ -98,18 +98,18 @@ def nodes(monkeypatch):
 
 def test_a_worker_takes_a_gpu_where_there_are_any(nodes):
     nodes.alive[:] = [{"CPU": 16.0, "GPU": 2.0}]
-    assert str(cluster.place(config.Placement(workers=2))) == "2 workers on 1 GPU each"
+    assert str(cluster.place(Placement(workers=2))) == "2 workers on 1 GPU each"
     with pytest.raises(UserError, match="--workers 4 take a GPU each, the cluster has 2: .*--gpus-per-worker 0"):
-        cluster.place(config.Placement(workers=4))
-    assert cluster.place(config.Placement(workers=4, gpus_per_worker=0.0)).gpus == 0
+        cluster.place(Placement(workers=4))
+    assert cluster.place(Placement(workers=4, gpus_per_worker=0.0)).gpus == 0
     nodes.alive[:] = [{"CPU": 16.0}]
-    assert cluster.place(config.Placement(workers=4)).gpus == 0
+    assert cluster.place(Placement(workers=4)).gpus == 0
 
 
 def test_a_cluster_that_others_use_is_waited_for_and_that_is_told(nodes, monkeypatch):
     nodes.alive[:], told = [{"CPU": 16.0, "GPU": 2.0}], []
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 12.0, "GPU": 0.5})
-    cluster.place(config.Placement(workers=2), tell=told.append)
+    cluster.place(Placement(workers=2), tell=told.append)
     assert told == ["others use the cluster: waiting for 1.5 GPU to be free"]
 
 
@@ -125,11 +125,11 @@ def test_a_gpu_that_an_autoscaler_may_make_is_waited_for(nodes, monkeypatch):
         nodes.alive.extend(GPU_NODES.resources for _ in bundles)
 
     monkeypatch.setattr(cluster, "request_resources", request)
-    assert cluster.place(config.Placement(workers=2), tell=told.append).gpus == 1
+    assert cluster.place(Placement(workers=2), tell=told.append).gpus == 1
     assert asked == [[{"CPU": 2.0, "GPU": 1.0}] * 2, []], "asked for, and no longer than needed"
     assert told == ["waiting for the cluster's autoscaler to make room for 2 workers on 1 GPU each"]
     with pytest.raises(UserError, match="--workers 8 take a GPU each, the cluster has 4"):
-        cluster.place(config.Placement(workers=8))
+        cluster.place(Placement(workers=8))
 
 
 def test_an_autoscaler_that_makes_no_room_is_not_waited_for_without_end(nodes, monkeypatch):
@@ -137,7 +137,7 @@ def test_an_autoscaler_that_makes_no_room_is_not_waited_for_without_end(nodes, m
     monkeypatch.setattr(cluster, "request_resources", lambda bundles: None)
     monkeypatch.setattr(cluster, "ROOM_S", 0)
     with pytest.raises(UserError, match="made no room for 1 worker on 1 GPU within 0 minutes"):
-        cluster.place(config.Placement(), tell=lambda line: None)
+        cluster.place(Placement(), tell=lambda line: None)
 
 
 def test_the_file_of_ray_up_tells_of_nodes_to_be(nodes, monkeypatch, tmp_path):
@@ -154,7 +154,7 @@ def test_the_file_of_ray_up_tells_of_nodes_to_be(nodes, monkeypatch, tmp_path):
 def test_an_autoscaler_is_asked_for_no_more_runs_than_are_left(nodes, monkeypatch, concurrent, asked):
     nodes.to_be[:], seen = [GPU_NODES], []
     monkeypatch.setattr(cluster, "request_resources", lambda bundles: seen.append(len(bundles)))
-    with cluster.asking(config.Placement(concurrent=concurrent), cluster.Resources(1, 1, 1, 1)) as ask:
+    with cluster.asking(Placement(concurrent=concurrent), cluster.Resources(1, 1, 1, 1)) as ask:
         for left in (5, 4, 4, 3, 1):
             ask(left)
     assert seen == asked

@@ -1,26 +1,28 @@
 """Settings: strict, typed, named; presets and files that round-trip."""
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clipfh import UserError
-from clipfh.config import experiment as config
+from clipfh.config import presets, schema
+from clipfh.config.experiment import SMALL_MODEL, Budget, Experiment, LossSettings, Placement
 
-STAGES_AND_PRESETS = [(stage, preset) for preset, stages in config.PRESETS.items() for stage in stages]
+STAGES_AND_PRESETS = [(stage, preset) for preset, stages in presets.PRESETS.items() for stage in stages]
 
 
 @pytest.mark.parametrize("stage,preset", STAGES_AND_PRESETS)
 def test_every_preset_resolves_and_survives_its_file(stage, preset, tmp_path):
-    experiment = config.resolve(stage, preset)
-    (tmp_path / "experiment.json").write_text(config.to_json(experiment))
-    assert config.load(tmp_path / "experiment.json") == experiment
+    experiment = presets.resolve(stage, preset)
+    (tmp_path / "experiment.json").write_text(schema.to_json(experiment))
+    assert schema.load_experiment(tmp_path / "experiment.json") == experiment
 
 
 def test_every_setting_is_documented():
-    assert [name for name, _, _, doc in config.fields() if not doc and name != "stage"] == []
+    assert [name for name, _, _, doc in schema.fields() if not doc and name != "stage"] == []
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_every_setting_is_documented():
 )
 def test_a_bad_setting_is_one_clear_line(settings, message):
     with pytest.raises(UserError) as error:
-        config.resolve("image", None, settings)
+        presets.resolve("image", None, settings)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -57,22 +59,22 @@ def test_unknown_stage_preset_and_a_preset_of_the_other_stage():
         ),
     ]:
         with pytest.raises(UserError, match=message):
-            config.resolve(stage, preset)
+            presets.resolve(stage, preset)
 
 
 def test_small_model_takes_scratch_unless_a_preset_is_named():
-    small = {"model.name": config.SMALL}
-    assert config.resolve("image", None, small) == config.resolve("image", "scratch", small)
-    assert config.resolve("image", "recommended", small).optimizer.lr == 1e-5
+    small = {"model.name": SMALL_MODEL}
+    assert presets.resolve("image", None, small) == presets.resolve("image", "scratch", small)
+    assert presets.resolve("image", "recommended", small).optimizer.lr == 1e-5
 
 
 def test_epochs_and_images_replace_each_other():
-    assert config.resolve("image", None, {"budget.epochs": 2.0}).budget.images == 0
-    assert config.resolve("joint", "joint-v4", {"budget.images": 9}).budget == config.Budget(images=9)
+    assert presets.resolve("image", None, {"budget.epochs": 2.0}).budget.images == 0
+    assert presets.resolve("joint", "joint-v4", {"budget.images": 9}).budget == Budget(images=9)
 
 
 def test_loss_shorthand():
-    assert config.loss_terms("triplet+center") == {
+    assert presets.loss_terms("triplet+center") == {
         "loss.ce": 0.0,
         "loss.triplet": 1.0,
         "loss.center": 5e-4,
@@ -80,7 +82,7 @@ def test_loss_shorthand():
         "loss.infonce": 0.0,
     }
     with pytest.raises(UserError, match="unknown loss 'tripet'"):
-        config.loss_terms("tripet+center")
+        presets.loss_terms("tripet+center")
 
 
 @pytest.mark.parametrize(
@@ -93,20 +95,20 @@ def test_loss_shorthand():
     ],
 )
 def test_command_line_texts(name, text, value):
-    assert config.parse(name, text) == value and type(config.parse(name, text)) is type(value)
+    assert schema.parse(name, text) == value and type(schema.parse(name, text)) is type(value)
 
 
 def test_placement_texts():
-    assert config.parse("gpus_per_worker", "auto", config.Placement) == "auto"
-    assert config.parse("gpus_per_worker", ".5", config.Placement) == 0.5
+    assert schema.parse("gpus_per_worker", "auto", Placement) == "auto"
+    assert schema.parse("gpus_per_worker", ".5", Placement) == 0.5
     with pytest.raises(UserError, match="gpus-per-worker must be 0 or 1 with several workers"):
-        config.Placement(workers=2, gpus_per_worker=0.5)
+        Placement(workers=2, gpus_per_worker=0.5)
 
 
 @pytest.mark.parametrize("gpus", [4.0, 1.5, -1.0])
 def test_a_worker_takes_no_more_than_the_gpu_it_computes_on(gpus):
     with pytest.raises(UserError, match=f"gpus-per-worker must be 0 to 1 .*--workers N.*, not {gpus}"):
-        config.Placement(gpus_per_worker=gpus)
+        Placement(gpus_per_worker=gpus)
 
 
 @given(
@@ -115,29 +117,29 @@ def test_a_worker_takes_no_more_than_the_gpu_it_computes_on(gpus):
     )
 )
 def test_replace_changes_what_is_named_and_nothing_else(settings):
-    before = config.flat(config.Experiment())
-    after = config.flat(config.replace(config.Experiment(), settings))
+    before = schema.flatten(Experiment())
+    after = schema.flatten(schema.replace(Experiment(), settings))
     assert after == {**before, **settings}
 
 
 def test_a_file_of_another_version_is_refused(tmp_path):
-    tree = dataclasses.asdict(config.Experiment())
+    tree = dataclasses.asdict(Experiment())
     tree["loss"]["focal"] = 1.0
     with pytest.raises(UserError, match=r"unknown setting loss.focal; it is from another version"):
-        config.from_json(config.json.dumps(tree))
+        schema.from_json(json.dumps(tree))
     with pytest.raises(UserError, match="not an experiment of this version"):
-        config.from_json("{}")
+        schema.from_json("{}")
 
 
 def test_a_single_view_will_do_where_captions_are_the_positives():
     settings = {"batch.views": 1, "loss.supcon": 1.0}
     with pytest.raises(UserError, match="leaves loss.supcon without positives"):
-        config.resolve("joint", None, settings)
-    assert config.resolve("joint", None, {**settings, "loss.supcon_captions": True}).batch.views == 1
+        presets.resolve("joint", None, settings)
+    assert presets.resolve("joint", None, {**settings, "loss.supcon_captions": True}).batch.views == 1
 
 
 @pytest.mark.parametrize("given", [0.005, 1.5])
 def test_a_temperature_that_the_logit_scale_does_not_reach_is_refused(given):
     with pytest.raises(UserError, match=r"loss.infonce_temperature must be 0, or from 0.01 to 1, not"):
-        config.Loss(infonce=1.0, infonce_temperature=given)
-    assert config.Loss(infonce=1.0, infonce_temperature=1.0)
+        LossSettings(infonce=1.0, infonce_temperature=given)
+    assert LossSettings(infonce=1.0, infonce_temperature=1.0)

@@ -7,14 +7,14 @@ import pytest
 import yaml
 
 from clipfh import UserError
-from clipfh.config import experiment as config
-from clipfh.config import sweep_file as space
+from clipfh.config import sweep_file
+from clipfh.config.experiment import SMALL_MODEL, Budget
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 GOOD = {
     "name": "x",
     "stage": "image",
-    "base": {"model.name": config.SMALL, "loss.supcon": 1.0},
+    "base": {"model.name": SMALL_MODEL, "loss.supcon": 1.0},
     "search": {
         "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
         "loss.triplet": {"loguniform": [0.1, 2.0], "or": 0.0},
@@ -35,10 +35,10 @@ def write(tmp_path, **changes):
 
 @pytest.mark.parametrize("name", ["demo", "image", "joint"])
 def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
-    loaded = space.load(SWEEPS / f"{name}.yaml")
-    (tmp_path / "resolved.yaml").write_text(space.resolved(loaded))
-    again = space.load(tmp_path / "resolved.yaml")
-    assert space.resolved(again) == space.resolved(loaded)
+    loaded = sweep_file.load(SWEEPS / f"{name}.yaml")
+    (tmp_path / "resolved.yaml").write_text(sweep_file.to_yaml(loaded))
+    again = sweep_file.load(tmp_path / "resolved.yaml")
+    assert sweep_file.to_yaml(again) == sweep_file.to_yaml(loaded)
     assert again.experiment(again.first) == loaded.experiment(loaded.first)
 
 
@@ -105,7 +105,7 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
 )
 def test_a_mistake_is_one_clear_line(tmp_path, changes, message):
     with pytest.raises(UserError) as error:
-        space.load(write(tmp_path, **changes))
+        sweep_file.load(write(tmp_path, **changes))
     assert message in str(error.value) and "sweep.yaml" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -114,11 +114,11 @@ def test_no_file_no_yaml_no_mapping(tmp_path):
     (tmp_path / "list.yaml").write_text("- a")
     for name, message in [("none.yaml", "no such sweep file"), ("bad.yaml", "is not YAML"), ("list.yaml", "mapping")]:
         with pytest.raises(UserError, match=message):
-            space.load(tmp_path / name)
+            sweep_file.load(tmp_path / name)
 
 
 def test_options_are_drawn_only_where_their_term_is_on(tmp_path):
-    loaded = space.load(write(tmp_path))
+    loaded = sweep_file.load(write(tmp_path))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [loaded.sampled(study.ask()) for _ in range(40)]
     assert {("loss.triplet_margin" in d) == (d["loss.triplet"] > 0) for d in drawn} == {True}
@@ -133,7 +133,7 @@ def test_a_grid_is_every_combination_and_no_option_of_a_term_that_is_off(tmp_pat
         "loss.triplet_margin": {"choice": [0.1, 0.2, 0.3]},
         "batch.views": {"choice": [2, 4]},
     }
-    loaded = space.load(write(tmp_path, sampler="grid", search=search, points=[], trials=100))
+    loaded = sweep_file.load(write(tmp_path, sampler="grid", search=search, points=[], trials=100))
     combinations = {tuple(sorted(point.items())) for point in loaded.points}
     assert len(loaded.points) == len(combinations) == loaded.trials == 2 * (3 + 1)
     assert all(("loss.triplet_margin" in point) == (point["loss.triplet"] > 0) for point in loaded.points)
@@ -142,18 +142,18 @@ def test_a_grid_is_every_combination_and_no_option_of_a_term_that_is_off(tmp_pat
 
 
 def test_overrides_and_rungs(tmp_path):
-    loaded = space.load(write(tmp_path), {"seed": 7}, trials=9)
+    loaded = sweep_file.load(write(tmp_path), {"seed": 7}, trials=9)
     assert loaded.trials == 9 and loaded.experiment(loaded.first).seed == 7
-    assert loaded.experiment(loaded.first).budget == config.Budget(images=1000, report_every=100)
+    assert loaded.experiment(loaded.first).budget == Budget(images=1000, report_every=100)
     with pytest.raises(UserError, match="optimizer.lr is searched"):
-        space.load(write(tmp_path), {"optimizer.lr": 1.0})
+        sweep_file.load(write(tmp_path), {"optimizer.lr": 1.0})
 
 
 def test_a_sweep_knows_whether_any_trial_learns_from_prompts(tmp_path):
     off = {"loss.supcon": {"uniform": [0.5, 1.0]}, "loss.triplet": {"choice": [0.0, 1.0]}}
-    assert space.load(write(tmp_path, search=off, points=[])).texted == {}
+    assert sweep_file.load(write(tmp_path, search=off, points=[])).texted == {}
     on = {"loss.supcon": {"choice": [0.0, 1.0]}, "loss.supcon_captions": {"choice": [False, True]}}
-    loaded = space.load(write(tmp_path, search=on, points=[], base={"model.name": "clipfh-small", "loss.ce": 1.0}))
+    loaded = sweep_file.load(write(tmp_path, search=on, points=[], base={"model.name": "clipfh-small", "loss.ce": 1.0}))
     assert loaded.texted == {"loss.supcon": 1.0, "loss.supcon_captions": True}
 
 
@@ -161,5 +161,5 @@ def test_files_are_named_from_the_root_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.pt").touch()
     base = {"model.name": "clipfh-small", "text.file": "prompts.json", "model.pretrained": "weights.pt"}
-    found = space.load(write(tmp_path, base=base)).base
+    found = sweep_file.load(write(tmp_path, base=base)).base
     assert (found["text.file"], found["model.pretrained"]) == (f"{tmp_path}/prompts.json", f"{tmp_path}/weights.pt")

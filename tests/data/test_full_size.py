@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from clipfh.config import experiment as config
-from clipfh.data import sampler as batches
+from clipfh.config import presets
+from clipfh.config.experiment import ModelSettings
+from clipfh.data.sampler import ItemIndex
 from clipfh.learn import learner
-from clipfh.model import clip as model
 from clipfh.model import export
+from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer
+from clipfh.model.layers import layer_depth
 
 P, K = 4, 2
 
@@ -27,13 +29,13 @@ P, K = 4, 2
 def step(name: str, stage: str) -> tuple[Counter, Counter, float]:
     """Weights that moved and that stayed, by part of the model, and the peak of memory in GiB, of P 4 x K 2."""
     settings = {"model.name": name, "model.pretrained": "none", "batch.items": P, "batch.views": K}
-    experiment = config.resolve(stage, "recommended", {**settings, "budget.images": P * K, "optimizer.warmup": 0.0})
+    experiment = presets.resolve(stage, "recommended", {**settings, "budget.images": P * K, "optimizer.warmup": 0.0})
     clip = initial(experiment.model)
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
-    index = batches.Index(np.arange(P).repeat(K), np.zeros(P, int), list("abcd"), np.array([P * K]))
-    tokens = model.tokenizer(experiment.model)([f"item {i}" for i in range(P)]).numpy()
+    index = ItemIndex(np.arange(P).repeat(K), np.zeros(P, int), list("abcd"), np.array([P * K]))
+    tokens = load_tokenizer(experiment.model)([f"item {i}" for i in range(P)]).numpy()
     one = learner.Learner(experiment, clip, index, learner.Captions(tokens, np.arange(P)), torch.device("cpu"))
-    size = model.preprocess_of(clip).size
+    size = get_preprocess(clip).size
     images = np.random.default_rng(0).integers(0, 255, (P * K, size, size, 3), dtype=np.uint8)
     one.train_step(np.arange(P * K), images)
     moved, stayed = Counter(), Counter()
@@ -42,9 +44,9 @@ def step(name: str, stage: str) -> tuple[Counter, Counter, float]:
     return moved, stayed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def initial(settings: config.Model) -> torch.nn.Module:
+def initial(settings: ModelSettings) -> torch.nn.Module:
     """The model with random weights that reach its output."""
-    clip = model.initial(settings, 0)
+    clip = load_initial_model(settings, 0)
     for key, tensor in clip.state_dict().items():
         if ".bn3.weight" in key:
             tensor.fill_(1)  # random ones are 0: nothing would reach the blocks
@@ -53,7 +55,7 @@ def initial(settings: config.Model) -> torch.nn.Module:
 
 def exported(name: str, photos: list[bytes], out: Path) -> None:
     """An export with ONNX, which checks both with photos before it is done."""
-    experiment = config.resolve("joint", "recommended", {"model.name": name, "model.pretrained": "none"})
+    experiment = presets.resolve("joint", "recommended", {"model.name": name, "model.pretrained": "none"})
     export.export(initial(experiment.model), experiment, out, {}, photos, with_onnx=True)
 
 
@@ -63,7 +65,7 @@ def part(key: str) -> str:
         return key
     if not key.startswith("visual."):
         return "text tower"
-    if model.depth(key, 99) == 0 and any(word in key for word in ("conv", "bn", "downsample")):
+    if layer_depth(key, 99) == 0 and any(word in key for word in ("conv", "bn", "downsample")):
         return "patch embedding"
     return "batch norm" if ".bn" in key or "downsample.1" in key else "image tower"
 

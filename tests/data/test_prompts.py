@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
 from clipfh import UserError
-from clipfh.cli import main as cli
-from clipfh.config import experiment as config
+from clipfh.cli import main
+from clipfh.config import presets
+from clipfh.config.experiment import SMALL_MODEL
 from clipfh.data import catalogue
 from clipfh.data.prompts import (
     _OWED,
@@ -23,7 +24,7 @@ from clipfh.data.prompts import (
     report,
     save_prompts,
 )
-from clipfh.train import inputs as train
+from clipfh.train.inputs import load_prompts_for
 
 TOKENIZER = SimpleTokenizer()
 
@@ -352,18 +353,18 @@ def test_the_texts_of_an_item_are_all_there():
 
 def test_the_command_reports_and_writes_what_can_be_edited_and_trained_on(small_catalogue, tmp_path, capsys):
     out, found = tmp_path / "prompts.json", tmp_path / "report.json"
-    words = ["prompts", small_catalogue.path, "--model", config.SMALL, "--out", out, "--report", found]
-    assert cli.main([str(word) for word in words]) == 0
+    words = ["prompts", small_catalogue.path, "--model", SMALL_MODEL, "--out", out, "--report", found]
+    assert main.main([str(word) for word in words]) == 0
     assert capsys.readouterr().out.endswith(f"40 prompts: {out}\n")
     assert json.loads(found.read_text())["items"] == 40
     made = load_prompts(out)
-    settings = {"model.name": config.SMALL}
-    assert train.prompts_of(small_catalogue, config.resolve("joint", None, settings), *catalogue.SPLITS) == made
+    settings = {"model.name": SMALL_MODEL}
+    assert load_prompts_for(small_catalogue, presets.resolve("joint", None, settings), *catalogue.SPLITS) == made
     edited = dict(made) | {min(made): "A prompt of mine."}
     out.write_text(json.dumps(edited))
-    experiment = config.resolve("joint", None, settings | {"text.file": str(out)})
-    assert train.prompts_of(small_catalogue, experiment, *catalogue.SPLITS) == edited
-    assert cli.main([str(word) for word in words]) == 2
+    experiment = presets.resolve("joint", None, settings | {"text.file": str(out)})
+    assert load_prompts_for(small_catalogue, experiment, *catalogue.SPLITS) == edited
+    assert main.main([str(word) for word in words]) == 2
     assert "holds other prompts" in capsys.readouterr().err
 
 

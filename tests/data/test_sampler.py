@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipfh import UserError
-from clipfh.config import experiment as config
-from clipfh.data import sampler as batches
-from clipfh.data.sampler import Plan
+from clipfh.config import presets
+from clipfh.config.experiment import BatchSettings, Experiment, LossSettings
+from clipfh.data import sampler
+from clipfh.data.sampler import ItemIndex, PKSampler, make_sampler
 
 
 @st.composite
@@ -25,7 +26,7 @@ def plans(draw):
     rng.shuffle(item)  # rows need not be grouped by item
     category = rng.integers(0, 4, len(sizes))
     views, seed = draw(st.integers(1, 6)), draw(st.integers(0, 5))
-    return item, Plan(item, items, views, seed, category, categories, singles), singles
+    return item, PKSampler(item, items, views, seed, category, categories, singles), singles
 
 
 @given(plans())
@@ -61,7 +62,7 @@ def test_every_stated_property(case):
 @settings(max_examples=60, deadline=None)
 def test_batch_is_a_pure_function_of_seed_and_step(case, step):
     item, plan, singles = case
-    fresh = Plan(item, plan.items, plan.views, plan.seed, plan.category, 0, singles)
+    fresh = PKSampler(item, plan.items, plan.views, plan.seed, plan.category, 0, singles)
     fresh.run = plan.run
     for earlier in range(step):
         plan.batch(earlier)
@@ -70,14 +71,14 @@ def test_batch_is_a_pure_function_of_seed_and_step(case, step):
 
 def test_seeds_and_passes_differ():
     item = np.repeat(np.arange(64), 4)
-    plan = Plan(item, 64, 2, seed=0)
+    plan = PKSampler(item, 64, 2, seed=0)
     assert not np.array_equal(item[plan.batch(0)], item[plan.batch(1)]), "another pass is another shuffle"
-    assert not np.array_equal(plan.batch(0), Plan(item, 64, 2, seed=1).batch(0))
+    assert not np.array_equal(plan.batch(0), PKSampler(item, 64, 2, seed=1).batch(0))
 
 
 def test_views_meet_in_different_company():
     """Pairs are not fixed for ever: over many draws every pair of an item's four views meets."""
-    plan = Plan(np.repeat(np.arange(4), 4), 4, 2)
+    plan = PKSampler(np.repeat(np.arange(4), 4), 4, 2)
     pairs = {tuple(sorted(p)) for s in range(40) for p in plan.batch(s).reshape(-1, 2) if p[0] < 4}
     assert len(pairs) == 6
 
@@ -85,22 +86,22 @@ def test_views_meet_in_different_company():
 def test_grouping_puts_few_categories_in_a_batch():
     category = np.arange(400) % 20
     item = np.repeat(np.arange(400), 2)
-    grouped, mixed = (Plan(item, 40, 2, 0, category, c) for c in (4, 0))
+    grouped, mixed = (PKSampler(item, 40, 2, 0, category, c) for c in (4, 0))
     count = [np.mean([len(set(category[item[p.batch(s)]])) for s in range(10)]) for p in (grouped, mixed)]
     assert count[0] <= 6 < 15 < count[1]
 
 
 def test_too_few_items():
     with pytest.raises(UserError, match=r"--batch.items 5 is more than the 3 train items"):
-        Plan(np.array([0, 1, 2]), 5, 2)
+        PKSampler(np.array([0, 1, 2]), 5, 2)
 
 
 def test_too_few_items_of_two_photos():
     item = np.array([0, 1, 2, 0, 1])
     with pytest.raises(UserError, match=r"--batch.items 3 is more than the 2 train items with two photos.*: take 2 or"):
-        Plan(item, 3, 2, singles=False)
+        PKSampler(item, 3, 2, singles=False)
     with pytest.raises(UserError, match=r"^there are no train items with two photos or more, .*switch on loss\.ce"):
-        Plan(np.arange(9), 3, 2, singles=False)
+        PKSampler(np.arange(9), 3, 2, singles=False)
 
 
 @pytest.mark.parametrize(
@@ -115,23 +116,23 @@ def test_too_few_items_of_two_photos():
     ],
 )
 def test_items_of_one_photo_are_drawn_where_a_term_takes_them(terms, takes):
-    loss = config.Loss(**terms)
+    loss = LossSettings(**terms)
     assert loss.takes_singles == takes
-    index = batches.Index(np.array([0, 0, 1, 2, 2, 3]), np.zeros(4, int), list("abcd"), np.array([6]))
-    plan = batches.plan_of(index, config.Batch(items=2, views=2), 0, loss.takes_singles)
+    index = ItemIndex(np.array([0, 0, 1, 2, 2, 3]), np.zeros(4, int), list("abcd"), np.array([6]))
+    plan = make_sampler(index, BatchSettings(items=2, views=2), 0, loss.takes_singles)
     drawn = {int(index.item[row]) for step in range(9) for row in plan.batch(step)}
     assert drawn == ({0, 1, 2, 3} if takes else {0, 2})
-    budget = batches.budget_of(config.Experiment(loss=loss), len(index.item), index.num_single)
+    budget = sampler.budget_of(Experiment(loss=loss), len(index.item), index.num_single)
     assert budget.epoch == (6 if takes else 4), "an epoch is of what is drawn"
 
 
 @pytest.mark.parametrize("views", [2, 3, 5, 7])
 @pytest.mark.parametrize("every", [0, 50, 64, 1000])
 def test_reports_come_at_the_same_images_for_every_batch(views, every):
-    experiment = config.resolve(
+    experiment = presets.resolve(
         "image", None, {**TINY, "batch.views": views, "budget.images": 600, "budget.report_every": every}
     )
-    budget, batch = batches.budget_of(experiment, 100, 0), 8 * views
+    budget, batch = sampler.budget_of(experiment, 100, 0), 8 * views
     seen = [step * batch for step in range(1, budget.total + 1) if budget.is_report(step)]
     asked = [image for image in np.arange(1, 600) if image % (every or 60) == 0]
     assert seen == sorted({*(-(-int(image) // batch) * batch for image in asked), budget.total * batch})
@@ -139,6 +140,6 @@ def test_reports_come_at_the_same_images_for_every_batch(views, every):
 
 
 def test_budget_in_epochs():
-    in_epochs = config.resolve("image", None, {**TINY, "budget.epochs": 2.0, "budget.images": 0})
-    assert batches.budget_of(in_epochs, 100, 0).total == 13
-    assert batches.budget_of(in_epochs, 100, 20).total == 10, "single photos, which none of its terms take"
+    in_epochs = presets.resolve("image", None, {**TINY, "budget.epochs": 2.0, "budget.images": 0})
+    assert sampler.budget_of(in_epochs, 100, 0).total == 13
+    assert sampler.budget_of(in_epochs, 100, 20).total == 10, "single photos, which none of its terms take"

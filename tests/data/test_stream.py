@@ -12,9 +12,9 @@ from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
 
 from clipfh import UserError
 from clipfh.cluster import resources as cluster
-from clipfh.data import decoding, stream
-from clipfh.data import sampler as batches
-from clipfh.data.sampler import Plan
+from clipfh.data import decoding as decoding_module
+from clipfh.data import sampler, stream
+from clipfh.data.sampler import PKSampler, build_index
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def shared(ray_cluster, small_catalogue):
 
 @pytest.fixture(scope="module")
 def recipe(tiny):
-    return decoding.Recipe(tiny.batch, tiny.augment, seed=3, size=64, singles=False)
+    return decoding_module.Recipe(tiny.batch, tiny.augment, seed=3, size=64, singles=False)
 
 
 def streamed(shared, recipe, first, last, workers):
@@ -42,11 +42,11 @@ def streamed(shared, recipe, first, last, workers):
 def test_the_stream_is_the_plan_decoded(shared, recipe, small_catalogue):
     found = streamed(shared, recipe, 0, 6, workers=1)
     table = small_catalogue.images("train")
-    index = batches.index_of(small_catalogue.rows("train"), np.array([len(table)]))
-    plan = Plan(index.item, recipe.batch.items, recipe.batch.views, recipe.seed, index.category, singles=False)
+    index = build_index(small_catalogue.rows("train"), np.array([len(table)]))
+    plan = PKSampler(index.item, recipe.batch.items, recipe.batch.views, recipe.seed, index.category, singles=False)
     for step, (rows, images) in found.items():
         np.testing.assert_array_equal(rows, plan.batch(step))
-        expected = decoding.decode(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
+        expected = decoding_module.decode(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
         np.testing.assert_array_equal(images, expected)
 
 
@@ -127,6 +127,6 @@ def test_another_seed_is_another_stream(shared, recipe):
 
 def test_digest_tells_streams_apart():
     rows = np.arange(4)
-    assert batches.digest("", 0, rows) == batches.digest("", 0, rows.astype(np.int32))
-    different = {batches.digest("", 0, rows), batches.digest("", 1, rows), batches.digest("", 0, rows[::-1])}
-    assert len(different | {batches.digest("x", 0, rows)}) == 4
+    assert sampler.digest("", 0, rows) == sampler.digest("", 0, rows.astype(np.int32))
+    different = {sampler.digest("", 0, rows), sampler.digest("", 1, rows), sampler.digest("", 0, rows[::-1])}
+    assert len(different | {sampler.digest("x", 0, rows)}) == 4

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clipfh.learn import losses
-from clipfh.learn.all_gather import gather
+from clipfh.learn.all_gather import all_gather_with_gradient
 
 P, K, D = 8, 2, 5
 ITEM_B = torch.arange(P).repeat_interleave(K)
@@ -65,7 +65,7 @@ def gradients(towers, heads, image, text):
     for name, term in TERMS.items():
         towers.zero_grad()
         heads.zero_grad()
-        loss = term(heads(*map(gather, towers(image, text))))
+        loss = term(heads(*map(all_gather_with_gradient, towers(image, text))))
         loss.backward()
         parameters = [*towers.parameters(), *heads.parameters()]
         found[name] = [loss.detach()] + [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
@@ -90,9 +90,9 @@ def worker(rank: int, world_size: int, store: str) -> None:
 
     for dtype in (torch.int64, torch.int32, torch.float32, torch.bfloat16):
         rows = torch.arange(6 * world_size).reshape(-1, 3).to(dtype)
-        assert torch.equal(gather(rows.chunk(world_size)[rank]), rows), dtype
+        assert torch.equal(all_gather_with_gradient(rows.chunk(world_size)[rank]), rows), dtype
     by_columns = torch.arange(6.0).reshape(3, 2).T + 6 * rank  # not contiguous
-    assert torch.equal(gather(by_columns)[2 * rank : 2 * rank + 2], by_columns)
+    assert torch.equal(all_gather_with_gradient(by_columns)[2 * rank : 2 * rank + 2], by_columns)
     dist.destroy_process_group()
 
 
@@ -104,9 +104,9 @@ def test_workers_give_what_one_worker_gives_with_the_whole_batch(world_size: int
 
 def test_a_process_alone_keeps_its_rows(tmp_path: Path):
     rows = torch.randn(3, 2, requires_grad=True)
-    assert gather(rows) is rows
+    assert all_gather_with_gradient(rows) is rows
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        assert gather(rows) is rows
+        assert all_gather_with_gradient(rows) is rows
     finally:
         dist.destroy_process_group()

@@ -16,16 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clipfh import UserError
-from clipfh.config import experiment as config
-from clipfh.data import sampler as batches
+from clipfh.config import presets
+from clipfh.config.experiment import LOSS_TERMS, SMALL_MODEL, ModelSettings
 from clipfh.data import transfer
+from clipfh.data.sampler import ItemIndex, PKSampler, make_sampler
 from clipfh.learn import learner, tally
-from clipfh.model import clip as model
+from clipfh.model.clip import load_initial_model, load_tokenizer
+from clipfh.model.towers import Towers, recompute_blocks
 
 P, K, ITEMS = 4, 2, 7
 STEPS = 10
 IMAGES = np.random.default_rng(0).integers(0, 255, (ITEMS * 3, 64, 64, 3), dtype=np.uint8)
-INDEX = batches.Index(
+INDEX = ItemIndex(
     # item 6 has one view, so it repeats in a batch and stays out of the terms that need a positive
     item=np.array([i for i in range(ITEMS) for _ in range(3 if i < 6 else 1)], np.int32),
     category=np.zeros(ITEMS, np.int32),
@@ -33,7 +35,7 @@ INDEX = batches.Index(
     shard_ends=np.array([19]),
 )
 SETTINGS = {
-    "model.name": config.SMALL,
+    "model.name": SMALL_MODEL,
     "batch.items": P,
     "batch.views": K,
     "budget.images": P * K * STEPS,
@@ -53,25 +55,25 @@ TERMS = {
     "supcon": {"loss.supcon": 1.0},
     "supcon with captions": {"loss.supcon": 1.0, "loss.supcon_captions": True},
     "infonce": {"loss.infonce": 1.0},
-    "all": {f"loss.{term}": 0.5 for term in config.TERMS},
+    "all": {f"loss.{term}": 0.5 for term in LOSS_TERMS},
 }
 
 
 def captions() -> learner.Captions:
     """Items 0 and 1 share a caption, item 5 has none."""
-    tokens = model.tokenizer(config.Model(name=config.SMALL))([f"a garment of kind {i}" for i in range(5)])
+    tokens = load_tokenizer(ModelSettings(name=SMALL_MODEL))([f"a garment of kind {i}" for i in range(5)])
     return learner.Captions(tokens.numpy().astype(np.int32), np.array([0, 0, 1, 2, 3, -1, 4], np.int32))
 
 
 def learner_of(stage: str = "image", dtype: torch.dtype = torch.float64, **settings) -> learner.Learner:
-    experiment = config.resolve(stage, "scratch", {**SETTINGS, **settings})
-    clip = model.initial(experiment.model, 0).to(dtype)
+    experiment = presets.resolve(stage, "scratch", {**SETTINGS, **settings})
+    clip = load_initial_model(experiment.model, 0).to(dtype)
     return learner.Learner(experiment, clip, INDEX, captions(), torch.device("cpu"))
 
 
 def train(one: learner.Learner, steps: int = STEPS) -> dict[str, torch.Tensor]:
     """Train a rank on its part of each batch; returns the weights, with those of heads and average."""
-    plan = batches.Plan(INDEX.item, P, K)
+    plan = PKSampler(INDEX.item, P, K)
     for step in range(steps):
         rows = plan.batch(step)
         one.train_step(rows, IMAGES[rows.reshape(one.world_size, -1)[one.rank]])
@@ -114,7 +116,7 @@ def alone(tmp_path_factory) -> str:
     """A file with what one worker's ten steps give, by stage and term."""
     stages = {"image": TERMS, "joint": ("supcon with captions", "infonce", "all")}
     found = {(stage, name): outcome(learner_of(stage, **TERMS[name])) for stage in stages for name in stages[stage]}
-    start = model.initial(config.Model(name=config.SMALL), 0).double().state_dict()
+    start = load_initial_model(ModelSettings(name=SMALL_MODEL), 0).double().state_dict()
     for (stage, _), weights in found.items():
         moved = {name for name in start if not torch.equal(weights[name], start[name])}
         assert any(name.startswith("visual.") for name in moved)
@@ -146,15 +148,15 @@ def test_saving_memory_changes_no_gradient(stage: str, saving: dict):
 
 
 def test_a_resnet_is_checkpointed_though_open_clip_does_not():
-    settings = config.Model(name="RN50", pretrained="none", checkpointing=True)
+    settings = ModelSettings(name="RN50", pretrained="none", checkpointing=True)
     found = []
     for checkpointed in (False, True):
-        clip = model.initial(settings, 0)
+        clip = load_initial_model(settings, 0)
         if checkpointed:
-            model.recompute_blocks(clip, "RN50")
+            recompute_blocks(clip, "RN50")
         passes = []
         clip.visual.layer2[0].conv1.register_forward_hook(lambda *_, passes=passes: passes.append(1))
-        towers = model.Towers(clip).train()
+        towers = Towers(clip).train()
         towers(
             torch.from_numpy(IMAGES[:1])
             .permute(0, 3, 1, 2)
@@ -222,7 +224,7 @@ def test_labels_name_every_caption_once():
 
 def test_no_image_is_trained_on_in_vain():
     one = learner_of(**{"loss.supcon": 1.0, "loss.triplet": 1.0})
-    plan = batches.plan_of(INDEX, one.experiment.batch, 0, one.experiment.loss.takes_singles)
+    plan = make_sampler(INDEX, one.experiment.batch, 0, one.experiment.loss.takes_singles)
     for step in range(STEPS):
         rows = plan.batch(step)
         labels, tokens = one._labels(rows)
@@ -286,8 +288,8 @@ def test_a_gpu_is_sent_all_without_waiting(stage: str, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: mock.MagicMock())
     settings = {**SETTINGS, "loss.supcon": 1.0, "loss.triplet": 1.0, "loss.center": 1.0, "loss.infonce": 1.0}
-    experiment = config.resolve(stage, "scratch", {**settings, "augment.randaugment": 9.0})
-    clip, texts = model.initial(experiment.model, 0), captions()
+    experiment = presets.resolve(stage, "scratch", {**settings, "augment.randaugment": 9.0})
+    clip, texts = load_initial_model(experiment.model, 0), captions()
     with FakeTensorMode(allow_non_fake_inputs=True):
         one = learner.Learner(experiment, clip, INDEX, texts, torch.device("cuda", 0))
         for _ in range(2):

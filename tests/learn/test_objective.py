@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfh.config import experiment as config
+from clipfh.config.experiment import LOSS_TERMS, LossSettings
 from clipfh.learn import losses
 from clipfh.learn.objective import Labels, Objective
 
@@ -23,14 +23,14 @@ SCALE = torch.tensor(2.0)
 
 
 def test_total_is_the_weighted_sum_of_all_terms():
-    loss = config.Loss(ce=0.5, triplet=2.0, center=0.1, supcon=1.5, infonce=3.0)
+    loss = LossSettings(ce=0.5, triplet=2.0, center=0.1, supcon=1.5, infonce=3.0)
     total, terms = Objective(loss, 16, 3)(FEATURES, TEXT, SCALE, LABELS)
-    assert list(terms) == list(config.TERMS)
+    assert list(terms) == list(LOSS_TERMS)
     assert total.item() == pytest.approx(sum(getattr(loss, name) * value.item() for name, value in terms.items()))
 
 
 def test_single_views_and_items_without_prompt_stay_out():
-    loss = config.Loss(supcon=1.0, triplet=1.0, infonce=1.0)
+    loss = LossSettings(supcon=1.0, triplet=1.0, infonce=1.0)
     _, terms = Objective(loss, 16, 3)(FEATURES, TEXT, SCALE, LABELS)
     embedding, item = F.normalize(FEATURES[:4]), ITEM[:4]
     assert terms["supcon"] == losses.supcon(embedding, item, loss.supcon_temperature)
@@ -42,7 +42,7 @@ def test_single_views_and_items_without_prompt_stay_out():
 def test_a_batch_that_concerns_no_term_costs_nothing_and_does_not_stop():
     none = torch.zeros(0, dtype=torch.long)
     empty = Labels(ITEM, LABELS.items, none, none, none, none)
-    objective = Objective(config.Loss(triplet=1.0, supcon=1.0, infonce=1.0), 16, 3)
+    objective = Objective(LossSettings(triplet=1.0, supcon=1.0, infonce=1.0), 16, 3)
     features = FEATURES.clone().requires_grad_()
     total, _ = objective(features, TEXT[:0], SCALE, empty)
     total.backward()
@@ -51,13 +51,13 @@ def test_a_batch_that_concerns_no_term_costs_nothing_and_does_not_stop():
 
 def test_a_term_that_is_off_has_no_head_and_is_not_computed(monkeypatch):
     monkeypatch.setattr(losses, "triplet", lambda *a: pytest.fail("triplet is off"))
-    only = Objective(config.Loss(supcon=1.0), 16, 3)
+    only = Objective(LossSettings(supcon=1.0), 16, 3)
     assert list(only(FEATURES, None, SCALE, LABELS)[1]) == ["supcon"]
     assert not list(only.parameters()) and not list(only.buffers())
 
 
 def test_bounds_are_the_loss_of_perfect_and_of_equal_embeddings():
-    objective = Objective(config.Loss(ce=1.0, supcon=1.0, triplet=1.0, infonce=1.0, center=1.0), 16, 3)
+    objective = Objective(LossSettings(ce=1.0, supcon=1.0, triplet=1.0, infonce=1.0, center=1.0), 16, 3)
     bounds = objective.bounds(LABELS, SCALE)
     assert set(bounds) == {"ce", "triplet", "supcon", "infonce"}
     assert bounds["triplet"] == (0.0, pytest.approx(0.15))
@@ -67,7 +67,7 @@ def test_bounds_are_the_loss_of_perfect_and_of_equal_embeddings():
 
 
 def test_centers_move_only_where_the_term_is_on():
-    on, off = (Objective(config.Loss(supcon=1.0, center=weight), 16, 3) for weight in (1e-3, 0.0))
+    on, off = (Objective(LossSettings(supcon=1.0, center=weight), 16, 3) for weight in (1e-3, 0.0))
     on.move_centers(FEATURES, LABELS, 0.5)
     off.move_centers(FEATURES, LABELS, 0.5)
     assert on.centers[:3].abs().sum() > 0 and not list(off.buffers())

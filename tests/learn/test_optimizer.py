@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from clipfh import UserError
-from clipfh.config import experiment as config
+from clipfh.config.experiment import SMALL_MODEL, LossSettings, ModelSettings, OptimizerSettings
 from clipfh.learn import objective, optimizer
-from clipfh.model import clip as model
+from clipfh.learn.optimizer import ExponentialMovingAverage
+from clipfh.model.clip import build_model, load_open_clip
+from clipfh.model.layers import freeze
 
-SMALL = config.Model(name=config.SMALL, freeze_patch=False)
-LOSS = config.Loss(ce=1.0)
+SMALL = ModelSettings(name=SMALL_MODEL, freeze_patch=False)
+LOSS = LossSettings(ce=1.0)
 
 
 def rates(optimizer_: torch.optim.Optimizer) -> dict[int, tuple[float, float]]:
@@ -20,9 +22,9 @@ def rates(optimizer_: torch.optim.Optimizer) -> dict[int, tuple[float, float]]:
 
 
 def test_rates_by_depth_tower_and_head():
-    clip, heads = model.build(SMALL), objective.Objective(LOSS, 128, 5)
-    model.freeze(clip, "joint", SMALL, learn_scale=True)
-    settings = config.Optimizer(lr=1.0, text_lr=0.1, head_lr=10.0, layer_decay=0.5, weight_decay=0.3)
+    clip, heads = build_model(SMALL), objective.Objective(LOSS, 128, 5)
+    freeze(clip, "joint", SMALL, learn_scale=True)
+    settings = OptimizerSettings(lr=1.0, text_lr=0.1, head_lr=10.0, layer_decay=0.5, weight_decay=0.3)
     of = rates(optimizer.adamw(clip, heads, settings, torch.device("cpu")))
     found = {n: of[id(p)] for n, p in [*clip.named_parameters(), *heads.named_parameters()] if p.requires_grad}
     assert found["visual.proj"] == (1.0, 0.3)
@@ -35,7 +37,7 @@ def test_rates_by_depth_tower_and_head():
     assert len(found) == len(of)
 
 
-def expected(name: str, ndim: int, settings: config.Optimizer) -> tuple[float, float]:
+def expected(name: str, ndim: int, settings: OptimizerSettings) -> tuple[float, float]:
     """Rate and decay of a weight of ViT-B/16, both of whose towers have twelve blocks, by its name."""
     parts = name.split(".")
     if "resblocks" in parts:
@@ -50,9 +52,9 @@ def expected(name: str, ndim: int, settings: config.Optimizer) -> tuple[float, f
 @pytest.mark.parametrize("stage,most", [("image", 30), ("joint", 55)])
 def test_weights_of_equal_rate_and_decay_are_one_group(stage: str, most: int):
     with torch.device("meta"):
-        clip = model.library().CLIP(**model.library().get_model_config("ViT-B-16"), quick_gelu=True)
-    model.freeze(clip, stage, config.Model(), learn_scale=stage == "joint")
-    settings = config.Optimizer(weight_decay=0.1)
+        clip = load_open_clip().CLIP(**load_open_clip().get_model_config("ViT-B-16"), quick_gelu=True)
+    freeze(clip, stage, ModelSettings(), learn_scale=stage == "joint")
+    settings = OptimizerSettings(weight_decay=0.1)
     grouped = optimizer.adamw(clip, torch.nn.Module(), settings, torch.device("meta"))
     assert len(grouped.param_groups) <= most
     trained = {name: p for name, p in clip.named_parameters() if p.requires_grad}
@@ -64,9 +66,9 @@ def test_weights_of_equal_rate_and_decay_are_one_group(stage: str, most: int):
 
 
 def test_the_state_of_an_optimizer_with_other_groups_is_refused_in_a_line():
-    clip = model.build(SMALL)
-    model.freeze(clip, "image", SMALL, learn_scale=False)
-    grouped = optimizer.adamw(clip, torch.nn.Module(), config.Optimizer(), torch.device("cpu"))
+    clip = build_model(SMALL)
+    freeze(clip, "image", SMALL, learn_scale=False)
+    grouped = optimizer.adamw(clip, torch.nn.Module(), OptimizerSettings(), torch.device("cpu"))
     singly = torch.optim.AdamW([{"params": [p]} for g in grouped.param_groups for p in g["params"]])
     with pytest.raises(UserError, match=r"--resume: .* groups of parameters.* --warm-start RUN$"):
         optimizer.load(grouped, singly.state_dict())
@@ -96,7 +98,7 @@ def test_the_first_rate_is_never_nothing(steps: int, warmup: float, first: float
 
 def test_average_is_the_weighted_mean_and_applies_for_a_while():
     net = torch.nn.Linear(2, 1, bias=False)
-    average = optimizer.Average(net, decay=0.5)
+    average = ExponentialMovingAverage(net, decay=0.5)
     values = [net.weight.detach().clone()]
     for step in range(12):
         net.weight.data += 1.0

@@ -5,17 +5,18 @@ import torch
 from safetensors.torch import save_file
 
 from clipfh import UserError
-from clipfh.config import experiment as config
+from clipfh.config import presets
+from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.model import checkpoint
-from clipfh.model import clip as model
-from clipfh.train import inputs as train
+from clipfh.model.clip import load_initial_model
+from clipfh.train.inputs import load_start
 
-SMALL = config.Model(name=config.SMALL)
+SMALL = ModelSettings(name=SMALL_MODEL)
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    return model.initial(SMALL, seed=5).state_dict()
+    return load_initial_model(SMALL, seed=5).state_dict()
 
 
 def wrapped(state: dict[str, torch.Tensor]) -> dict[str, object]:
@@ -37,9 +38,9 @@ def wrapped(state: dict[str, torch.Tensor]) -> dict[str, object]:
 def test_training_starts_from_weights_in_any_wrapping(kind, state, tmp_path):
     file = tmp_path / "weights.pth"
     torch.save(wrapped(state)[kind], file)
-    experiment = config.resolve("joint", None, {"model.name": config.SMALL})
+    experiment = presets.resolve("joint", None, {"model.name": SMALL_MODEL})
     tolerance = 1e-3 if kind == "half" else 0
-    for name, tensor in train.start_of(experiment, str(file)).state_dict().items():
+    for name, tensor in load_start(experiment, str(file)).state_dict().items():
         torch.testing.assert_close(tensor, state[name], rtol=tolerance, atol=tolerance)
 
 
@@ -52,7 +53,7 @@ def test_a_file_that_names_another_model_is_refused(state, tmp_path):
     file = tmp_path / "clip_joint_BEST.pth"
     torch.save({"model_state_dict": state, "model_name": "RN50"}, file)
     with pytest.raises(UserError, match="holds RN50, not clipfh-small: give --model RN50"):
-        train.start_of(config.resolve("joint", None, {"model.name": config.SMALL}), str(file))
+        load_start(presets.resolve("joint", None, {"model.name": SMALL_MODEL}), str(file))
 
 
 def refused(file) -> str:

@@ -11,18 +11,20 @@ import torch
 from PIL import Image
 
 from clipfh import UserError
-from clipfh.config import experiment as config
+from clipfh.config import presets
+from clipfh.config.experiment import SMALL_MODEL
 from clipfh.data import images
-from clipfh.model import clip as model
 from clipfh.model import export, onnx
+from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer
+from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.retrieval import metrics
 
-EXPERIMENT = config.resolve("joint", None, {"model.name": config.SMALL})
+EXPERIMENT = presets.resolve("joint", None, {"model.name": SMALL_MODEL})
 
 
 @pytest.fixture(scope="module")
 def clip():
-    return model.initial(EXPERIMENT.model, seed=5).eval()
+    return load_initial_model(EXPERIMENT.model, seed=5).eval()
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +38,8 @@ def folder(clip, photos, tmp_path_factory):
 
 
 def embedded(clip, *photos):
-    pixels = np.stack([images.for_evaluation(photo, model.preprocess_of(clip)) for photo in photos])
-    return model.embed(model.Towers(clip), pixels, torch.float32)
+    pixels = np.stack([images.for_evaluation(photo, get_preprocess(clip)) for photo in photos])
+    return embed_images(Towers(clip), pixels, torch.float32)
 
 
 def blocks(folder, photo):
@@ -55,8 +57,8 @@ def test_the_lines_of_the_card_give_the_checkpoints_embeddings(folder, clip, pho
     exec(by_open_clip, scope)
     torch.testing.assert_close(scope["embedding"], expected, rtol=0, atol=1e-5)
     exec(words, scope)
-    tokens = model.tokenizer(EXPERIMENT.model)(["a red dress"])
-    told = model.embed_text(model.Towers(clip), tokens, torch.float32)
+    tokens = load_tokenizer(EXPERIMENT.model)(["a red dress"])
+    told = embed_texts(Towers(clip), tokens, torch.float32)
     torch.testing.assert_close(scope["words"], told, rtol=0, atol=1e-5)
     exec(by_onnx, scope)
     np.testing.assert_allclose(scope["embedding"], expected, rtol=0, atol=1e-4)
@@ -66,7 +68,7 @@ def test_the_lines_of_the_card_give_the_checkpoints_embeddings(folder, clip, pho
 
 def test_onnx_takes_batches_of_any_length(folder, clip, photos):
     many = photos * 3
-    pixels, expected = onnx.pixel_values(many, model.preprocess_of(clip)), embedded(clip, *many)
+    pixels, expected = onnx.pixel_values(many, get_preprocess(clip)), embedded(clip, *many)
     for length in (1, 2, 19):
         found = onnx.run(folder / "onnx" / "image.onnx", pixels[:length].numpy())
         np.testing.assert_allclose(found, expected[:length], rtol=0, atol=1e-4)
@@ -82,7 +84,7 @@ def test_pixels_made_as_the_description_says_are_the_models(folder, clip, photos
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height))) * how["rescale_factor"]
     values = ((pixels - how["image_mean"]) / how["image_std"]).transpose(2, 0, 1)
-    ours = onnx.pixel_values(photos[:1], model.preprocess_of(clip))[0]
+    ours = onnx.pixel_values(photos[:1], get_preprocess(clip))[0]
     np.testing.assert_allclose(values, ours, rtol=0, atol=1e-5)
 
 
@@ -129,7 +131,7 @@ def test_the_card_tells_what_is_known(clip, small_catalogue):
 
 def test_no_value_on_the_card_is_taken_for_markup(clip):
     hostile = "a|b\n<script>alert(1)</script> `c` *d* [e](f).json"
-    experiment = config.resolve("joint", None, {"model.name": config.SMALL, "text.file": hostile})
+    experiment = presets.resolve("joint", None, {"model.name": SMALL_MODEL, "text.file": hostile})
     counts = {name: {"images": 1, "items": 1} for name in ("train", "val_query", "val_gallery", "query", "gallery")}
     account = {"path": "/x/<img src=x onerror=alert(1)>`", "hash": "0" * 64, "counts": counts}
     text = export.card(experiment, {"catalogue": account, "warm_start": hostile}, clip, with_onnx=False)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from clipfh import UserError
-from clipfh.config import experiment as config
+from clipfh.config import presets, schema
 from clipfh.report import status
 
 BOARD = """rank,trial,status,val_mAP,images,seconds,optimizer.lr,error
@@ -26,7 +26,7 @@ def report(images: int, score: float, rate: float = 100.0) -> str:
 
 def make_run(folder, lines: str, **budget) -> None:
     folder.mkdir(parents=True)
-    (folder / "experiment.json").write_text(config.to_json(config.resolve("image", None, budget)))
+    (folder / "experiment.json").write_text(schema.to_json(presets.resolve("image", None, budget)))
     (folder / "metrics.jsonl").write_text(lines)
     (folder / "run.json").write_text("{}")
 

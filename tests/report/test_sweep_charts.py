@@ -1,17 +1,17 @@
 import pytest
 
-from clipfh.config.sweep_file import Range
+from clipfh.config.sweep_file import SearchRange
 from clipfh.report.sweep_charts import Scale
 
 
 @pytest.mark.parametrize(
     ("range_", "low", "high"),
     [
-        (Range("loguniform", (1e-6, 1e-2)), 1e-6, 1e-2),
-        (Range("loguniform", (0.1, 2.0), 0.0), 0.1, 2.0),
-        (Range("loguniform", (0.11, 0.12)), 0.11, 0.12),
-        (Range("uniform", (0.1, 0.4), -1.0), 0.1, 0.4),
-        (Range("int", (2, 8)), 2, 8),
+        (SearchRange("loguniform", (1e-6, 1e-2)), 1e-6, 1e-2),
+        (SearchRange("loguniform", (0.1, 2.0), 0.0), 0.1, 2.0),
+        (SearchRange("loguniform", (0.11, 0.12)), 0.11, 0.12),
+        (SearchRange("uniform", (0.1, 0.4), -1.0), 0.1, 0.4),
+        (SearchRange("int", (2, 8)), 2, 8),
     ],
 )
 def test_a_scale_holds_its_range_with_a_few_round_ticks_apart_from_off(range_, low, high):
@@ -24,9 +24,9 @@ def test_a_scale_holds_its_range_with_a_few_round_ticks_apart_from_off(range_, l
 
 
 def test_a_logarithmic_scale_has_its_geometric_mean_in_the_middle():
-    assert Scale(Range("loguniform", (1e-6, 1e-2))).place(1e-4) == pytest.approx(0.5)
+    assert Scale(SearchRange("loguniform", (1e-6, 1e-2))).place(1e-4) == pytest.approx(0.5)
 
 
 def test_choices_stand_apart():
-    scale = Scale(Range("choice", (2, 4, 8)))
+    scale = Scale(SearchRange("choice", (2, 4, 8)))
     assert [round(place, 2) for place, _ in scale.ticks] == [0.17, 0.5, 0.83] and scale.place(8) == scale.ticks[2][0]

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from clipfh.cluster import resources as cluster
-from clipfh.config import sweep_file as space
+from clipfh.config import sweep_file
 from clipfh.data import catalogue
 from clipfh.demo import demo
 from clipfh.sweep import sweep
@@ -42,7 +42,7 @@ def one(folder: Path, number: int, trials: int, dashboard: bool) -> None:
     total = ray.cluster_resources()["CPU"]
     started = time.monotonic()
     opened = catalogue.open_catalogue(folder / "catalogue")
-    loaded = space.load(folder / "soak.yaml", {"seed": number})
+    loaded = sweep_file.load(folder / "soak.yaml", {"seed": number})
     summary = sweep.run(loaded, opened, folder / f"sweep-{number}", tell=lambda line: None)
     ended = time.monotonic()
     while held(total) and time.monotonic() - ended < 30:

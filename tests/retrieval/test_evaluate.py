@@ -12,33 +12,35 @@ import pytest
 import torch
 
 from clipfh import UserError
-from clipfh.cli import main as cli
+from clipfh.cli import main
 from clipfh.cluster import resources as cluster
-from clipfh.config import experiment as config
-from clipfh.data import images
-from clipfh.model import clip as model
+from clipfh.config import presets
+from clipfh.config.experiment import SMALL_MODEL, ModelSettings
+from clipfh.data import images as images_module
+from clipfh.model.clip import build_model, get_preprocess, load_tokenizer
+from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.retrieval import embed, embed_ray, evaluate, metrics
-from clipfh.train import inputs as train
+from clipfh.train.inputs import load_prompts_for, load_start
 
 SPLITS = evaluate.splits_of("test")
-SETTINGS = config.Model(name=config.SMALL, precision="float32")
+SETTINGS = ModelSettings(name=SMALL_MODEL, precision="float32")
 KEYS = {*metrics.KEYS, "num_query", "num_gallery", "num_unmatched", "intervals", "cmc", "random_splits", "variant"}
 KEYS |= {"by_category", "by_gender", "text_to_image", "image_to_text", "rerank"}
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    return config.resolve("image", None, {"model.name": config.SMALL})
+    return presets.resolve("image", None, {"model.name": SMALL_MODEL})
 
 
 @pytest.fixture(scope="module")
 def clip(experiment):
-    return train.start_of(experiment)
+    return load_start(experiment)
 
 
 @pytest.fixture(scope="module")
 def prompts(small_catalogue, experiment):
-    return train.prompts_of(small_catalogue, experiment, *SPLITS)
+    return load_prompts_for(small_catalogue, experiment, *SPLITS)
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +89,16 @@ print("ray loaded:", "ray" in sys.modules)
 
 
 def test_embeddings_are_those_of_each_image_and_prompt_alone(small_catalogue, clip, prompts, embedded, told):
-    towers, preprocess = model.Towers(clip), model.preprocess_of(clip)
+    towers, preprocess = Towers(clip), get_preprocess(clip)
     for split, part in zip(SPLITS, (embedded.query, embedded.gallery), strict=True):
         encoded = small_catalogue.images(split)["image"].to_pylist()
-        pixels = np.stack([images.for_evaluation(image, preprocess) for image in encoded])
-        torch.testing.assert_close(part.embedding, model.embed(towers, pixels, torch.float32), rtol=0, atol=1e-5)
+        pixels = np.stack([images_module.for_evaluation(image, preprocess) for image in encoded])
+        torch.testing.assert_close(part.embedding, embed_images(towers, pixels, torch.float32), rtol=0, atol=1e-5)
     first = embedded.query_rows["item_id"][0].as_py()
     code, row = embedded.query.item[0], embedded.prompts.index(prompts[first])
     assert ((embedded.captions.item == code) & (embedded.captions.caption == row)).sum() == 1
-    tokens = model.tokenizer(SETTINGS)([prompts[first]])
-    alone = model.embed_text(towers, tokens, torch.float32)[0]
+    tokens = load_tokenizer(SETTINGS)([prompts[first]])
+    alone = embed_texts(towers, tokens, torch.float32)[0]
     torch.testing.assert_close(embedded.captions.embedding[row], alone, rtol=0, atol=1e-5)
     total = len(embedded.query) + len(embedded.gallery)
     assert told[-1] == (total, total)
@@ -111,7 +113,7 @@ def test_kept_embeddings_come_back_and_nothing_else_does(small_catalogue, clip, 
     assert torch.equal(again.both.embedding, embedded.both.embedding)
     assert torch.equal(again.captions.embedding, embedded.captions.embedding)
     assert evaluate.figures(again, 2) == evaluate.figures(embedded, 2)
-    changed = model.build(SETTINGS)
+    changed = build_model(SETTINGS)
     changed.load_state_dict(clip.state_dict())
     changed.logit_scale.data += 1e-6
     item = embedded.query_rows["item_id"][0].as_py()
@@ -130,8 +132,8 @@ def test_kept_embeddings_come_back_and_nothing_else_does(small_catalogue, clip, 
 def test_a_second_evaluation_embeds_nothing(small_catalogue, folder, options, capsys, monkeypatch):
     """It does not even start Ray. The predictions are in the order of the figures, re-ranked or not."""
     monkeypatch.setattr(cluster, "connect", lambda *_: pytest.fail("Ray is started"))
-    command = ["evaluate", str(small_catalogue.path), "--out", str(folder), "--model", config.SMALL]
-    assert cli.main([*command, "--random-splits", "3", *options]) == 0
+    command = ["evaluate", str(small_catalogue.path), "--out", str(folder), "--model", SMALL_MODEL]
+    assert main.main([*command, "--random-splits", "3", *options]) == 0
     said = capsys.readouterr().out
     assert "used again" in said and ("re-ranked" in said) == bool(options)
     found = json.loads((folder / "metrics.json").read_text())
@@ -165,4 +167,4 @@ def test_figures_of_one_item_without_prompts_are_null_where_there_is_nothing(emb
     assert (
         found["intervals"]["mAP"] is found["text_to_image"] is found["image_to_text"] is found["random_splits"] is None
     )
-    assert "none" in cli._figures(found)
+    assert "none" in main._figures(found)

@@ -13,15 +13,17 @@ import pytest
 import torch
 
 from clipfh import UserError
-from clipfh.cli import main as cli
+from clipfh.cli import main
 from clipfh.cluster import resources as cluster
-from clipfh.config import experiment as config
+from clipfh.config import presets
+from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.data import catalogue, images
 from clipfh.model import checkpoint
-from clipfh.model import clip as model
-from clipfh.retrieval import lookup as search
+from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer, load_weights
+from clipfh.model.towers import Towers, embed_texts
+from clipfh.retrieval import lookup
 
-SMALL = config.Model(name=config.SMALL)
+SMALL = ModelSettings(name=SMALL_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,8 @@ def export(tmp_path_factory) -> Path:
     """A folder with weights and their experiment, as a checkpoint is one."""
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     folder.mkdir()
-    experiment = config.resolve("joint", None, {"model.name": config.SMALL})
-    checkpoint.save(folder, experiment, model.initial(SMALL, seed=3).state_dict(), {}, {}, {})
+    experiment = presets.resolve("joint", None, {"model.name": SMALL_MODEL})
+    checkpoint.save(folder, experiment, load_initial_model(SMALL, seed=3).state_dict(), {}, {}, {})
     return folder
 
 
@@ -40,18 +42,18 @@ def file(export, small_catalogue, ray_cluster, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "disconnect", lambda: None)  # the suite's cluster stays
         words = ["embed", str(small_catalogue.path), "--checkpoint", str(export), "--out", str(out)]
-        assert cli.main(words) == 0
+        assert main.main(words) == 0
     return out
 
 
 def searched(capsys, *words) -> list[list[str]]:
     """The lines of the command's table, each by its words."""
-    assert cli.main(["search", *map(str, words)]) == 0
+    assert main.main(["search", *map(str, words)]) == 0
     return [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r"\d", line)]
 
 
 def refused(capsys, *words) -> str:
-    assert cli.main(["search", *map(str, words)]) == 2
+    assert main.main(["search", *map(str, words)]) == 2
     return capsys.readouterr().err
 
 
@@ -78,8 +80,8 @@ def test_a_photo_finds_itself_and_then_what_is_nearest(file, source, capsys):
 
 
 def test_words_find_what_the_text_tower_says(file, export, capsys):
-    clip = model.with_weights(SMALL, checkpoint.load(export).state, str(export))
-    words = model.embed_text(model.Towers(clip), model.tokenizer(SMALL)(["a red dress"]), torch.float32)[0]
+    clip = load_weights(SMALL, checkpoint.load(export).state, str(export))
+    words = embed_texts(Towers(clip), load_tokenizer(SMALL)(["a red dress"]), torch.float32)[0]
     table = pq.read_table(file)
     similarity = np.stack(table["embedding"].to_numpy()) @ words.numpy()
     lines = searched(capsys, "--embeddings", file, "--text", "a red dress", "--top", 3)
@@ -116,13 +118,15 @@ def test_another_model_is_refused_and_one_that_was_moved_is_taken(file, export, 
     assert searched(capsys, "--embeddings", file, "--text", "a dress", "--checkpoint", moved)
     other = tmp_path / "other"
     other.mkdir()
-    checkpoint.save(other, checkpoint.load(export).experiment, model.initial(SMALL, seed=4).state_dict(), {}, {}, {})
+    checkpoint.save(
+        other, checkpoint.load(export).experiment, load_initial_model(SMALL, seed=4).state_dict(), {}, {}, {}
+    )
     line = refused(capsys, "--embeddings", file, "--text", "a dress", "--checkpoint", other)
     assert "another model" in line and "embed again" in line
-    gone = search.load(file)
+    gone = lookup.load(file)
     gone.made["weights"] = str(tmp_path / "gone")
     with pytest.raises(UserError, match="--checkpoint"):
-        search.model_of(gone)
+        lookup.model_of(gone)
 
 
 def test_what_is_no_file_of_embeddings_or_no_photo(file, tmp_path, capsys):
@@ -131,7 +135,7 @@ def test_what_is_no_file_of_embeddings_or_no_photo(file, tmp_path, capsys):
     pq.write_table(pq.read_table(file).replace_schema_metadata(), other)
     assert "clipfh embed" in refused(capsys, "--embeddings", other, "--text", "a dress")
     assert "image" in refused(capsys, "--embeddings", file, "--image", other)
-    assert cli.main(["embed", str(tmp_path), "--out", str(other)]) == 2
+    assert main.main(["embed", str(tmp_path), "--out", str(other)]) == 2
 
 
 def test_a_photo_is_taken_in_as_prepare_does(file, tmp_path):
@@ -143,14 +147,14 @@ def test_a_photo_is_taken_in_as_prepare_does(file, tmp_path):
     exif[274] = 6
     noise.save(upright)
     noise.rotate(90, expand=True).save(turned, exif=exif)
-    index = search.load(file)
-    clip, settings = search.model_of(index)
-    one, other = (search.embed_photo(index, clip, settings, photo) for photo in (upright, turned))
+    index = lookup.load(file)
+    clip, settings = lookup.model_of(index)
+    one, other = (lookup.embed_photo(index, clip, settings, photo) for photo in (upright, turned))
     assert one @ other > 0.99
-    assert images.for_evaluation(catalogue.photo(turned, 256), model.preprocess_of(clip)).shape == (64, 64, 3)
+    assert images.for_evaluation(catalogue.photo(turned, 256), get_preprocess(clip)).shape == (64, 64, 3)
 
 
 def test_a_search_starts_no_ray():
-    code = "import sys, clipfh.search; print([m for m in ('ray', 'optuna') if m in sys.modules])"
+    code = "import sys, clipfh.retrieval.lookup; print([m for m in ('ray', 'optuna') if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(ran.stdout) == []

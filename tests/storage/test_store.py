@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from clipfh.storage import store as files
+from clipfh.storage import store
 
 CODE = """
 import pickle, resource, sys
@@ -49,12 +49,12 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 def test_a_file_that_nobody_closed_is_not_whole(tmp_path):
     file = tmp_path / "state"
     file.write_text("old")
-    stream = files.local_store().open_output_stream(str(file))
+    stream = store.local_store().open_output_stream(str(file))
     stream.write(b"half")
     del stream
     assert file.read_text() == "old"
     with pytest.raises(UnicodeEncodeError):
-        files.write(file, "\udc80")
+        store.write(file, "\udc80")
     assert file.read_text() == "old"
     assert not list(tmp_path.glob("*.new"))
 
@@ -62,5 +62,5 @@ def test_a_file_that_nobody_closed_is_not_whole(tmp_path):
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_folder_that_is_not_there_is_an_error_and_no_more(tmp_path):
     with pytest.raises(FileNotFoundError):
-        files.write(tmp_path / "none/file", "text")
+        store.write(tmp_path / "none/file", "text")
     gc.collect()

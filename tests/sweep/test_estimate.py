@@ -7,25 +7,27 @@ import pytest
 import torch
 import yaml
 
-from clipfh.config import experiment as config
-from clipfh.config import sweep_file as space
+from clipfh.config import presets, sweep_file
+from clipfh.config.experiment import SMALL_MODEL
+from clipfh.config.sweep_file import SweepFile
 from clipfh.model import checkpoint
+from clipfh.model.devices import choose_device
 from clipfh.sweep import estimate
-from clipfh.train import inputs as train
+from clipfh.train.inputs import tokenize_captions
 
 GIB = 2.0**30
 FILE = {
     "name": "x",
-    "base": {"model.name": config.SMALL, "batch.items": 8},
+    "base": {"model.name": SMALL_MODEL, "batch.items": 8},
     "search": {"batch.views": {"choice": [2, 4, 8]}},
     "trials": 9,
     "budget": {"images": 9000, "first_rung": 1000, "reduction": 3},
 }
 
 
-def sweep(tmp_path, **changes) -> space.Sweep:
+def sweep(tmp_path, **changes) -> SweepFile:
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**FILE, **changes}))
-    return space.load(tmp_path / "sweep.yaml")
+    return sweep_file.load(tmp_path / "sweep.yaml")
 
 
 def test_images_of_a_trial(tmp_path):
@@ -59,7 +61,7 @@ def test_what_is_told(tmp_path):
     ],
 )
 def test_a_chunk_is_a_workers_and_a_batch_is_shared_out(tmp_path, workers, chunk, fits):
-    base = {"model.name": config.SMALL, "batch.items": 32, "batch.views": 2, "batch.chunk": chunk}
+    base = {"model.name": SMALL_MODEL, "batch.items": 32, "batch.views": 2, "batch.chunk": chunk}
     made = sweep(tmp_path, base=base, search={}, placement={"workers": workers})
     measured = estimate.Measured("cuda", rate=100, image=GIB, rest=0, memory=40 * GIB)
     assert ("largest P x K that fits: 32 x 2" in estimate.told(made, measured, 1000)) == fits
@@ -91,9 +93,9 @@ def test_what_the_checkpoints_take_is_told(tmp_path):
 
 def test_sizes_are_those_of_a_real_checkpoint(small_catalogue, tmp_path):
     for stage in ("image", "joint"):
-        experiment = config.resolve(stage, None, {"model.name": config.SMALL, "loss.ce": 0.1, "loss.infonce": 0.1})
+        experiment = presets.resolve(stage, None, {"model.name": SMALL_MODEL, "loss.ce": 0.1, "loss.infonce": 0.1})
         index = estimate._index(small_catalogue)
-        captions, _ = train.captions_of(small_catalogue, index.names, experiment, "train")
+        captions, _ = tokenize_captions(small_catalogue, index.names, experiment, "train")
         learner = estimate._learner(experiment, index, captions, torch.device("cpu"), 8, 0)
         _, (weights, whole) = estimate._timed(learner, 8)
         folder = tmp_path / stage
@@ -107,6 +109,6 @@ def test_sizes_are_those_of_a_real_checkpoint(small_catalogue, tmp_path):
 def test_a_measurement_is_of_this_machine(small_catalogue, tiny):
     wide = dataclasses.replace(tiny, batch=dataclasses.replace(tiny.batch, categories=8))
     measured = estimate.measure(small_catalogue, wide)  # more categories than the measured batch has items
-    assert measured.device == str(estimate.model.device()) and measured.rate > 0
+    assert measured.device == str(choose_device()) and measured.rate > 0
     assert 0 < measured.image < measured.memory and measured.images > 100
     assert measured.memory < psutil.virtual_memory().total and measured.checkpoint > measured.weights > 0

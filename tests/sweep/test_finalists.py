@@ -9,8 +9,8 @@ import pytest
 
 from clipfh import UserError
 from clipfh.cluster import resources as cluster
-from clipfh.config import experiment as config
-from clipfh.sweep import finalists as final
+from clipfh.config.experiment import Placement
+from clipfh.sweep import finalists
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ def trained(monkeypatch, tmp_path, tiny):
             with lock:
                 seen.at_once -= 1
 
-        monkeypatch.setattr(final.fit, "fit", fit)
+        monkeypatch.setattr(finalists.fit, "fit", fit)
         jobs = {tmp_path / "final" / name: tiny for name in ("a", "b", "c")}
-        sweep = SimpleNamespace(placement=config.Placement())
-        final._train_all(jobs, sweep, None, cluster.Resources(1, 1, 0, 1), seen.told.append)
+        sweep = SimpleNamespace(placement=Placement())
+        finalists._train_all(jobs, sweep, None, cluster.Resources(1, 1, 0, 1), seen.told.append)
         return seen
 
     return SimpleNamespace(run=run, seen=seen)

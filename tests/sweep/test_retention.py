@@ -9,24 +9,22 @@ import yaml
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 
 from clipfh import UserError
-from clipfh.config import experiment as config
-from clipfh.config import sweep_file as space
+from clipfh.config import presets, schema, sweep_file
+from clipfh.config.experiment import SMALL_MODEL
 from clipfh.model import checkpoint
-from clipfh.storage import run_folder as runs
-from clipfh.sweep import finalists as final
-from clipfh.sweep import retention as keep
-from clipfh.sweep import trial
-from clipfh.train import driver as fit
+from clipfh.storage import run_folder
+from clipfh.sweep import finalists, retention, trial
+from clipfh.train import driver
 
-EXPERIMENT = config.resolve("image", None, {"model.name": config.SMALL})
+EXPERIMENT = presets.resolve("image", None, {"model.name": SMALL_MODEL})
 
 
 def make_run(folder: Path, *scores: float, lr: float = 1e-3) -> Path:
     """A run with a report for each score, and the checkpoints that Ray Train would keep: the best and the latest."""
     folder.mkdir(parents=True)
-    (folder / runs.EXPERIMENT).write_text(config.to_json(config.replace(EXPERIMENT, {"optimizer.lr": lr})))
+    (folder / run_folder.EXPERIMENT).write_text(schema.to_json(schema.replace(EXPERIMENT, {"optimizer.lr": lr})))
     lines = [{"step": 4 * i, "images": 4 * i, "val_mAP": score} for i, score in enumerate(scores, 1)]
-    (folder / runs.METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (folder / run_folder.METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     listed = sorted(lines, key=lambda line: line["val_mAP"])
     listed = [line for line in listed if line in (listed[-1], lines[-1])]
     results = [{"checkpoint_dir_name": f"checkpoint_{line['step']}", "metrics": line} for line in listed]
@@ -42,13 +40,13 @@ def make_run(folder: Path, *scores: float, lr: float = 1e-3) -> Path:
         made.mkdir(parents=True)
         for name in (checkpoint.RAW, checkpoint.AVERAGE, checkpoint.STATE):
             (made / name).write_bytes(bytes(1000))
-    (folder / "checkpoints" / runs.SNAPSHOT).write_text(state.json())
+    (folder / "checkpoints" / run_folder.SNAPSHOT).write_text(state.json())
     return folder
 
 
 def left(run: Path) -> list[str]:
     """Weights and state on disk, having checked that Ray Train's list names just the folders that are there."""
-    state = _CheckpointManagerState.parse_raw((run / "checkpoints" / runs.SNAPSHOT).read_text())
+    state = _CheckpointManagerState.parse_raw((run / "checkpoints" / run_folder.SNAPSHOT).read_text())
     names = [result.checkpoint_dir_name for result in state.checkpoint_results]
     assert sorted(names) == sorted(folder.name for folder in (run / "checkpoints").glob("checkpoint_*/"))
     assert len(state.checkpoint_report_indices) == len(names)
@@ -66,11 +64,11 @@ BEST = ["checkpoint_8/ema.safetensors", "checkpoint_8/model.safetensors"]
 
 @pytest.fixture
 def make_keeper(tmp_path):
-    def make(which: str, over: str = "0003 0004 0002 0005 0007", top: int = 2) -> keep.Keeper:
+    def make(which: str, over: str = "0003 0004 0002 0005 0007", top: int = 2) -> retention.Keeper:
         (tmp_path / "sweep.yaml").write_text(
             yaml.safe_dump(
                 {
-                    "base": {"model.name": config.SMALL},
+                    "base": {"model.name": SMALL_MODEL},
                     "placement": {"keep_weights": which},
                     "final": {"top": top},
                 }
@@ -83,7 +81,7 @@ def make_keeper(tmp_path):
         states |= dict.fromkeys(over.split(), "TERMINATED")
         data = [[json.dumps({"custom_trial_name": name, "status": each}), "{}"] for name, each in states.items()]
         (tmp_path / "tune" / "experiment_state-1.json").write_text(json.dumps({"trial_data": data}))
-        return keep.Keeper(space.load(tmp_path / "sweep.yaml"), tmp_path)
+        return retention.Keeper(sweep_file.load(tmp_path / "sweep.yaml"), tmp_path)
 
     return make
 
@@ -101,7 +99,7 @@ def test_leaders_keep_their_best_weights_and_what_may_train_on_keeps_everything(
     # 0004 has the settings of 0003, so final would take 0003 and 0002; 0001 runs; 0006 may be tried again
     assert with_weights(tmp_path) == ["0001", "0002", "0003", "0006"]
     assert left(tmp_path / "trials/0003") == BEST, "its latest is not its best"
-    assert list(final.leaders(ROWS, tmp_path, 2)) == ["0003", "0002"]
+    assert list(finalists.leaders(ROWS, tmp_path, 2)) == ["0003", "0002"]
     assert "checkpoint_4/training.pt" in left(tmp_path / "trials/0001")
     assert "checkpoint_4/training.pt" in left(tmp_path / "trials/0006")
     # 6,000 - 2,000 of 0003, 1,000 of 0002, all 3,000 of three others
@@ -136,16 +134,16 @@ def test_a_trial_without_weights_says_why_and_stays_where_it_ended(make_keeper, 
     run = tmp_path / "trials/0005"
     with pytest.raises(UserError, match="0005: its weights were not kept: `placement: {keep_weights: all}`"):
         checkpoint.load(run)
-    assert runs.latest_step(run) == 4 and runs.latest_step(tmp_path / "trials/0003") == 12
-    assert runs.best_of(tmp_path / "trials/0003") == "checkpoint_8"
-    trial._clear_of_another(run, config.load(run / runs.EXPERIMENT))
+    assert run_folder.latest_step(run) == 4 and run_folder.latest_step(tmp_path / "trials/0003") == 12
+    assert run_folder.best_of(tmp_path / "trials/0003") == "checkpoint_8"
+    trial._clear_of_another(run, schema.load_experiment(run / run_folder.EXPERIMENT))
     assert not (run / "checkpoints").exists(), "trained anew, it begins anew"
 
 
 def test_what_a_kill_left_undone_is_done(make_keeper, tmp_path):
     keeper = make_keeper("leaders")
     run = tmp_path / "trials/0003"
-    keep.free(run, weights=True)
+    retention.free(run, weights=True)
     (run / "checkpoints/checkpoint_12").mkdir()
     (run / "checkpoints/checkpoint_12/model.safetensors").write_bytes(bytes(1000))
     (run / "checkpoints/checkpoint_8/training.pt").write_bytes(bytes(1000))
@@ -158,7 +156,7 @@ def test_the_run_that_was_exported_keeps_its_weights_and_is_not_trained_again(ma
     first, second = (make_run(tmp_path / "final" / f"0003-again-{n}", 0.5, 0.9, 0.8) for n in (1, 2))
     keeper.finals(second)
     assert (left(first), left(second)) == ([], BEST)
-    monkeypatch.setattr(fit, "is_over", lambda *_: True)
-    monkeypatch.setattr(fit, "fit", lambda *_, **__: pytest.fail("was trained again"))
+    monkeypatch.setattr(driver, "is_over", lambda *_: True)
+    monkeypatch.setattr(driver, "fit", lambda *_, **__: pytest.fail("was trained again"))
     for run in (first, second):
-        final._train(EXPERIMENT, None, run, None, threading.Event())
+        finalists._train(EXPERIMENT, None, run, None, threading.Event())

@@ -18,15 +18,16 @@ import yaml
 from ray.util.placement_group import placement_group_table
 
 from clipfh import UserError
-from clipfh.config import experiment as config
-from clipfh.config import sweep_file as space
+from clipfh.config import presets, schema, sweep_file
+from clipfh.config.experiment import SMALL_MODEL
+from clipfh.config.sweep_file import Finalists
 from clipfh.data import catalogue, images
-from clipfh.data import sampler as batches
+from clipfh.data.sampler import ItemIndex
 from clipfh.model import checkpoint
-from clipfh.model import clip as model
-from clipfh.report import artifacts as results
-from clipfh.sweep import finalists as final
-from clipfh.sweep import sweep
+from clipfh.model.clip import get_preprocess, load_weights
+from clipfh.model.towers import Towers, embed_images
+from clipfh.report import artifacts
+from clipfh.sweep import finalists, sweep
 
 TEXT = """
 name: tiny
@@ -50,8 +51,8 @@ def test_a_space_whose_losses_may_leave_too_few_items_is_refused(tmp_path, monke
     """Without cross-entropy nothing is learned from an item's only photo."""
     search = {"batch.items": {"choice": [2, 4]}, "loss.ce": {"loguniform": [0.1, 1.0], "or": 0.0}}
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x", "search": search}))
-    loaded = space.load(tmp_path / "x.yaml")
-    index = batches.Index(np.array([0, 0, 1, 1, 2, 2, 3, 4]), np.zeros(5, int), list("abcde"), np.array([8]))
+    loaded = sweep_file.load(tmp_path / "x.yaml")
+    index = ItemIndex(np.array([0, 0, 1, 1, 2, 2, 3, 4]), np.zeros(5, int), list("abcde"), np.array([8]))
     inputs = SimpleNamespace(images=SimpleNamespace(index=index))
     monkeypatch.setattr(sweep.train, "inputs_of", lambda *_: inputs)
     with pytest.raises(UserError, match="--batch.items 4 is more than the 3 train items with two photos or more"):
@@ -62,7 +63,7 @@ def test_a_space_whose_losses_may_leave_too_few_items_is_refused(tmp_path, monke
 def finished(ray_cluster, small_catalogue, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "tiny.yaml").write_text(TEXT)
-    summary = sweep.run(space.load(folder / "tiny.yaml"), small_catalogue, folder / "out", tell=lambda line: None)
+    summary = sweep.run(sweep_file.load(folder / "tiny.yaml"), small_catalogue, folder / "out", tell=lambda line: None)
     return folder / "out", summary
 
 
@@ -115,12 +116,12 @@ def test_the_export_embeds_photos_as_the_checkpoint_does(finished, small_catalog
     out, summary = finished
     loaded, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out / 'best'}")
     winner = checkpoint.load(out / "final/refit")
-    ours = model.with_weights(winner.experiment.model, winner.state, "winner")
-    preprocess = model.preprocess_of(loaded)
+    ours = load_weights(winner.experiment.model, winner.state, "winner")
+    preprocess = get_preprocess(loaded)
     photos = [photo.as_py() for photo in small_catalogue.images("query")["image"][:8]]
     pixels = torch.stack([torch.from_numpy(images.for_evaluation(p, preprocess).copy()) for p in photos])
-    theirs = model.embed(model.Towers(loaded), pixels.numpy(), torch.float32)
-    expected = model.embed(model.Towers(ours), pixels.numpy(), torch.float32)
+    theirs = embed_images(Towers(loaded), pixels.numpy(), torch.float32)
+    expected = embed_images(Towers(ours), pixels.numpy(), torch.float32)
     torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)
 
 
@@ -131,7 +132,7 @@ def test_the_summary_has_both_models_on_the_test_split(finished):
         low, high = summary[which]["intervals"]["mAP"]
         assert low <= summary[which]["mAP"] <= high
     assert summary["test"]["num_query"] == summary["zero_shot"]["num_query"]
-    assert "zero-shot" in sweep.outcome(summary, out) and results.read(out).kind == "Sweep"
+    assert "zero-shot" in sweep.outcome(summary, out) and artifacts.read(out).kind == "Sweep"
 
 
 def test_the_leader_is_trained_again_and_the_winner_with_all_items(finished, small_catalogue):
@@ -139,7 +140,7 @@ def test_the_leader_is_trained_again_and_the_winner_with_all_items(finished, sma
     leader = next(row["trial"] for row in rows(out) if row["trial"] != "0000")
     scores = summary["final"]["again"][leader]
     assert len(set(scores)) == 2 and list(summary["final"]["again"]) == [leader], "two seeds, two results"
-    seeds = {config.load(run / "experiment.json").seed for run in (out / "final").glob("*-again-*")}
+    seeds = {schema.load_experiment(run / "experiment.json").seed for run in (out / "final").glob("*-again-*")}
     assert seeds == {1, 2}
     seen = [
         json.loads(line) for file in out.glob("final/*/metrics.jsonl") for line in file.read_text().splitlines()[-1:]
@@ -172,7 +173,7 @@ def test_only_what_can_still_be_used_is_left_on_disk(finished):
 
 def test_a_finished_sweep_resumes_to_itself(finished, small_catalogue):
     out, summary = finished
-    loaded = space.load(out / "sweep.yaml")
+    loaded = sweep_file.load(out / "sweep.yaml")
     before = {path: path.stat().st_mtime_ns for path in (out / "trials").glob("*/metrics.jsonl")}
     again = sweep.run(loaded, small_catalogue, out, resume=True, tell=lambda line: None)
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
@@ -181,7 +182,7 @@ def test_a_finished_sweep_resumes_to_itself(finished, small_catalogue):
 
 
 def test_out_in_use_and_nothing_to_resume(finished, small_catalogue, tmp_path):
-    loaded = space.load(finished[0] / "sweep.yaml")
+    loaded = sweep_file.load(finished[0] / "sweep.yaml")
     with pytest.raises(UserError, match="is not empty: --resume goes on with its sweep"):
         sweep.run(loaded, small_catalogue, finished[0])
     with pytest.raises(UserError, match="holds no sweep"):
@@ -193,13 +194,13 @@ def test_an_empty_split_is_found_before_anything_starts(small_catalogue, tmp_pat
     empty = catalogue.Catalogue(small_catalogue.path, {**small_catalogue.manifest, "counts": counts})
     (tmp_path / "tiny.yaml").write_text(TEXT)
     with pytest.raises(UserError, match="no query images"):
-        sweep.run(space.load(tmp_path / "tiny.yaml"), empty, tmp_path / "out")
+        sweep.run(sweep_file.load(tmp_path / "tiny.yaml"), empty, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_is_resumed_only_on_its_own_catalogue_and_prompts(small_catalogue, tmp_path):
     (tmp_path / "prompts.json").write_text("{}")
-    base = config.resolve("image", None, {"model.name": config.SMALL, "text.file": str(tmp_path / "prompts.json")})
+    base = presets.resolve("image", None, {"model.name": SMALL_MODEL, "text.file": str(tmp_path / "prompts.json")})
     told = []
     sweep._require_same(small_catalogue, base, tmp_path, told.append)
     (tmp_path / "trials").mkdir()
@@ -221,11 +222,11 @@ def test_a_refit_that_diverged_is_not_the_winner(tmp_path, monkeypatch, reason):
     for trial, line in (("trials/0001", {}), ("final/refit", {"diverged": reason} if reason else {})):
         folder = tmp_path / trial
         folder.mkdir(parents=True)
-        (folder / "experiment.json").write_text(config.to_json(config.resolve("image")))
+        (folder / "experiment.json").write_text(schema.to_json(presets.resolve("image")))
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "images": 4, "best_val_mAP": 0.0, **line}))
     monkeypatch.setattr(sweep.train, "inputs_of", lambda *args, **kwargs: None)
     monkeypatch.setattr(sweep.final, "refit", lambda *args: tmp_path / "final/refit")
-    told, asked = [], space.Final(top=0, refit=True)
+    told, asked = [], Finalists(top=0, refit=True)
     begun = SimpleNamespace(
         sweep=SimpleNamespace(final=asked), out=tmp_path, tell=told.append, catalogue=None, clip=None, resources=None
     )
@@ -242,17 +243,17 @@ def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path, mon
         '{"step": 4, "images": 4, "val_mAP": 0.9, "best_val_mAP": 0.9}\n'
         '{"step": 6, "images": 6, "val_mAP": 0.0, "best_val_mAP": 0.0, "diverged": "loss is nan"}\n'
     )
-    monkeypatch.setattr(final.fit, "fit", lambda *args, **kwargs: pytest.fail("it would only diverge again"))
+    monkeypatch.setattr(finalists.fit, "fit", lambda *args, **kwargs: pytest.fail("it would only diverge again"))
     inputs = SimpleNamespace(num_images=100, num_single=0)
     over: Future[None] = Future()
     over.set_result(None)
-    final._train(config.resolve("image"), inputs, run, None, threading.Event())
-    assert final.score(run) == 0.0 and final._outcome(run, over) == "0001-again-1: diverged: loss is nan"
+    finalists._train(presets.resolve("image"), inputs, run, None, threading.Event())
+    assert finalists.score(run) == 0.0 and finalists._outcome(run, over) == "0001-again-1: diverged: loss is nan"
 
 
 def test_models_are_tested_in_the_precision_that_is_exported(monkeypatch):
     asked = []
     monkeypatch.setattr(sweep.evaluate, "embed_splits", lambda *args: asked.append(args[3].precision))
-    begun = SimpleNamespace(catalogue=None, base=config.resolve("image"), texts={})
+    begun = SimpleNamespace(catalogue=None, base=presets.resolve("image"), texts={})
     sweep._embedded(begun, "test", None)
     assert asked == ["float32"]

@@ -15,14 +15,14 @@ from ray import cloudpickle
 
 from clipfh import UserError
 from clipfh.cluster import resources as cluster
-from clipfh.config import experiment as config
-from clipfh.config import sweep_file as space
-from clipfh.sweep import tuner as trials
+from clipfh.config import sweep_file
+from clipfh.config.experiment import SMALL_MODEL
+from clipfh.sweep import tuner
 from clipfh.sweep.trial import Trial
 
 FILE = {
     "name": "x",
-    "base": {"model.name": config.SMALL},
+    "base": {"model.name": SMALL_MODEL},
     "search": {
         "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
         "loss.triplet": {"loguniform": [0.1, 2.0], "or": 0.0},
@@ -33,25 +33,25 @@ FILE = {
 RESOURCES = cluster.Resources(1, 1.0, 0.0, 1)
 
 
-def searcher(folder: Path, room: int = 100, **changes) -> trials.Searcher:
+def searcher(folder: Path, room: int = 100, **changes) -> tuner.Searcher:
     folder.mkdir(exist_ok=True)
     (folder / "sweep.yaml").write_text(yaml.safe_dump({**FILE, **changes}))
-    made = trials._searcher(space.load(folder / "sweep.yaml"), folder, RESOURCES)
+    made = tuner._searcher(sweep_file.load(folder / "sweep.yaml"), folder, RESOURCES)
     made.room = functools.partial(int, room)
     return made
 
 
-def ask(made: trials.Searcher, count: int, value: float = 0.5) -> list[dict]:
+def ask(made: tuner.Searcher, count: int, value: float = 0.5) -> list[dict]:
     """Settings of trials that end one after the other."""
     found = []
     for number in range(count):
         found.append(made.suggest(str(number)))
-        made.on_trial_complete(str(number), {trials.OBJECTIVE: value})
+        made.on_trial_complete(str(number), {tuner.OBJECTIVE: value})
     return found
 
 
 def study(folder: Path) -> optuna.Study:
-    return optuna.load_study(study_name="x", storage=trials._storage(folder / trials.STUDY))
+    return optuna.load_study(study_name="x", storage=tuner._storage(folder / tuner.STUDY))
 
 
 def test_no_more_trials_are_proposed_than_there_is_room_for(tmp_path):
@@ -60,7 +60,7 @@ def test_no_more_trials_are_proposed_than_there_is_room_for(tmp_path):
     assert first and second and made.suggest("c") is None
     made.room = lambda: 3  # a node has come
     assert made.suggest("c") and made.suggest("d") is None
-    made.on_trial_complete("a", {trials.OBJECTIVE: 0.5})
+    made.on_trial_complete("a", {tuner.OBJECTIVE: 0.5})
     assert made.suggest("d")
 
 
@@ -84,7 +84,7 @@ def test_trials_that_run_at_once_are_no_near_copies(tmp_path):
     for number in range(16):
         point = made.suggest(f"before {number}")
         score = -((math.log10(point["optimizer.lr"]) + 3) ** 2) - (point["augment.erase"] - 0.3) ** 2
-        made.on_trial_complete(f"before {number}", {trials.OBJECTIVE: score})
+        made.on_trial_complete(f"before {number}", {tuner.OBJECTIVE: score})
     at_once = [made.suggest(f"at once {number}") for number in range(16)]
     places = [(math.log10(each["optimizer.lr"]) / 4, each["augment.erase"]) for each in at_once]
     nearest = [min(math.dist(place, other) for other in places if other is not place) for place in places]
@@ -156,7 +156,7 @@ def test_what_a_kill_leaves_at_odds_is_made_one(tmp_path):
     again = searcher(tmp_path)
     again.known = {"over to Tune alone": True, "lost to the searcher": False}
     again.restore(str(tmp_path / "state"))
-    again.on_trial_complete("lost to the searcher", {trials.OBJECTIVE: 0.5})
+    again.on_trial_complete("lost to the searcher", {tuner.OBJECTIVE: 0.5})
     again.room = lambda: 1  # the one that was saved came back too
     assert again.suggest("new"), "nobody waits for those before"
 
@@ -165,7 +165,7 @@ def test_what_a_kill_leaves_at_odds_is_made_one(tmp_path):
 def test_tunes_count_is_that_of_its_trials(tmp_path, written):
     state = tmp_path / "search_gen_state-2026.json"
     state.write_bytes(cloudpickle.dumps({"counter": written, "finished": False}))
-    trials._count_anew(tmp_path, [SimpleNamespace(experiment_tag=f"{n}_x") for n in (1, 3)])
+    tuner._count_anew(tmp_path, [SimpleNamespace(experiment_tag=f"{n}_x") for n in (1, 3)])
     assert cloudpickle.loads(state.read_bytes()) == {"counter": 3, "finished": False}
 
 
@@ -183,9 +183,9 @@ def test_a_point_whose_trial_is_lost_comes_again(tmp_path):
 
 def test_a_study_goes_on_after_half_a_line(tmp_path):
     ask(searcher(tmp_path), 2)
-    with (tmp_path / trials.STUDY).open("a") as journal:
+    with (tmp_path / tuner.STUDY).open("a") as journal:
         journal.write('{"op_code":4,"wor')
-    trials._cut_to_whole_lines(tmp_path / trials.STUDY)
+    tuner._cut_to_whole_lines(tmp_path / tuner.STUDY)
     ask(searcher(tmp_path), 1)
     assert len(study(tmp_path).trials) == 3
 
@@ -203,11 +203,11 @@ def test_failed_trials_are_trained_again_only_where_that_is_asked_for(tmp_path, 
     ]
     asked, told = {}, []
     parts = SimpleNamespace(_tune_config=SimpleNamespace(search_alg=made), _run_config=SimpleNamespace())
-    monkeypatch.setattr(trials.tune, "ExperimentAnalysis", lambda folder: SimpleNamespace(trials=known))
+    monkeypatch.setattr(tuner.tune, "ExperimentAnalysis", lambda folder: SimpleNamespace(trials=known))
     restored = SimpleNamespace(_local_tuner=parts)
-    monkeypatch.setattr(trials.tune.Tuner, "restore", lambda *_, **options: asked.update(options) or restored)
-    sweep = space.load(tmp_path / "sweep.yaml")
-    trials._as_left(sweep, tmp_path, Trial, SimpleNamespace(tell=told.append), retry)
+    monkeypatch.setattr(tuner.tune.Tuner, "restore", lambda *_, **options: asked.update(options) or restored)
+    sweep = sweep_file.load(tmp_path / "sweep.yaml")
+    tuner._as_left(sweep, tmp_path, Trial, SimpleNamespace(tell=told.append), retry)
     assert (asked["resume_errored"], asked["resume_unfinished"]) == (retry, True)
     stay = ["failed trials stay failed (0001, 0003): --resume --retry-failed trains them again"]
     assert told == ([] if retry else stay)
@@ -220,7 +220,7 @@ def test_a_state_that_cant_be_read_is_refused(tmp_path, broken):
         whole = b"{}" if name.startswith("experiment") else cloudpickle.dumps({})
         (tmp_path / "tune" / name).write_bytes(whole[:-1] if name == broken else whole)
     with pytest.raises(UserError, match=f"{broken[:8]}.*can't be read .*whose file has `earlier: {tmp_path}`"):
-        trials._require_whole(tmp_path)
+        tuner._require_whole(tmp_path)
 
 
 def ended(folder: Path, error: Exception) -> Trial:
@@ -241,7 +241,7 @@ def test_settings_that_cant_be_trained_fail_at_once_and_the_sampler_hears_of_it(
     assert study(tmp_path).trials[0].value == 0.0
 
     lines = []
-    watch = trials.Watch(trials.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1), lines.append, count=1)
+    watch = tuner.Watch(tuner.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1), lines.append, count=1)
     tunes = SimpleNamespace(trial_id="a", experiment_tag="1_x", status="TERMINATED", last_result=last, config={})
     watch.on_trial_result(1, [tunes], tunes, last)
     assert lines == [f"trial 0001 can't be trained: {no_memory}"]
@@ -262,8 +262,8 @@ def test_a_trial_looks_for_reports_once_a_second(tmp_path, monkeypatch):
 def test_a_watch_tells_how_many_trials_are_left(tmp_path):
     (tmp_path / "sweep.yaml").touch()
     left = []
-    board = trials.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1)
-    watch = trials.Watch(board, lambda line: None, count=3, ask=left.append)
+    board = tuner.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1)
+    watch = tuner.Watch(board, lambda line: None, count=3, ask=left.append)
     for over in (False, True):
         watch.on_step_begin(1, [SimpleNamespace(is_finished=lambda over=over: over)])
     assert left == [3, 2]
@@ -277,7 +277,7 @@ def test_a_trial_that_fails_of_anything_else_is_tunes_to_start_again(tmp_path):
 def test_a_watch_that_tells_a_terminal_can_be_kept(tmp_path):
     """Tune keeps its callbacks with the search, and a console holds a lock."""
     console = rich.console.Console()
-    watch = trials.Watch(trials.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1), console.print, count=1)
+    watch = tuner.Watch(tuner.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1), console.print, count=1)
     with pytest.raises(TypeError):
         ray.cloudpickle.dumps(console.print)
     assert ray.cloudpickle.loads(ray.cloudpickle.dumps(watch)).board == watch.board

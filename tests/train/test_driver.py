@@ -13,7 +13,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from clipfh import UserError
 from clipfh.cluster import resources as cluster
-from clipfh.train import driver as fit
+from clipfh.train import driver
 
 
 def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
@@ -28,7 +28,7 @@ def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
             storage_filesystem=store, checkpoint_manager_snapshot_path=str(tmp_path / "list.json")
         )
         with contextlib.suppress(OSError):
-            fit._write_list(SimpleNamespace(_storage_context=context, _save_state=lambda: "new"))
+            driver._write_list(SimpleNamespace(_storage_context=context, _save_state=lambda: "new"))
         assert (tmp_path / "list.json").read_text() == expected
 
 
@@ -42,7 +42,7 @@ def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
     ],
 )
 def test_what_is_tried_again(error, decisions):
-    policy = fit._Patience(FailureConfig(max_failures=1, controller_failure_limit=1))
+    policy = driver._Patience(FailureConfig(max_failures=1, controller_failure_limit=1))
     assert [policy.make_decision(error).value for _ in decisions] == decisions
 
 
@@ -57,8 +57,8 @@ def test_a_run_is_known_on_its_cluster_by_its_folder(monkeypatch, tmp_path, tiny
         def fit(self):
             pass
 
-    monkeypatch.setattr(fit, "_Trainer", Trainer)
+    monkeypatch.setattr(driver, "_Trainer", Trainer)
     monkeypatch.setattr(cluster, "end", ended.append)
     for name in ("one", "other"):
-        fit.fit(tiny, SimpleNamespace(validation=None), tmp_path / name, cluster.Resources(1, 1, 0, 1))
+        driver.fit(tiny, SimpleNamespace(validation=None), tmp_path / name, cluster.Resources(1, 1, 0, 1))
     assert registered == ended == [str(tmp_path / "one"), str(tmp_path / "other")]

@@ -8,9 +8,9 @@ import pytest
 
 from clipfh.cluster import resources as cluster
 from clipfh.config import cores
-from clipfh.config import experiment as config
+from clipfh.config.experiment import Placement
 from clipfh.data import decoding, stream
-from clipfh.storage import run_folder as runs
+from clipfh.storage import run_folder
 from clipfh.train import in_process, worker
 
 
@@ -67,11 +67,11 @@ def test_the_best_checkpoint_and_the_latest_are_kept(tmp_path):
     with again.checkpoint() as latest:
         assert latest
     kept = sorted(folder.name for folder in (tmp_path / "checkpoints").glob("checkpoint_*-*"))
-    listed = json.loads((tmp_path / "checkpoints" / runs.SNAPSHOT).read_text())
+    listed = json.loads((tmp_path / "checkpoints" / run_folder.SNAPSHOT).read_text())
     assert sorted(each["checkpoint_dir_name"] for each in listed["checkpoint_results"]) == kept
     assert [each["metrics"]["step"] for each in listed["checkpoint_results"]] == [4, 2], "worst first"
-    assert runs.best_of(tmp_path) == listed["checkpoint_results"][1]["checkpoint_dir_name"]
-    assert runs.latest_step(tmp_path) == 4 and latest.endswith(
+    assert run_folder.best_of(tmp_path) == listed["checkpoint_results"][1]["checkpoint_dir_name"]
+    assert run_folder.latest_step(tmp_path) == 4 and latest.endswith(
         listed["latest_checkpoint_result"]["checkpoint_dir_name"]
     )
     assert not half.exists() and len(told) == 4
@@ -80,7 +80,7 @@ def test_the_best_checkpoint_and_the_latest_are_kept(tmp_path):
 def test_where_a_run_trains(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    alone = config.Placement()
+    alone = Placement()
     assert in_process.wanted(alone, None, "runs/image")
     assert not in_process.wanted(alone, "auto", "runs/image")
     assert not in_process.wanted(alone, None, "s3://shop/runs/image")
@@ -116,6 +116,6 @@ def test_threads_follow_the_runs_on_this_machine(tmp_path, monkeypatch):
 
 
 def test_who_shares_cores(ray_cluster):
-    assert cluster.place(config.Placement()).shares_cores
-    assert not cluster.place(config.Placement(concurrent=2), alone=False).shares_cores, "trials have a thread each"
-    assert not cluster.place(config.Placement(cpus_per_worker=1.0)).shares_cores
+    assert cluster.place(Placement()).shares_cores
+    assert not cluster.place(Placement(concurrent=2), alone=False).shares_cores, "trials have a thread each"
+    assert not cluster.place(Placement(cpus_per_worker=1.0)).shares_cores

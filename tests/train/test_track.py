@@ -8,8 +8,8 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from clipfh.cli import main as cli
-from clipfh.config import experiment as config
+from clipfh.cli import main
+from clipfh.config import presets, schema
 from clipfh.train import track
 
 
@@ -19,7 +19,7 @@ def sweep(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "sweep" / "trials" / "0001"
     folder.mkdir(parents=True)
-    (folder / "experiment.json").write_text(config.to_json(config.resolve("joint")))
+    (folder / "experiment.json").write_text(schema.to_json(presets.resolve("joint")))
     report(folder, 10)
     report(folder, 20)
     return tmp_path / "sweep"
@@ -93,6 +93,6 @@ def test_a_server_that_is_away_is_told_and_awaited_no_longer_than_asking_takes(s
 def test_without_the_library_one_line_says_how_to_get_it(small_catalogue, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     words = ["train", "image", str(small_catalogue.path), "--out", str(tmp_path / "run"), "--track", "mlflow"]
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     assert "pip install mlflow-skinny" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

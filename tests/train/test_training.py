@@ -20,18 +20,31 @@ from safetensors.torch import load_file
 
 from clipfh import UserError
 from clipfh.cluster import resources as cluster
-from clipfh.config import experiment as config
-from clipfh.data import catalogue, images, stream
-from clipfh.data import sampler as batches
+from clipfh.config import presets, schema
+from clipfh.config.experiment import LOSS_TERMS
+from clipfh.data import catalogue as catalogue_module
+from clipfh.data import images, stream
+from clipfh.data.sampler import ItemIndex, build_index, make_sampler
 from clipfh.learn import learner
 from clipfh.model import checkpoint
-from clipfh.model import clip as model
+from clipfh.model.clip import get_preprocess
+from clipfh.model.towers import embed_images
 from clipfh.retrieval import evaluate
-from clipfh.storage import run_folder as runs
-from clipfh.train import driver as fit  # fmt: skip
-from clipfh.train import inputs as train
-from clipfh.train import worker
+from clipfh.storage import run_folder
+from clipfh.train import driver, worker
+from clipfh.train import inputs as inputs_module
+from clipfh.train.inputs import (
+    VALIDATION,
+    is_warm_started,
+    load_start,
+    open_run,
+    prepare_inputs,
+    tokenize_captions,
+    validation_codes,
+)
 from clipfh.train.run_inputs import Inputs
+
+# fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +53,9 @@ def fitted(ray_cluster, small_catalogue, tmp_path_factory):
 
     def run(experiment, workers=1, name="run"):
         out = tmp_path_factory.mktemp(name) / "run"
-        clip, experiment = train.begin(out, experiment, small_catalogue)
+        clip, experiment = open_run(out, experiment, small_catalogue)
         resources = cluster.Resources(workers=workers, cpus=1, gpus=0, threads=1)
-        fit.fit(experiment, train.inputs_of(small_catalogue, experiment, clip, stream), out, resources)
+        driver.fit(experiment, prepare_inputs(small_catalogue, experiment, clip, stream), out, resources)
         return out
 
     return run
@@ -55,7 +68,7 @@ def image_run(fitted, tiny):
 
 def final(run: Path) -> dict[str, torch.Tensor]:
     """Raw weights of the run's last checkpoint."""
-    snapshot = json.loads((run / "checkpoints" / runs.SNAPSHOT).read_text())
+    snapshot = json.loads((run / "checkpoints" / run_folder.SNAPSHOT).read_text())
     return load_file(run / "checkpoints" / snapshot["latest_checkpoint_result"]["checkpoint_dir_name"] / checkpoint.RAW)
 
 
@@ -64,7 +77,7 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 
 
 def test_a_run_leaves_what_it_should(image_run, tiny):
-    lines = runs.read_metrics(image_run)
+    lines = run_folder.read_metrics(image_run)
     assert [line["images"] for line in lines] == [64, 128, 192]
     for key in (
         "loss",
@@ -78,7 +91,7 @@ def test_a_run_leaves_what_it_should(image_run, tiny):
     ):
         assert all(key in line for line in lines), key
     assert lines[-1]["best_val_mAP"] == max(line["val_mAP"] for line in lines)
-    assert config.load(image_run / "experiment.json") == tiny
+    assert schema.load_experiment(image_run / "experiment.json") == tiny
     assert len((image_run / "stream.jsonl").read_text().splitlines()) == 12
     assert list((image_run / "tensorboard").iterdir())
     weights = checkpoint.load(image_run)
@@ -86,7 +99,7 @@ def test_a_run_leaves_what_it_should(image_run, tiny):
 
 
 def test_only_the_image_tower_moves_in_the_image_stage(image_run, tiny):
-    before, after = train.start_of(tiny).state_dict(), final(image_run)
+    before, after = load_start(tiny).state_dict(), final(image_run)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("visual.") for name in moved)
 
@@ -95,7 +108,8 @@ def test_a_run_repeats_to_the_last_digit(image_run, fitted, tiny):
     again = fitted(tiny)
     timing = ("images_per_second", "data_wait", "began", "time")
     first, second = (
-        [{k: v for k, v in m.items() if k not in timing} for m in runs.read_metrics(r)] for r in (image_run, again)
+        [{k: v for k, v in m.items() if k not in timing} for m in run_folder.read_metrics(r)]
+        for r in (image_run, again)
     )
     assert first == second
     assert apart(final(image_run), final(again)) == 0
@@ -104,18 +118,18 @@ def test_a_run_repeats_to_the_last_digit(image_run, fitted, tiny):
 @pytest.mark.parametrize("stage", ["image", "joint"])
 def test_two_workers_train_what_one_does(fitted, stage):
     loss = {"loss.ce": 0.2, "loss.triplet": 1.0, "loss.center": 1e-3, "loss.infonce": 0.5, "optimizer.lr": 1e-4}
-    experiment = config.resolve(stage, None, {**TINY, **loss, "budget.images": 64})
+    experiment = presets.resolve(stage, None, {**TINY, **loss, "budget.images": 64})
     one, two = fitted(experiment, 1), fitted(experiment, 2)
     assert (one / "stream.jsonl").read_text() == (two / "stream.jsonl").read_text()
-    losses = [runs.read_metrics(run)[-1] for run in (one, two)]
-    for term in ("loss", *(f"loss_{t}" for t in config.TERMS)):
+    losses = [run_folder.read_metrics(run)[-1] for run in (one, two)]
+    for term in ("loss", *(f"loss_{t}" for t in LOSS_TERMS)):
         assert losses[0][term] == pytest.approx(losses[1][term], rel=1e-4), term
     assert apart(final(one), final(two)) < 5e-4, "a step of AdamW turns rounding of tiny gradients into up to lr"
 
 
 def test_divergence_ends_the_run_with_the_reason(fitted):
-    run = fitted(config.resolve("image", None, {**TINY, "optimizer.lr": 1e30, "optimizer.clip": 0.0}))
-    last = runs.read_metrics(run)[-1]
+    run = fitted(presets.resolve("image", None, {**TINY, "optimizer.lr": 1e30, "optimizer.clip": 0.0}))
+    last = run_folder.read_metrics(run)[-1]
     assert "loss or gradient are not finite at step" in last["diverged"] and last["val_mAP"] == 0.0
     assert len(last["diverged_images"]) == 16 and last["diverged_images"][0] in last["diverged"]
 
@@ -129,42 +143,42 @@ def test_a_gpu_with_too_little_memory_is_one_line_and_not_tried_again(ray_cluste
                 file.write("once ")
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    clip, experiment = train.begin(tmp_path / "run", tiny, small_catalogue)
-    inputs = dataclasses.replace(train.inputs_of(small_catalogue, experiment, clip, stream), weights=ray.put(Weights()))
+    clip, experiment = open_run(tmp_path / "run", tiny, small_catalogue)
+    inputs = dataclasses.replace(prepare_inputs(small_catalogue, experiment, clip, stream), weights=ray.put(Weights()))
     with pytest.raises(
         UserError, match=r"memory is too small \(CUDA out of memory.*2.00 GiB.*--batch.chunk 64"
     ) as caught:
-        fit.fit(experiment, inputs, tmp_path / "run", cluster.Resources(1, 1, 0, 1), retries=3)
+        driver.fit(experiment, inputs, tmp_path / "run", cluster.Resources(1, 1, 0, 1), retries=3)
     assert started.read_text() == "once " and "\n" not in str(caught.value)
 
 
 def test_prompts_that_are_cut_are_counted(small_catalogue, tiny, tmp_path):
     names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
     (tmp_path / "prompts.json").write_text(json.dumps({names[0]: "long " * 80, names[1]: "a shirt"}))
-    experiment = config.replace(tiny, {"text.file": str(tmp_path / "prompts.json"), "loss.infonce": 1.0})
-    captions, num_cut = train.captions_of(small_catalogue, names, experiment, "train")
+    experiment = schema.replace(tiny, {"text.file": str(tmp_path / "prompts.json"), "loss.infonce": 1.0})
+    captions, num_cut = tokenize_captions(small_catalogue, names, experiment, "train")
     assert num_cut == 1 and (captions.of_item >= 0).tolist() == [True, True] + [False] * (len(names) - 2)
 
 
 def test_patience_stops_a_run_that_no_longer_improves(fitted, tiny):
-    still = config.replace(tiny, {"optimizer.lr": 1e-12, "budget.images": 640, "budget.patience": 2})
-    assert len(runs.read_metrics(fitted(still))) == 3
+    still = schema.replace(tiny, {"optimizer.lr": 1e-12, "budget.images": 640, "budget.patience": 2})
+    assert len(run_folder.read_metrics(fitted(still))) == 3
 
 
 def test_begin_refuses_what_does_not_fit(image_run, small_catalogue, tiny, tmp_path):
     cases = [
         (tmp_path / "new", tiny, True, "holds no run; leave --resume out"),
         (image_run, tiny, False, "is not empty: --resume goes on with its run"),
-        (image_run, config.replace(tiny, {"optimizer.lr": 0.5}), True, "the settings differ from those in"),
+        (image_run, schema.replace(tiny, {"optimizer.lr": 0.5}), True, "the settings differ from those in"),
     ]
     for out, experiment, resume, message in cases:
         with pytest.raises(UserError, match=message):
-            train.begin(out, experiment, small_catalogue, resume=resume)
-    assert train.begin(image_run, None, small_catalogue, resume=True)[1] == tiny
+            open_run(out, experiment, small_catalogue, resume=resume)
+    assert open_run(image_run, None, small_catalogue, resume=True)[1] == tiny
 
 
 def test_warm_start_takes_another_runs_weights(image_run, tiny):
-    clip = train.start_of(tiny, str(image_run))
+    clip = load_start(tiny, str(image_run))
     expected = checkpoint.load(image_run).state
     assert all(torch.equal(tensor, expected[name]) for name, tensor in clip.state_dict().items())
 
@@ -189,14 +203,19 @@ def undisturbed(small_catalogue, tmp_path_factory):
 
 def await_reports(process: subprocess.Popen, run: Path, count: int) -> None:
     """Wait until a checkpoint follows so many reports, and the next steps have begun."""
-    while len(runs.read_metrics(run)) < count or runs.latest_step(run) < runs.read_metrics(run)[-1]["step"]:
+    while (
+        len(run_folder.read_metrics(run)) < count
+        or run_folder.latest_step(run) < run_folder.read_metrics(run)[-1]["step"]
+    ):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
 
 
 def assert_same(run: Path, undisturbed: Path) -> None:
     assert (run / "stream.jsonl").read_text() == (undisturbed / "stream.jsonl").read_text()
-    assert [m["step"] for m in runs.read_metrics(run)] == [m["step"] for m in runs.read_metrics(undisturbed)]
+    assert [m["step"] for m in run_folder.read_metrics(run)] == [
+        m["step"] for m in run_folder.read_metrics(undisturbed)
+    ]
     assert apart(final(run), final(undisturbed)) < 1e-6
 
 
@@ -212,7 +231,7 @@ def test_a_killed_command_resumes_to_the_same_end(small_catalogue, undisturbed, 
     await_reports(process, run, 2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert runs.latest_step(run) < 60, "killed in mid-run"
+    assert run_folder.latest_step(run) < 60, "killed in mid-run"
     subprocess.run(command(small_catalogue, run, "--resume", *goes_on), check=True, capture_output=True)
     assert_same(run, undisturbed)
     assert len(list((run / "checkpoints").glob("checkpoint_*-*"))) <= 2, "the best and the latest alone are kept"
@@ -268,10 +287,10 @@ for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_isDriverSufficient"): 
 
 def test_a_warm_start_keeps_the_preprocessing_of_its_weights(tmp_path):
     name = {"model.name": "ViT-L-14"}
-    trained = config.resolve("image", None, {**name, "model.pretrained": "laion2b_s32b_b82k"})
+    trained = presets.resolve("image", None, {**name, "model.pretrained": "laion2b_s32b_b82k"})
     checkpoint.save(tmp_path, trained, {"visual.proj": torch.zeros(1)}, {}, {}, {})
     with pytest.raises(UserError, match=r"prepared as for .* give --model.pretrained laion2b_s32b_b82k$"):
-        train.start_of(config.resolve("joint", None, name), str(tmp_path))
+        load_start(presets.resolve("joint", None, name), str(tmp_path))
 
 
 def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
@@ -279,47 +298,47 @@ def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
     rng, lines = np.random.default_rng(0), ["image_path,item_id,split"]
     for i in range(36):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / f"{i}.png")
-        splits = ("train",) if i < 6 else ("query", "gallery") if i < 9 else train.VALIDATION
+        splits = ("train",) if i < 6 else ("query", "gallery") if i < 9 else VALIDATION
         lines += [f"{i}.png,item{i // 3},{split}" for split in splits]
     (tmp_path / "shop.csv").write_text("\n".join(lines))
-    made = catalogue.prepare(str(tmp_path / "shop.csv"), tmp_path / "catalogue", image_size=64)
-    clip = train.start_of(tiny)
-    preprocess = model.preprocess_of(clip)
-    encoded = [photo.as_py() for split in train.VALIDATION for photo in made.images(split)["image"]]
+    made = catalogue_module.prepare(str(tmp_path / "shop.csv"), tmp_path / "catalogue", image_size=64)
+    clip = load_start(tiny)
+    preprocess = get_preprocess(clip)
+    encoded = [photo.as_py() for split in VALIDATION for photo in made.images(split)["image"]]
     pixels = np.stack([images.for_evaluation(photo, preprocess) for photo in encoded])
-    index = batches.index_of(made.rows("train"), np.array([6]))
+    index = build_index(made.rows("train"), np.array([6]))
     captions = learner.Captions(np.zeros((1, 77), np.int32), np.zeros(2, np.int32))
     one = learner.Learner(tiny, clip, index, captions, torch.device("cpu"))
-    found = one.validate(learner.Validation(pixels, *train.validation_codes(made)))
-    embedding = model.embed(one.towers, pixels, torch.float32)
+    found = one.validate(learner.Validation(pixels, *validation_codes(made)))
+    embedding = embed_images(one.towers, pixels, torch.float32)
     embedded = evaluate._assembled(made, evaluate.splits_of("val"), {}, embedding, None)
     assert found == pytest.approx(evaluate.figures(embedded, 0)["mAP"], abs=1e-9) and found < 0.5
 
 
 def test_prompts_are_made_only_where_a_term_takes_them(small_catalogue, tiny, monkeypatch):
     names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
-    monkeypatch.setattr(train, "prompts_of", lambda *asked: pytest.fail("nobody wants them"))
-    captions, num_cut = train.captions_of(small_catalogue, names, tiny, "train")
+    monkeypatch.setattr(inputs_module, "load_prompts_for", lambda *asked: pytest.fail("nobody wants them"))
+    captions, num_cut = tokenize_captions(small_catalogue, names, tiny, "train")
     assert (captions.of_item == -1).all() and len(captions.of_item) == len(names) and num_cut == 0
-    index = batches.index_of(small_catalogue.rows("train"), np.array([small_catalogue.num_images("train")]))
-    one = learner.Learner(tiny, train.start_of(tiny), index, captions, torch.device("cpu"))
-    rows = batches.plan_of(index, tiny.batch, 0, tiny.loss.takes_singles).batch(0)
+    index = build_index(small_catalogue.rows("train"), np.array([small_catalogue.num_images("train")]))
+    one = learner.Learner(tiny, load_start(tiny), index, captions, torch.device("cpu"))
+    rows = make_sampler(index, tiny.batch, 0, tiny.loss.takes_singles).batch(0)
     one.train_step(rows, np.zeros((len(rows), 64, 64, 3), np.uint8))
 
 
 def test_random_weights_are_drawn_by_each_runs_seed(tiny):
-    index = batches.Index(np.array([0, 0, 1, 1], np.int32), np.zeros(2, np.int32), ["a", "b"], np.array([4]))
+    index = ItemIndex(np.array([0, 0, 1, 1], np.int32), np.zeros(2, np.int32), ["a", "b"], np.array([4]))
     captions = learner.Captions(np.zeros((0, 0), np.int32), np.full(2, -1))
-    kept = {name: tensor.numpy() for name, tensor in train.start_of(tiny).state_dict().items()}
+    kept = {name: tensor.numpy() for name, tensor in load_start(tiny).state_dict().items()}
 
     def first(seed: int, weights) -> torch.Tensor:
         inputs = Inputs(SimpleNamespace(index=index), captions, weights, None, None, 64, 4, 0, 0)
         settings = {"seed": seed, "batch.items": 2}
-        one = worker.learner_of(config.replace(tiny, settings), inputs, torch.device("cpu"))
+        one = worker.learner_of(schema.replace(tiny, settings), inputs, torch.device("cpu"))
         return one.clip.visual.proj.detach().clone()
 
-    assert torch.equal(first(0, None), train.start_of(tiny).visual.proj)
-    assert torch.equal(first(3, None), train.start_of(config.replace(tiny, {"seed": 3})).visual.proj)
+    assert torch.equal(first(0, None), load_start(tiny).visual.proj)
+    assert torch.equal(first(3, None), load_start(schema.replace(tiny, {"seed": 3})).visual.proj)
     assert not torch.equal(first(3, None), first(0, None))
     assert torch.equal(first(3, kept), first(0, kept)), "pretrained weights are the same for all seeds"
 
@@ -333,16 +352,16 @@ class Held:
     @staticmethod
     def share(catalogue, *splits):
         rows = catalogue.rows("train")
-        return SimpleNamespace(index=batches.index_of(rows, np.array([rows.num_rows])))
+        return SimpleNamespace(index=build_index(rows, np.array([rows.num_rows])))
 
 
 @pytest.mark.parametrize("settings,warm,held", [({}, False, False), ({}, True, True), ({"f": 1}, False, True)])
 def test_only_weights_that_are_not_random_are_shared(small_catalogue, tiny, tmp_path, settings, warm, held):
-    clip = train.start_of(tiny)
+    clip = load_start(tiny)
     if settings:
         torch.save(clip.state_dict(), tmp_path / "weights.pt")
-        tiny = config.replace(tiny, {"model.pretrained": str(tmp_path / "weights.pt")})
-    assert (train.inputs_of(small_catalogue, tiny, clip, Held(), warm=warm).weights is not None) == held
+        tiny = schema.replace(tiny, {"model.pretrained": str(tmp_path / "weights.pt")})
+    assert (prepare_inputs(small_catalogue, tiny, clip, Held(), warm=warm).weights is not None) == held
 
 
 def test_what_a_run_is_made_of_must_be_the_same_when_it_is_resumed(small_catalogue, tiny, tmp_path, monkeypatch):
@@ -350,18 +369,18 @@ def test_what_a_run_is_made_of_must_be_the_same_when_it_is_resumed(small_catalog
     names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
     prompts, weights, out = tmp_path / "prompts.json", tmp_path / "warm.pt", tmp_path / "run"
     prompts.write_text(json.dumps({names[0]: "a shirt"}))
-    torch.save(train.start_of(config.replace(tiny, {"seed": 5})).state_dict(), weights)
-    experiment = config.replace(tiny, config.absolute({"text.file": "prompts.json"}))
-    clip, _ = train.begin(out, experiment, small_catalogue, "warm.pt")
+    torch.save(load_start(schema.replace(tiny, {"seed": 5})).state_dict(), weights)
+    experiment = schema.replace(tiny, schema.with_absolute_paths({"text.file": "prompts.json"}))
+    clip, _ = open_run(out, experiment, small_catalogue, "warm.pt")
     monkeypatch.chdir("/")
-    again, resumed = train.begin(out, None, small_catalogue, resume=True)
-    assert resumed == experiment and torch.equal(again.visual.proj, clip.visual.proj) and train.is_warm(out)
+    again, resumed = open_run(out, None, small_catalogue, resume=True)
+    assert resumed == experiment and torch.equal(again.visual.proj, clip.visual.proj) and is_warm_started(out)
     for file, option in ((prompts, "--text.file"), (weights, "--warm-start")):
         before = file.read_bytes()
         file.write_bytes(before + b" ")
         with pytest.raises(UserError, match=f"--resume: the file of {option} has changed since"):
-            train.begin(out, None, small_catalogue, resume=True)
+            open_run(out, None, small_catalogue, resume=True)
         file.write_bytes(before)
     weights.unlink()
-    monkeypatch.setattr(runs, "latest_step", lambda out: 4)
-    train.begin(out, None, small_catalogue, resume=True)  # the checkpoint has all weights
+    monkeypatch.setattr(run_folder, "latest_step", lambda out: 4)
+    open_run(out, None, small_catalogue, resume=True)  # the checkpoint has all weights

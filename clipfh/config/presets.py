@@ -1,0 +1,100 @@
+"""Presets: whole recipes by name, and what an experiment is of a preset and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from clipfh import UserError
+from clipfh.config.experiment import LOSS_TERMS, SMALL_MODEL, Experiment, Stage
+from clipfh.config.schema import check, one_budget, replace
+
+# Term weights that `--loss a+b` switches on.
+USUAL_WEIGHT = {"ce": 0.25, "triplet": 1.0, "center": 5e-4, "supcon": 1.0, "infonce": 1.0}
+
+# Shared by both stages of a preset: what pretrained CLIP wants, and what random weights want.
+_PRETRAINED: dict[str, Any] = {"loss.supcon": 1.0, "loss.supcon_temperature": 0.07, "batch.items": 64, "batch.views": 4}
+_SCRATCH: dict[str, Any] = {
+    "loss.supcon": 1.0,
+    "loss.triplet": 1.0,
+    "optimizer.lr": 1e-3,
+    "optimizer.text_lr": 1.0,
+    "optimizer.head_lr": 1.0,
+    "optimizer.weight_decay": 0.05,
+    "optimizer.layer_decay": 1.0,
+    "optimizer.warmup": 0.1,
+    "optimizer.ema": 0.99,
+    "model.freeze_patch": False,
+    "model.freeze_norm": False,
+    "batch.items": 32,
+    "batch.views": 4,
+    "augment.crop_min": 0.4,
+    "budget.images": 60_000,
+}
+_ORIGINAL: dict[str, Any] = {
+    "optimizer.lr": 5e-5,
+    "optimizer.text_lr": 1.0,
+    "optimizer.head_lr": 1.0,
+    "optimizer.layer_decay": 1.0,
+    "optimizer.ema": 0.0,
+    "model.freeze_patch": False,
+    "batch.items": 16,
+    "batch.views": 2,
+    "augment.crop_min": 1.0,
+    "augment.flip": False,
+    "text.strategy": "clean",
+}
+
+_WITH_CAPTIONS: dict[str, Any] = {"loss.supcon": 1.0, "loss.supcon_captions": True}
+
+# Preset name -> stage -> settings that differ from the defaults. joint-v1 to joint-v4 keep the intent of the
+# pipeline that clipfh replaces (losses, prompts, P x K) without its faults.
+PRESETS: dict[str, dict[Stage, dict[str, Any]]] = {
+    "recommended": {"image": _PRETRAINED, "joint": {**_PRETRAINED, "loss.infonce": 0.5}},
+    "scratch": {"image": _SCRATCH, "joint": {**_SCRATCH, "loss.infonce": 0.1}},
+    "image": {"image": {"loss.triplet": 1.0, "loss.ce": 0.25, "loss.center": 5e-4, "loss.supcon": 0.0}},
+    "joint-v1": {
+        "joint": {**_ORIGINAL, "loss.infonce": 1.0, "loss.supcon": 0.0, "text.strategy": "raw", "batch.views": 1}
+    },
+    "joint-v2": {"joint": {**_ORIGINAL, **_WITH_CAPTIONS}},
+    "joint-v3": {"joint": {**_ORIGINAL, **_WITH_CAPTIONS, "optimizer.lr": 1e-4}},
+    "joint-v4": {
+        "joint": {**_ORIGINAL, **_WITH_CAPTIONS, "text.strategy": "structured", "budget.epochs": 50.0},
+    },
+}
+
+
+def loss_terms(shorthand: str) -> dict[str, float]:
+    """'triplet+center' as weights: the usual ones for the terms named, 0 for the others."""
+    names = shorthand.split("+")
+    for name in names:
+        if name not in LOSS_TERMS:
+            raise UserError(f"unknown loss {name!r} in --loss {shorthand}: the terms are {', '.join(LOSS_TERMS)}")
+    return {f"loss.{t}": USUAL_WEIGHT[t] if t in names else 0.0 for t in LOSS_TERMS}
+
+
+def resolve(stage: str, preset: str | None = None, settings: Mapping[str, Any] | None = None) -> Experiment:
+    """The experiment of a stage: defaults, then the preset's settings, then the ones given.
+
+    Without a preset, clipfh-small takes `scratch` and every other model `recommended`.
+
+    Raises:
+        UserError: unknown stage, preset or setting, or a value that does not fit.
+    """
+    settings = dict(settings or {})
+    check("stage", stage)
+    small = settings.get("model.name") == SMALL_MODEL
+    preset = preset or ("scratch" if small else "recommended")
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
+    if stage not in PRESETS[preset]:
+        raise UserError(
+            f"preset {preset} is not for the {stage} stage: its presets are {', '.join(presets_for(stage))}"
+        )
+    base = PRESETS[preset][stage]
+    return replace(Experiment(stage=stage), {**one_budget(base), **one_budget(settings)})
+
+
+def presets_for(stage: str) -> list[str]:
+    """Names of a stage's presets."""
+    return [name for name, stages in PRESETS.items() if stage in stages]
