@@ -129,7 +129,8 @@ def _check_parity(clip: Any, folder: Path, photos: Sequence[bytes]) -> None:
         (clip.encode_text(tokens, normalize=True), loaded.encode_text(tokens, normalize=True)),
     )
     worst = max((one - other).abs().max().item() for one, other in pairs)
-    assert worst <= TOLERANCE, f"the export's embeddings differ from the checkpoint's by {worst:g}"
+    if not worst <= TOLERANCE:  # NaN too
+        raise RuntimeError(f"nothing was exported: its embeddings would differ from the checkpoint's by {worst:g}")
 
 
 # --- What is known of a model ----------------------------------------------------------------------------------------

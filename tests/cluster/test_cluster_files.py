@@ -119,6 +119,11 @@ def commands() -> list[str]:
     return [line.strip() for line in lines if line.strip().startswith("clipfh ")]
 
 
+def test_the_readme_quotes_commands():
+    """Else the test below would have nothing to fail on."""
+    assert {shlex.split(command)[1] for command in commands()} == {"submit", "status"}
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_quoted_command_is_one(command):
     args = main.parse(shlex.split(command, comments=True)[1:])

@@ -238,7 +238,7 @@ def test_auto_precision_asks_the_gpu(monkeypatch):
 def test_who_was_given_no_gpu_computes_on_the_cpu_whatever_torch_sees(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    monkeypatch.setattr(devices, "_gpu_trouble", lambda: "", raising=False)
+    monkeypatch.setattr(devices, "_gpu_trouble", lambda: "")
     assert choose_device(0) == torch.device("cpu")
     assert choose_device(0.5) == choose_device(None) == torch.device("cuda", 0)
 

@@ -91,7 +91,7 @@ def test_pixels_made_as_the_description_says_are_the_models(folder, clip, photos
 def test_towers_that_differ_are_no_export(clip, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
     monkeypatch.setattr(onnx, "run", lambda file, batch: np.zeros((len(batch), 128), np.float32))
-    with pytest.raises(AssertionError, match="differ from the checkpoint's"):
+    with pytest.raises(RuntimeError, match="nothing was exported"):
         export.export(clip, EXPERIMENT, tmp_path / "model", {}, photos, with_onnx=True)
     assert not any(tmp_path.iterdir())
 
@@ -148,3 +148,10 @@ def test_a_catalogue_that_changed_is_not_the_models(small_catalogue):
     assert export.catalogue_of({"catalogue": account}).path == small_catalogue.path
     assert export.catalogue_of({"catalogue": {**account, "hash": "another"}}) is None
     assert export.catalogue_of({"catalogue": {**account, "path": "/nowhere"}}) is None
+
+
+def test_a_model_that_came_out_otherwise_is_no_export(clip, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(RuntimeError, match="nothing was exported"):
+        export.export(clip, EXPERIMENT, tmp_path / "model", {}, photos)
+    assert list(tmp_path.iterdir()) == []
