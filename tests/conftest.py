@@ -9,7 +9,7 @@ import torch
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, Experiment, Placement
 from clipfh.data import catalogue
-from clipfh.demo import demo
+from clipfh.demo.source import write_source
 
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
@@ -31,7 +31,7 @@ TINY = {
 def source(tmp_path_factory) -> Path:
     """Photos of 40 drawn garments, as In-Shop is distributed."""
     out = tmp_path_factory.mktemp("source") / "photos"
-    demo.write_source(out, items=40, seed=1, size=64)
+    write_source(out, items=40, seed=1, size=64)
     return out
 
 

@@ -24,7 +24,7 @@ from clipfh.config import cores
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.data import catalogue
 from clipfh.data.catalogue import Catalogue
-from clipfh.demo import demo
+from clipfh.demo.source import write_source
 from clipfh.model import clip
 from clipfh.storage import run_folder
 
@@ -131,7 +131,7 @@ def row(name: str, value: float, at_least: float | None = None, at_most: float |
 def _catalogue(folder: Path, photos: int) -> Catalogue:
     """A catalogue of about so many drawn photos, and a CSV file of its test photos for the plain scripts."""
     source = folder / f"photos-{photos}"
-    demo.write_source(source, items=photos // 5, seed=0, size=256, train_share=0.75 if photos == 2000 else 0.2)
+    write_source(source, items=photos // 5, seed=0, size=256, train_share=0.75 if photos == 2000 else 0.2)
     made = catalogue.prepare(str(source), folder / f"catalogue-{photos}")
     parts = [made.rows(split) for split in catalogue.SPLITS]
     table = pa.concat_tables(parts)

@@ -29,7 +29,7 @@ from clipfh.config.experiment import SMALL_MODEL, Experiment, Placement
 from clipfh.data import catalogue, decoding, stream
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.sampler import ItemIndex, make_sampler
-from clipfh.demo import demo
+from clipfh.demo.source import write_source
 from clipfh.learn.learner import Learner
 from clipfh.model.devices import choose_device
 from clipfh.storage import run_folder
@@ -58,7 +58,7 @@ def rows() -> list[dict]:
     """All measurements, as {name, value, target, ok}."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        demo.write_source(folder / "photos", items=ITEMS, seed=0, size=SIDE)
+        write_source(folder / "photos", items=ITEMS, seed=0, size=SIDE)
         opened = catalogue.prepare(folder / "photos", folder / "catalogue")
         (folder / "sweep.yaml").write_text(SWEEP)
         cluster.connect("local")

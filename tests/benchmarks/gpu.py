@@ -34,7 +34,7 @@ from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.data import transfer
 from clipfh.data.sampler import ItemIndex
-from clipfh.demo import demo
+from clipfh.demo.source import write_source
 from clipfh.learn.learner import Captions, Learner
 from clipfh.model.clip import get_preprocess, load_initial_model
 from clipfh.storage import run_folder
@@ -184,7 +184,7 @@ def _rate(work: Callable[[], Any], seconds: float) -> float:
 
 
 def _loop(size: Size, folder: Path, rates: dict[str, float]) -> Iterator[Row]:
-    demo.write_source(folder / "photos", items=size.photos, seed=0, size=256)
+    write_source(folder / "photos", items=size.photos, seed=0, size=256)
     _clipfh("prepare", "--source", folder / "photos", "--out", folder / "catalogue")
     lines = _run(size, folder, "loop", size.model)
     yield Row("loop: images/s, those of tensors in memory", _speed(lines) / rates["memory"], "times", 0.95)

@@ -13,7 +13,7 @@ from pathlib import Path
 from clipfh.cluster import resources as cluster
 from clipfh.config import sweep_file
 from clipfh.data import catalogue
-from clipfh.demo import demo
+from clipfh.demo.source import write_source
 from clipfh.sweep import sweep
 
 SWEEP = """
@@ -75,7 +75,7 @@ def held(total: float) -> str:
 def main(count: int, trials: int) -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        demo.write_source(folder / "photos", items=40, seed=1, size=64)
+        write_source(folder / "photos", items=40, seed=1, size=64)
         catalogue.prepare(str(folder / "photos"), folder / "catalogue", image_size=64)
         failures = 0
         for number in range(count):

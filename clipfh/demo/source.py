@@ -1,0 +1,72 @@
+"""A source of drawn garments, in the layout in which In-Shop is distributed."""
+
+import json
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from clipfh import UserError
+from clipfh.demo.drawing import VIEWS, draw
+from clipfh.demo.garments import describe, make_garment, make_rng
+
+
+def _write_photos(task: tuple[Path, int, int, int]) -> list[str]:
+    """Photograph one item in every variant, from three to six sides each; the paths written, relative to the root."""
+    root, seed, index, size = task
+    item, paths = make_garment(seed, index), []
+    (root / item.folder).mkdir(parents=True)
+    for variant in range(len(item.colors)):
+        rng = make_rng(seed, index, variant, len(VIEWS))  # no view has this number
+        left_out = rng.choice(len(VIEWS), rng.integers(4), replace=False)
+        for view in np.delete(VIEWS, left_out):
+            paths.append(f"{item.folder}/{variant + 1:02d}_{view}.jpg")
+            draw(item, variant, str(view), seed, size).save(root / paths[-1], quality=int(rng.integers(75, 96)))
+    return paths
+
+
+def _partition(photos: list[list[str]], train_share: float, seed: int) -> list[tuple[str, str, str]]:
+    """Rows of the official list. Items are train or test; of a test item's photos a third are queries."""
+    rng = make_rng(seed)
+    train = set(rng.permutation(len(photos))[: round(len(photos) * train_share)].tolist())
+    rows = []
+    for i, paths in enumerate(photos):
+        queries = set(rng.permutation(len(paths))[: max(1, len(paths) // 3)].tolist())
+        for k, path in enumerate(paths):
+            status = "train" if i in train else "query" if k in queries else "gallery"
+            rows.append((path, path.split("/")[3], status))
+    return rows
+
+
+def write_source(out: Path, *, items: int, seed: int, size: int = 96, train_share: float = 0.75) -> None:
+    """Write photos and texts of drawn items as In-Shop is distributed: `img/`, `Eval/`, `Anno/`.
+
+    Args:
+        out: the folder to write; it appears only when it is whole.
+        items: number of items.
+        seed: decides what the garments and photos look like, and the splits.
+        size: side of the square photos, pixels.
+        train_share: share of the items for training.
+
+    Raises:
+        UserError: `out` is there already.
+    """
+    if out.exists():
+        raise UserError(f"{out} is there already: remove it, or choose another folder")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for folder in ("Eval", "Anno"):
+        (partial / folder).mkdir(parents=True)
+    numbers = range(1, items + 1)
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        photos = list(pool.map(_write_photos, [(partial, seed, i, size) for i in numbers], chunksize=4))
+    rows = _partition(photos, train_share, seed)
+    lines = [str(len(rows)), "image_name item_id evaluation_status", *(" ".join(row) for row in rows)]
+    (partial / "Eval/list_eval_partition.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    garments = [make_garment(seed, i) for i in numbers]
+    texts = [{"item": g.item_id, "color": g.colors[0].name, "description": describe(g)} for g in garments]
+    (partial / "Anno/list_description_inshop.json").write_text(json.dumps(texts, indent=1), encoding="utf-8")
+    partial.rename(out)
