@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from clipfh import UserError
 from clipfh.config import presets, schema, sweep_file
 from clipfh.config.sweep_file import SearchRange
+from clipfh.report import bootstrap
 from clipfh.storage import run_folder
 
 ZERO_SHOT = "0000"
@@ -39,21 +40,15 @@ class Measured:
 
 
 def gain(before: Measured, after: Measured) -> Figures:
-    """As `metrics.gain` has it, by what each query scored; empty where that is not kept, or not of the same queries."""
+    """`bootstrap.gain` by the queries' files; empty where one is not there, or they are not of the same queries."""
     files = [model.predictions.with_name("queries.parquet") for model in (before, after)]
     if not all(file.is_file() for file in files):
         return {}
-    import torch  # here: most reports load none of it
-
-    from clipfh.retrieval import metrics
-
     old, new = map(pq.read_table, files)
     if old.drop_columns("AP") != new.drop_columns("AP"):
         return {}
-    item = torch.tensor(old["item_id"].combine_chunks().dictionary_encode().indices.to_numpy())
-    first, last = (torch.tensor(table["AP"].to_numpy()) for table in (old, new))
-    scores = [metrics.Scores(each[:, None], each, item, 0) for each in (first, last)]
-    return metrics.gain(scores[0], scores[1])
+    item = old["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    return bootstrap.gain(old["AP"].to_numpy(), new["AP"].to_numpy(), item)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clipfh import UserError
+from clipfh.report import bootstrap
 
 RANKS = (1, 5, 10, 20, 30, 40, 50)
 KEYS = ("mAP", *(f"rank{k}" for k in RANKS), "mAP_at_R", "mINP")
@@ -27,10 +28,12 @@ CURVE = 50  # length of the CMC curve
 BLOCK = 2**23  # similarities held at once: they bound the memory and change no figure
 PART = 2**20  # similarities looked at again and again while they are in the cache
 TILE = 64  # rows and columns of a product come in multiples of this
-DRAWS = 2**20  # items drawn at once by the bootstrap
 
 Similarity = Callable[[Tensor], Tensor]
-"""Rows of a similarity matrix: (B,) numbers of queries, on the CPU, to (B, G), which whoever asked may overwrite."""
+"""Function from query indices, (B,) on the CPU, to their rows of the similarity matrix, (B, G).
+
+The caller owns the result and may overwrite it.
+"""
 
 
 @dataclass(frozen=True)
@@ -190,17 +193,9 @@ def summary(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, A
 
 
 def gain(before: Scores, after: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """What mAP gains from one model to another that was asked the same queries, and the 95% `interval` of that.
-
-    The bootstrap draws items with both models' figures. Each model's own interval is wider, as queries differ in
-    difficulty: two that overlap do not mean that the gain is chance. Null over no query, or an interval of one item.
-    """
-    difference = (after.values - before.values)[:, :1]
-    scored = ~difference[:, 0].isnan()
-    values, item = difference[scored].numpy(), before.item[scored].numpy()
-    ends = _bootstrap(values, item, resamples, seed)
-    mean = math.fsum(values[:, 0]) / len(values) if len(values) else None
-    return {"mAP": mean, "interval": None if ends is None else [float(ends[0, 0]), float(ends[1, 0])]}
+    """`bootstrap.gain` from one model to another that was given the same queries."""
+    old, new = (scores.values[:, 0].numpy() for scores in (before, after))
+    return bootstrap.gain(old, new, before.item.numpy(), resamples, seed)
 
 
 def cmc(scores: Scores, length: int = CURVE) -> list[float] | None:
@@ -468,29 +463,8 @@ def _spread(values: list[float | None]) -> dict[str, Any]:
 
 def _intervals(values: np.ndarray, item: np.ndarray, resamples: int, seed: int) -> dict[str, list[float] | None]:
     """Ends of each key's interval; null over one item."""
-    ends = _bootstrap(values, item, resamples, seed)
+    ends = bootstrap.interval(values, item, resamples, seed)
     return dict.fromkeys(KEYS) if ends is None else dict(zip(KEYS, ends.T.tolist(), strict=True))
-
-
-def _bootstrap(values: np.ndarray, item: np.ndarray, resamples: int, seed: int) -> np.ndarray | None:
-    """Percentile bootstrap over items of the means over queries: low and high of the columns, (2, K), of (Q, K)."""
-    codes, index = np.unique(item, return_inverse=True)
-    if len(codes) < 2:
-        return None
-    sums = np.zeros((len(codes), values.shape[1] + 1))
-    np.add.at(sums, index, np.column_stack([values, np.ones(len(values))]))
-    generator, few = np.random.default_rng(seed), max(1, DRAWS // len(codes))
-    parts = [_resample(sums, min(few, resamples - done), generator) for done in range(0, resamples, few)]
-    drawn = np.concatenate(parts)
-    return np.quantile(drawn[:, :-1] / drawn[:, -1:], (0.025, 0.975), axis=0)
-
-
-def _resample(sums: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """Sums over as many items as there are, drawn with repetition, (resamples, K), from those of each item (I, K)."""
-    number = len(sums)
-    drawn = generator.integers(number, size=(resamples, number)) + number * np.arange(resamples)[:, None]
-    times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
-    return np.einsum("ri,ik->rk", times, sums)  # which, unlike a BLAS, adds in one order for any number of threads
 
 
 def _check_unit(embedding: Tensor) -> None:

@@ -369,20 +369,3 @@ def test_equal_images_are_equally_similar_wherever_they_stand(size):
     assert torch.equal(alike, alike[:, :1].expand_as(alike)), "columns"
     assert torch.equal(similarity[5:], similarity[:1].expand(65, -1)), "rows"
     torch.testing.assert_close(similarity.double(), query.double() @ gallery.double().T, rtol=0, atol=1e-4)
-
-
-def test_the_interval_of_a_gain_is_that_of_a_bootstrap_of_both_models_together():
-    rng = np.random.default_rng(1)
-    item = rng.integers(12, size=60)
-    before, after = rng.random((2, 60, len(metrics.KEYS)))
-    before[7] = after[7] = np.nan  # a query without a positive
-    scores = [
-        metrics.Scores(torch.from_numpy(each), torch.ones(60), torch.from_numpy(item), 9) for each in (before, after)
-    ]
-    found = metrics.gain(*scores, resamples=200, seed=5)
-    gains = {code: [after[q, 0] - before[q, 0] for q in range(60) if item[q] == code and q != 7] for code in {*item}}
-    own = [gains[code] for code in sorted(gains)]
-    draws = np.random.default_rng(5).integers(len(own), size=(200, len(own)))
-    means = [np.mean([gain for i in draw for gain in own[i]]) for draw in draws]
-    assert found["mAP"] == pytest.approx(np.nanmean(after[:, 0] - before[:, 0]))
-    assert found["interval"] == pytest.approx(np.quantile(means, (0.025, 0.975)))

@@ -1,0 +1,26 @@
+"""Names of the files and folders that commands leave behind, each written down here and nowhere else."""
+
+# A catalogue. While it is written it bears the suffix `.partial`, and holds its plan.
+CATALOGUE, PLAN = "catalogue.json", "plan.json"
+
+# A run. `checkpoints/` belongs to Ray Train; its snapshot lists the checkpoints that are whole.
+RUN, EXPERIMENT = "run.json", "experiment.json"
+REPORTS, STREAM = "metrics.jsonl", "stream.jsonl"
+CHECKPOINTS, SNAPSHOT = "checkpoints", "checkpoint_manager_snapshot.json"
+TENSORBOARD, TRACK = "tensorboard", "track.json"
+
+# A checkpoint, beside `EXPERIMENT` and `METRICS`
+RAW_WEIGHTS, AVERAGE_WEIGHTS, TRAINING_STATE = "model.safetensors", "ema.safetensors", "training.pt"
+
+# An evaluation
+METRICS, PREDICTIONS, QUERIES = "metrics.json", "predictions.parquet", "queries.parquet"
+EVALUATION, EMBEDDINGS, PROMPTS = "evaluation.json", "embeddings.parquet", "prompts.parquet"
+
+# A sweep. Each folder below `trials/` and `final/` is a run's, each below `test/` an evaluation's, `best/` an export.
+SWEEP, SWEEP_INPUTS, STUDY, LEADERBOARD = "sweep.yaml", "sweep.json", "study.journal", "leaderboard.csv"
+TRIALS, FINAL, TEST, BEST, TUNE = "trials", "final", "test", "best", "tune"
+SUMMARY, REPORT = "summary.json", "report.html"
+
+# An export, beside `EXPERIMENT`: names that open_clip and Hugging Face look for, and a folder for ONNX
+EXPORTED_WEIGHTS, OPEN_CLIP_CONFIG, CARD = "open_clip_model.safetensors", "open_clip_config.json", "README.md"
+ONNX, IMAGE_ONNX, TEXT_ONNX, PREPROCESSOR = "onnx", "image.onnx", "text.onnx", "preprocessor_config.json"
