@@ -6,7 +6,6 @@ time, and survives a kill when it is finished.
 """
 
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -14,14 +13,12 @@ import shutil
 import signal
 import sys
 import threading
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
@@ -32,13 +29,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
 from pyarrow import fs
 
 from clipfh import UserError
 from clipfh.config import cores
 from clipfh.data import sources
-from clipfh.data.sources import OUTSIDE, LeftOut, Photo
+from clipfh.data.encode import encode_file, start_encoding
+from clipfh.data.sources import LeftOut, Photo
 
 FORMAT, VERSION = "clipfh-catalogue", 2
 SPLITS = ("train", "val_gallery", "val_query", "gallery", "query")  # the order of writing: a gallery before its queries
@@ -48,8 +45,6 @@ SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in CO
 
 SHARD_IMAGES = 512  # a task of a process, and what a kill may cost; fewer where they would be few shards for the cores
 ROW_GROUP_IMAGES = 64  # all that a process has in memory
-MAX_PIXELS, MAX_JPEG_PIXELS = 100_000_000, 250_000_000  # a JPEG decodes at a half, quarter or eighth of its sides
-ALONE_PIXELS = 16_000_000  # of more to decode only one is at a time: a pixel takes 9 to 20 bytes, on each core
 LEFT_OUT_LISTED = 1000
 # Encoded images are all different, and zstd makes nothing of them
 _STORED = {
@@ -57,9 +52,6 @@ _STORED = {
     "use_dictionary": list(COLUMNS),
     "write_statistics": list(COLUMNS),
 }
-
-TOO_LARGE = f"more than {MAX_PIXELS:,} pixels, or {MAX_JPEG_PIXELS:,} of a JPEG"
-NO_RANGE = "pixels without a known range"
 NO_GALLERY = "query without a gallery image of its item"
 
 _row_of = attrgetter(*COLUMNS)
@@ -198,9 +190,6 @@ def prepare(
         return open_catalogue(out)
 
 
-# Splits and the plan: pure functions of the listed photos and the seed.
-
-
 def _assign_splits(photos: list[Photo], val_fraction: float, seed: int) -> list[Photo]:
     """Give every photo one of SPLITS. No item is in two of train, validation and test.
 
@@ -295,16 +284,6 @@ def _cut_into_shards(photos: list[Photo]) -> list[_Shard]:
     return shards
 
 
-# Encoding, in worker processes.
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
-ORIENTATION_TAG = 0x0112
-
-
-class _Refused(Exception):
-    """An image that is left out, for the reason given."""
-
-
 @contextmanager
 def _processes() -> Iterator[ProcessPoolExecutor]:
     """A process a core, started at once; what has not begun when the block fails is dropped."""
@@ -334,16 +313,9 @@ def _main_module_hidden() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-_alone: AbstractContextManager[object] = nullcontext()
-"""What a process holds while it decodes a large image: a lock of all processes."""
-
-
 def _start_worker(alone: AbstractContextManager[object]) -> None:
-    global _alone
-    _alone = alone
+    start_encoding(alone)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    warnings.simplefilter("ignore")  # about odd metadata in images that decode all the same
-    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
     pa.array([""])  # at its first array pyarrow imports pandas: best while the source is still being read
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
@@ -354,99 +326,6 @@ def _die_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _encode(store: fs.SubTreeFileSystem, file: str, image_size: int) -> bytes | str:
-    try:
-        return _shrink(_read_inside(store, file), image_size)
-    except _Refused as refused:
-        return str(refused)
-    except Exception as error:  # decoders fail on foreign bytes in every way there is
-        return f"unreadable ({type(error).__name__})"
-
-
-def _read_inside(store: fs.SubTreeFileSystem, file: str) -> bytes:
-    if isinstance(store.base_fs, fs.LocalFileSystem):
-        path, folder = store.base_path + file, file.rpartition("/")[0]  # a Path costs as much as the reading
-        if not _is_inside(file if os.path.islink(path) else folder, store.base_path):  # noqa: PTH114
-            raise _Refused(OUTSIDE)
-        with open(path, "rb", buffering=0) as opened:  # noqa: PTH123
-            return opened.read()
-    with store.open_input_file(file) as stream:
-        return stream.read()
-
-
-def photo(path: str | Path, image_size: int) -> bytes:
-    """A photo as `prepare` would put it into a catalogue. Raises UserError where it can't be read as an image."""
-    data = Path(path).read_bytes()
-    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
-    try:
-        return _shrink(data, image_size)
-    except Exception as error:  # decoders fail on foreign bytes in every way there is
-        reason = str(error) if isinstance(error, _Refused) else type(error).__name__
-        raise UserError(f"{path} can't be read as an image ({reason}): give a JPEG, PNG or WebP photo") from error
-
-
-@lru_cache(maxsize=1 << 12)  # a folder is asked for with each of its images
-def _is_inside(path: str, root: str) -> bool:
-    return Path(root, path).resolve().is_relative_to(Path(root).resolve())
-
-
-def _shrink(data: bytes, image_size: int) -> bytes:
-    """The image as JPEG with a short side of `image_size`; its own bytes where it is no larger and needs no care.
-
-    Either way it is decoded to its end, so that a cut file is found here and not in training.
-    """
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
-        width, height = opened.size
-        if width * height > (MAX_JPEG_PIXELS if opened.format == "JPEG" else MAX_PIXELS):
-            raise _Refused(TOO_LARGE)
-        is_turned = opened.getexif().get(ORIENTATION_TAG, 1) != 1
-        excess = min(width, height) / image_size
-        if excess <= 1 and not is_turned and _is_plain(opened):
-            opened.draft("L", (1, 1))  # reads a JPEG to its end, but makes few pixels of it
-            with _room_for(opened, width * height):
-                opened.load()
-            return data
-        # A JPEG may decode to a half, quarter or eighth; from twice the wanted size that costs no visible quality
-        opened.draft("RGB", (int(2 * width / excess), int(2 * height / excess)))
-        with _room_for(opened, width * height):
-            image = _as_rgb(ImageOps.exif_transpose(opened) if is_turned else opened)
-            if excess > 1:
-                long = round(max(width, height) / excess)
-                size = (image_size, long) if image.width <= image.height else (long, image_size)
-                image = image.resize(size, Image.Resampling.BICUBIC)
-        encoded = io.BytesIO()
-        image.save(encoded, "JPEG", quality=95)
-        return encoded.getvalue()
-
-
-def _room_for(opened: Image.Image, pixels: int) -> AbstractContextManager[object]:
-    """Waits where the image, of so many pixels in its file, takes much memory: only one such is decoded at a time."""
-    if not opened.info.get("progressive"):  # all of such a JPEG is in memory, at whatever size it is decoded
-        pixels = opened.width * opened.height
-    return _alone if pixels > ALONE_PIXELS else nullcontext()
-
-
-def _is_plain(image: Image.Image) -> bool:
-    """Whether all readers make the same of it: one opaque picture of eight bits a channel."""
-    deep = image.mode.startswith(("I", "F"))
-    return not deep and not image.has_transparency_data and getattr(image, "n_frames", 1) == 1
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel, what is transparent on white, of several frames the first."""
-    if image.mode in ("I", "F"):
-        raise _Refused(NO_RANGE)
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut off all that is above 255
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-# Writing: everything below `<out>.partial`, until the last rename.
 
 
 @dataclass
@@ -582,7 +461,7 @@ def _rows(
 ) -> Iterator[tuple[bytes | str, ...]]:
     """Rows in the order of SCHEMA of the photos that have an image and, where that counts, a match."""
     for photo in photos:
-        image = _encode(store, photo.file, image_size)
+        image = encode_file(store, photo.file, image_size)
         if isinstance(image, str):
             left_out.append((photo.path, image))
         elif matched is not None and photo.item_id not in matched:

@@ -17,6 +17,7 @@ from clipfh import UserError, __version__
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment, ModelSettings
 from clipfh.data import catalogue, images
+from clipfh.data.encode import encode_photo
 from clipfh.model import checkpoint
 from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer, load_weights, model_fingerprint
 from clipfh.model.devices import choose_device, resolve_precision
@@ -115,7 +116,7 @@ def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, ModelSet
 
 def embed_photo(index: Index, clip: nn.Module, settings: ModelSettings, file: str | Path) -> Tensor:
     """Unit embedding (D,) of a photo, taken in as the catalogue's own were. UserError: it can't be read."""
-    photo = catalogue.photo(file, index.made["catalogue"]["image_size"])
+    photo = encode_photo(file, index.made["catalogue"]["image_size"])
     pixels = images.for_evaluation(photo, get_preprocess(clip))
     return embed_images(_towers(clip), np.stack([pixels]), resolve_precision(settings.precision, choose_device()))[
         0
@@ -157,7 +158,7 @@ def write_page(out: str | Path, index: Index, asked: str, photo: Path | None, fo
     source = index.made["catalogue"]
     pictures = _catalogue_of(index).images_at([find.path for find in found])
     shown = [(find, images.thumbnail(pictures[find.path], *THUMBNAIL)) for find in found]
-    query = images.thumbnail(catalogue.photo(photo, source["image_size"]), *THUMBNAIL) if photo else None
+    query = images.thumbnail(encode_photo(photo, source["image_size"]), *THUMBNAIL) if photo else None
     pages = Environment(loader=PackageLoader("clipfh.retrieval", ""), autoescape=True)
     text = pages.get_template("search.html").render(
         asked=asked, query=query, shown=shown, count=len(index.embedding), catalogue=source["path"], version=__version__

@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipfh import UserError
-from clipfh.data import catalogue, sources
+from clipfh.data import catalogue, encode, sources
 from clipfh.data.catalogue import open_catalogue, prepare
+from clipfh.data.encode import encode_photo, shrink
 from clipfh.data.sources import Photo
 
 
@@ -255,7 +256,7 @@ def test_bad_images_are_left_out_listed_and_limited(tmp_path):
         "good/cut.jpg": "unreadable (OSError)",
         "good/text.jpg": "unreadable (UnidentifiedImageError)",
         "good/link.jpg": sources.OUTSIDE,
-        "good/huge.png": catalogue.TOO_LARGE,
+        "good/huge.png": encode.TOO_LARGE,
         "good/gone.jpg": sources.MISSING,
         "../outside.jpg": sources.OUTSIDE,
         bad[-1]: sources.OUTSIDE,
@@ -337,7 +338,7 @@ def test_odd_images_are_taken_as_one_picture_of_eight_bits(kind):
     for number, (size, image_size) in enumerate(product([(40, 30), (30, 64), (400, 300)], [30, 256])):
         data = TAKEN[kind](size, number)
         with warnings.catch_warnings(action="ignore"):
-            kept = catalogue._shrink(data, image_size)
+            kept = shrink(data, image_size)
             image = Image.open(io.BytesIO(kept))
             first = Image.open(io.BytesIO(data))
             expected = np.asarray(first.convert("RGB").resize(image.size), float)
@@ -354,7 +355,7 @@ def test_odd_images_are_taken_as_one_picture_of_eight_bits(kind):
 
 def test_a_phones_108_megapixels_are_read(tmp_path, quick):
     Image.new("L", (12_000, 9_000), 127).save(tmp_path / "phone.jpg", quality=20)
-    assert Image.open(io.BytesIO(catalogue.photo(tmp_path / "phone.jpg", 256))).size == (341, 256)
+    assert Image.open(io.BytesIO(encode_photo(tmp_path / "phone.jpg", 256))).size == (341, 256)
 
 
 @pytest.mark.parametrize(
@@ -377,9 +378,9 @@ def test_only_one_image_that_takes_much_memory_is_decoded_at_a_time(size, option
         def __exit__(self, *error):
             pass
 
-    monkeypatch.setattr(catalogue, "_alone", Lock())
-    monkeypatch.setattr(catalogue, "ALONE_PIXELS", 100_000)
-    catalogue._shrink(saved(colored(size), options.pop("format"), **options), 30)
+    monkeypatch.setattr(encode, "_alone", Lock())
+    monkeypatch.setattr(encode, "ALONE_PIXELS", 100_000)
+    shrink(saved(colored(size), options.pop("format"), **options), 30)
     assert held == [True] * alone
 
 
@@ -420,7 +421,7 @@ def test_more_than_a_hundred_damaged_images_are_left_out_with_a_reason(tmp_path,
     made = prepare(source, tmp_path / "out", max_bad=0.9, image_size=30)
     left_out = dict(made.manifest["left_out"]["list"])
     assert len(bad) > 100 and sorted(left_out) == sorted(bad)
-    known = {catalogue.TOO_LARGE, catalogue.NO_RANGE, sources.MISSING, sources.OUTSIDE}
+    known = {encode.TOO_LARGE, encode.NO_RANGE, sources.MISSING, sources.OUTSIDE}
     assert all(why in known or re.fullmatch(r"unreadable \(\w+\)", why) for why in left_out.values())
     assert sum(made.num_images(split) for split in catalogue.SPLITS) == 48
     assert capfd.readouterr().err == "", "decoders don't talk"
@@ -434,10 +435,10 @@ def test_a_truncated_jpeg_is_found_wherever_it_ends(tmp_path):
     progressive = draw(tmp_path / "b.jpg", (200, 150), quality=90, progressive=True).read_bytes()
     for data in (whole, progressive):
         for size in (400, 100):
-            assert catalogue._shrink(data, size)
+            assert shrink(data, size)
             for end in range(2, len(data) - 2, 97):
                 with pytest.raises(OSError, match="truncated|cannot identify|broken|Truncated"):
-                    catalogue._shrink(data[:end], size)
+                    shrink(data[:end], size)
 
 
 def test_queries_need_a_gallery_image_that_is_left(tmp_path, quick):

@@ -18,6 +18,7 @@ from clipfh.cluster import resources as cluster
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.data import catalogue, images
+from clipfh.data.encode import encode_photo
 from clipfh.model import checkpoint
 from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer, load_weights
 from clipfh.model.towers import Towers, embed_texts
@@ -151,7 +152,7 @@ def test_a_photo_is_taken_in_as_prepare_does(file, tmp_path):
     clip, settings = lookup.model_of(index)
     one, other = (lookup.embed_photo(index, clip, settings, photo) for photo in (upright, turned))
     assert one @ other > 0.99
-    assert images.for_evaluation(catalogue.photo(turned, 256), get_preprocess(clip)).shape == (64, 64, 3)
+    assert images.for_evaluation(encode_photo(turned, 256), get_preprocess(clip)).shape == (64, 64, 3)
 
 
 def test_a_search_starts_no_ray():
