@@ -366,6 +366,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def prompts(args: argparse.Namespace) -> None:
     from clipfh.data import catalogue, prompts
+    from clipfh.data.splits import SPLITS
 
     pass
 
@@ -375,7 +376,7 @@ def prompts(args: argparse.Namespace) -> None:
 
     settings = ModelSettings(name=args.model)
     counter, limit = make_token_counter(settings), load_tokenizer(settings).context_length
-    items = prompts.item_texts(row for split in catalogue.SPLITS for row in opened.rows(split).to_pylist())
+    items = prompts.item_texts(row for split in SPLITS for row in opened.rows(split).to_pylist())
     found = prompts.report(items, counter, limit)
     print(prompts.format_report(found))
     if args.report:
@@ -595,6 +596,7 @@ def export(args: argparse.Namespace) -> None:
 
 def embed(args: argparse.Namespace) -> None:
     from clipfh.data import catalogue
+    from clipfh.data.splits import SPLITS
     from clipfh.retrieval import evaluate
 
     pass
@@ -610,7 +612,7 @@ def embed(args: argparse.Namespace) -> None:
     if out.is_dir() or (out.exists() and embedding_file.mark_of(out) is None):
         raise UserError(f"--out {out} is there, and holds no embeddings to replace: name another file")
     clip, experiment, weights = _model(args, settings)
-    splits = [split for split in catalogue.SPLITS if opened.num_images(split)]
+    splits = [split for split in SPLITS if opened.num_images(split)]
     prompts = load_prompts_for(opened, experiment, *splits)
     with _to_embed(args), _progress("images embedded") as tell:
         embedding = evaluate.choose_encoder(clip, experiment.model).images(opened, splits, tell)

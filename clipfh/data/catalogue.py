@@ -5,7 +5,6 @@ All up to the plan is cheap and done at once. Each shard is read, encoded and wr
 time, and survives a kill when it is finished.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -13,8 +12,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
@@ -36,10 +35,9 @@ from clipfh.config import cores
 from clipfh.data import sources
 from clipfh.data.encode import encode_file, start_encoding
 from clipfh.data.sources import LeftOut, Photo
+from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, check_not_empty, digest
 
 FORMAT, VERSION = "clipfh-catalogue", 2
-SPLITS = ("train", "val_gallery", "val_query", "gallery", "query")  # the order of writing: a gallery before its queries
-GALLERY_OF = {"val_query": "val_gallery", "query": "gallery"}
 COLUMNS = ("item_id", "variant", "view", "gender", "category", "path", "split", "text", "color")
 SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in COLUMNS)])
 
@@ -160,13 +158,11 @@ def prepare(
         listing = sources.read(source)
         tally = _Tally(len(listing.photos) + len(listing.left_out), max_bad, progress)
         tally.add(0, listing.left_out)
-        photos = _assign_splits(listing.photos, val_fraction, seed)
-        _check_not_empty(Counter(photo.split for photo in photos), source)
+        photos = assign_splits(listing.photos, val_fraction, seed)
+        check_not_empty(Counter(photo.split for photo in photos), source)
         shards = _cut_into_shards(photos)
         settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed}
-        plan = _digest(
-            json.dumps([FORMAT, VERSION, settings]), *(_digest(json.dumps(shard.photos)) for shard in shards)
-        )
+        plan = digest(json.dumps([FORMAT, VERSION, settings]), *(digest(json.dumps(shard.photos)) for shard in shards))
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             return _keep_up_to_date(out, plan, tally)
 
@@ -176,7 +172,7 @@ def prepare(
             _write_shards(pool, folder, shards, listing.store, image_size, tally)
             pool.shutdown()  # what follows needs memory, the processes none any more
             contents = _contents(folder, shards)
-            _check_not_empty({split: counts["images"] for split, counts in contents["counts"].items()}, source)
+            check_not_empty({split: counts["images"] for split, counts in contents["counts"].items()}, source)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -188,77 +184,6 @@ def prepare(
             }
             _finish(folder, out, manifest)
         return open_catalogue(out)
-
-
-def _assign_splits(photos: list[Photo], val_fraction: float, seed: int) -> list[Photo]:
-    """Give every photo one of SPLITS. No item is in two of train, validation and test.
-
-    Without any split, a tenth of the items is test; without validation, items are held out of train for it.
-    """
-    given = {photo.split for photo in photos}
-    if "" in given and len(given) > 1:
-        first = next(photo.path for photo in photos if not photo.split)
-        raise UserError(f"{first}: has no split while others have one: give all of them a split, or none")
-    if given == {""}:
-        photos = [photo._replace(split="train") for photo in photos]
-        photos = _hold_out(photos, "test", lambda items: max(1, round(items / 10)), seed)
-    if not given & {"val", "val_query", "val_gallery"}:
-        photos = _hold_out(photos, "val", lambda items: max(round(val_fraction * items), min(50, items // 5)), seed)
-    photos = _halve(photos, "test", "query", "gallery", seed)
-    photos = _halve(photos, "val", "val_query", "val_gallery", seed)
-    _check_disjoint(photos)
-    return photos
-
-
-def _hold_out(photos: list[Photo], name: str, count: Callable[[int], int], seed: int) -> list[Photo]:
-    """Move `count(number of train items)` items with two images or more from train to the split `name`.
-
-    At most half of such items go, so that train keeps some where there are hardly any.
-    """
-    images = Counter(photo.item_id for photo in photos if photo.split == "train")
-    paired = _shuffled((item for item, number in images.items() if number > 1), f"{seed} {name}")
-    taken = set(paired[: min(count(len(images)), len(paired) // 2)])
-    return [p._replace(split=name) if p.split == "train" and p.item_id in taken else p for p in photos]
-
-
-def _halve(photos: list[Photo], split: str, query: str, gallery: str, seed: int) -> list[Photo]:
-    """Of each item's images in `split`, half (rounded down) become queries and the rest gallery."""
-    paths = defaultdict(list)
-    for photo in photos:
-        if photo.split == split:
-            paths[photo.item_id].append(photo.path)
-    drawn = {item: set(_shuffled(its, f"{seed} {item}")[: len(its) // 2]) for item, its in paths.items()}
-    return [
-        p._replace(split=query if p.path in drawn[p.item_id] else gallery) if p.split == split else p for p in photos
-    ]
-
-
-def _shuffled(names: Iterable[str], seed: str) -> list[str]:
-    """Names in an order that depends on the seed and on each name alone: not on where or how they were listed."""
-    return sorted(names, key=lambda name: _digest(seed, name))
-
-
-def _check_disjoint(photos: list[Photo]) -> None:
-    parts = defaultdict(set)
-    for photo in photos:
-        part = {"train": "train", "query": "test", "gallery": "test"}.get(photo.split, "validation")
-        parts["item", photo.item_id].add(part)
-        parts["photo", photo.path].add(part)
-    for kind, remedy in (("item", "give all images of an item to one of them"), ("photo", "list it in one of them")):
-        shared = [name for (of, name), its in parts.items() if of == kind and len(its) > 1]
-        if shared:
-            names = " and ".join(sorted(parts[kind, shared[0]]))
-            raise UserError(
-                f"{kind} {shared[0]} is in {names} ({len(shared)} {kind}s are in two): figures would be too good: "
-                f"{remedy}"
-            )
-
-
-def _check_not_empty(images: Mapping[str, int], source: str) -> None:
-    for split in ("train", "query", "gallery"):
-        if not images.get(split):
-            found = ", ".join(f"{images.get(name, 0)} {name}" for name in SPLITS)
-            raise UserError(f"{source}: no {split} images ({found}): a catalogue needs train, query and gallery images")
 
 
 @dataclass(frozen=True)
@@ -440,10 +365,10 @@ def _write_shard(
         with pq.ParquetWriter(str(temporary), SCHEMA, **_STORED) as writer:
             while group := list(islice(rows, ROW_GROUP_IMAGES)):
                 images, *columns = zip(*group, strict=True)
-                hashes.append(_digest(json.dumps(columns), *images))
+                hashes.append(digest(json.dumps(columns), *images))
                 writer.write_table(pa.table([pa.array(values) for values in (images, *columns)], schema=SCHEMA))
                 num_images += len(group)
-            writer.add_key_value_metadata({"clipfh": json.dumps({"hash": _digest(*hashes), "left_out": left_out})})
+            writer.add_key_value_metadata({"clipfh": json.dumps({"hash": digest(*hashes), "left_out": left_out})})
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.rename(path)
@@ -497,7 +422,7 @@ def _contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
     rows = pa.concat_tables(_read(folder / shard.name, names) for its in filled.values() for shard in its)
     items = rows.group_by(["item_id", "split"]).aggregate([("item_id", "count")])
     return {
-        "hash": _digest(*(footer["hash"] for footer in footers.values())),
+        "hash": digest(*(footer["hash"] for footer in footers.values())),
         "counts": {
             split: {
                 "images": sum(footers[s.name]["images"] for s in its),
@@ -542,12 +467,3 @@ def _finish(folder: Path, out: Path, manifest: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     folder.rename(out)
     (out / "plan.json").unlink()
-
-
-def _digest(*parts: str | bytes) -> str:
-    """SHA-256 of the parts, each with its length, so that no two lists of parts have the same one."""
-    sha = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        sha.update(len(data).to_bytes(8, "big") + data)
-    return sha.hexdigest()

@@ -23,7 +23,8 @@ from torch import nn
 from clipfh import UserError, __version__
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment
-from clipfh.data.catalogue import SPLITS, Catalogue, open_catalogue
+from clipfh.data.catalogue import Catalogue, open_catalogue
+from clipfh.data.splits import SPLITS
 from clipfh.model import checkpoint, onnx
 from clipfh.model.clip import (
     CONFIG_FILE,

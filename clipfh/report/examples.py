@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from clipfh import UserError
 from clipfh.data import images
-from clipfh.data.catalogue import GALLERY_OF, Catalogue, open_catalogue
+from clipfh.data.catalogue import Catalogue, open_catalogue
+from clipfh.data.splits import GALLERY_OF
 from clipfh.report.artifacts import Measured
 
 TOP = 10

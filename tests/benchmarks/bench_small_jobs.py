@@ -24,6 +24,7 @@ from clipfh.config import cores
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.data import catalogue
 from clipfh.data.catalogue import Catalogue
+from clipfh.data.splits import SPLITS
 from clipfh.demo.source import write_source
 from clipfh.model import clip
 from clipfh.storage import run_folder
@@ -133,7 +134,7 @@ def _catalogue(folder: Path, photos: int) -> Catalogue:
     source = folder / f"photos-{photos}"
     write_source(source, items=photos // 5, seed=0, size=256, train_share=0.75 if photos == 2000 else 0.2)
     made = catalogue.prepare(str(source), folder / f"catalogue-{photos}")
-    parts = [made.rows(split) for split in catalogue.SPLITS]
+    parts = [made.rows(split) for split in SPLITS]
     table = pa.concat_tables(parts)
     paths = [str(source / path) for path in table["path"].to_pylist()]
     shown = {"path": paths, "item": table["item_id"], "split": table["split"], "text": table["text"]}

@@ -31,6 +31,7 @@ from clipfh.data import catalogue, encode, sources
 from clipfh.data.catalogue import open_catalogue, prepare
 from clipfh.data.encode import encode_photo, shrink
 from clipfh.data.sources import Photo
+from clipfh.data.splits import SPLITS, assign_splits
 
 
 class SameProcess:
@@ -86,7 +87,7 @@ def shop(root, rows=SHOP):
 
 
 def rows_of(made, *splits):
-    return [row for split in splits or catalogue.SPLITS for row in made.rows(split).to_pylist()]
+    return [row for split in splits or SPLITS for row in made.rows(split).to_pylist()]
 
 
 def test_rows_are_those_of_the_source(tmp_path, quick):
@@ -94,10 +95,10 @@ def test_rows_are_those_of_the_source(tmp_path, quick):
     made = prepare(source, tmp_path / "out")
     said = {photo.path: photo._asdict() for photo in sources.read(source).photos}
     assert sorted(said) == sorted(row["path"] for row in rows_of(made))
-    for split in catalogue.SPLITS:
+    for split in SPLITS:
         for row in rows_of(made, split):
             assert row == {name: said[row["path"]][name] for name in catalogue.COLUMNS} | {"split": split}
-    counts = {split: (made.num_images(split), made.num_items(split)) for split in catalogue.SPLITS}
+    counts = {split: (made.num_images(split), made.num_items(split)) for split in SPLITS}
     assert counts["query"] == (2, 2)
     assert counts["gallery"] == (4, 2)
     assert sum(counts[split][1] for split in ("train", "val_query")) == 10
@@ -168,9 +169,9 @@ def listings(draw):
 @given(listings())
 def test_splits_are_identity_disjoint_seeded_and_halved(case):
     photos, val_fraction, seed = case
-    split = {photo.path: photo for photo in catalogue._assign_splits(photos, val_fraction, seed)}
+    split = {photo.path: photo for photo in assign_splits(photos, val_fraction, seed)}
     assert sorted(split) == sorted(photo.path for photo in photos)
-    again = catalogue._assign_splits(sorted(photos, key=lambda photo: photo.path), val_fraction, seed)
+    again = assign_splits(sorted(photos, key=lambda photo: photo.path), val_fraction, seed)
     assert {photo.path: photo for photo in again} == split, "the order of listing does not matter"
 
     views = defaultdict(lambda: defaultdict(int))
@@ -194,8 +195,7 @@ def test_splits_are_identity_disjoint_seeded_and_halved(case):
 def test_another_seed_draws_other_validation_items():
     photos = [Photo(f"{i}/{view}", str(i), "train") for i in range(100) for view in range(4)]
     drawn = [
-        {photo.path for photo in catalogue._assign_splits(photos, 0.1, seed) if photo.split == "val_query"}
-        for seed in (0, 1)
+        {photo.path for photo in assign_splits(photos, 0.1, seed) if photo.split == "val_query"} for seed in (0, 1)
     ]
     assert len(drawn[0]) == len(drawn[1]) == 40
     assert drawn[0] != drawn[1]
@@ -206,7 +206,7 @@ def test_without_splits_items_are_drawn_for_test_and_validation(tmp_path, quick)
         for view in range(4):
             draw(tmp_path / f"s/shoes/boot {item:02d}/view{view}.JPG", number=item)
     made = prepare(tmp_path / "s", tmp_path / "out")
-    assert {split: made.num_images(split) for split in catalogue.SPLITS} == {
+    assert {split: made.num_images(split) for split in SPLITS} == {
         "train": 60, "val_gallery": 6, "val_query": 6, "gallery": 4, "query": 4
     }  # fmt: skip
 
@@ -217,7 +217,7 @@ def test_given_validation_and_test_items_are_halved(tmp_path, quick):
     for number, (path, *_) in enumerate(listed):
         draw(tmp_path / path, number=number)
     made = prepare(table(tmp_path / "l.csv", listed), tmp_path / "out")
-    assert {split: made.num_images(split) for split in catalogue.SPLITS} == {
+    assert {split: made.num_images(split) for split in SPLITS} == {
         "train": 16, "val_gallery": 4, "val_query": 4, "gallery": 4, "query": 4
     }  # fmt: skip
     assert {row["item_id"] for row in rows_of(made, "val_query")} == {"4", "5"}
@@ -423,7 +423,7 @@ def test_more_than_a_hundred_damaged_images_are_left_out_with_a_reason(tmp_path,
     assert len(bad) > 100 and sorted(left_out) == sorted(bad)
     known = {encode.TOO_LARGE, encode.NO_RANGE, sources.MISSING, sources.OUTSIDE}
     assert all(why in known or re.fullmatch(r"unreadable \(\w+\)", why) for why in left_out.values())
-    assert sum(made.num_images(split) for split in catalogue.SPLITS) == 48
+    assert sum(made.num_images(split) for split in SPLITS) == 48
     assert capfd.readouterr().err == "", "decoders don't talk"
     with pytest.raises(UserError, match="more than --max-bad 0.01; first .*: mend them or raise") as caught:
         prepare(source, tmp_path / "strict", image_size=30)

@@ -12,7 +12,6 @@ from clipfh import UserError
 from clipfh.cli import main
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL
-from clipfh.data import catalogue
 from clipfh.data.prompts import (
     _OWED,
     ItemText,
@@ -24,6 +23,7 @@ from clipfh.data.prompts import (
     report,
     save_prompts,
 )
+from clipfh.data.splits import SPLITS
 from clipfh.train.inputs import load_prompts_for
 
 TOKENIZER = SimpleTokenizer()
@@ -359,11 +359,11 @@ def test_the_command_reports_and_writes_what_can_be_edited_and_trained_on(small_
     assert json.loads(found.read_text())["items"] == 40
     made = load_prompts(out)
     settings = {"model.name": SMALL_MODEL}
-    assert load_prompts_for(small_catalogue, presets.resolve("joint", None, settings), *catalogue.SPLITS) == made
+    assert load_prompts_for(small_catalogue, presets.resolve("joint", None, settings), *SPLITS) == made
     edited = dict(made) | {min(made): "A prompt of mine."}
     out.write_text(json.dumps(edited))
     experiment = presets.resolve("joint", None, settings | {"text.file": str(out)})
-    assert load_prompts_for(small_catalogue, experiment, *catalogue.SPLITS) == edited
+    assert load_prompts_for(small_catalogue, experiment, *SPLITS) == edited
     assert main.main([str(word) for word in words]) == 2
     assert "holds other prompts" in capsys.readouterr().err
 

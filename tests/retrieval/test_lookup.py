@@ -17,8 +17,9 @@ from clipfh.cli import main
 from clipfh.cluster import resources as cluster
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
-from clipfh.data import catalogue, images
+from clipfh.data import images
 from clipfh.data.encode import encode_photo
+from clipfh.data.splits import SPLITS
 from clipfh.model import checkpoint
 from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer, load_weights
 from clipfh.model.towers import Towers, embed_texts
@@ -61,7 +62,7 @@ def refused(capsys, *words) -> str:
 def test_every_image_has_its_row(file, small_catalogue):
     table = pq.read_table(file)
     assert table.column_names == ["item_id", "path", "split", "prompt", "embedding"]
-    expected = [path for split in catalogue.SPLITS for path in small_catalogue.rows(split)["path"].to_pylist()]
+    expected = [path for split in SPLITS for path in small_catalogue.rows(split)["path"].to_pylist()]
     assert table["path"].to_pylist() == expected
     lengths = np.linalg.norm(np.stack(table["embedding"].to_numpy()), axis=1)
     np.testing.assert_allclose(lengths, 1, atol=1e-5)
