@@ -9,6 +9,7 @@ import torch
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, Experiment, Placement
 from clipfh.data import catalogue
+from clipfh.data.prepare import prepare
 from clipfh.demo.source import write_source
 
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
@@ -37,7 +38,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_catalogue(source, tmp_path_factory) -> catalogue.Catalogue:
-    return catalogue.prepare(str(source), tmp_path_factory.mktemp("catalogue") / "tiny", image_size=64)
+    return prepare(str(source), tmp_path_factory.mktemp("catalogue") / "tiny", image_size=64)
 
 
 @pytest.fixture(scope="session")

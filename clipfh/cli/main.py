@@ -342,12 +342,12 @@ def _placement(args: argparse.Namespace) -> Placement:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    from clipfh.data import catalogue
+    from clipfh.data.prepare import prepare
 
     pass
 
     with _progress("images") as tell:
-        made = catalogue.prepare(
+        made = prepare(
             args.source,
             args.out,
             val_fraction=args.val_fraction,

@@ -18,7 +18,7 @@ def run(out: Path, tell: Callable[[str], None] = print) -> None:
     """
     from clipfh.cluster import resources as cluster
     from clipfh.config import sweep_file
-    from clipfh.data import catalogue
+    from clipfh.data.prepare import prepare
     from clipfh.sweep import sweep
 
     if not SWEEP.is_file():
@@ -29,7 +29,7 @@ def run(out: Path, tell: Callable[[str], None] = print) -> None:
     tell(f"1. drawing {ITEMS} garments: {out}/photos")
     write_source(out / "photos", items=ITEMS, seed=SEED, size=PHOTO_SIZE)
     tell(f"2. clipfh prepare --source {out}/photos --out {out}/catalogue --image-size {PHOTO_SIZE}")
-    made = catalogue.prepare(str(out / "photos"), out / "catalogue", image_size=PHOTO_SIZE, seed=SEED)
+    made = prepare(str(out / "photos"), out / "catalogue", image_size=PHOTO_SIZE, seed=SEED)
     tell(
         "   "
         + ", ".join(f"{split} {count['images']:,}" for split, count in made.manifest["counts"].items())

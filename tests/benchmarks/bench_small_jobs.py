@@ -22,8 +22,8 @@ from nodes import HEAD, Nodes, free_port
 
 from clipfh.config import cores
 from clipfh.config.experiment import SMALL_MODEL
-from clipfh.data import catalogue
 from clipfh.data.catalogue import Catalogue
+from clipfh.data.prepare import prepare
 from clipfh.data.splits import SPLITS
 from clipfh.demo.source import write_source
 from clipfh.model import clip
@@ -133,7 +133,7 @@ def _catalogue(folder: Path, photos: int) -> Catalogue:
     """A catalogue of about so many drawn photos, and a CSV file of its test photos for the plain scripts."""
     source = folder / f"photos-{photos}"
     write_source(source, items=photos // 5, seed=0, size=256, train_share=0.75 if photos == 2000 else 0.2)
-    made = catalogue.prepare(str(source), folder / f"catalogue-{photos}")
+    made = prepare(str(source), folder / f"catalogue-{photos}")
     parts = [made.rows(split) for split in SPLITS]
     table = pa.concat_tables(parts)
     paths = [str(source / path) for path in table["path"].to_pylist()]

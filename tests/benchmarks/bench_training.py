@@ -26,8 +26,9 @@ import torch
 from clipfh.cluster import resources as cluster
 from clipfh.config import cores, presets, sweep_file
 from clipfh.config.experiment import SMALL_MODEL, Experiment, Placement
-from clipfh.data import catalogue, decoding, stream
+from clipfh.data import decoding, stream
 from clipfh.data.catalogue import Catalogue
+from clipfh.data.prepare import prepare
 from clipfh.data.sampler import ItemIndex, make_sampler
 from clipfh.demo.source import write_source
 from clipfh.learn.learner import Learner
@@ -59,7 +60,7 @@ def rows() -> list[dict]:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_source(folder / "photos", items=ITEMS, seed=0, size=SIDE)
-        opened = catalogue.prepare(folder / "photos", folder / "catalogue")
+        opened = prepare(folder / "photos", folder / "catalogue")
         (folder / "sweep.yaml").write_text(SWEEP)
         cluster.connect("local")
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from nodes import FIRST, HEAD, SECOND, THIRD, Nodes, leaderboard, reports, until
 
-from clipfh.data import catalogue as catalogue_module
+from clipfh.data.prepare import prepare
 from clipfh.demo.source import write_source
 
 SWEEP = """
@@ -270,7 +270,7 @@ def main(names: list[str]) -> int:
     (folder / "work").mkdir()
     (folder / "work/sweep.yaml").write_text(SWEEP)
     write_source(folder / "photos", items=40, seed=1, size=64)
-    made = catalogue_module.prepare(str(folder / "photos"), folder / "catalogue", image_size=64)
+    made = prepare(str(folder / "photos"), folder / "catalogue", image_size=64)
     nodes, good = Nodes(folder), True
     print("| killed | over before | over at the end | of these run again | steps lost | seconds | left behind | good |")
     print("|---|---|---|---|---|---|---|---|", flush=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from clipfh.cluster import resources as cluster
 from clipfh.config import sweep_file
 from clipfh.data import catalogue
+from clipfh.data.prepare import prepare
 from clipfh.demo.source import write_source
 from clipfh.sweep import sweep
 
@@ -76,7 +77,7 @@ def main(count: int, trials: int) -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_source(folder / "photos", items=40, seed=1, size=64)
-        catalogue.prepare(str(folder / "photos"), folder / "catalogue", image_size=64)
+        prepare(str(folder / "photos"), folder / "catalogue", image_size=64)
         failures = 0
         for number in range(count):
             again = [sys.executable, __file__, "--one", made, str(number), str(trials)]

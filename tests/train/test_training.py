@@ -22,8 +22,8 @@ from clipfh import UserError
 from clipfh.cluster import resources as cluster
 from clipfh.config import presets, schema
 from clipfh.config.experiment import LOSS_TERMS
-from clipfh.data import catalogue as catalogue_module
 from clipfh.data import images, stream
+from clipfh.data.prepare import prepare
 from clipfh.data.sampler import ItemIndex, build_index, make_sampler
 from clipfh.learn import learner
 from clipfh.model import checkpoint
@@ -301,7 +301,7 @@ def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
         splits = ("train",) if i < 6 else ("query", "gallery") if i < 9 else VALIDATION
         lines += [f"{i}.png,item{i // 3},{split}" for split in splits]
     (tmp_path / "shop.csv").write_text("\n".join(lines))
-    made = catalogue_module.prepare(str(tmp_path / "shop.csv"), tmp_path / "catalogue", image_size=64)
+    made = prepare(str(tmp_path / "shop.csv"), tmp_path / "catalogue", image_size=64)
     clip = load_start(tiny)
     preprocess = get_preprocess(clip)
     encoded = [photo.as_py() for split in VALIDATION for photo in made.images(split)["image"]]

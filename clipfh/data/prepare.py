@@ -1,0 +1,394 @@
+"""The photos of a source become a catalogue: listed photos, splits, plan of shards, shards, manifest.
+
+Listing, splits and plan are cheap and done at once. Then a pool of processes makes the shards: each shard is read,
+encoded and written by one process, a row group at a time, and survives a kill when it is finished.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from clipfh import UserError
+from clipfh.config import cores
+from clipfh.data import sources
+from clipfh.data.catalogue import (
+    COLUMNS,
+    FORMAT,
+    SCHEMA,
+    VERSION,
+    Catalogue,
+    open_catalogue,
+    partial_folder,
+    read_columns,
+)
+from clipfh.data.encode import encode_file, start_encoding
+from clipfh.data.sources import LeftOut, Photo
+from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, check_not_empty, digest
+
+SHARD_IMAGES = 512  # a task of a process, and what a kill may cost; fewer where they would be few shards for the cores
+ROW_GROUP_IMAGES = 64  # all that a process has in memory
+LEFT_OUT_LISTED = 1000
+# Encoded images are all different, and zstd makes nothing of them
+_STORED = {
+    "compression": {"image": "none"} | dict.fromkeys(COLUMNS, "zstd"),
+    "use_dictionary": list(COLUMNS),
+    "write_statistics": list(COLUMNS),
+}
+NO_GALLERY = "query without a gallery image of its item"
+
+_row_of = attrgetter(*COLUMNS)
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    val_fraction: float = 0.1,
+    image_size: int = 256,
+    max_bad: float = 0.01,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Catalogue:
+    """Make the catalogue `out` of `source` on all cores; where it is there already and up to date, keep it.
+
+    Works in `<out>.partial` and renames that at the end. Killed and started again, it goes on behind its last finished
+    shard. The manifest's `hash` (rows and image bytes) depends neither on that nor on the number of cores.
+
+    Args:
+        source: path or URI of anything that `sources.read` takes.
+        val_fraction: share of the train items held out for validation, though at least 50 of them or a fifth.
+        image_size: pixels of the short side; larger images are shrunk to it, others keep their bytes.
+        max_bad: share of the listed images that may be left out (missing, unreadable, refused).
+        seed: of the drawing of items and of query images.
+        progress: called with the number of images done and of all images.
+
+    Raises:
+        UserError: the source, a setting or the disk needs mending.
+    """
+    if not (0 <= val_fraction < 1 and 0 <= max_bad <= 1 and image_size > 0):
+        raise UserError("--val-fraction must be in [0, 1), --max-bad in [0, 1], --image-size above 0: change it")
+    source, out = str(source), Path(out).absolute()
+    with _processes() as pool:
+        listing = sources.read(source)
+        tally = _PhotoCount(len(listing.photos) + len(listing.left_out), max_bad, progress)
+        tally.add(0, listing.left_out)
+        photos = assign_splits(listing.photos, val_fraction, seed)
+        check_not_empty(Counter(photo.split for photo in photos), source)
+        shards = _cut_into_shards(photos)
+        settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed}
+        plan = digest(json.dumps([FORMAT, VERSION, settings]), *(digest(json.dumps(shard.photos)) for shard in shards))
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            return _keep_up_to_date(out, plan, tally)
+
+        folder = partial_folder(out)
+        with _user_errors(folder):
+            _claim(folder, plan)
+            _write_shards(pool, folder, shards, listing.store, image_size, tally)
+            pool.shutdown()  # what follows needs memory, the processes none any more
+            contents = _contents(folder, shards)
+            check_not_empty({split: counts["images"] for split, counts in contents["counts"].items()}, source)
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "plan": plan,
+                "settings": {"source": source, **settings, "max_bad": max_bad},
+                **contents,
+                "left_out": tally.summary(),
+                "notes": listing.notes + contents["notes"],
+            }
+            _finish(folder, out, manifest)
+        return open_catalogue(out)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    split: str
+    photos: list[Photo]
+
+
+def _cut_into_shards(photos: list[Photo]) -> list[_Shard]:
+    """Photos by split and item, in shards of about as many or, for the end of an item, somewhat fewer."""
+    size = min(SHARD_IMAGES, max(64, len(photos) // 32))
+    ordered = sorted(photos, key=lambda photo: (SPLITS.index(photo.split), photo.item_id, photo.path))
+    shards = []
+    for split, of_split in groupby(ordered, key=lambda photo: photo.split):
+        cuts: list[list[Photo]] = [[]]
+        for _, of_item in groupby(of_split, key=lambda photo: photo.item_id):
+            views = list(of_item)
+            if cuts[-1] and len(cuts[-1]) + len(views) > size:
+                cuts.append([])
+            cuts[-1] += views
+        shards += [_Shard(f"{split}-{number:05d}.parquet", split, cut) for number, cut in enumerate(cuts)]
+    return shards
+
+
+@contextmanager
+def _processes() -> Iterator[ProcessPoolExecutor]:
+    """A process a core, started at once; what has not begun when the block fails is dropped."""
+    # Spawned, not forked: the caller may have threads
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(cores.available(), mp_context=spawn, initializer=_start_worker, initargs=(spawn.Lock(),))
+    with _main_module_hidden():
+        for _ in range(cores.available()):  # they start while the source is read
+            pool.submit(os.getpid)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """A spawned process imports the caller's script: slow, and it runs all of a script that has no main guard.
+
+    Workers need no more than this module.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _start_worker(alone: AbstractContextManager[object]) -> None:
+    start_encoding(alone)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    pa.array([""])  # at its first array pyarrow imports pandas: best while the source is still being read
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A killed parent can't stop its workers, and they would wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@dataclass
+class _PhotoCount:
+    """What was done and what was left out so far; more than `max_bad` left out stops everything."""
+
+    total: int
+    max_bad: float
+    progress: Callable[[int, int], None] | None
+    done: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def add(self, images: int, left_out: Sequence[LeftOut]) -> None:
+        """Count images that were written, and photos, each a path and a reason, that were left out."""
+        self.left_out += left_out
+        self.done += images + len(left_out)
+        if self.progress:
+            self.progress(self.done, self.total)
+        self.check(len(self.left_out), self.left_out)
+
+    def check(self, count: int, listed: Sequence[Sequence[str]]) -> None:
+        """Raise where `count` left out is too many; `listed` are the first of them."""
+        if count > self.max_bad * self.total:
+            first = ", ".join(f"{path} ({why})" for path, why in listed[:3])
+            raise UserError(
+                f"{count:,} of {self.total:,} images had to be left out so far, more than --max-bad {self.max_bad:g}; "
+                f"first {first}: mend them or raise --max-bad"
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """For the manifest: all counted, the first listed."""
+        listed = sorted(map(tuple, self.left_out))
+        reasons = dict(sorted(Counter(why for _, why in listed).items()))
+        return {"count": len(listed), "reasons": reasons, "list": listed[:LEFT_OUT_LISTED]}
+
+
+def _keep_up_to_date(out: Path, plan: str, tally: _PhotoCount) -> Catalogue:
+    try:
+        catalogue = open_catalogue(out)
+    except UserError as error:
+        raise UserError(f"{out}: is there and no whole catalogue: delete it or choose another --out") from error
+    if catalogue.manifest["plan"] != plan:
+        raise UserError(f"{out}: holds the catalogue of another source or settings: delete it or choose another --out")
+    tally.check(catalogue.manifest["left_out"]["count"], catalogue.manifest["left_out"]["list"])
+    return catalogue
+
+
+@contextmanager
+def _user_errors(folder: Path) -> Iterator[None]:
+    """What the machine can do to us while writing, in the user's terms."""
+    again = "then run the same command again, it goes on where it stopped"
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError(f"a process that reads images was killed, perhaps for memory: free some, {again}") from error
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error}): make room or mend that, {again}") from error
+
+
+def _claim(folder: Path, plan: str) -> None:
+    """Make the folder ours for this plan: keep what the same plan left there, clear what another plan left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, content = folder / "plan.json", json.dumps({"plan": plan})
+    if file.is_file() and file.read_text() == content:
+        return
+    if file.is_file():
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif any(folder.iterdir()):
+        raise UserError(f"{folder}: is needed to work in, and holds something else: move it or choose another --out")
+    file.write_text(content)
+
+
+def _write_shards(
+    pool: ProcessPoolExecutor,
+    folder: Path,
+    shards: list[_Shard],
+    store: fs.SubTreeFileSystem,
+    image_size: int,
+    tally: _PhotoCount,
+) -> None:
+    """Write all shards that are not there yet, each in one process; those of queries when their gallery is known."""
+    for asks in (False, True):
+        matched = {q: _item_ids(folder, [s for s in shards if s.split == g]) for q, g in GALLERY_OF.items() if asks}
+        under_way = []
+        for shard in (shard for shard in shards if (shard.split in GALLERY_OF) == asks):
+            if footer := _footer(folder / shard.name):
+                tally.add(footer["images"], footer["left_out"])
+                continue
+            items = matched.get(shard.split)
+            under_way.append(pool.submit(_write_shard, folder / shard.name, shard.photos, store, image_size, items))
+        for done in as_completed(under_way):
+            tally.add(*done.result())
+
+
+def _write_shard(
+    path: Path, photos: list[Photo], store: fs.SubTreeFileSystem, image_size: int, matched: set[str] | None
+) -> tuple[int, list[LeftOut]]:
+    """Write a shard under a temporary name, then rename: a shard with its name is whole.
+
+    Its footer holds the hash of its rows and what was left out, for a later run that finds it finished. Returns the
+    number of images and what was left out: also a query whose item is not in `matched`.
+    """
+    num_images, hashes, left_out = 0, [], list[LeftOut]()
+    rows = _rows(photos, store, image_size, matched, left_out)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with pq.ParquetWriter(str(temporary), SCHEMA, **_STORED) as writer:
+            while group := list(islice(rows, ROW_GROUP_IMAGES)):
+                images, *columns = zip(*group, strict=True)
+                hashes.append(digest(json.dumps(columns), *images))
+                writer.write_table(pa.table([pa.array(values) for values in (images, *columns)], schema=SCHEMA))
+                num_images += len(group)
+            writer.add_key_value_metadata({"clipfh": json.dumps({"hash": digest(*hashes), "left_out": left_out})})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return num_images, left_out
+
+
+def _rows(
+    photos: list[Photo],
+    store: fs.SubTreeFileSystem,
+    image_size: int,
+    matched: set[str] | None,
+    left_out: list[LeftOut],
+) -> Iterator[tuple[bytes | str, ...]]:
+    """Rows in the order of SCHEMA of the photos that have an image and, where that counts, a match."""
+    for photo in photos:
+        image = encode_file(store, photo.file, image_size)
+        if isinstance(image, str):
+            left_out.append((photo.path, image))
+        elif matched is not None and photo.item_id not in matched:
+            left_out.append((photo.path, NO_GALLERY))
+        else:
+            yield image, *_row_of(photo)
+
+
+def _footer(path: Path) -> dict[str, Any] | None:
+    """A shard's hash, number of images and left-out photos; None where it is not there or not whole."""
+    try:
+        metadata = pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return None
+    return {"images": metadata.num_rows, **json.loads(metadata.metadata[b"clipfh"])}
+
+
+def _item_ids(folder: Path, shards: Iterable[_Shard]) -> set[str]:
+    tables = (read_columns(folder / shard.name, ["item_id"]) for shard in shards)
+    return {item for table in tables for item in table["item_id"].unique().to_pylist()}
+
+
+def _contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
+    """The manifest's account of the shards in `folder`, from what they hold."""
+    footers = {shard.name: _footer(folder / shard.name) or {} for shard in shards}
+    filled = {split: [s for s in shards if s.split == split and footers[s.name]["images"]] for split in SPLITS}
+    names = ["item_id", "split", *_TOLD]
+    rows = pa.concat_tables(read_columns(folder / shard.name, names) for its in filled.values() for shard in its)
+    items = rows.group_by(["item_id", "split"]).aggregate([("item_id", "count")])
+    return {
+        "hash": digest(*(footer["hash"] for footer in footers.values())),
+        "counts": {
+            split: {
+                "images": sum(footers[s.name]["images"] for s in its),
+                "items": pc.sum(pc.equal(items["split"], split)).as_py() or 0,
+            }
+            for split, its in filled.items()
+        },
+        "notes": _oddities(rows, items),
+        "shards": {split: {s.name: (folder / s.name).stat().st_size for s in its} for split, its in filled.items()},
+    }
+
+
+_TOLD = ("category", "variant", "color", "text")
+
+
+def _oddities(rows: pa.Table, items: pa.Table) -> list[str]:
+    """What a reader of figures from these rows should know; `items` has the number of images by item and split."""
+    for name in _TOLD:
+        known = pc.if_else(pc.equal(rows[name], ""), pa.scalar(None, pa.string()), rows[name])
+        rows = rows.set_column(rows.column_names.index(name), name, known)
+    of_item = rows.group_by("item_id").aggregate([(name, "count_distinct") for name in _TOLD])
+    category, variant, color, text = (of_item[f"{name}_count_distinct"].to_numpy() for name in _TOLD)
+    single = pc.and_(pc.equal(items["split"], "train"), pc.equal(items["item_id_count"], 1))
+    counts = {
+        "train items have one image: terms that need a positive leave them out": pc.sum(single).as_py() or 0,
+        "items lie in several categories": (category > 1).sum(),
+        "items have several variants but one color": ((variant > 1) & (color == 1)).sum(),
+        "items have no text: their prompts name what else is known of them": (text == 0).sum(),
+    }
+    notes = [f"{count:,} {what}" for what, count in counts.items() if count]
+    if "val_query" in items["split"].to_pylist():
+        return notes
+    return [*notes, "no validation items: a sweep can't select on this catalogue"]
+
+
+def _finish(folder: Path, out: Path, manifest: dict[str, Any]) -> None:
+    for stale in folder.glob("*.tmp"):
+        stale.unlink()
+    with (folder / "catalogue.json").open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    folder.rename(out)
+    (out / "plan.json").unlink()
