@@ -64,7 +64,7 @@ class SearchRange:
             else FloatDistribution(low, high, log=self.kind == "loguniform")
         )
 
-    def suggest(self, trial: optuna.Trial, name: str) -> Any:
+    def suggest(self, trial: optuna.trial.BaseTrial, name: str) -> Any:
         """Ask Optuna for a value."""
         if self.off is not None and not trial.suggest_categorical(name + SWITCH, [True, False]):
             return self.off
@@ -147,7 +147,7 @@ class SweepFile:
         drawn = {name: value for name, value in sampled.items() if not name.endswith(SWITCH)}
         return presets.resolve(self.stage, self.preset, {**self.base, **drawn})
 
-    def sampled(self, trial: optuna.Trial) -> dict[str, Any]:
+    def sampled(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
         """A trial's settings. An option of a loss term is drawn only where the term is on."""
         drawn: dict[str, Any] = {}
         for name in sorted(self.search, key=_term_of):

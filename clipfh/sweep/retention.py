@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clipfh.config.sweep_file import SweepFile
 from clipfh.model import checkpoint
 from clipfh.storage import run_folder, store
 from clipfh.sweep import finalists
+from clipfh.sweep.leaderboard import Row
 
 OVER = ("done", "stopped", "diverged")
 """Trials that train no further. One that failed may be tried again, from its checkpoint."""
-
-Row = Mapping[str, Any]
-"""of the leaderboard"""
 
 
 @dataclass
@@ -35,7 +32,6 @@ class Keeper:
         """Free what ended trials hold.
 
         A trial that leads among those that have ended keeps its best weights; one that does not lead now never will.
-        None is touched that Tune, resumed after a kill, would train further.
 
         Args:
             rows: of the leaderboard, best first.
@@ -44,9 +40,9 @@ class Keeper:
         if which == "all":
             return
         top = max(1, self.sweep.final.top) if which == "leaders" else 1
-        leading, over = finalists.leaders(rows, self.out, top), _over(self.out / "tune")
+        leading = finalists.leaders(rows, self.out, top)
         for row in rows:
-            if row["status"] in OVER and row["trial"] in over:
+            if row["status"] in OVER:
                 self.freed += free(self.out / "trials" / str(row["trial"]), row["trial"] in leading)
 
     def finals(self, winner: Path | None) -> None:
@@ -89,13 +85,6 @@ def free(run: Path, weights: bool) -> int:
     if best:
         (folder / best / checkpoint.STATE).unlink(missing_ok=True)
     return before - sum(_size(folder))
-
-
-def _over(tune: Path) -> set[str]:
-    """Numbers of the trials that Tune's last state on disk has as over; of others, a resume wants everything."""
-    file = max(tune.glob("experiment_state-*.json"), default=None)
-    trials = [json.loads(trial) for trial, _ in json.loads(file.read_text())["trial_data"]] if file else []
-    return {trial["custom_trial_name"] for trial in trials if trial["status"] == "TERMINATED"}
 
 
 def _size(folder: Path) -> list[int]:

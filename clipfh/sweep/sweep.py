@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -29,7 +30,9 @@ from clipfh.report import artifacts, page
 from clipfh.retrieval import evaluate, metrics
 from clipfh.storage import run_folder, store
 from clipfh.sweep import finalists, retention
-from clipfh.sweep.tuner import ZERO_SHOT, Leaderboard, Watch, search
+from clipfh.sweep.leaderboard import ZERO_SHOT, Leaderboard, Row
+from clipfh.sweep.searcher import StudySearcher, open_study
+from clipfh.sweep.tuner import Watch, run_trials
 from clipfh.train import provenance
 from clipfh.train.inputs import VALIDATION, load_prompts_for, load_start, notes_on_singles, prepare_inputs
 from clipfh.train.run_inputs import Inputs
@@ -107,11 +110,12 @@ def run(
     begun = _Begun(sweep, catalogue, out, base, load_start(base), texts, resources, tell)
     zero_shot = _zero_shot(begun)
     inputs = _inputs(begun, zero_shot)
-    board = Leaderboard(out / "leaderboard.csv", list(sweep.search), zero_shot)
-    keeper = retention.Keeper(sweep, out)
+    study = open_study(sweep, out, retry_failed)
+    board, keeper = Leaderboard(out, sweep, study, zero_shot), retention.Keeper(sweep, out)
+    searcher = StudySearcher(sweep, study, functools.partial(cluster.at_once, sweep.placement, resources))
     with cluster.asking(sweep.placement, resources) as ask:
-        watch = Watch(board, tell, sweep.trials, each_report, keeper.trials, ask)
-        rows = board.write(search(sweep, inputs, out, resources, watch, resume, retry_failed))
+        run_trials(Watch(searcher, board, tell, each_report, keeper.trials, ask), inputs, resources)
+    rows = board.write()
     keeper.trials(rows)
     winner = _winner(begun, inputs, rows)
     about = {"resources": dataclasses.asdict(resources), "notes": notes_on_singles(inputs, base.loss)}
@@ -195,7 +199,7 @@ def _inputs(begun: _Begun, zero_shot: float) -> Inputs:
     return dataclasses.replace(inputs, start_val_mAP=None if inputs.weights is None else zero_shot)
 
 
-def _winner(begun: _Begun, inputs: Inputs, rows: list[dict[str, Any]]) -> _Winner:
+def _winner(begun: _Begun, inputs: Inputs, rows: list[Row]) -> _Winner:
     """Choose by validation mAP alone; train the leading settings again, and the winner on all items, where asked."""
     asked, out, folder = begun.sweep.final, begun.out, begun.out / "final"
     trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
@@ -221,12 +225,12 @@ def _winner(begun: _Begun, inputs: Inputs, rows: list[dict[str, Any]]) -> _Winne
     return _Winner(trial, score, run, again)
 
 
-def zero_shot_of(rows: list[dict[str, Any]]) -> float:
+def zero_shot_of(rows: list[Row]) -> float:
     """Validation mAP of the zero-shot model on a leaderboard."""
     return next(float(row["val_mAP"]) for row in rows if row["trial"] == ZERO_SHOT)
 
 
-def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+def _finish(begun: _Begun, winner: _Winner, rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
     """The winner and the zero-shot model on the test split, the export, the summary, the report."""
     begun.tell(f"winner: trial {winner.trial}, val mAP {winner.val_mAP:.3f}; now the test split")
     experiment, best, out = begun.base, begun.clip, begun.out
@@ -259,7 +263,7 @@ def _finish(begun: _Begun, winner: _Winner, rows: list[dict[str, Any]], about: d
     return summary
 
 
-def _took(rows: list[dict[str, Any]], out: Path) -> dict[str, dict[str, float]]:
+def _took(rows: list[Row], out: Path) -> dict[str, dict[str, float]]:
     """Images seen and seconds, added up, of the trials and of the runs after them."""
     again = artifacts.final_runs(out).values()
     counts = {

@@ -50,12 +50,12 @@ class Trial(tune.Trainable):
         self._begin(new_config)
         return True
 
-    def _begin(self, settings: dict[str, Any]) -> None:
-        self.run = self.trial_id
+    def _begin(self, config: dict[str, Any]) -> None:
+        self.folder = self.out / "trials" / config["number"]
+        self.run = str(self.folder)
         cluster.end(self.run)  # what an attempt that was killed may have left
         run_folder.wait_for(self.out / run_folder.SWEEP)
-        self.experiment = self.sweep.experiment(settings)
-        self.folder = self.out / "trials" / self.trial_name
+        self.experiment = self.sweep.experiment(config["settings"])
         _clear_of_another(self.folder, self.experiment)
         self.total = sampler.budget_of(self.experiment, self.inputs.num_images, self.inputs.num_single).total
         self.reported = 0

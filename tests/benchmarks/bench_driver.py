@@ -43,8 +43,9 @@ from clipfh.config import sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import SweepFile
 from clipfh.storage import run_folder
+from clipfh.sweep import searcher, tuner
 from clipfh.sweep import trial as trial_module
-from clipfh.sweep import tuner
+from clipfh.sweep.leaderboard import Leaderboard
 
 TRIALS, NODES = 1000, 100
 REPORT_S, TRIAL_S = 60.0, 1800.0
@@ -81,16 +82,12 @@ class Costs:
     """a trial's last report, and what follows"""
     board: float
     """the leaderboard's part of an end"""
-    save: float
-    """writing Tune's state; another thread then copies it to the sweep's folder"""
-    every: int
-    """seconds after which it is written again"""
 
     def __str__(self) -> str:
         ms = {name: f"{1000 * seconds:.2f}" for name, seconds in vars(self).items()}
         return (
             f"asking {ms['asking']}, suggestion {ms['suggestion']}, report {ms['report']} (our callback "
-            f"{ms['callback']}), end {ms['end']} (leaderboard {ms['board']}), Tune's state {ms['save']} ms"
+            f"{ms['callback']}), end {ms['end']} (leaderboard {ms['board']}) ms"
         )
 
     def capacity(self, report: float) -> float:
@@ -99,13 +96,7 @@ class Costs:
         Args:
             report: seconds that a trial's process adds to each.
         """
-        event = self.asking + self.report + report + (self.suggestion + self.end) / REPORTS
-        return (1 - self.saving) / event
-
-    @property
-    def saving(self) -> float:
-        """Share of the time that goes into Tune's state."""
-        return self.save / (self.every + self.save)
+        return 1 / (self.asking + self.report + report + (self.suggestion + self.end) / REPORTS)
 
 
 def rows(count: int = TRIALS) -> list[dict]:
@@ -128,7 +119,6 @@ def rows(count: int = TRIALS) -> list[dict]:
     return [
         row(f"driver: events/s it can take, those of {count:,} trials on {NODES} nodes", can / NEEDED, at_least=10),
         row("driver: trials it can begin, those that end", TRIAL_S / NODES / begin, at_least=2),
-        row(f"driver: share of the time that writing Tune's state takes, {count:,} trials", costs.saving, at_most=0.05),
         row(f"driver: seconds of a suggestion, {count:,} trials", costs.suggestion, at_most=1),
         row(f"head: cores that looking for reports takes, {NODES} trials", polling, at_most=1),
     ]
@@ -189,11 +179,12 @@ class Controller(TuneController):
         value = random.Random(f"{trial.trial_id} {number}").random()
         usual = {"training_iteration": number, "time_total_s": REPORT_S * number, "pid": 1, "node_ip": "127.0.0.1"}
         self._on_training_result(trial, {**_line(number, value), **usual})
+        self._callbacks.on_step_end(iteration=0, trials=self._trials)
 
     @property
     def running(self) -> list[Any]:
         """The trials that run, the oldest first."""
-        return sorted(self._running_trials, key=tuner.number_of)
+        return sorted(self._running_trials, key=tuner.read_number)
 
     def _schedule_trial_actor(self, trial: Any) -> None:
         trial.init_local_path()
@@ -216,37 +207,39 @@ def _room() -> int:
 
 def _simulated(sweep: SweepFile, out: Path) -> Iterator[Costs]:
     """Costs at 10, 100 and 1,000 trials."""
-    searcher = tuner._searcher(sweep, out, RESOURCES)
-    searcher.room = _room
-    board = tuner.Leaderboard(out / "leaderboard.csv", list(sweep.search), 0.3)
-    watch = tuner.Watch(board, lambda line: None, sweep.trials)
-    controller = _controller(sweep, out, searcher, watch)
+    watch = _watch(tuner.Watch, sweep, out, _room)
+    controller = _controller(sweep, out, watch)
     for count in sorted({min(n, sweep.trials - ENDS) for n in (10, 100, sweep.trials)}):
-        _pass(controller, searcher, count)
+        _pass(controller, count)
         costs = _costs(controller, watch)
         _note(f"{len(controller._trials)} trials: {costs}")
         yield costs
 
 
-def _controller(sweep: SweepFile, out: Path, searcher: tuner.Searcher, watch: tuner.Watch) -> Controller:
-    names = {"trial_name_creator": tuner.number_of, "trial_dirname_creator": tuner.number_of}
+def _watch(kind: type[tuner.Watch], sweep: SweepFile, out: Path, room: Callable[[], int]) -> Any:
+    study = searcher.open_study(sweep, out)
+    board = Leaderboard(out, sweep, study, 0.3)
+    return kind(searcher.StudySearcher(sweep, study, room), board, lambda line: None)
+
+
+def _controller(sweep: SweepFile, out: Path, watch: tuner.Watch) -> Controller:
+    names = {"trial_name_creator": tuner.read_number, "trial_dirname_creator": tuner.read_number}
     experiment = Experiment("tune", Instant, num_samples=sweep.trials, storage_path=str(out), **names)  # type: ignore[arg-type]
-    search = SearchGenerator(searcher)
+    search = SearchGenerator(watch.searcher)
     search.add_configurations([experiment])
-    scheduler = tuner._scheduler(sweep)
+    scheduler = tuner._scheduler(watch.board)
     return Controller(search_alg=search, scheduler=scheduler, callbacks=[watch], storage=experiment.storage)
 
 
-def _pass(controller: Controller, searcher: tuner.Searcher, count: int) -> None:
+def _pass(controller: Controller, count: int) -> None:
     """Let trials pass, their settings drawn at random, until so many are there."""
-    study: Any = searcher._ot_study
-    usual, study.sampler = study.sampler, optuna.samplers.RandomSampler(seed=0)
+    usual, searcher._sampler = searcher._sampler, lambda sweep, place: optuna.samplers.RandomSampler(seed=place)
     while len(controller._trials) < count:
         controller.begin()
         controller.report(controller.running[-1], 1)
         if len(controller.running) == min(NODES, count // 2 + ENDS // 2):
             controller.report(controller.running[0], REPORTS)
-    study.sampler = usual
+    searcher._sampler = usual
 
 
 def _costs(controller: Controller, watch: tuner.Watch) -> Costs:
@@ -262,9 +255,7 @@ def _costs(controller: Controller, watch: tuner.Watch) -> Costs:
         report=_best(lambda: controller.report(latest, 2)),
         callback=_best(lambda: watch.on_trial_result(0, controller._trials, latest, _line(2, 0.5))),
         end=end,
-        board=_best(lambda: watch.board.write(controller._trials, watch.ended)),
-        save=_best(controller.save_to_dir),
-        every=tuner.saved_every(len(controller._trials)),
+        board=_best(lambda: watch.board.write()),
     )
 
 
@@ -314,14 +305,13 @@ def _real(out: Path) -> tuple[float, float]:
     The first two wait for their processes, the others take these over.
     """
     sweep = _sweep(out, REAL_TRIALS, concurrent=2)
-    board = tuner.Leaderboard(out / "leaderboard.csv", list(SEARCH), 0.3)
-    watch = Clocked(board, lambda line: None, REAL_TRIALS)
+    watch = _watch(Clocked, sweep, out, lambda: 2)
     usual, tuner.Trial = tuner.Trial, Instant  # type: ignore[misc,assignment]
     try:
-        ended = tuner.search(sweep, None, out, RESOURCES, watch, resume=False)  # type: ignore[arg-type]
+        tuner.run_trials(watch, None, RESOURCES)  # type: ignore[arg-type]
     finally:
         tuner.Trial = usual  # type: ignore[misc]
-    assert all(trial.status == "TERMINATED" for trial in ended)
+    assert watch.left == 0
     begin = median(later - earlier for earlier, later in pairwise(watch.began[1:]))
     report = min(median(later - earlier for earlier, later in pairwise(each)) for each in watch.reports.values())
     _note(

@@ -23,7 +23,7 @@ from clipfh.config import presets, sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import Halving, SweepFile
 from clipfh.data import catalogue as catalogues
-from clipfh.sweep import tuner
+from clipfh.sweep.searcher import ask
 
 HERE = Path(__file__).parent
 SURFACE = HERE / "surface.json"
@@ -61,9 +61,9 @@ def first_good(sampler: str, seed: int) -> int:
     good = float(np.quantile(list(surface.values()), 0.9))
     ranges = {name: sweep_file._range(name, spec) for name, spec in SEARCH.items()}
     sweep = SweepFile("x", "image", "scratch", {}, ranges, [], TRIALS, Halving(), seed=seed, sampler=sampler)
-    study = optuna.create_study(direction="maximize", sampler=tuner._sampler(sweep))
+    study = optuna.create_study(direction="maximize")
     for number in range(1, TRIALS + 1):
-        trial = study.ask()
+        trial = ask(study, sweep)
         score = surface[nearest({name: found.suggest(trial, name) for name, found in ranges.items()})]
         study.tell(trial, score)
         if score >= good:

@@ -37,7 +37,7 @@ def trained(monkeypatch, tmp_path, tiny):
             with lock:
                 seen.at_once -= 1
 
-        monkeypatch.setattr(finalists.fit, "fit", fit)
+        monkeypatch.setattr(finalists.driver, "fit", fit)
         jobs = {tmp_path / "final" / name: tiny for name in ("a", "b", "c")}
         sweep = SimpleNamespace(placement=Placement())
         finalists._train_all(jobs, sweep, None, cluster.Resources(1, 1, 0, 1), seen.told.append)

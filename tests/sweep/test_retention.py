@@ -64,7 +64,7 @@ BEST = ["checkpoint_8/ema.safetensors", "checkpoint_8/model.safetensors"]
 
 @pytest.fixture
 def make_keeper(tmp_path):
-    def make(which: str, over: str = "0003 0004 0002 0005 0007", top: int = 2) -> retention.Keeper:
+    def make(which: str, top: int = 2) -> retention.Keeper:
         (tmp_path / "sweep.yaml").write_text(
             yaml.safe_dump(
                 {
@@ -76,11 +76,6 @@ def make_keeper(tmp_path):
         )
         for name, _, scores, lr in BOARD:
             make_run(tmp_path / "trials" / name, *scores, lr=lr)
-        (tmp_path / "tune").mkdir()
-        states = {name: "ERROR" if status == "failed" else "PENDING" for name, status, *_ in BOARD}
-        states |= dict.fromkeys(over.split(), "TERMINATED")
-        data = [[json.dumps({"custom_trial_name": name, "status": each}), "{}"] for name, each in states.items()]
-        (tmp_path / "tune" / "experiment_state-1.json").write_text(json.dumps({"trial_data": data}))
         return retention.Keeper(sweep_file.load(tmp_path / "sweep.yaml"), tmp_path)
 
     return make
@@ -121,12 +116,6 @@ def test_all_is_all(make_keeper, tmp_path):
     keeper.trials(ROWS)
     keeper.finals(None)
     assert sorted(tmp_path.rglob("*")) == before and keeper.freed == 0
-
-
-def test_a_trial_that_tune_would_train_further_after_a_kill_is_not_touched(make_keeper, tmp_path):
-    make_keeper("best", over="0004").trials(ROWS)
-    assert "checkpoint_12/training.pt" in left(tmp_path / "trials/0003")
-    assert with_weights(tmp_path) == ["0001", "0002", "0003", "0005", "0006", "0007"]
 
 
 def test_a_trial_without_weights_says_why_and_stays_where_it_ended(make_keeper, tmp_path):

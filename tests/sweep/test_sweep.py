@@ -54,7 +54,7 @@ def test_a_space_whose_losses_may_leave_too_few_items_is_refused(tmp_path, monke
     loaded = sweep_file.load(tmp_path / "x.yaml")
     index = ItemIndex(np.array([0, 0, 1, 1, 2, 2, 3, 4]), np.zeros(5, int), list("abcde"), np.array([8]))
     inputs = SimpleNamespace(images=SimpleNamespace(index=index))
-    monkeypatch.setattr(sweep.train, "inputs_of", lambda *_: inputs)
+    monkeypatch.setattr(sweep, "prepare_inputs", lambda *_: inputs)
     with pytest.raises(UserError, match="--batch.items 4 is more than the 3 train items with two photos or more"):
         sweep._inputs(SimpleNamespace(sweep=loaded, catalogue=None, clip=None), 0.0)
 
@@ -224,8 +224,8 @@ def test_a_refit_that_diverged_is_not_the_winner(tmp_path, monkeypatch, reason):
         folder.mkdir(parents=True)
         (folder / "experiment.json").write_text(schema.to_json(presets.resolve("image")))
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "images": 4, "best_val_mAP": 0.0, **line}))
-    monkeypatch.setattr(sweep.train, "inputs_of", lambda *args, **kwargs: None)
-    monkeypatch.setattr(sweep.final, "refit", lambda *args: tmp_path / "final/refit")
+    monkeypatch.setattr(sweep, "prepare_inputs", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sweep.finalists, "refit", lambda *args: tmp_path / "final/refit")
     told, asked = [], Finalists(top=0, refit=True)
     begun = SimpleNamespace(
         sweep=SimpleNamespace(final=asked), out=tmp_path, tell=told.append, catalogue=None, clip=None, resources=None
@@ -243,7 +243,7 @@ def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path, mon
         '{"step": 4, "images": 4, "val_mAP": 0.9, "best_val_mAP": 0.9}\n'
         '{"step": 6, "images": 6, "val_mAP": 0.0, "best_val_mAP": 0.0, "diverged": "loss is nan"}\n'
     )
-    monkeypatch.setattr(finalists.fit, "fit", lambda *args, **kwargs: pytest.fail("it would only diverge again"))
+    monkeypatch.setattr(finalists.driver, "fit", lambda *args, **kwargs: pytest.fail("it would only diverge again"))
     inputs = SimpleNamespace(num_images=100, num_single=0)
     over: Future[None] = Future()
     over.set_result(None)

@@ -1,128 +1,187 @@
-"""The searcher without training: what it proposes, when, and what it keeps of other studies."""
+"""Trials under Ray Tune without training: what is told, freed and stopped, and what a resumed search goes on with."""
 
-import functools
-import math
-import statistics
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import optuna
 import pytest
 import ray
-import rich.console
-import yaml
-from ray import cloudpickle
+from ray import tune
+from test_searcher import open_searcher
 
 from clipfh import UserError
 from clipfh.cluster import resources as cluster
 from clipfh.config import sweep_file
-from clipfh.config.experiment import SMALL_MODEL
+from clipfh.storage import run_folder
 from clipfh.sweep import tuner
+from clipfh.sweep.leaderboard import Leaderboard
 from clipfh.sweep.trial import Trial
 
-FILE = {
-    "name": "x",
-    "base": {"model.name": SMALL_MODEL},
-    "search": {
-        "optimizer.lr": {"loguniform": [1e-4, 1e-2]},
-        "loss.triplet": {"loguniform": [0.1, 2.0], "or": 0.0},
-        "batch.views": {"choice": [2, 4]},
-    },
-    "trials": 30,
-}
 RESOURCES = cluster.Resources(1, 1.0, 0.0, 1)
 
 
-def searcher(folder: Path, room: int = 100, **changes) -> tuner.Searcher:
-    folder.mkdir(exist_ok=True)
-    (folder / "sweep.yaml").write_text(yaml.safe_dump({**FILE, **changes}))
-    made = tuner._searcher(sweep_file.load(folder / "sweep.yaml"), folder, RESOURCES)
-    made.room = functools.partial(int, room)
+def ended(folder: Path, error: Exception) -> Trial:
+    """A trial whose training has just failed."""
+    made = Trial.__new__(Trial)
+    made.thread, made.error, made.folder = SimpleNamespace(is_alive=lambda: False), error, folder
     return made
 
 
-def ask(made: tuner.Searcher, count: int, value: float = 0.5) -> list[dict]:
-    """Settings of trials that end one after the other."""
-    found = []
-    for number in range(count):
-        found.append(made.suggest(str(number)))
-        made.on_trial_complete(str(number), {tuner.OBJECTIVE: value})
-    return found
+def make_watch(folder: Path, log=print, ask=lambda left: None, **changes) -> tuner.Watch:
+    """The watch of a sweep of three trials that starts in the folder or is resumed there."""
+    searcher = open_searcher(folder, room=1, **{"trials": 3, **changes})
+    board = Leaderboard(folder, searcher.sweep, searcher.study, zero_shot=0.1)
+    return tuner.Watch(searcher, board, log, ask=ask)
 
 
-def study(folder: Path) -> optuna.Study:
-    return optuna.load_study(study_name="x", storage=tuner._storage(folder / tuner.STUDY))
+def start(watch: tuner.Watch, trial_id: str, **last) -> SimpleNamespace:
+    """A trial as Tune has it."""
+    config = watch.searcher.suggest(trial_id)
+    return SimpleNamespace(trial_id=trial_id, config=config, last_result=last, get_error=lambda: "Traceback\nboom")
 
 
-def test_no_more_trials_are_proposed_than_there_is_room_for(tmp_path):
-    made = searcher(tmp_path, room=2)
-    first, second = made.suggest("a"), made.suggest("b")
-    assert first and second and made.suggest("c") is None
-    made.room = lambda: 3  # a node has come
-    assert made.suggest("c") and made.suggest("d") is None
-    made.on_trial_complete("a", {tuner.OBJECTIVE: 0.5})
-    assert made.suggest("d")
+@pytest.fixture
+def freed(monkeypatch) -> list[str]:
+    """Runs whose leftovers on the cluster were freed."""
+    runs: list[str] = []
+    monkeypatch.setattr(cluster, "leave", lambda run: None)
+    monkeypatch.setattr(cluster, "end", runs.append)
+    return runs
 
 
-def test_the_same_seed_draws_the_same_and_samplers_differ(tmp_path):
-    drawn = {
-        name: ask(searcher(tmp_path / name, **changes), 12)
-        for name, changes in {
-            "one": {"sampler": "random"},
-            "two": {"sampler": "random"},
-            "other": {"sampler": "random", "seed": 1},
-            "tpe": {"sampler": "tpe"},
-        }.items()
-    }
-    assert drawn["one"] == drawn["two"] != drawn["other"]
-    assert drawn["tpe"] != drawn["one"]
+def test_what_ends_a_trial_is_in_the_study_before_anything_of_it_is_freed(tmp_path, freed):
+    lines, seen = [], []
+    watch = make_watch(tmp_path, log=lines.append)
+    watch.free = lambda rows: seen.append((rows[0], [trial.state.name for trial in watch.searcher.study.trials]))
+    watch.on_trial_complete(1, [], start(watch, "a", images=64, best_val_mAP=0.7, finished=True))
+    watch.on_step_end(1, [])
+    watch.on_trial_error(1, [], start(watch, "b", images=64, best_val_mAP=0.2))
+    watch.on_step_end(1, [])
+    assert [(row["trial"], row["status"], states) for row, states in seen] == [
+        ("0001", "done", ["COMPLETE"]),
+        ("0001", "done", ["COMPLETE", "FAIL"]),
+    ]
+    assert freed == [str(tmp_path / "trials" / number) for number in ("0001", "0002")]
+    assert lines == ["trial 0001 done (1 of 3 trials over)", "trial 0002 failed (2 of 3 trials over)"]
+    assert Leaderboard(tmp_path, watch.board.sweep, watch.board.study, 0.1).rows()[1]["error"] == "boom"
 
 
-def test_trials_that_run_at_once_are_no_near_copies(tmp_path):
-    space_of_two = {"optimizer.lr": {"loguniform": [1e-5, 1e-1]}, "augment.erase": {"uniform": [0.0, 1.0]}}
-    made = searcher(tmp_path, search=space_of_two)
-    for number in range(16):
-        point = made.suggest(f"before {number}")
-        score = -((math.log10(point["optimizer.lr"]) + 3) ** 2) - (point["augment.erase"] - 0.3) ** 2
-        made.on_trial_complete(f"before {number}", {tuner.OBJECTIVE: score})
-    at_once = [made.suggest(f"at once {number}") for number in range(16)]
-    places = [(math.log10(each["optimizer.lr"]) / 4, each["augment.erase"]) for each in at_once]
-    nearest = [min(math.dist(place, other) for other in places if other is not place) for place in places]
-    assert statistics.mean(nearest) > 0.13, "in shares of the sides of the space"
+def test_settings_that_cant_be_trained_fail_at_once_and_the_sampler_hears_of_it(tmp_path, freed):
+    no_memory = UserError("the GPU's memory is too small: give --batch.chunk")
+    last = ended(tmp_path, no_memory).step()
+    assert last["done"], "Tune starts no such trial again"
+
+    lines = []
+    watch = make_watch(tmp_path, log=lines.append)
+    trial = start(watch, "a", **last)
+    watch.on_trial_result(1, [trial], trial, last)
+    watch.on_trial_complete(1, [trial], trial)
+    watch.on_step_end(1, [trial])
+    assert lines[0] == f"trial 0001 can't be trained: {no_memory}"
+    assert watch.searcher.study.trials[0].value == 0.0
 
 
-def test_a_search_knows_the_trials_of_an_earlier_one(tmp_path):
-    ask(searcher(tmp_path / "first"), 10)
-    made = searcher(tmp_path / "second", earlier=str(tmp_path / "first"))
-    ask(made, 1)
-    known = study(tmp_path / "second").trials
-    assert len(known) == 11
-    assert [t.params for t in known[:10]] == [t.params for t in study(tmp_path / "first").trials]
+def test_a_resumed_watch_counts_the_trials_of_before_and_their_best(tmp_path, freed):
+    (tmp_path / "sweep.yaml").touch()
+    lines, left = [], []
+    watch = make_watch(tmp_path)
+    watch.on_trial_complete(1, [], start(watch, "a", images=64, best_val_mAP=0.7, finished=True))
+    watch.on_step_end(1, [])
+    resumed = make_watch(tmp_path, log=lines.append, ask=left.append)
+    resumed.on_step_begin(1, [])
+    trial, report = start(resumed, "b"), {"images": 64, "val_mAP": 0.5, "best_val_mAP": 0.5}
+    resumed.on_trial_result(1, [trial], trial, report)
+    assert left == [2] and lines == ["trial 0002: 64 images, val mAP 0.500, best so far 0.700"]
 
 
-@pytest.mark.parametrize(
-    "changes,message",
-    [
-        ({"earlier": "nowhere"}, "nowhere holds no study"),
-        ({"search": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}}}, "which is not searched here"),
-        ({"search": {**FILE["search"], "batch.views": {"choice": [2, 8]}}}, "drew batch.views from"),
-    ],
-)
-def test_an_earlier_search_that_does_not_fit_is_refused(tmp_path, changes, message):
-    ask(searcher(tmp_path / "first"), 3)
-    with pytest.raises(UserError, match=message):
-        searcher(tmp_path / "second", **{"earlier": str(tmp_path / "first"), **changes})
+def report(images: int, score: float) -> dict:
+    return {"images": images, "best_val_mAP": score}
 
 
-def test_a_trial_that_began_just_before_a_kill_is_not_left_running(tmp_path):
-    made = searcher(tmp_path)
-    made.suggest("known")
-    made.save(str(tmp_path / "state"))
-    made.suggest("lost")
-    again = searcher(tmp_path)
-    again.known = {"known": False}
-    again.restore(str(tmp_path / "state"))
-    assert [trial.state.name for trial in study(tmp_path).trials] == ["RUNNING", "FAIL"]
+def test_rungs_are_as_before_a_kill(tmp_path):
+    """Of three trials at a rung the lowest is stopped; one that has passed it is not stopped there again."""
+    reports = {"0001": [report(64, 0.5)], "0002": [report(64, 0.2), report(128, 0.6)]}
+    scheduler = tuner.ResumedHalving(sweep_file.Halving(64, 2), reports, over=["0001"])
+    second, third = (SimpleNamespace(trial_id=n, config={"number": n}) for n in ("0002", "0003"))
+    scheduler.on_trial_add(None, second)
+    scheduler.on_trial_add(None, third)
+    assert [scheduler.on_trial_result(None, second, each) for each in reports["0002"]] == ["CONTINUE"] * 2
+    assert scheduler.on_trial_result(None, third, report(64, 0.4)) == "CONTINUE", "above the median of 0.5 and 0.2"
+    assert scheduler.on_trial_result(None, third, report(128, 0.4)) == "STOP", "below 0.6"
+    fourth = SimpleNamespace(trial_id="0004", config={"number": "0004"})
+    scheduler.on_trial_add(None, fourth)
+    assert scheduler.on_trial_result(None, fourth, report(64, 0.3)) == "STOP", "below the median of 0.5, 0.2 and 0.4"
+
+
+def test_what_a_run_reported_after_it_was_stopped_is_on_no_rung(tmp_path, freed):
+    halved = {"budget": {"images": 192, "first_rung": 64, "reduction": 2}}
+    watch = make_watch(tmp_path, **halved)
+    trial = start(watch, "a", **report(64, 0.3))
+    folder = tmp_path / "trials/0001"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(report(n, 0.9))}\n" for n in (64, 128)))
+    watch.on_trial_complete(1, [], trial)
+    watch.on_step_end(1, [])
+    resumed = make_watch(tmp_path, **halved)
+    scheduler, second = tuner._scheduler(resumed.board), start(resumed, "b")
+    scheduler.on_trial_add(None, second)
+    assert scheduler.on_trial_result(None, second, report(128, 0.1)) == "CONTINUE"
+    assert scheduler.on_trial_result(None, second, report(192, 0.1)) == "STOP", "the first rung has its report"
+
+
+class Instant(tune.Trainable):
+    """A trial without training: a report of 64 images a step, three in all."""
+
+    def setup(self, config, sweep=None, inputs=None, out="", resources=None):
+        self.out = Path(out)
+        self.reset_config(config)
+
+    def reset_config(self, new_config):
+        self.folder = self.out / "trials" / new_config["number"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "starts").open("a") as file:
+            file.write(f"{json.dumps(new_config['settings'])}\n")
+        self.reports = 0
+        return True
+
+    def step(self):
+        self.reports += 1
+        line = {"step": self.reports, "val_mAP": 0.5, **report(64 * self.reports, 0.5)}
+        lines = run_folder.read_metrics(self.folder)
+        if len(lines) < self.reports:
+            (self.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in (*lines, line)))
+        return {**line, "done": self.reports == 3, "finished": self.reports == 3}
+
+
+def test_a_search_that_breaks_off_goes_on_with_what_is_left(tmp_path, ray_cluster, monkeypatch):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file
+    monkeypatch.setattr(tuner, "Trial", Instant)
+    (tmp_path / "sweep.yaml").touch()
+
+    def begun() -> dict[str, list[str]]:
+        return {file.parent.name: file.read_text().splitlines() for file in tmp_path.glob("trials/*/starts")}
+
+    def search(break_at: int) -> list[str]:
+        def ask(left: int) -> None:
+            if left == break_at and run_folder.read_metrics(tmp_path / "trials" / f"{4 - left:04d}"):
+                raise KeyError("broken off")
+
+        lines = []
+        watch = make_watch(tmp_path, log=lines.append, ask=ask)
+        tuner.run_trials(watch, None, RESOURCES)
+        return lines
+
+    with pytest.raises(KeyError, match="broken off"):
+        search(break_at=2)  # the first trial of three is over, the second has reported
+    before = begun()
+    assert [trial.state.name for trial in make_watch(tmp_path).searcher.study.trials][:2] == ["COMPLETE", "WAITING"]
+    assert search(break_at=-1)[-1].endswith("(3 of 3 trials over)")
+    after = begun()
+    assert after["0001"] == before["0001"], "it was over"
+    assert after["0002"] == before["0002"] * 2, "with the settings it had"
+    assert sorted(after) == ["0001", "0002", "0003"] and search(break_at=-1) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep.yaml", "study.journal", "leaderboard.csv", "trials"}
 
 
 @pytest.mark.parametrize(
@@ -148,107 +207,6 @@ def test_the_last_trials_start_no_process_for_another(monkeypatch):
     assert [Trial._is_followed(each) for each in made] == [True, True, True, False, False]
 
 
-def test_what_a_kill_leaves_at_odds_is_made_one(tmp_path):
-    made = searcher(tmp_path, room=2)
-    for trial in ("over to Tune alone", "lost to Tune"):
-        made.suggest(trial)
-    made.save(str(tmp_path / "state"))
-    again = searcher(tmp_path)
-    again.known = {"over to Tune alone": True, "lost to the searcher": False}
-    again.restore(str(tmp_path / "state"))
-    again.on_trial_complete("lost to the searcher", {tuner.OBJECTIVE: 0.5})
-    again.room = lambda: 1  # the one that was saved came back too
-    assert again.suggest("new"), "nobody waits for those before"
-
-
-@pytest.mark.parametrize("written", [1, 7])
-def test_tunes_count_is_that_of_its_trials(tmp_path, written):
-    state = tmp_path / "search_gen_state-2026.json"
-    state.write_bytes(cloudpickle.dumps({"counter": written, "finished": False}))
-    tuner._count_anew(tmp_path, [SimpleNamespace(experiment_tag=f"{n}_x") for n in (1, 3)])
-    assert cloudpickle.loads(state.read_bytes()) == {"counter": 3, "finished": False}
-
-
-def test_a_point_whose_trial_is_lost_comes_again(tmp_path):
-    points = [{"optimizer.lr": 0.001, "batch.views": 2}, {"optimizer.lr": 0.002, "batch.views": 4}]
-    made = searcher(tmp_path, points=points)
-    made.suggest("known")
-    made.save(str(tmp_path / "state"))
-    assert made.suggest("lost")["optimizer.lr"] == 0.002
-    again = searcher(tmp_path)
-    again.known = {"known": False}
-    again.restore(str(tmp_path / "state"))
-    assert again.suggest("new")["optimizer.lr"] == 0.002
-
-
-def test_a_study_goes_on_after_half_a_line(tmp_path):
-    ask(searcher(tmp_path), 2)
-    with (tmp_path / tuner.STUDY).open("a") as journal:
-        journal.write('{"op_code":4,"wor')
-    tuner._cut_to_whole_lines(tmp_path / tuner.STUDY)
-    ask(searcher(tmp_path), 1)
-    assert len(study(tmp_path).trials) == 3
-
-
-@pytest.mark.parametrize("retry", [False, True])
-def test_failed_trials_are_trained_again_only_where_that_is_asked_for(tmp_path, monkeypatch, retry):
-    made = searcher(tmp_path)
-    (tmp_path / "tune").mkdir()
-    for name in ("experiment_state-1.json", "search_gen_state-1.json", "searcher-state-1.pkl"):
-        (tmp_path / "tune" / name).write_bytes(b"{}" if name.startswith("exp") else cloudpickle.dumps({}))
-    ended = [("0001", "ERROR"), ("0002", "TERMINATED"), ("0003", "ERROR")]
-    known = [
-        SimpleNamespace(trial_id=n, experiment_tag=f"{int(n)}_x", status=status, is_finished=lambda: True)
-        for n, status in ended
-    ]
-    asked, told = {}, []
-    parts = SimpleNamespace(_tune_config=SimpleNamespace(search_alg=made), _run_config=SimpleNamespace())
-    monkeypatch.setattr(tuner.tune, "ExperimentAnalysis", lambda folder: SimpleNamespace(trials=known))
-    restored = SimpleNamespace(_local_tuner=parts)
-    monkeypatch.setattr(tuner.tune.Tuner, "restore", lambda *_, **options: asked.update(options) or restored)
-    sweep = sweep_file.load(tmp_path / "sweep.yaml")
-    tuner._as_left(sweep, tmp_path, Trial, SimpleNamespace(tell=told.append), retry)
-    assert (asked["resume_errored"], asked["resume_unfinished"]) == (retry, True)
-    stay = ["failed trials stay failed (0001, 0003): --resume --retry-failed trains them again"]
-    assert told == ([] if retry else stay)
-
-
-@pytest.mark.parametrize("broken", ["experiment_state-1.json", "search_gen_state-1.json", "searcher-state-1.pkl"])
-def test_a_state_that_cant_be_read_is_refused(tmp_path, broken):
-    (tmp_path / "tune").mkdir()
-    for name in ("experiment_state-1.json", "search_gen_state-1.json", "searcher-state-1.pkl"):
-        whole = b"{}" if name.startswith("experiment") else cloudpickle.dumps({})
-        (tmp_path / "tune" / name).write_bytes(whole[:-1] if name == broken else whole)
-    with pytest.raises(UserError, match=f"{broken[:8]}.*can't be read .*whose file has `earlier: {tmp_path}`"):
-        tuner._require_whole(tmp_path)
-
-
-def ended(folder: Path, error: Exception) -> Trial:
-    """A trial whose training has just failed."""
-    made = Trial.__new__(Trial)
-    made.thread, made.error, made.folder = SimpleNamespace(is_alive=lambda: False), error, folder
-    return made
-
-
-def test_settings_that_cant_be_trained_fail_at_once_and_the_sampler_hears_of_it(tmp_path, monkeypatch):
-    no_memory = UserError("the GPU's memory is too small: give --batch.chunk")
-    last = ended(tmp_path, no_memory).step()
-    assert last["done"], "Tune starts no such trial again"
-
-    asked = searcher(tmp_path)
-    asked.suggest("a")
-    asked.on_trial_complete("a", last)
-    assert study(tmp_path).trials[0].value == 0.0
-
-    lines = []
-    watch = tuner.Watch(tuner.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1), lines.append, count=1)
-    tunes = SimpleNamespace(trial_id="a", experiment_tag="1_x", status="TERMINATED", last_result=last, config={})
-    watch.on_trial_result(1, [tunes], tunes, last)
-    assert lines == [f"trial 0001 can't be trained: {no_memory}"]
-    row = watch.board.row(tunes, over=True)
-    assert (row["status"], row["error"], row.get("val_mAP")) == ("failed", str(no_memory), None)
-
-
 def test_a_trial_looks_for_reports_once_a_second(tmp_path, monkeypatch):
     """They lie on a file system that other machines share, and each look reads them all."""
     monkeypatch.setattr(cluster, "is_turn_of", lambda run, resources: True)
@@ -259,25 +217,6 @@ def test_a_trial_looks_for_reports_once_a_second(tmp_path, monkeypatch):
     assert waits == [1, 1, 1]
 
 
-def test_a_watch_tells_how_many_trials_are_left(tmp_path):
-    (tmp_path / "sweep.yaml").touch()
-    left = []
-    board = tuner.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1)
-    watch = tuner.Watch(board, lambda line: None, count=3, ask=left.append)
-    for over in (False, True):
-        watch.on_step_begin(1, [SimpleNamespace(is_finished=lambda over=over: over)])
-    assert left == [3, 2]
-
-
 def test_a_trial_that_fails_of_anything_else_is_tunes_to_start_again(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
         ended(tmp_path, RuntimeError("a bug")).step()
-
-
-def test_a_watch_that_tells_a_terminal_can_be_kept(tmp_path):
-    """Tune keeps its callbacks with the search, and a console holds a lock."""
-    console = rich.console.Console()
-    watch = tuner.Watch(tuner.Leaderboard(tmp_path / "leaderboard.csv", [], 0.1), console.print, count=1)
-    with pytest.raises(TypeError):
-        ray.cloudpickle.dumps(console.print)
-    assert ray.cloudpickle.loads(ray.cloudpickle.dumps(watch)).board == watch.board

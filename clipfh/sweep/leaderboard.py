@@ -1,0 +1,99 @@
+"""The leaderboard: the zero-shot model and every trial, best first, as the study and the run folders have them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from clipfh.config.sweep_file import SweepFile
+from clipfh.storage import run_folder, store
+from clipfh.sweep.searcher import ROW, own_trials
+from clipfh.sweep.trial import OBJECTIVE
+
+ZERO_SHOT = "0000"
+RUNNING = "running"
+
+Row = Mapping[str, Any]
+"""A line of the leaderboard: trial, status, val_mAP where there is one, images, seconds, searched settings, error."""
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """`leaderboard.csv` of a sweep."""
+
+    out: Path
+    """the sweep's folder"""
+    sweep: SweepFile
+    study: optuna.Study
+    zero_shot: float
+    """validation mAP of the zero-shot model"""
+
+    def write(self) -> list[Row]:
+        """Write the file anew and return its rows."""
+        rows = self.rows()
+        text = io.StringIO()
+        columns = ["rank", "trial", "status", "val_mAP", "images", "seconds", *self.sweep.search, "error"]
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"rank": rank, **row} for rank, row in enumerate(rows, 1))
+        store.write(self.out / "leaderboard.csv", text.getvalue())
+        return rows
+
+    def rows(self) -> list[Row]:
+        """All rows, best first."""
+        zero_shot = {"status": "zero-shot", "val_mAP": _score(self.zero_shot), "images": 0, "seconds": 0}
+        running = [
+            self.row(number, self.sweep.sampled(trial))
+            for number, trial in own_trials(self.study).items()
+            if trial.state == TrialState.RUNNING
+        ]
+        rows = [{"trial": ZERO_SHOT, **zero_shot}, *self.over(), *running]
+        return sorted(rows, key=lambda row: float(row.get("val_mAP", -1)), reverse=True)
+
+    def over(self) -> list[Row]:
+        """The rows of trials that are over, in order of their numbers, as the study has them."""
+        return [trial.user_attrs[ROW] for trial in own_trials(self.study).values() if trial.state.is_finished()]
+
+    def row(
+        self, number: str, settings: Mapping[str, Any], last: Mapping[str, Any] | None = None, error: str = ""
+    ) -> Row:
+        """The line of a trial.
+
+        Args:
+            number: the trial's, which names its folder.
+            settings: the searched ones that it has.
+            last: its last result where it is over; by default it runs, and its last report counts.
+            error: what it crashed of.
+        """
+        reports = run_folder.read_metrics(self.out / "trials" / number)
+        images, seconds = run_folder.spent(reports)
+        status = RUNNING if last is None else _status(last, error)
+        last = (reports or [{}])[-1] if last is None else last
+        scored = last.get(OBJECTIVE) is not None and "failed" not in last
+        return {
+            "trial": number,
+            "status": status,
+            **({"val_mAP": _score(last[OBJECTIVE])} if scored else {}),
+            "images": last.get("images", images),
+            "seconds": round(seconds, 1),
+            **settings,
+            "error": str(last.get("diverged") or last.get("failed") or error),
+        }
+
+
+def _score(val_mAP: float) -> str:
+    return f"{val_mAP:.6f}"
+
+
+def _status(last: Mapping[str, Any], error: str) -> str:
+    """How a trial ended, by its last result and what it crashed of."""
+    if error or "failed" in last:
+        return "failed"
+    return "diverged" if "diverged" in last else "done" if last.get("finished") else "stopped"

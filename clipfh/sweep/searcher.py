@@ -1,0 +1,189 @@
+"""The memory of a search: an Optuna study, kept in a journal, from which Ray Tune gets its trials.
+
+The study and the run folders are all that a resumed sweep knows. The n-th trial that a sweep has of its own in the
+study trains in the folder of that number, '0001' for the first. Trials copied from an earlier sweep have no folder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+
+from clipfh import UserError
+from clipfh.config.sweep_file import SWITCH, SweepFile
+from clipfh.storage import store
+from clipfh.sweep.trial import OBJECTIVE
+
+STUDY = "study.journal"
+
+ROW = "leaderboard"
+"""User attribute of a trial that is over: its line of the leaderboard."""
+
+EARLIER = "earlier"
+"""User attribute of a trial copied from an earlier sweep: that sweep's folder."""
+
+
+def open_study(sweep: SweepFile, out: Path, retry_failed: bool = False) -> optuna.Study:
+    """Open the study of the sweep in `out`, or make it.
+
+    The journal of a resumed sweep is written anew, without half a line that a kill or a full disk left at its end. A
+    trial that is over stays as it is. All others wait, in order of their numbers, with the settings that they had:
+    those that ran when the sweep was killed, points that had not begun, and with `retry_failed` those that failed.
+
+    Raises:
+        UserError: the study is of an older version, or `earlier` does not fit.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Of `group`, which conditional settings need
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with tempfile.TemporaryDirectory() as folder:
+        study = optuna.create_study(storage=_storage(Path(folder) / STUDY), study_name=sweep.name, direction="maximize")
+        if (out / STUDY).exists():
+            for trial in _load_study(out / STUDY).trials:
+                _add_again(study, trial, out, retry_failed)
+        else:
+            study.add_trials(_earlier_trials(sweep))
+            for point in sweep.points:
+                study.enqueue_trial({k: v for n, x in point.items() for k, v in sweep.search[n].point(n, x).items()})
+        store.write(out / STUDY, (Path(folder) / STUDY).read_bytes())
+    return _load_study(out / STUDY)
+
+
+def _add_again(study: optuna.Study, trial: FrozenTrial, out: Path, retry_failed: bool) -> None:
+    """Copy a trial as it is where it is over, else as one that waits with the settings that it had."""
+    if trial.state.is_finished() and not trial.user_attrs.keys() & {ROW, EARLIER}:
+        raise UserError(
+            f"--resume: {out} was begun by an older version, which kept its trials elsewhere: start another sweep "
+            f"whose file has `earlier: {out}`, which knows what these trials came to"
+        )
+    is_again = retry_failed and trial.user_attrs.get(ROW, {}).get("status") == "failed"
+    if trial.state.is_finished() and not is_again:
+        study.add_trial(trial)
+    else:
+        study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params})
+
+
+def own_trials(study: optuna.Study) -> dict[str, FrozenTrial]:
+    """The sweep's own trials, by number ('0001' for the first), with those that wait."""
+    own = [trial for trial in study.get_trials(deepcopy=False) if EARLIER not in trial.user_attrs]
+    return {f"{number:04d}": trial for number, trial in enumerate(own, 1)}
+
+
+def ask(study: optuna.Study, sweep: SweepFile) -> optuna.Trial:
+    """The next trial of a study: the first that waits, else a new one.
+
+    What is drawn for a trial depends on the sweep's seed, the trial's place in the study, and what the study knows by
+    then. So a resumed search draws what an unbroken one would, and repeats nothing.
+    """
+    trials = study.get_trials(deepcopy=False)
+    place = next((trial.number for trial in trials if trial.state == TrialState.WAITING), len(trials))
+    study.sampler = _sampler(sweep, place)
+    return study.ask()
+
+
+def _sampler(sweep: SweepFile, place: int) -> optuna.samplers.BaseSampler:
+    """The sampler of the trial at that place. A grid is all points, and none are left to draw."""
+    seed = int(np.random.SeedSequence([sweep.seed, place]).generate_state(1)[0])
+    if sweep.sampler != "tpe":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(
+        multivariate=True,
+        group=True,
+        seed=seed,
+        n_startup_trials=8,
+        constant_liar=True,  # many trials run at once
+    )
+
+
+class StudySearcher(Searcher):
+    """Gives Tune the trials of a study, as many at a time as there is room for.
+
+    Tune's config of a trial is {"number": "0001", "settings": {...}}.
+    """
+
+    def __init__(self, sweep: SweepFile, study: optuna.Study, room: Callable[[], int]) -> None:
+        """`room`: how many trials the cluster holds now."""
+        super().__init__(metric=OBJECTIVE, mode="max")
+        self.sweep, self.study, self.room = sweep, study, room
+        self.running: dict[str, optuna.Trial] = {}
+        """Tune's id of a trial that runs to the study's trial"""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next trial; None while there is no room for it."""
+        if len(self.running) >= self.room():
+            return None
+        trial = ask(self.study, self.sweep)
+        settings = self.sweep.sampled(trial)
+        self.running[trial_id] = trial
+        number = next(name for name, each in own_trials(self.study).items() if each.number == trial.number)
+        return {"number": number, "settings": settings}
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """Do nothing: `finish` tells the study, called by a callback that knows what a trial failed of."""
+
+    def finish(self, trial_id: str, row: Mapping[str, Any], value: float | None) -> None:
+        """Tell the study that a trial is over.
+
+        Args:
+            trial_id: Tune's.
+            row: the trial's line of the leaderboard.
+            value: for the sampler; None where the trial failed and says nothing about its settings.
+        """
+        trial = self.running.pop(trial_id)
+        trial.set_user_attr(ROW, dict(row))
+        self.study.tell(trial, value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
+
+
+def _storage(journal: Path) -> optuna.storages.JournalStorage:
+    return optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+
+
+def _load_study(journal: Path) -> optuna.Study:
+    """The one study of a journal.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        return optuna.load_study(study_name=None, storage=_storage(journal))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{journal} can't be read ({error}): start another sweep") from error
+
+
+def _earlier_trials(sweep: SweepFile) -> list[FrozenTrial]:
+    """What another sweep's study knows of the settings searched here.
+
+    Raises:
+        UserError: no study there, or it searched other settings or choices.
+    """
+    if not sweep.earlier:
+        return []
+    journal = Path(sweep.earlier) / STUDY
+    if not journal.is_file():
+        raise UserError(f"earlier: {sweep.earlier} holds no study: give the --out of a sweep")
+    trials = _load_study(journal).get_trials(states=[TrialState.COMPLETE])
+    for trial in trials:
+        for name, drawn_from in trial.distributions.items():
+            _check_same(sweep, name.removesuffix(SWITCH), None if name.endswith(SWITCH) else drawn_from)
+        trial.user_attrs = {EARLIER: sweep.earlier}
+    return trials
+
+
+def _check_same(sweep: SweepFile, name: str, drawn_from: optuna.distributions.BaseDistribution | None) -> None:
+    """Refuse a setting that was searched otherwise there than here; only the ends of a range may differ."""
+    search_range = sweep.search.get(name)
+    if search_range is None:
+        raise UserError(f"earlier: {sweep.earlier} searched {name}, which is not searched here: add it")
+    here = search_range.distribution
+    is_choice = isinstance(here, optuna.distributions.CategoricalDistribution)
+    if drawn_from and (type(drawn_from) is not type(here) or (is_choice and drawn_from != here)):
+        raise UserError(f"earlier: {sweep.earlier} drew {name} from {drawn_from}, here it is {here}: give the same")
