@@ -17,8 +17,9 @@ SWEEP, EXPERIMENT = "sweep.yaml", "experiment.json"
 
 METRICS, STREAM = "metrics.jsonl", "stream.jsonl"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-FREED = "clipfh_freed_after"
-"""Stands in that list where a run is over and some of its checkpoints were not kept: the step it came to."""
+FREED = "freed.json"
+"""Stands in the folder of a run that is over and whose checkpoints were not all kept: the step of the last one, and the
+name of the one whose weights are kept, or ''."""
 
 AWAY = 600
 """Seconds that a run or a sweep waits for its folder, as a share that is not mounted comes back."""
@@ -97,15 +98,16 @@ class History:
 def best_of(run: str | Path) -> str:
     """Name of the run's checkpoint with the highest validation mAP, or of the last of a run without validation.
 
-    As Ray Train's own list has it: a folder that is not on that list may be half-written.
+    Ray Train's own list says so: a folder that is not on that list may be half-written.
     """
-    snapshot = _snapshot(Path(run))
-    listed = snapshot["checkpoint_results"]
-    if not listed and FREED in snapshot:
-        raise UserError(
-            f"{run}: its weights were not kept: `placement: {{keep_weights: all}}` in the sweep's file keeps those of "
-            "all trials"
-        )
+    if freed := read_freed(run):
+        if not freed["kept"]:
+            raise UserError(
+                f"{run}: its weights were not kept: `placement: {{keep_weights: all}}` in the sweep's file keeps those "
+                "of all trials"
+            )
+        return str(freed["kept"])
+    listed = _snapshot(Path(run))["checkpoint_results"]
     if not listed:
         raise UserError(f"{run} has no checkpoint yet: let it train further, or --resume it")
     return str(max(listed, key=lambda r: r["metrics"].get("val_mAP", r["metrics"]["step"]))["checkpoint_dir_name"])
@@ -113,17 +115,18 @@ def best_of(run: str | Path) -> str:
 
 def latest_step(run: str | Path) -> int:
     """The step at which the run's last checkpoint goes on, or went before it was freed; 0 without one."""
-    file = Path(run) / "checkpoints" / SNAPSHOT
-    if not file.exists():
+    if freed := read_freed(run):
+        return int(freed["step"])
+    if not (Path(run) / "checkpoints" / SNAPSHOT).exists():
         return 0
-    snapshot = _snapshot(Path(run))
-    latest = snapshot["latest_checkpoint_result"]
-    return int(snapshot[FREED] if FREED in snapshot else latest["metrics"]["step"] if latest else 0)
+    latest = _snapshot(Path(run))["latest_checkpoint_result"]
+    return int(latest["metrics"]["step"]) if latest else 0
 
 
-def is_freed(run: str | Path) -> bool:
-    """Whether the run is over and can't be gone on with, as its checkpoints were not kept."""
-    return (Path(run) / "checkpoints" / SNAPSHOT).exists() and FREED in _snapshot(Path(run))
+def read_freed(run: str | Path) -> dict[str, Any]:
+    """What `FREED` says of a run that can't be gone on with, as its checkpoints were not all kept; else nothing."""
+    file = Path(run) / FREED
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _snapshot(run: Path) -> dict[str, Any]:

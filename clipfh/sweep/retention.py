@@ -60,30 +60,22 @@ class Keeper:
 def free(run: Path, weights: bool) -> int:
     """Delete the checkpoints of a run that is over, but for its best weights where these are wanted.
 
-    The list of checkpoints changes first: what a kill leaves undone, the next call does.
+    What will be left is written down first: what a kill leaves undone, the next call does.
 
     Returns:
         How many bytes that freed.
     """
     folder = run / "checkpoints"
-    if not (folder / run_folder.SNAPSHOT).exists():
+    if not (latest := run_folder.latest_step(run)):
         return 0
-    snapshot = json.loads((folder / run_folder.SNAPSHOT).read_text())
-    listed, before = snapshot["checkpoint_results"], sum(_size(folder))
-    best = run_folder.best_of(run) if weights and listed else ""
-    kept = [i for i, result in enumerate(listed) if result["checkpoint_dir_name"] == best]
-    snapshot |= {
-        "checkpoint_results": [listed[i] for i in kept],
-        "checkpoint_report_indices": [snapshot["checkpoint_report_indices"][i] for i in kept],
-        "latest_checkpoint_result": listed[kept[0]] if kept else None,
-        run_folder.FREED: run_folder.read_metrics(run)[-1]["step"],
-    }
-    store.write(folder / run_folder.SNAPSHOT, json.dumps(snapshot))
+    before, freed = sum(_size(folder)), run_folder.read_freed(run)
+    kept = (freed["kept"] if freed else run_folder.best_of(run)) if weights else ""
+    store.write(run / run_folder.FREED, json.dumps({"step": latest, "kept": kept}))
     for each in folder.glob("checkpoint_*/"):
-        if each.name != best:
+        if each.name != kept:
             shutil.rmtree(each, ignore_errors=True)  # a run that was just ended may be deleting it too
-    if best:
-        (folder / best / checkpoint.STATE).unlink(missing_ok=True)
+    if kept:
+        (folder / kept / checkpoint.STATE).unlink(missing_ok=True)
     return before - sum(_size(folder))
 
 

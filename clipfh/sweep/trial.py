@@ -163,7 +163,7 @@ class Trial(tune.Trainable):
 def _clear_of_another(folder: Path, experiment: Experiment) -> None:
     """Make the trial's folder. One of this number may have begun, with other settings, just before a kill."""
     file = folder / run_folder.EXPERIMENT
-    if run_folder.is_freed(folder) or (file.exists() and file.read_text() != schema.to_json(experiment)):
+    if run_folder.read_freed(folder) or (file.exists() and file.read_text() != schema.to_json(experiment)):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     store.write(file, schema.to_json(experiment))

@@ -1,4 +1,4 @@
-"""What a sweep leaves on disk, without training: made-up runs as Ray Train and Tune list them."""
+"""What a sweep leaves on disk, without training: made-up runs as Ray Train lists them."""
 
 import json
 import threading
@@ -45,12 +45,11 @@ def make_run(folder: Path, *scores: float, lr: float = 1e-3) -> Path:
 
 
 def left(run: Path) -> list[str]:
-    """Weights and state on disk, having checked that Ray Train's list names just the folders that are there."""
+    """Weights and state on disk, having checked that just the folders are there that the run is said to have."""
     state = _CheckpointManagerState.parse_raw((run / "checkpoints" / run_folder.SNAPSHOT).read_text())
-    names = [result.checkpoint_dir_name for result in state.checkpoint_results]
-    assert sorted(names) == sorted(folder.name for folder in (run / "checkpoints").glob("checkpoint_*/"))
-    assert len(state.checkpoint_report_indices) == len(names)
-    assert state.latest_checkpoint_result is None or state.latest_checkpoint_result.checkpoint_dir_name in names
+    freed = run_folder.read_freed(run)
+    names = {freed["kept"]} - {""} if freed else {each.checkpoint_dir_name for each in state.checkpoint_results}
+    assert names == {folder.name for folder in (run / "checkpoints").glob("checkpoint_*/")}
     return sorted(f"{file.parent.name}/{file.name}" for file in (run / "checkpoints").glob("*/*"))
 
 
@@ -138,6 +137,9 @@ def test_what_a_kill_left_undone_is_done(make_keeper, tmp_path):
     (run / "checkpoints/checkpoint_8/training.pt").write_bytes(bytes(1000))
     keeper.trials(ROWS)
     assert left(run) == BEST
+    retention.free(run, weights=False)
+    retention.free(run, weights=True)
+    assert left(run) == [], "what is gone does not come back"
 
 
 def test_the_run_that_was_exported_keeps_its_weights_and_is_not_trained_again(make_keeper, tmp_path, monkeypatch):
