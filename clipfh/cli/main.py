@@ -365,8 +365,10 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def prompts(args: argparse.Namespace) -> None:
-    from clipfh.data import catalogue, prompts
+    from clipfh.data import catalogue
+    from clipfh.data.prompts import build_prompts, item_texts, save_prompts
     from clipfh.data.splits import SPLITS
+    from clipfh.data.text_report import examine_texts, format_findings, save_findings
 
     pass
 
@@ -376,14 +378,14 @@ def prompts(args: argparse.Namespace) -> None:
 
     settings = ModelSettings(name=args.model)
     counter, limit = make_token_counter(settings), load_tokenizer(settings).context_length
-    items = prompts.item_texts(row for split in SPLITS for row in opened.rows(split).to_pylist())
-    found = prompts.report(items, counter, limit)
-    print(prompts.format_report(found))
+    items = item_texts(row for split in SPLITS for row in opened.rows(split).to_pylist())
+    found = examine_texts(items, counter, limit)
+    print(format_findings(found))
     if args.report:
-        prompts.save_report(args.report, found)
+        save_findings(args.report, found)
     if args.out:
-        made = prompts.build(args.strategy, items, counter, limit)
-        prompts.save_prompts(args.out, made)
+        made = build_prompts(args.strategy, items, counter, limit)
+        save_prompts(args.out, made)
         print(f"{len(made):,} prompts: {args.out}")
 
 

@@ -1,8 +1,8 @@
-"""Descriptions to prompts: what is odd in the texts of a catalogue, and what of them fits the text tower.
+"""Prompts for the text tower, made from the descriptions of a catalogue.
 
-A prompt belongs to an item, not to an image. `build` makes one for each by one of three strategies, `report` tells what
-is wrong with the texts it starts from, and `save_prompts` writes a file that can be edited by hand and trained on.
-The tokenizer comes in as `count_tokens`, which counts the start and end tokens too.
+A prompt belongs to an item, not to an image. `build_prompts` makes one for each item by one of three strategies, and
+`save_prompts` writes a file that can be edited by hand and trained on. The tokenizer comes in as `count_tokens`, which
+counts the start and end tokens too.
 """
 
 import json
@@ -11,16 +11,12 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
-from textwrap import shorten
-from typing import Any, Literal, get_args
-
-import ftfy
+from typing import Any, Literal
 
 from clipfh import UserError
+from clipfh.data.text_repair import repair
 
 Strategy = Literal["raw", "clean", "structured"]
 CountTokens = Callable[[str], int]
@@ -58,7 +54,9 @@ def item_texts(rows: Iterable[Mapping[str, Any]]) -> list[ItemText]:
     ]
 
 
-def build(strategy: Strategy, items: Sequence[ItemText], count_tokens: CountTokens, limit: int = 77) -> dict[str, str]:
+def build_prompts(
+    strategy: Strategy, items: Sequence[ItemText], count_tokens: CountTokens, limit: int = 77
+) -> dict[str, str]:
     """Item to prompt, never an empty one. An item given several times takes the first description it has.
 
     *raw*: "A clothing item in {color}. {description}" as it stands, of any length; without a colour it begins
@@ -69,11 +67,11 @@ def build(strategy: Strategy, items: Sequence[ItemText], count_tokens: CountToke
     sentences that say most in few tokens: one about the material and one about the shape before any others. Where the
     colour cannot hold, sentences that name it are left out as well.
     """
-    merged = _merge(items)
+    merged = merge_items(items)
     count_tokens = lru_cache(maxsize=1 << 16)(count_tokens)  # "Hand wash cold." comes with many an item
     if strategy == "raw":
         return {item.item: _raw(item) for item in merged}
-    repaired = [_repaired(item) for item in merged]
+    repaired = [repair_item(item) for item in merged]
     if strategy == "clean":
         return {item.item: _raw(item) for item in repaired if item.num_views >= 2 and item.text}
     return {item.item: _structured(item, count_tokens, limit) for item in repaired}
@@ -107,15 +105,10 @@ def save_prompts(path: str | Path, prompts: Mapping[str, str]) -> None:
     """Writes the prompts as UTF-8 JSON, one item a line, sorted by item; never over a file that holds other prompts."""
     if Path(path).is_file() and load_prompts(path) != prompts:
         raise UserError(f"{path}: holds other prompts, perhaps edited by hand; name another file or delete it")
-    _write(path, dict(sorted(prompts.items())))
+    write_json(path, dict(sorted(prompts.items())))
 
 
-def save_report(path: str | Path, findings: Mapping[str, Any]) -> None:
-    """Writes what `report` found as UTF-8 JSON."""
-    _write(path, dict(findings))
-
-
-def _write(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=1)
     try:
         Path(path).write_text(text + "\n", encoding="utf-8")
@@ -127,104 +120,7 @@ class _Pairs(list[tuple[str, Any]]):
     """A JSON object with its repeated keys, which a dict would swallow."""
 
 
-# What the texts are like
-
-
-def report(items: Sequence[ItemText], count_tokens: CountTokens, limit: int = 77) -> dict[str, Any]:
-    """Findings on the texts, ready for JSON; items are named by their ids, in the order given.
-
-    An item may be given several times, with a text each. Keys: `items`; `empty`; `repaired` (item to its repairs);
-    `suspect` (item to words that look broken but cannot be repaired with certainty); `shared` (a text and the items
-    that share it); `several_texts` (item to its texts); `color_cannot_hold` (item to the colour it is given, where it
-    has several variants); `too_few_views` (fewer than two); `limit`; `tokens` (strategy to the number of prompts, the
-    median and largest number of tokens, and the share of prompts over the limit).
-    """
-    merged = _merge(items)
-    repaired = {item.item: _repaired(item) for item in merged}
-    texts = _group((item.item, _repair(item.text)) for item in items)
-    owners = _group((text, name) for name, own in texts.items() for text in own if text)
-    return {
-        "items": len(merged),
-        "empty": [name for name, item in repaired.items() if not item.text],
-        "repaired": _group(
-            (item.item, how) for item in items for text in (item.color, item.text) for how in _repairs(text)
-        ),
-        "suspect": {
-            name: words for name, item in repaired.items() if (words := _suspects(f"{item.color} {item.text}"))
-        },
-        "shared": [{"text": text, "items": own} for text, own in owners.items() if len(own) > 1],
-        "several_texts": {name: own for name, own in texts.items() if len(own) > 1},
-        "color_cannot_hold": {
-            name: item.color for name, item in repaired.items() if _is_known(item.color) and item.num_variants != 1
-        },
-        "too_few_views": [name for name, item in repaired.items() if item.num_views < 2],
-        "limit": limit,
-        "tokens": {
-            strategy: _lengths(build(strategy, items, count_tokens, limit).values(), count_tokens, limit)
-            for strategy in get_args(Strategy)
-        },
-    }
-
-
-_FINDINGS = {
-    "empty": "without a description",
-    "repaired": "repaired in clean and structured",
-    "suspect": "suspect words, left as they are",
-    "several_texts": "with several texts",
-    "color_cannot_hold": "colour cannot hold for all variants",
-    "too_few_views": "with fewer than two views",
-}
-
-
-def format_report(findings: Mapping[str, Any], examples: int = 3) -> str:
-    """The findings of `report` for a terminal: a line each with its count and the first `examples`."""
-    lines = [f"Texts of {findings['items']:,} items"]
-    for key, label in _FINDINGS.items():
-        found = findings[key]
-        shown = [_example(name, found) for name in list(found)[:examples]]
-        lines.append(_finding(label, len(found), shown))
-    owners = [group["items"] for group in findings["shared"][:examples]]
-    shown = [" = ".join(own[:3] + ["..."] * (len(own) > 3)) for own in owners]
-    lines.append(_finding("texts shared by several items", len(findings["shared"]), shown))
-    lines += ["", f"Tokens, start and end included; {findings['limit']} fit"]
-    lines.append(f"  {'strategy':<12}{'prompts':>9}{'median':>9}{'longest':>9}{'too long':>10}")
-    for strategy, row in findings["tokens"].items():
-        cells = f"{row['prompts']:>9,}{row['median']:>9g}{row['max']:>9}{row['over_limit']:>10.1%}"
-        lines.append(f"  {strategy:<12}{cells}")
-    return "\n".join(lines)
-
-
-def _finding(label: str, count: int, shown: Sequence[str]) -> str:
-    rest = ", ..." if count > len(shown) else ""
-    return f"  {label:<36}{count:>8,}   {', '.join(shown)}{rest}".rstrip()
-
-
-def _example(name: str, found: Sequence[str] | Mapping[str, Any]) -> str:
-    if not isinstance(found, Mapping):
-        return name
-    detail = found[name] if isinstance(found[name], str) else "; ".join(found[name])
-    return f"{name} ({shorten(detail, 40, placeholder=' ...')})"
-
-
-def _lengths(prompts: Iterable[str], count_tokens: CountTokens, limit: int) -> dict[str, float]:
-    lengths = [count_tokens(prompt) for prompt in prompts]
-    return {
-        "prompts": len(lengths),
-        "median": median(lengths) if lengths else 0,
-        "max": max(lengths, default=0),
-        "over_limit": sum(length > limit for length in lengths) / max(len(lengths), 1),
-    }
-
-
-def _group(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Key to its distinct values, both in the order of first sight."""
-    groups: dict[str, dict[str, None]] = {}
-    for key, value in pairs:
-        groups.setdefault(key, {})[value] = None
-    return {key: list(values) for key, values in groups.items()}
-
-
-def _merge(items: Iterable[ItemText]) -> list[ItemText]:
+def merge_items(items: Iterable[ItemText]) -> list[ItemText]:
     """One ItemText an item: its first with a description; several colours count as so many variants."""
     rows: dict[str, list[ItemText]] = {}
     for item in items:
@@ -232,89 +128,15 @@ def _merge(items: Iterable[ItemText]) -> list[ItemText]:
     merged = []
     for same in rows.values():
         first = next((item for item in same if item.text.strip()), same[0])
-        num_colors = len({_repair(item.color).lower() for item in same if item.color.strip()})
+        num_colors = len({repair(item.color).lower() for item in same if item.color.strip()})
         variants = max(*(item.num_variants for item in same), num_colors)
         merged.append(replace(first, num_variants=variants, num_views=max(item.num_views for item in same)))
     return merged
 
 
-# Repair
-
-_HANZI = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]+")
-_KANA_OR_HANGUL = re.compile(r"[\u3040-\u30ff\uac00-\ud7af]")
-_LOST = re.compile("[\ufffd鈥鈩]")  # what is left of a character, or of a sign like ’ or ™, that lost a byte
-
-# What a run of hanzi may stand for
-_PUNCTUATION = re.compile(r"[’‘“”–—•™][\x20-\x7e]")  # the last byte of three swallowed the next character
-_LETTERS = re.compile(r"[À-ÖØ-öø-ſ]+")
-_MARKS = re.compile(r"[À-ÖØ-öø-ſ]*[®©]")
-_NUMERALS = re.compile(r"[°¼½¾]")
-
-
-def _repaired(item: ItemText) -> ItemText:
-    color, category, gender = (_repair(text).replace("\n", " ") for text in (item.color, item.category, item.gender))
-    return replace(item, text=_repair(item.text), color=color, category=category, gender=gender)
-
-
-def _repair(text: str) -> str:
-    """Encodings and white space set right; lines stay lines, but a carriage return is only a blank."""
-    return "\n".join(line for line in (" ".join(line.split()) for line in _lines(_decode(text))) if line)
-
-
-def _lines(text: str) -> list[str]:
-    return re.sub(r"\r\n?", " ", text).split("\n")
-
-
-def _decode(text: str) -> str:
-    """UTF-8 that was read as Latin-1 or Windows-1252 (ftfy's part) or as GBK, read as UTF-8 where that is certain."""
-    text = ftfy.fix_encoding(text)
-    if _KANA_OR_HANGUL.search(text) or any(
-        not _from_gbk(run) and not _LOST.search(run) for run in _HANZI.findall(text)
-    ):
-        return text  # there is real Chinese, Japanese or Korean here: nothing is certain
-    return _HANZI.sub(_decode_run, text)
-
-
-def _from_gbk(run: str) -> str:
-    """The UTF-8 that GBK would show as this run of hanzi; empty if there is none."""
-    try:
-        return run.encode("gbk").decode("utf-8")
-    except UnicodeError:
-        return ""
-
-
-def _decode_run(match: re.Match[str]) -> str:
-    """茅 is what GBK makes of é, and a word of its own too; but not in the middle of a Latin one."""
-    fixed, before, after = _from_gbk(match[0]), match.string[: match.start()], match.string[match.end() :]
-    certain = (
-        _PUNCTUATION.fullmatch(fixed)  # three bytes that are one sign in UTF-8 are no coincidence
-        or (_LETTERS.fullmatch(fixed) and (before[-1:].isalpha() or after[:1].isalpha()))
-        or (_MARKS.fullmatch(fixed) and before[-1:].isalnum())
-        or (_NUMERALS.fullmatch(fixed) and re.search(r"\d ?$", before))
-    )
-    return fixed if certain else match[0]
-
-
-def _repairs(text: str) -> list[str]:
-    """What `_repair` does to a text, in words."""
-    old, new = text.split(), _decode(text).split()
-    changes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if old != new else []
-    repairs = [f"{' '.join(old[a:b])} → {' '.join(new[c:d])}" for kind, a, b, c, d in changes if kind != "equal"]
-    repairs += ["carriage return"] if "\r" in text else []
-    return repairs + (["white space"] if any(line.strip() != " ".join(line.split()) for line in _lines(text)) else [])
-
-
-def _suspects(text: str) -> list[str]:
-    """Words of a repaired text that may still be broken: characters lost, or hanzi that could be Latin letters."""
-    signs = (_PUNCTUATION, _LETTERS, _MARKS, _NUMERALS)
-    return [
-        word
-        for word in text.split()
-        if _LOST.search(word) or any(sign.fullmatch(_from_gbk(run)) for run in _HANZI.findall(word) for sign in signs)
-    ]
-
-
-# Prompts
+def repair_item(item: ItemText) -> ItemText:
+    color, category, gender = (repair(text).replace("\n", " ") for text in (item.color, item.category, item.gender))
+    return replace(item, text=repair(item.text), color=color, category=category, gender=gender)
 
 
 def _raw(item: ItemText) -> str:
@@ -323,7 +145,7 @@ def _raw(item: ItemText) -> str:
     return f"A clothing item{f' in {color}' if color else ''}. {description}".strip()
 
 
-def _is_known(color: str) -> bool:
+def is_known_color(color: str) -> bool:
     return color.lower() not in {"", "unknown", "none", "n/a", "na", "-"}
 
 
@@ -397,7 +219,7 @@ def _leads(item: ItemText) -> list[str]:
     """Opening sentences, from the fullest to one that always fits."""
     gender = {"men": "men's", "women": "women's"}.get(item.gender.lower(), item.gender.lower())
     category = item.category.replace("_", " ").strip().lower() or "clothing item"
-    color = f" in {item.color}" if _is_known(item.color) and item.num_variants == 1 else ""
+    color = f" in {item.color}" if is_known_color(item.color) and item.num_variants == 1 else ""
     leads = [f"{gender} {category}{color}", f"{category}{color}", f"{gender} {category}", category, "clothing item"]
     return [_stop(lead[:1].upper() + lead[1:]) for lead in map(str.strip, leads)]
 
@@ -416,7 +238,7 @@ def _sentences(item: ItemText, fits: Callable[[str], bool]) -> list[str]:
 def _color_names(color: str) -> list[str]:
     """The names in a compound colour, less those that are materials ("Denim")."""
     names = (name.strip() for name in re.split(r"[/,&+]|(?<!\boff)-| and ", color.lower()))
-    return [name for name in names if _is_known(name) and not _TELLING_WORD.fullmatch(name)]
+    return [name for name in names if is_known_color(name) and not _TELLING_WORD.fullmatch(name)]
 
 
 def _pieces(sentence: str, fits: Callable[[str], bool]) -> list[str]:

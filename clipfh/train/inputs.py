@@ -11,9 +11,9 @@ from torch import nn
 from clipfh import UserError
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment, LossSettings
-from clipfh.data import prompts
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Feed, fetch
+from clipfh.data.prompts import build_prompts, item_texts, load_prompts
 from clipfh.data.sampler import ItemIndex, make_sampler
 from clipfh.learn.learner import Captions
 from clipfh.model import checkpoint
@@ -189,8 +189,8 @@ def tokenize_captions(
 def load_prompts_for(catalogue: Catalogue, experiment: Experiment, *splits: str) -> dict[str, str]:
     """Item to prompt: from the experiment's file, or made from the texts of the items of some splits."""
     if experiment.text.file:
-        return prompts.load_prompts(experiment.text.file)
+        return load_prompts(experiment.text.file)
     counter = make_token_counter(experiment.model)
     rows = (row for split in splits for row in catalogue.rows(split).to_pylist())
     limit = load_tokenizer(experiment.model).context_length
-    return prompts.build(experiment.text.strategy, prompts.item_texts(rows), counter, limit)
+    return build_prompts(experiment.text.strategy, item_texts(rows), counter, limit)

@@ -1,57 +1,37 @@
 import json
 import re
-from dataclasses import replace
 
 import inshop
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.tokenizer import SimpleTokenizer
+from texts import IN_SHOP, an_item, count_tokens, prompt_of
 
 from clipfh import UserError
 from clipfh.cli import main
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL
-from clipfh.data.prompts import (
-    _OWED,
-    ItemText,
-    _telling,
-    build,
-    format_report,
-    item_texts,
-    load_prompts,
-    report,
-    save_prompts,
-)
+from clipfh.data.prompts import _OWED, ItemText, _telling, build_prompts, item_texts, load_prompts, save_prompts
 from clipfh.data.splits import SPLITS
+from clipfh.data.text_report import examine_texts
 from clipfh.train.inputs import load_prompts_for
-
-TOKENIZER = SimpleTokenizer()
-
-
-def count_tokens(text: str) -> int:
-    return len(TOKENIZER.encode(text)) + 2
-
-
-def an_item(text: str = "", **fields) -> ItemText:
-    plain = ItemText("id_1", text, color="Red", category="Dresses", gender="WOMEN", num_variants=1, num_views=4)
-    return replace(plain, **fields)
-
-
-def prompt_of(item: ItemText, strategy: str = "structured", limit: int = 77) -> str:
-    return build(strategy, [item], count_tokens, limit)[item.item]
 
 
 def words_of(text: str) -> set[str]:
     return {word.strip(".,;:!?'\"") for word in text.lower().split()} - {""}
 
 
-# Texts with planted oddities: (as the source has it, as it should read)
-
 PLAIN = ["soft", "cotton", "knit", "boxy", "weekend", "v-neck", "you'll", "pleated", "the", "print", "pocket", "of"]
+
+
 BROKEN = [("appliqu茅d", "appliquéd"), ("Lycra庐", "Lycra®"), ("30掳", "30°"), ("cafÃ©", "café"), ("it鈥檚", "it’s")]
+
+
 GAPS = [(" ", " "), ("  ", " "), ("\r\n", " "), (" \t", " ")]
+
+
 COLORS = ["Black", "Black-cream", "Heather grey/black", "Off-white"]
+
 
 words = st.one_of(
     st.sampled_from([(word, word) for word in PLAIN]),
@@ -103,7 +83,7 @@ def test_a_structured_prompt_fits_and_keeps_whole_words_and_what_matters(odd, li
 def test_clean_is_the_text_set_right_to_the_letter(odd):
     item, right = odd
     expected = {} if not right else {item.item: f"A clothing item in {item.color}. {' '.join(right.split())}"}
-    assert build("clean", [item], count_tokens) == expected
+    assert build_prompts("clean", [item], count_tokens) == expected
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -114,7 +94,7 @@ def test_prompts_of_texts_like_those_of_in_shop_fit_and_say_what_matters(seed):
     items = [
         an_item(texts[e["item"]], item=e["item"], color=e["color"], num_variants=several[e["item"]]) for e in entries
     ]
-    raw, clean, prompts = (build(strategy, items, count_tokens) for strategy in ("raw", "clean", "structured"))
+    raw, clean, prompts = (build_prompts(strategy, items, count_tokens) for strategy in ("raw", "clean", "structured"))
     assert max(map(count_tokens, raw.values())) > 200
     for item in items:
         prompt, text = prompts[item.item], item.text.lower()
@@ -128,15 +108,6 @@ def test_prompts_of_texts_like_those_of_in_shop_fit_and_say_what_matters(seed):
         ]
         for owed in _OWED:  # material and shape
             assert _telling(prompt.removeprefix(lead)) & owed or not any(_telling(sentence) & owed for sentence in told)
-
-
-IN_SHOP = (
-    "Busy mornings and stacked calls are no match for this throw-on-and-go number! Its boxy silhouette and ultra-soft "
-    "knit fabrication will have you taking on the day in breezy comfort, while a scoop back lends it some unexpected "
-    "sartorial side-eye. Plus, you can just as easily take it from the desk to wherever the night is going to end.\n"
-    "Semi-sheer, lightweight\n95% rayon, 5% spandex\n"
-    '30.5" full length, 42" chest, 40" waist, 8" sleeve length\nMeasured from Small\nHand wash cold'
-)
 
 
 def test_the_telling_sentences_are_chosen_and_stay_in_their_order():
@@ -168,14 +139,14 @@ def test_the_length_that_counts_is_that_of_the_whole_prompt():
         return 2 + len(text.split()) + 5 * text.count(". ")
 
     for limit, kept in [(19, "Lace hem. Silk."), (18, "Lace hem.")]:
-        prompt = build("structured", [an_item("Lace hem. Silk.")], dear_joins, limit)["id_1"]
+        prompt = build_prompts("structured", [an_item("Lace hem. Silk.")], dear_joins, limit)["id_1"]
         assert prompt == f"Women's dresses in Red. {kept}" and dear_joins(prompt) <= limit
 
 
 def test_the_first_description_of_an_item_is_taken_and_one_colour_of_two_cannot_hold():
     items = [an_item(" "), an_item("Boxy."), an_item("Slim.", color="Blue")]
-    assert build("clean", items, count_tokens) == {"id_1": "A clothing item in Red. Boxy."}
-    assert build("structured", items, count_tokens) == {"id_1": "Women's dresses. Boxy."}
+    assert build_prompts("clean", items, count_tokens) == {"id_1": "A clothing item in Red. Boxy."}
+    assert build_prompts("structured", items, count_tokens) == {"id_1": "Women's dresses. Boxy."}
 
 
 def test_sentences_are_kept_whole_and_once():
@@ -244,82 +215,12 @@ def test_raw_is_the_text_as_it_stands(fields, prompt):
 
 def test_clean_leaves_out_items_with_one_view_or_no_description():
     items = [an_item("Soft.", item="a"), an_item("Soft.", item="b", num_views=1), an_item(" \r\n", item="c")]
-    assert list(build("clean", items, count_tokens)) == ["a"]
-    assert list(build("raw", items, count_tokens)) == list(build("structured", items, count_tokens)) == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("letter", [chr(code) for code in range(0xC0, 0x100) if code not in (0xD7, 0xF7)])
-def test_every_accented_letter_within_a_word_is_repaired(letter):
-    right = f"A caf{letter} racer, {letter}lan{letter}s and 30° in Lycra®."
-    for encoding in ["gbk"] if letter in "ÂÃ" else ["gbk", "latin-1"]:  # these two are also what mojibake begins with
-        assert prompt_of(an_item(right.encode().decode(encoding)), "clean") == f"A clothing item in Red. {right}"
-
-
-GENUINE = [
-    "A café racer with appliqué, £5, ½ price, 20° off; it’s “naïve” – Ærø™",
-    "中文连衣裙，纯棉",
-    "茅台 red",
-    "A thatched hut (茅庐) print",
-    "鹿 print, 3路, Nike鹿",
-    "T恤 with a caf茅 print",  # broken, but real Chinese stands beside it
-    "モデル茅a",
-    *(f"The sign {chr(code).encode().decode('gbk')} on it" for code in range(0xA1, 0x100)),
-]
-
-
-@pytest.mark.parametrize("text", GENUINE)
-def test_genuine_text_is_never_touched(text):
-    assert prompt_of(an_item(text), "clean") == f"A clothing item in Red. {text}"
-    assert report([an_item(text)], count_tokens)["repaired"] == {}
-
-
-def test_report_finds_what_is_planted():
-    items = [
-        an_item("A caf茅  racer.\r\nSoft.", item="broken"),
-        an_item("Same.", item="twin 1"),
-        an_item("Same. ", item="twin 2"),
-        an_item("", item="silent", color="Black-cream", num_variants=42),
-        an_item("Lace.", item="double", num_views=1),
-        an_item("Lace hem.", item="double", num_views=1, color="Blue"),
-        an_item("\ufffdt is 茅 or Pima鈩? cotton, Polartec庐 too.", item="lost", color="", num_variants=2),
-        an_item(IN_SHOP, item="long", color="Unknown", num_variants=2),
-    ]
-    found = report(items, count_tokens)
-    tokens = found.pop("tokens")
-    assert found == {
-        "items": 7,
-        "empty": ["silent"],
-        "repaired": {
-            "broken": ["caf茅 → café", "carriage return", "white space"],
-            "lost": ["Polartec庐 → Polartec®"],
-        },
-        "suspect": {"lost": ["\ufffdt", "茅", "Pima鈩?"]},
-        "shared": [{"text": "Same.", "items": ["twin 1", "twin 2"]}],
-        "several_texts": {"double": ["Lace.", "Lace hem."]},
-        "color_cannot_hold": {"silent": "Black-cream", "double": "Red"},
-        "too_few_views": ["double"],
-        "limit": 77,
-    }
-    raw = sorted(map(count_tokens, build("raw", items, count_tokens).values()))
-    assert tokens["raw"] == {"prompts": 7, "median": raw[3], "max": raw[-1], "over_limit": 1 / 7}
-    assert tokens["clean"]["prompts"] == 5
-    assert tokens["structured"]["over_limit"] == 0 and tokens["structured"]["max"] <= 77
-    assert json.loads(json.dumps({**found, "tokens": tokens})) == {**found, "tokens": tokens}
-
-
-def test_the_report_reads_well_in_a_terminal():
-    items = [an_item("Same.", item=f"id_{n}", num_variants=2) for n in range(1200)] + [an_item("", item="id_x")]
-    lines = format_report(report(items, count_tokens)).splitlines()
-    assert lines[0] == "Texts of 1,201 items"
-    assert "  without a description                      1   id_x" in lines
-    assert "  colour cannot hold for all variants    1,200   id_0 (Red), id_1 (Red), id_2 (Red), ..." in lines
-    assert "  texts shared by several items              1   id_0 = id_1 = id_2 = ..." in lines
-    assert lines[-1].split() == ["structured", "1,201", "8", "8", "0.0%"]
-    assert len({len(line) for line in lines[-4:]}) == 1
-
-
-def test_a_report_without_items_is_a_report():
-    assert "Texts of 0 items" in format_report(report([], count_tokens))
+    assert list(build_prompts("clean", items, count_tokens)) == ["a"]
+    assert (
+        list(build_prompts("raw", items, count_tokens))
+        == list(build_prompts("structured", items, count_tokens))
+        == ["a", "b", "c"]
+    )
 
 
 def test_saved_prompts_load_again_and_can_be_edited_by_hand(tmp_path):
@@ -348,7 +249,7 @@ def test_the_texts_of_an_item_are_all_there():
         ItemText("a", "Boxy.", "Red", "Tees", "MEN", num_variants=2, num_views=3),
         ItemText("b", "", "Red", "Tees", "MEN", num_variants=1, num_views=1),
     ]
-    assert report(items, count_tokens)["several_texts"] == {"a": ["Soft.", "Boxy."]}
+    assert examine_texts(items, count_tokens)["several_texts"] == {"a": ["Soft.", "Boxy."]}
 
 
 def test_the_command_reports_and_writes_what_can_be_edited_and_trained_on(small_catalogue, tmp_path, capsys):
