@@ -132,7 +132,7 @@ def test_failed_trials_come_again_only_where_that_is_asked_for(tmp_path, value):
 
 def test_trials_that_run_at_once_are_no_near_copies(tmp_path):
     space_of_two = {"optimizer.lr": {"loguniform": [1e-5, 1e-1]}, "augment.erase": {"uniform": [0.0, 1.0]}}
-    searcher = open_searcher(tmp_path, search=space_of_two)
+    searcher = open_searcher(tmp_path, search=space_of_two, seed=1)
     for number in range(16):
         point = searcher.suggest(f"before {number}")["settings"]
         score = -((math.log10(point["optimizer.lr"]) + 3) ** 2) - (point["augment.erase"] - 0.3) ** 2
