@@ -24,18 +24,18 @@ RETRIES = 3
 
 
 def leaders(rows: Sequence[Mapping[str, Any]], out: Path, top: int) -> dict[str, Experiment]:
-    """The first `top` trials of a leaderboard with settings of their own, and these settings."""
-    found: dict[str, Experiment] = {}
+    """The first `top` trials of a leaderboard, equal settings counted once, and their experiments."""
+    leading: dict[str, Experiment] = {}
     for row in rows:
         file = out / "trials" / str(row["trial"]) / run_folder.EXPERIMENT
-        if row["status"] in ("done", "stopped") and row.get("val_mAP") and len(found) < top:
+        if row["status"] in ("done", "stopped") and row.get("val_mAP") and len(leading) < top:
             experiment = schema.load_experiment(file)
-            if experiment not in found.values():
-                found[str(row["trial"])] = experiment
-    return found
+            if experiment not in leading.values():
+                leading[str(row["trial"])] = experiment
+    return leading
 
 
-def again(
+def retrain(
     leading: Mapping[str, Experiment],
     sweep: SweepFile,
     inputs: Inputs,
@@ -43,9 +43,9 @@ def again(
     resources: cluster.Resources,
     tell: Callable[[str], None],
 ) -> dict[str, list[float]]:
-    """Train leading settings with several seeds; returns each trial's validation mAPs, seed by seed.
+    """Train leading settings with several seeds each; returns each trial's validation mAPs, seed by seed.
 
-    Runs that `folder` has already are gone on with, or left alone when they are over.
+    A run that `folder` has already goes on, or is left alone where it is over.
     """
     numbers = range(1, sweep.final.seeds + 1)
     seeded = {
@@ -53,13 +53,13 @@ def again(
         for trial, experiment in leading.items()
         for number in numbers
     }
-    jobs = {run_of(folder, *key): experiment for key, experiment in seeded.items()}
+    jobs = {run_path(folder, *key): experiment for key, experiment in seeded.items()}
     _train_all(jobs, sweep, inputs, resources, tell)
-    return {trial: [score(run_of(folder, trial, number)) for number in numbers] for trial in leading}
+    return {trial: [score(run_path(folder, trial, number)) for number in numbers] for trial in leading}
 
 
-def run_of(folder: Path, trial: str, number: int) -> Path:
-    """Where a trial's settings are trained for the n-th time again."""
+def run_path(folder: Path, trial: str, number: int) -> Path:
+    """The folder in which a trial's settings are trained for the n-th time again."""
     return folder / f"{trial}-again-{number}"
 
 
@@ -68,19 +68,19 @@ def score(run: Path) -> float:
     return float(run_folder.read_metrics(run)[-1]["best_val_mAP"])
 
 
-def diverged(run: Path) -> str:
+def read_divergence(run: Path) -> str:
     """Why a run ended before its time; empty where it did not. Its last checkpoint is of a model half trained."""
     return str(run_folder.read_metrics(run)[-1].get("diverged", ""))
 
 
-def best(scores: Mapping[str, Sequence[float]]) -> str:
+def best_trial(scores: Mapping[str, Sequence[float]]) -> str:
     """The trial with the highest mean."""
     return max(scores, key=lambda trial: mean(scores[trial]))
 
 
 def best_run(folder: Path, trial: str, scores: Sequence[float]) -> Path:
-    """The best of a trial's runs."""
-    return run_of(folder, trial, 1 + max(range(len(scores)), key=lambda number: scores[number]))
+    """The folder of the best of a trial's runs."""
+    return run_path(folder, trial, 1 + max(range(len(scores)), key=lambda number: scores[number]))
 
 
 def refit(
@@ -105,7 +105,7 @@ def _train_all(
     resources: cluster.Resources,
     tell: Callable[[str], None],
 ) -> None:
-    """Train each of the experiments in its folder, as many at a time as trials; an autoscaler makes room for them."""
+    """Train each experiment in its folder, as many at a time as trials run; an autoscaler is asked for their room."""
     over = threading.Event()
     pool = ThreadPoolExecutor(len(jobs) if sweep.placement.concurrent == "auto" else sweep.placement.concurrent)
     running = {pool.submit(_train, experiment, inputs, out, resources, over): out for out, experiment in jobs.items()}
@@ -127,7 +127,7 @@ def _outcome(out: Path, run: Future[None]) -> str:
     """What a run came to, for a person."""
     if error := run.exception():
         return f"{out.name} failed: {mendable(error) or last_line(str(error))}"
-    if reason := diverged(out):
+    if reason := read_divergence(out):
         return f"{out.name}: diverged: {reason}"
     last = run_folder.read_metrics(out)[-1]
     return f"{out.name}: val mAP {last['best_val_mAP']:.3f}" if "best_val_mAP" in last else f"{out.name} is done"
@@ -136,7 +136,7 @@ def _outcome(out: Path, run: Future[None]) -> str:
 def _train(
     experiment: Experiment, inputs: Inputs, out: Path, resources: cluster.Resources, over: threading.Event
 ) -> None:
-    """Train when it is this run's turn, as trials do: more of them than a cluster holds could stand still."""
+    """Train when it is this run's turn, as trials do: more runs at once than a cluster holds could all stand still."""
     lines = run_folder.read_metrics(out)
     is_saved = lines and ("diverged" in lines[-1] or run_folder.latest_step(out) >= lines[-1]["step"])
     if is_saved and driver.is_over(experiment, inputs, lines[-1]):

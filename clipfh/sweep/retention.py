@@ -26,7 +26,7 @@ class Keeper:
     out: Path
     """the sweep's folder"""
     freed: int = 0
-    """bytes, since this was made"""
+    """bytes that this object has freed"""
 
     def trials(self, rows: Sequence[Row]) -> None:
         """Free what ended trials hold.
@@ -53,8 +53,8 @@ class Keeper:
 
     def __str__(self) -> str:
         kept = [size for size in map(_size, self.out.glob("*/*/checkpoints")) if size]
-        told = f"kept the weights of {len(kept)} runs, {_gib(sum(map(sum, kept)))}"
-        return f"{told}; freed {_gib(self.freed)}" if self.freed else told
+        summary = f"kept the weights of {len(kept)} runs, {_gib(sum(map(sum, kept)))}"
+        return f"{summary}; freed {_gib(self.freed)}" if self.freed else summary
 
 
 def free(run: Path, weights: bool) -> int:

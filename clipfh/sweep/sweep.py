@@ -42,7 +42,7 @@ MADE_OF = "sweep.json"
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _Context:
     """What the parts of a sweep share."""
 
     sweep: SweepFile
@@ -107,9 +107,9 @@ def run(
     resources = cluster.place(sweep.placement, alone=False, tell=tell)
     tell(f"{sweep.trials} trials, {cluster.at_once(sweep.placement, resources)} at once, each {resources}")
     texts = load_prompts_for(catalogue, base, *VALIDATION, "query", "gallery")
-    begun = _Begun(sweep, catalogue, out, base, load_start(base), texts, resources, tell)
-    zero_shot = _zero_shot(begun)
-    inputs = _inputs(begun, zero_shot)
+    context = _Context(sweep, catalogue, out, base, load_start(base), texts, resources, tell)
+    zero_shot = _zero_shot(context)
+    inputs = _inputs(context, zero_shot)
     study = open_study(sweep, out, retry_failed)
     board, keeper = Leaderboard(out, sweep, study, zero_shot), retention.Keeper(sweep, out)
     searcher = StudySearcher(sweep, study, functools.partial(cluster.at_once, sweep.placement, resources))
@@ -117,9 +117,9 @@ def run(
         run_trials(Watch(searcher, board, tell, each_report, keeper.trials, ask), inputs, resources)
     rows = board.write()
     keeper.trials(rows)
-    winner = _winner(begun, inputs, rows)
+    winner = _winner(context, inputs, rows)
     about = {"resources": dataclasses.asdict(resources), "notes": notes_on_singles(inputs, base.loss)}
-    summary = _finish(begun, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
+    summary = _finish(context, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
     keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
     keeper.finals(winner.run)
     tell(str(keeper))
@@ -170,92 +170,92 @@ def _require_same(catalogue: Catalogue, base: Experiment, out: Path, tell: Calla
     store.write(file, json.dumps(before, indent=2) + "\n")
 
 
-def _zero_shot(begun: _Begun) -> float:
+def _zero_shot(context: _Context) -> float:
     """Validation mAP of the model before any tuning; kept, so that a resumed sweep does not ask again."""
-    folder = begun.out / "trials" / ZERO_SHOT
+    folder = context.out / "trials" / ZERO_SHOT
     if not (folder / "metrics.json").exists():
-        embedded = _embedded(begun, "val", begun.clip)
-        found, scores = evaluate.judge(embedded, 0)
-        evaluate.write(folder, found, embedded, scores)
+        embedded = _embedded(context, "val", context.clip)
+        measured, scores = evaluate.judge(embedded, 0)
+        evaluate.write(folder, measured, embedded, scores)
     val_mAP = float(json.loads((folder / "metrics.json").read_text())["mAP"])
-    begun.tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {val_mAP:.3f}")
+    context.tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {val_mAP:.3f}")
     return val_mAP
 
 
-def _inputs(begun: _Begun, zero_shot: float) -> Inputs:
+def _inputs(context: _Context, zero_shot: float) -> Inputs:
     """What all trials read.
 
     Raises:
         UserError: the largest P that may be drawn is more than the items that some losses of the space leave.
     """
-    corners = begun.sweep.corners("batch.items")
-    widest = max(corners, key=lambda point: begun.sweep.experiment(point).batch.items)
-    shared = begun.sweep.experiment({**widest, **begun.sweep.texted})
-    inputs = prepare_inputs(begun.catalogue, shared, begun.clip, stream, begun.sweep.placement.keep_gib)
-    fewest = begun.sweep.experiment({**widest, **begun.sweep.off})  # without the terms that take single photos
+    corners = context.sweep.corners("batch.items")
+    widest = max(corners, key=lambda point: context.sweep.experiment(point).batch.items)
+    shared = context.sweep.experiment({**widest, **context.sweep.texted})
+    inputs = prepare_inputs(context.catalogue, shared, context.clip, stream, context.sweep.placement.keep_gib)
+    fewest = context.sweep.experiment({**widest, **context.sweep.off})  # without the terms that take single photos
     make_sampler(fetch(inputs.images.index), fewest.batch, fewest.seed, fewest.loss.takes_singles)
-    for note in notes_on_singles(inputs, begun.base.loss):
-        begun.tell(note)
+    for note in notes_on_singles(inputs, context.base.loss):
+        context.tell(note)
     return dataclasses.replace(inputs, start_val_mAP=None if inputs.weights is None else zero_shot)
 
 
-def _winner(begun: _Begun, inputs: Inputs, rows: list[Row]) -> _Winner:
+def _winner(context: _Context, inputs: Inputs, rows: list[Row]) -> _Winner:
     """Choose by validation mAP alone; train the leading settings again, and the winner on all items, where asked."""
-    asked, out, folder = begun.sweep.final, begun.out, begun.out / "final"
+    asked, out, folder = context.sweep.final, context.out, context.out / "final"
     trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
     run, again = out / "trials" / trial, dict[str, list[float]]()
     if leading := finalists.leaders(rows, out, asked.top):
-        begun.tell(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
-        again = finalists.again(leading, begun.sweep, inputs, folder, begun.resources, begun.tell)
-        trial = finalists.best(again)
+        context.tell(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
+        again = finalists.retrain(leading, context.sweep, inputs, folder, context.resources, context.tell)
+        trial = finalists.best_trial(again)
         score, run = mean(again[trial]), finalists.best_run(folder, trial, again[trial])
-        if score <= zero_shot_of(rows):
-            trial, score = ZERO_SHOT, zero_shot_of(rows)
+        if score <= read_zero_shot(rows):
+            trial, score = ZERO_SHOT, read_zero_shot(rows)
     if trial == ZERO_SHOT:
         return _Winner(trial, score, None, again)
     if asked.refit:
-        begun.tell(f"now trial {trial}'s settings on train and validation items together")
+        context.tell(f"now trial {trial}'s settings on train and validation items together")
         experiment = schema.load_experiment(out / "trials" / trial / run_folder.EXPERIMENT)
-        whole = prepare_inputs(begun.catalogue, experiment, begun.clip, stream, with_validation=True)
-        whole_run = finalists.refit(experiment, begun.sweep, whole, folder, begun.resources, begun.tell)
-        if not (diverged := finalists.diverged(whole_run)):
+        whole = prepare_inputs(context.catalogue, experiment, context.clip, stream, with_validation=True)
+        whole_run = finalists.refit(experiment, context.sweep, whole, folder, context.resources, context.tell)
+        if not (diverged := finalists.read_divergence(whole_run)):
             return _Winner(trial, score, whole_run, again, refit=True)
-        begun.tell(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
+        context.tell(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
         return _Winner(trial, score, run, again, diverged=diverged)
     return _Winner(trial, score, run, again)
 
 
-def zero_shot_of(rows: list[Row]) -> float:
+def read_zero_shot(rows: list[Row]) -> float:
     """Validation mAP of the zero-shot model on a leaderboard."""
     return next(float(row["val_mAP"]) for row in rows if row["trial"] == ZERO_SHOT)
 
 
-def _finish(begun: _Begun, winner: _Winner, rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
+def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
     """The winner and the zero-shot model on the test split, the export, the summary, the report."""
-    begun.tell(f"winner: trial {winner.trial}, val mAP {winner.val_mAP:.3f}; now the test split")
-    experiment, best, out = begun.base, begun.clip, begun.out
+    context.tell(f"winner: trial {winner.trial}, val mAP {winner.val_mAP:.3f}; now the test split")
+    experiment, best, out = context.base, context.clip, context.out
     if winner.run:
         weights = checkpoint.load(winner.run)
         assert weights.experiment is not None
         experiment, best = weights.experiment, load_weights(weights.experiment.model, weights.state, weights.path)
-    (before, old), (after, new) = _tested(begun, "zero_shot", begun.clip), _tested(begun, "test", best)
+    (before, old), (after, new) = _tested(context, "zero_shot", context.clip), _tested(context, "test", best)
     shutil.rmtree(out / "best", ignore_errors=True)
-    known = {"zero_shot": before, "test": after, "catalogue": export.account(begun.catalogue)}
-    photos = export.photos_of(begun.catalogue)
-    export.export(best, experiment, out / "best", {**known, "refit": winner.refit}, photos)
+    evidence = {"zero_shot": before, "test": after, "catalogue": export.account(context.catalogue)}
+    photos = export.photos_of(context.catalogue)
+    export.export(best, experiment, out / "best", {**evidence, "refit": winner.refit}, photos)
     summary = {
-        "name": begun.sweep.name,
+        "name": context.sweep.name,
         "best_trial": winner.trial,
         "val_mAP": winner.val_mAP,
-        "zero_shot_val_mAP": zero_shot_of(rows),
+        "zero_shot_val_mAP": read_zero_shot(rows),
         "final": {"again": winner.again, "refit": winner.refit, "refit_diverged": winner.diverged},
-        **known,
+        **evidence,
         "gain": metrics.gain(old, new),
         "trials": len(rows) - 1,
         "failed": sum(row["status"] == "failed" for row in rows),
         "took": _took(rows, out),
         "experiment": schema.flatten(experiment),
-        "searched": list(begun.sweep.search),
+        "searched": list(context.sweep.search),
         **about,
     }
     store.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -276,17 +276,20 @@ def _took(rows: list[Row], out: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def _embedded(begun: _Begun, split: str, clip: nn.Module) -> evaluate.Embedded:
-    splits, exact = evaluate.splits_of(split), dataclasses.replace(begun.base.model, precision="float32")  # as exported
-    return cluster.through_losses(lambda: evaluate.embed_splits(begun.catalogue, splits, clip, exact, begun.texts))
+def _embedded(context: _Context, split: str, clip: nn.Module) -> evaluate.Embedded:
+    splits, exact = (
+        evaluate.splits_of(split),
+        dataclasses.replace(context.base.model, precision="float32"),
+    )  # as exported
+    return cluster.through_losses(lambda: evaluate.embed_splits(context.catalogue, splits, clip, exact, context.texts))
 
 
-def _tested(begun: _Begun, key: str, clip: nn.Module) -> tuple[dict[str, Any], metrics.Scores]:
+def _tested(context: _Context, key: str, clip: nn.Module) -> tuple[dict[str, Any], metrics.Scores]:
     """Figures of a model on the test split, and what each query scored; also written."""
-    embedded = _embedded(begun, "test", clip)
-    found, scores = evaluate.judge(embedded, 10)
-    evaluate.write(begun.out / "test" / {"zero_shot": "zero-shot", "test": "winner"}[key], found, embedded, scores)
-    return found, scores
+    embedded = _embedded(context, "test", clip)
+    measured, scores = evaluate.judge(embedded, 10)
+    evaluate.write(context.out / "test" / {"zero_shot": "zero-shot", "test": "winner"}[key], measured, embedded, scores)
+    return measured, scores
 
 
 def outcome(summary: dict[str, Any], out: str | Path) -> str:

@@ -227,11 +227,11 @@ def test_a_refit_that_diverged_is_not_the_winner(tmp_path, monkeypatch, reason):
     monkeypatch.setattr(sweep, "prepare_inputs", lambda *args, **kwargs: None)
     monkeypatch.setattr(sweep.finalists, "refit", lambda *args: tmp_path / "final/refit")
     told, asked = [], Finalists(top=0, refit=True)
-    begun = SimpleNamespace(
+    context = SimpleNamespace(
         sweep=SimpleNamespace(final=asked), out=tmp_path, tell=told.append, catalogue=None, clip=None, resources=None
     )
     rows = [{"trial": "0001", "status": "done", "val_mAP": 0.5}, {"trial": "0000", "status": "z", "val_mAP": 0.2}]
-    winner = sweep._winner(begun, None, rows)
+    winner = sweep._winner(context, None, rows)
     assert winner.run == tmp_path / ("trials/0001" if reason else "final/refit")
     assert (winner.refit, winner.diverged) == (not reason, reason) and (reason in told[-1])
 
@@ -254,6 +254,6 @@ def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path, mon
 def test_models_are_tested_in_the_precision_that_is_exported(monkeypatch):
     asked = []
     monkeypatch.setattr(sweep.evaluate, "embed_splits", lambda *args: asked.append(args[3].precision))
-    begun = SimpleNamespace(catalogue=None, base=presets.resolve("image"), texts={})
-    sweep._embedded(begun, "test", None)
+    context = SimpleNamespace(catalogue=None, base=presets.resolve("image"), texts={})
+    sweep._embedded(context, "test", None)
     assert asked == ["float32"]
