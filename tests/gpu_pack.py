@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -23,7 +22,7 @@ PLATFORMS = ("manylinux1", "manylinux2010", "manylinux2014", *(f"manylinux_2_{n}
 """of wheels: pip takes none whose own is not named"""
 SPARED = {"cryptography", "cffi", "distlib", "hf-xet", "pycparser", "virtualenv"}
 """what is needed by metadata, and by no run there"""
-DEAD = ("ray/cpp", "ray/jars", "ray/rllib", "ray/llm", "ray/dashboard/client", "**/tests", "**/*.c")
+DEAD = ("bin", "share", "ray/cpp", "ray/jars", "ray/rllib", "ray/llm", "ray/dashboard/client", "**/tests", "**/*.c")
 """what only takes room in packages"""
 
 
@@ -34,10 +33,8 @@ def main() -> None:
     out = ROOT / "gpu-pack/site.tar.xz"
     out.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
-        wheels, site = Path(made, "wheels"), Path(made, "site")
-        download([pins[name] for name in wanted], wheels)
-        for wheel in sorted(wheels.iterdir()):
-            zipfile.ZipFile(wheel).extractall(site)
+        site = Path(made, "site")
+        install([pins[name] for name in wanted], site)
         for dead in [path for pattern in DEAD for path in site.glob(pattern)]:
             shutil.rmtree(dead) if dead.is_dir() else dead.unlink()
         subprocess.run(["tar", "--xz", "-cf", out, "-C", made, "site"], check=True, env={"XZ_OPT": "-9 -T0"})
@@ -63,11 +60,12 @@ def needed(*wanted: str) -> set[str]:
     return set(found)
 
 
-def download(pins: list[str], folder: Path) -> None:
-    """Their wheels for that machine."""
+def install(pins: list[str], site: Path) -> None:
+    """Their wheels for that machine. pip unpacks them: a plain unzip leaves Ray's programs not executable."""
     platforms = [f"--platform={name}_x86_64" for name in PLATFORMS]
-    pip = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", f"--dest={folder}"]
-    subprocess.run([*pip, "--no-deps", "--only-binary=:all:", "--python-version=3.12", *platforms, *pins], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", f"--target={site}"]
+    bare = ["--no-deps", "--no-compile", "--only-binary=:all:", "--python-version=3.12"]
+    subprocess.run([*pip, *bare, *platforms, *pins], check=True)
 
 
 if __name__ == "__main__":
