@@ -17,8 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY
-from nodes import reports, until
-from test_training import await_reports
+from nodes import await_reports, reports, until
 
 from clipfh.model import onnx
 from clipfh.storage import run_folder

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import clipfh
+from clipfh.storage import run_folder
 
 HEAD, FIRST, SECOND, THIRD = "127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"
 
@@ -23,6 +24,16 @@ def until(condition, seconds=600):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.1)
     return found
+
+
+def await_reports(process: subprocess.Popen, run: Path, count: int) -> None:
+    """Wait until a checkpoint follows so many reports, and the next steps have begun."""
+    while (
+        len(run_folder.read_metrics(run)) < count
+        or run_folder.latest_step(run) < run_folder.read_metrics(run)[-1]["step"]
+    ):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
 
 
 def free_port() -> int:

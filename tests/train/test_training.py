@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ import pytest
 import ray
 import torch
 from conftest import TINY
+from nodes import await_reports
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -199,16 +199,6 @@ def undisturbed(small_catalogue, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     subprocess.run(command(small_catalogue, out), check=True, capture_output=True)
     return out
-
-
-def await_reports(process: subprocess.Popen, run: Path, count: int) -> None:
-    """Wait until a checkpoint follows so many reports, and the next steps have begun."""
-    while (
-        len(run_folder.read_metrics(run)) < count
-        or run_folder.latest_step(run) < run_folder.read_metrics(run)[-1]["step"]
-    ):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
 
 
 def assert_same(run: Path, undisturbed: Path) -> None:
