@@ -2,8 +2,9 @@
 
 Run: python tests/benchmarks/gpu.py [--out gpu.json]
 
-Random weights and drawn photos: nothing is downloaded. Some four minutes on a GPU. Without one it takes the small model
-and small sizes: that shows that the script works, not how fast a GPU is. What fails is a row with the reason.
+Random weights and drawn photos: nothing is downloaded. Some five minutes on a GPU. Without one it takes the small model
+and small sizes: that shows that the script works, not how fast a GPU is. A section that fails is a row with the reason,
+all that it printed goes to standard error, and the next one goes on.
 
 Prints a table as it goes, and writes it: a list of {name, value, unit, target, ok, note}.
 """
@@ -14,10 +15,13 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,7 +35,7 @@ import torch
 import yaml
 
 from clipfh.config import presets
-from clipfh.config.experiment import SMALL_MODEL
+from clipfh.config.experiment import SMALL_MODEL, Experiment, Stage
 from clipfh.data import transfer
 from clipfh.data.sampler import ItemIndex
 from clipfh.demo.source import write_source
@@ -41,6 +45,8 @@ from clipfh.storage import run_folder
 
 VIEWS = 4
 """K of all batches"""
+LIMIT_S = 120
+"""of a command, which takes much less"""
 
 
 @dataclass(frozen=True)
@@ -91,19 +97,32 @@ class Row:
         return self.value is not None and (self.target is None or self.value >= self.target)
 
 
+class Bench(NamedTuple):
+    """What all sections share."""
+
+    size: Size
+    folder: Path
+    rates: dict[str, float]
+    """images a second, and the device's FLOP/s, for later sections to compare with"""
+
+
 def rows(size: Size, folder: Path) -> Iterator[Row]:
-    """All measurements. Each notes its images a second for the next ones to compare with."""
-    rates: dict[str, float] = {}
-    for measure in (_in_memory, _loop, _kept, _ingest, _two_trials):
+    """All measurements, those that matter most first."""
+    bench, over = Bench(size, folder, {}), False
+    for name, measure in SECTIONS.items():
+        begun = time.monotonic()
         try:
-            yield from measure(size, folder, rates)
-        except Exception as error:
-            yield Row(
-                measure.__name__.strip("_"), None, note=" ".join(f"{type(error).__name__}: {error}".split())[:200]
-            )
+            assert not over, "no time is left"
+            yield from measure(bench)
+        except (Exception, KeyboardInterrupt) as error:
+            over = over or isinstance(error, KeyboardInterrupt)
+            traceback.print_exc()
+            lines = ["", *filter(str.strip, str(error).splitlines())]
+            yield Row(name, None, note=f"{type(error).__name__} {lines[-1].strip()[:160]}")
+        print(f"  {name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
 
 
-# --- In memory -------------------------------------------------------------------------------------------------------
+# --- Bare steps ------------------------------------------------------------------------------------------------------
 
 
 class Steps(NamedTuple):
@@ -113,56 +132,124 @@ class Steps(NamedTuple):
     """images per second"""
     first: float
     """seconds of the first one"""
-    flops: int
-    """of an image, forward and backward"""
-    peak: float
-    """FLOP/s of a large product of matrices in bfloat16"""
+    flops: float
+    """of an image and its share of a caption, forward and backward"""
+    memory: int
+    """bytes at most"""
+    precision: str
+    waits: dict[str, float]
+    """how often a step of the loop waits for the device, by the call that waits"""
 
 
-def _in_memory(size: Size, folder: Path, rates: dict[str, float]) -> Iterator[Row]:
-    plain, compiled = (_alone(partial(_steps, size, compile)) for compile in (False, True))
-    rates["memory"] = plain.rate
-    what = f"{size.model}, {size.items * VIEWS} images a step"
-    yield Row("peak: a product of matrices in bfloat16", plain.peak / 1e12, "TFLOP/s")
-    yield Row("step: images/s, on tensors in memory", plain.rate, "images/s", note=what)
-    each = f"{plain.flops / 1e9:.0f} GFLOP an image"
-    yield Row("step: share of the peak", plain.rate * plain.flops / plain.peak, "", 0.5, each)
-    share = compiled.rate * compiled.flops / plain.peak
-    yield Row("compiled: images/s, those of the plain step", compiled.rate / plain.rate, "times", 1.0)
-    yield Row("compiled: share of the peak", share, note=f"the first step takes {compiled.first:.0f} s")
+def _peak(bench: Bench) -> Iterator[Row]:
+    bench.rates["peak"] = _alone(partial(_products, bench.size))
+    yield Row("peak: a product of matrices in bfloat16", bench.rates["peak"] / 1e12, "TFLOP/s")
 
 
-def _alone(work: Callable[[], Steps]) -> Steps:
+def _products(size: Size) -> float:
+    """FLOP/s of a large product of matrices."""
+    matrix = torch.randn(size.matrix, size.matrix, device=_device(), dtype=torch.bfloat16)
+    return 2 * size.matrix**3 * _rate(partial(torch.matmul, matrix, matrix), size.seconds)
+
+
+def _bare(stage: Stage, bench: Bench) -> Iterator[Row]:
+    size = bench.size
+    steps = _alone(partial(_steps, size, stage, compile=False))
+    bench.rates[stage] = steps.rate
+    what = f"{size.model}, {steps.precision}, {size.items * VIEWS} images a step, on tensors in memory"
+    yield Row(f"{stage}: bare steps", steps.rate, "images/s", note=what)
+    yield Row(f"{stage}: bare steps, memory at most", steps.memory / 2**30, "GiB")
+    calls = ", ".join(f"{name} {count:.3g}" for name, count in steps.waits.items() if count)
+    meant = "one is meant, for the end of the step before"
+    yield Row(f"{stage}: waits for the device, a step", sum(steps.waits.values()), note=f"{calls or 'none'}; {meant}")
+    each = f"{steps.flops / 1e9:.0f} GFLOP an image"
+    yield Row(f"{stage}: bare steps, share of the peak", steps.rate * steps.flops / bench.rates["peak"], "", 0.5, each)
+
+
+def _compiled(bench: Bench) -> Iterator[Row]:
+    steps = _alone(partial(_steps, bench.size, "image", compile=True))
+    note = f"the first step takes {steps.first:.0f} s"
+    yield Row("compiled: images/s, those of bare steps", steps.rate / bench.rates["image"], "times", 1.0, note)
+    yield Row("compiled: share of the peak", steps.rate * steps.flops / bench.rates["peak"])
+
+
+def _alone(work: Callable[[], Any]) -> Any:
     """In a process of its own, which frees the device when it ends."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work).result()
 
 
-def _steps(size: Size, compile: bool) -> Steps:
-    settings = {**size.settings, "model.name": size.model, "model.precision": "bfloat16", "model.compile": compile}
-    experiment = presets.resolve("image", None, settings)
-    clip, count = load_initial_model(experiment.model, 0), experiment.batch.images
-    side, on = get_preprocess(clip).size, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    items = [str(number) for number in range(size.items)]
-    index = ItemIndex(np.arange(size.items).repeat(VIEWS), np.zeros(size.items, int), items, np.array([count]))
-    learner = Learner(experiment, clip, index, Captions(np.zeros((1, 1), np.int32), np.full(size.items, -1)), on)
-    pixels = transfer.images(np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8), on)
-    step = partial(learner.train_step, np.arange(count), pixels)
+def _steps(size: Size, stage: Stage, compile: bool) -> Steps:
+    experiment = presets.resolve(stage, None, {**size.settings, "model.name": size.model, "model.compile": compile})
+    learner, rng = _learner(experiment), np.random.default_rng(0)
+    side, rows = get_preprocess(learner.clip).size, np.arange(experiment.batch.images)
+    images = rng.integers(0, 256, (len(rows), side, side, 3), np.uint8)
+    step = partial(learner.train_step, rows, transfer.images(images, learner.device))
     first = _seconds(step)
-    matrix = torch.randn(size.matrix, size.matrix, device=on, dtype=torch.bfloat16)
-    products = _rate(partial(torch.matmul, matrix, matrix), size.seconds)
-    return Steps(count * _rate(step, size.seconds), first, _flops(clip.visual), 2 * size.matrix**3 * products)
+    rate = len(rows) * _rate(step, size.seconds)
+    precision = str(learner.precision).removeprefix("torch.")
+    return Steps(rate, first, _flops_of(learner), _memory(), precision, {} if compile else _waits(learner, images))
+
+
+def _learner(experiment: Experiment) -> Learner:
+    """Of a catalogue that is one batch, each item with a prompt of its own."""
+    clip, count = load_initial_model(experiment.model, 0), experiment.batch.items
+    items = np.arange(count)
+    index = ItemIndex(
+        items.repeat(VIEWS), np.zeros(count, int), [str(number) for number in items], np.array([count * VIEWS])
+    )
+    tokens = np.random.default_rng(0).integers(1, clip.vocab_size, (count, clip.context_length), np.int32)
+    return Learner(experiment, clip, index, Captions(tokens, items), _device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _memory() -> int:
+    """Most bytes held so far: by tensors on a GPU, or else by the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _waits(learner: Learner, images: np.ndarray) -> dict[str, float]:
+    """How often a step waits for the device, by the call that waits, with its batch on the way as in a run."""
+
+    def calls(count: int) -> Counter[str]:
+        batch = np.arange(len(images)), images
+        with torch.profiler.profile(acc_events=True) as profile:
+            for _, rows, pixels in transfer.ahead(((number, *batch) for number in range(count)), learner.device):
+                learner.train_step(rows, pixels)
+        return Counter({event.key: event.count for event in profile.key_averages()})
+
+    few, more = calls(2), calls(10)  # what the profiler itself waits for is in both
+    assert learner.device.type == "cpu" or any("LaunchKernel" in name for name in more), "torch's profiler sees no GPU"
+    return {name: (more[name] - few[name]) / 8 for name in more if "Synchronize" in name}
+
+
+def _flops_of(learner: Learner) -> float:
+    """Operations of an image in a step, with its share of a caption where the text tower is trained."""
+    clip = learner.clip
+    text = 3 * _blocks(clip.transformer, *clip.positional_embedding.shape) if learner.trains_text else 0
+    return _flops(clip.visual) + text / VIEWS
 
 
 def _flops(visual: Any) -> int:
     """Operations of an image in a step of a vision transformer: 105 billion for ViT-B/16 at 224 pixels.
 
-    Of N tokens of width D, each block takes 24 N D^2 in its linear layers and 4 N^2 D in attention, and twice that in
-    the backward pass. The patch embedding is frozen, so it has a forward pass alone.
+    The backward pass takes twice the forward one. The patch embedding is frozen, so it has a forward pass alone.
     """
     N, D = visual.positional_embedding.shape
-    blocks = len(visual.transformer.resblocks) * (24 * N * D**2 + 4 * N**2 * D)
-    return 3 * blocks + 2 * (N - 1) * visual.conv1.weight.numel()
+    return 3 * _blocks(visual.transformer, N, D) + 2 * (N - 1) * visual.conv1.weight.numel()
+
+
+def _blocks(transformer: Any, N: int, D: int) -> int:
+    """Operations of a forward pass through the blocks of a transformer.
+
+    Of N tokens of width D, each block takes 24 N D^2 in its linear layers and 4 N^2 D in attention.
+    """
+    return len(transformer.resblocks) * (24 * N * D**2 + 4 * N**2 * D)
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -183,29 +270,39 @@ def _rate(work: Callable[[], Any], seconds: float) -> float:
 # --- Runs and a sweep ------------------------------------------------------------------------------------------------
 
 
-def _loop(size: Size, folder: Path, rates: dict[str, float]) -> Iterator[Row]:
-    write_source(folder / "photos", items=size.photos, seed=0, size=256)
-    _clipfh("prepare", "--source", folder / "photos", "--out", folder / "catalogue")
-    lines = _run(size, folder, "loop", size.model)
-    yield Row("loop: images/s, those of tensors in memory", _speed(lines) / rates["memory"], "times", 0.95)
-    yield Row("loop: share of the time waiting for images", mean(line["data_wait"] for line in lines))
+def _photos(bench: Bench) -> Iterator[Row]:
+    begun = time.monotonic()
+    write_source(bench.folder / "photos", items=bench.size.photos, seed=0, size=256)
+    _clipfh("prepare", "--source", bench.folder / "photos", "--out", bench.folder / "catalogue")
+    yield Row("photos: drawn and prepared", time.monotonic() - begun, "s")
 
 
-def _kept(size: Size, folder: Path, rates: dict[str, float]) -> Iterator[Row]:
-    lines = _run(size, folder, "kept", size.model, "--keep-gib=4")
-    rates["one trial"] = _together([lines])
-    yield Row("--keep-gib: images/s, those of tensors in memory", _speed(lines) / rates["memory"], "times", 0.95)
-    yield Row("--keep-gib: share of the time waiting", mean(line["data_wait"] for line in lines))
+def _loop(stage: Stage, bench: Bench) -> Iterator[Row]:
+    yield from _against_bare(f"{stage}: run", stage, _run(bench, stage, stage, bench.size.model), bench)
 
 
-def _ingest(size: Size, folder: Path, rates: dict[str, float]) -> Iterator[Row]:
-    lines = _run(size, folder, "ingest", size.light)
-    wait = f"{os.cpu_count()} cores; {size.light} waits {mean(line['data_wait'] for line in lines):.0%} of the time"
-    yield Row("ingest: images/s of 256 pixels", _speed(lines), "images/s", note=wait)
-    yield Row("ingest: those of steps in memory", _speed(lines) / rates["memory"], "times", 1.0)
+def _kept(bench: Bench) -> Iterator[Row]:
+    lines = _run(bench, "kept", "image", bench.size.model, "--keep-gib=4")
+    bench.rates["one trial"] = _together([lines])
+    yield from _against_bare("--keep-gib: run", "image", lines, bench)
 
 
-def _two_trials(size: Size, folder: Path, rates: dict[str, float]) -> Iterator[Row]:
+def _against_bare(name: str, stage: Stage, lines: list[dict[str, Any]], bench: Bench) -> Iterator[Row]:
+    yield Row(name, _speed(lines), "images/s")
+    yield Row(f"{name}, share of the time waiting for images", mean(line["data_wait"] for line in lines))
+    yield Row(f"{name}, images/s by those of bare steps", _speed(lines) / bench.rates[stage], "times", 0.95)
+
+
+def _ingest(bench: Bench) -> Iterator[Row]:
+    light = bench.size.light
+    lines = _run(bench, "ingest", "image", light)
+    wait = f"{os.cpu_count()} cores; {light} waits {mean(line['data_wait'] for line in lines):.0%} of the time"
+    yield Row("ingest: images of 256 pixels", _speed(lines), "images/s", note=wait)
+    yield Row("ingest, by the images/s of bare steps", _speed(lines) / bench.rates["image"], "times", 1.0)
+
+
+def _two_trials(bench: Bench) -> Iterator[Row]:
+    size, folder, out = bench.size, bench.folder, bench.folder / "sweep"
     base = {name: value for name, value in size.settings.items() if not name.startswith("budget.")}
     sweep = {
         "name": "two",
@@ -217,35 +314,45 @@ def _two_trials(size: Size, folder: Path, rates: dict[str, float]) -> Iterator[R
         "placement": {"gpus_per_worker": size.share, "concurrent": 2, "keep_gib": 4},
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    trials = [folder / "sweep/trials" / number for number in ("0001", "0002")]
-    with (folder / "sweep.log").open("w") as log:
-        words = ("sweep", folder / "sweep.yaml", folder / "catalogue", "--out", folder / "sweep")
-        process = subprocess.Popen(_words(*words), stdout=log, stderr=log)
-        while not all(lines and lines[-1]["images"] >= size.images for lines in map(run_folder.read_metrics, trials)):
-            assert process.poll() is None, (folder / "sweep.log").read_text()[-200:]
-            time.sleep(0.2)
-        process.terminate()  # what comes after the trials is not measured
-        process.wait()
-    rate = _together([run_folder.read_metrics(trial)[1:] for trial in trials])
-    yield Row("two trials on a GPU: images/s, those of one", rate / rates["one trial"], "times", 1.0)
+    begun = time.monotonic()
+    _clipfh("sweep", folder / "sweep.yaml", folder / "catalogue", "--out", out)
+    yield Row("sweep of two trials: from zero-shot to its report", time.monotonic() - begun, "s")
+    rate = _together([run_folder.read_metrics(out / "trials" / number)[1:] for number in ("0001", "0002")])
+    yield Row("two trials at once, images/s by those of one", rate / bench.rates["one trial"], "times", 1.0)
+
+
+SECTIONS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "peak": _peak,
+    "image: bare steps": partial(_bare, "image"),
+    "joint: bare steps": partial(_bare, "joint"),
+    "photos": _photos,
+    "image: run": partial(_loop, "image"),
+    "joint: run": partial(_loop, "joint"),
+    "--keep-gib": _kept,
+    "two trials": _two_trials,
+    "ingest": _ingest,
+    "compiled": _compiled,
+}
 
 
 def _clipfh(*words: object) -> None:
-    done = subprocess.run(_words(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryFile("w+") as log:
+        try:
+            subprocess.run(_words(*words), stdout=log, stderr=log, check=True, timeout=LIMIT_S)
+        except subprocess.SubprocessError as error:
+            log.seek(0)
+            raise RuntimeError(f"{error}\n{log.read()}") from error
 
 
 def _words(*words: object) -> list[str]:
     return [sys.executable, "-m", "clipfh", *map(str, words)]
 
 
-def _run(size: Size, folder: Path, name: str, model: str, *options: str) -> list[dict[str, Any]]:
+def _run(bench: Bench, name: str, stage: Stage, model: str, *options: str) -> list[dict[str, Any]]:
     """A run's reports but the first, which waits for the stream to fill."""
-    settings = [f"--{key}={value}" for key, value in size.settings.items()]
-    words = ("train", "image", folder / "catalogue", "--out", folder / name, f"--model={model}", *settings, *options)
-    _clipfh(*words)
-    return run_folder.read_metrics(folder / name)[1:]
+    out, settings = bench.folder / name, [f"--{key}={value}" for key, value in bench.size.settings.items()]
+    _clipfh("train", stage, bench.folder / "catalogue", "--out", out, f"--model={model}", *settings, *options)
+    return run_folder.read_metrics(out)[1:]
 
 
 def _speed(lines: list[dict[str, Any]]) -> float:
@@ -269,7 +376,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the rows as JSON")
     args = parser.parse_args()
     size = ON_GPU if torch.cuda.is_available() else ON_CPU
-    print(torch.cuda.get_device_name() if size is ON_GPU else "no GPU: small sizes on the CPU")
+    device = torch.cuda.get_device_name() if size is ON_GPU else "no GPU: small sizes on the CPU"
+    print(f"{device}; {os.cpu_count()} cores, torch {torch.__version__}")
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as made:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{made}/compiled"  # a compiler that finds its work done shows nothing
@@ -277,6 +385,11 @@ def main() -> int:
             found.append(row)
             print(_line(row), flush=True)
             args.out.write_text(json.dumps([{**asdict(each), "ok": each.ok} for each in found], indent=2) + "\n")
+    failed = [row.name for row in found if row.value is None]
+    missed = [row.name for row in found if row.value is not None and not row.ok]
+    for how, names in (("failed", failed), ("below target", missed)):
+        if names:
+            print(f"{how}: {'; '.join(names)}")
     return 0 if all(row.ok for row in found) else 1
 
 
