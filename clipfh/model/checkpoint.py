@@ -14,12 +14,10 @@ from torch import Tensor
 from clipfh import UserError
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment
-from clipfh.storage import run_folder
-from clipfh.storage.run_folder import EXPERIMENT
+from clipfh.storage import layout, run_folder
+from clipfh.storage.store import Folder
 
-RAW, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "training.pt"
-METRICS = "metrics.json"
-EXPORTED = "open_clip_model.safetensors"
+RAW, AVERAGE, STATE = layout.RAW_WEIGHTS, layout.AVERAGE_WEIGHTS, layout.TRAINING_STATE
 
 
 @dataclass(frozen=True)
@@ -37,29 +35,37 @@ class Weights:
 
 
 def save(
-    folder: str | Path,
+    folder: Path,
     experiment: Experiment,
     raw: dict[str, Tensor],
     average: dict[str, Tensor],
     training: dict[str, Any],
     metrics: dict[str, Any],
 ) -> None:
-    """Write a checkpoint into an empty folder. `average` holds only the weights that are trained, or nothing."""
-    folder = Path(folder)
-    save_file({n: t.detach().cpu().contiguous() for n, t in raw.items()}, folder / RAW)
+    """Write a checkpoint into an empty local folder.
+
+    Args:
+        folder: to fill; whoever keeps checkpoints puts it in its place whole.
+        experiment: settings of the run.
+        raw: weights as they are trained, by open_clip's names.
+        average: their average, only of those that are trained; empty where the run keeps none.
+        training: state of the optimizer and of what else goes on.
+        metrics: the run's last report.
+    """
+    save_file({n: t.detach().cpu().contiguous() for n, t in raw.items()}, folder / layout.RAW_WEIGHTS)
     if average:
-        save_file({n: t.detach().cpu().contiguous() for n, t in average.items()}, folder / AVERAGE)
-    torch.save(training, folder / STATE)
-    (folder / EXPERIMENT).write_text(schema.to_json(experiment))
-    (folder / METRICS).write_text(json.dumps(metrics))
+        save_file({n: t.detach().cpu().contiguous() for n, t in average.items()}, folder / layout.AVERAGE_WEIGHTS)
+    torch.save(training, folder / layout.TRAINING_STATE)
+    (folder / layout.EXPERIMENT).write_text(schema.to_json(experiment))
+    (folder / layout.METRICS).write_text(json.dumps(metrics))
 
 
-def load_training(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+def load_training(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Raw weights, average, training state and metrics, to go on from."""
-    folder = Path(folder)
-    average = load_file(folder / AVERAGE) if (folder / AVERAGE).exists() else {}
-    training = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    return load_file(folder / RAW), average, training, json.loads((folder / METRICS).read_text())
+    folder = Folder(path)
+    training = torch.load(folder.local_path(layout.TRAINING_STATE), map_location="cpu", weights_only=True)
+    average = _load_weights(folder, layout.AVERAGE_WEIGHTS) if folder.exists(layout.AVERAGE_WEIGHTS) else {}
+    return _load_weights(folder, layout.RAW_WEIGHTS), average, training, folder.read_json(layout.METRICS)
 
 
 def load(path: str | Path) -> Weights:
@@ -68,36 +74,43 @@ def load(path: str | Path) -> Weights:
     Raises:
         UserError: nothing there to load.
     """
-    folder = find(path)
-    if folder.is_file():
-        return _load_file(folder)
-    experiment = schema.load_experiment(folder / EXPERIMENT)
-    metrics = json.loads((folder / METRICS).read_text()) if (folder / METRICS).exists() else {}
-    state = load_file(folder / (EXPORTED if (folder / EXPORTED).exists() else RAW))
-    if (folder / AVERAGE).exists():
-        state |= load_file(folder / AVERAGE)
-    return Weights(state, experiment, metrics, str(folder))
+    place = find(path)
+    if place.is_file():
+        return _load_file(place)
+    folder = Folder(place)
+    experiment = schema.from_json(folder.read_text(layout.EXPERIMENT), f"{folder}/{layout.EXPERIMENT}")
+    state = _load_weights(
+        folder, layout.EXPORTED_WEIGHTS if folder.exists(layout.EXPORTED_WEIGHTS) else layout.RAW_WEIGHTS
+    )
+    if folder.exists(layout.AVERAGE_WEIGHTS):
+        state |= _load_weights(folder, layout.AVERAGE_WEIGHTS)
+    return Weights(state, experiment, folder.read_json(layout.METRICS), str(folder))
+
+
+def _load_weights(folder: Folder, name: str) -> dict[str, Tensor]:
+    return load_file(folder.local_path(name))
 
 
 def files_of(path: str | Path) -> list[Path]:
     """The files from which `load` has its weights. UserError: as `find`."""
-    folder = find(path)
-    if folder.is_file():
-        return [folder]
-    return [file for file in (folder / EXPORTED, folder / RAW, folder / AVERAGE) if file.exists()]
+    place = find(path)
+    if place.is_file():
+        return [place]
+    names = (layout.EXPORTED_WEIGHTS, layout.RAW_WEIGHTS, layout.AVERAGE_WEIGHTS)
+    return [Folder(place).local_path(name) for name in names if Folder(place).exists(name)]
 
 
 def find(path: str | Path) -> Path:
     """The folder that holds the weights meant by a path: a sweep's export, a run's best checkpoint, or itself."""
-    folder = Path(path)
+    folder = Folder(path)
     if not folder.exists():
         raise UserError(f"{path}: no such file or folder; give a run, a checkpoint, an export or a weights file")
-    if folder.is_file() or (folder / EXPORTED).exists() or (folder / RAW).exists():
-        return folder
-    if (folder / "best" / EXPORTED).exists():
-        return folder / "best"
-    if (folder / "checkpoints").is_dir():
-        return folder / "checkpoints" / run_folder.best_of(folder)
+    if Path(path).is_file() or folder.exists(layout.EXPORTED_WEIGHTS) or folder.exists(layout.RAW_WEIGHTS):
+        return folder.local_path()
+    if folder.exists(f"{layout.BEST}/{layout.EXPORTED_WEIGHTS}"):
+        return folder.local_path(layout.BEST)
+    if folder.exists(layout.CHECKPOINTS):
+        return (folder / layout.CHECKPOINTS).local_path(run_folder.best_of(path))
     raise UserError(f"{path} holds no weights: give a run, a checkpoint, an export or a weights file")
 
 

@@ -26,7 +26,6 @@ from clipfh.config import schema
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.data.images import Preprocess
 
-CONFIG_FILE = "open_clip_config.json"
 MAX_LOG_SCALE = math.log(100)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 import io
 import json
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +25,16 @@ from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.data.splits import SPLITS
 from clipfh.model import checkpoint, onnx
 from clipfh.model.clip import (
-    CONFIG_FILE,
     get_preprocess,
     load_open_clip,
     load_tokenizer,
     open_clip_config,
     weights_name,
 )
-from clipfh.storage import run_folder
+from clipfh.storage import layout, store
 
 TOLERANCE = 1e-5
-ONNX = "onnx"
+ONNX = layout.ONNX
 TEXTS = ("a red dress", "Women's blouse. Cotton, with a V-neck and long sleeves.", "jeans")
 """Words that the export and the checkpoint must embed alike."""
 
@@ -73,31 +70,18 @@ def export(
     if with_onnx:
         onnx.require()
     clip = clip.cpu().eval()
-    with _whole_or_not_at_all(out) as folder:
+    with store.whole_folder(out) as folder:
         settings = experiment.model
         weights = {name: tensor.detach().contiguous() for name, tensor in clip.state_dict().items()}
-        save_file(weights, folder / checkpoint.EXPORTED)
-        (folder / CONFIG_FILE).write_text(open_clip_config(settings, get_preprocess(clip)))
-        (folder / run_folder.EXPERIMENT).write_text(schema.to_json(experiment))
-        (folder / "README.md").write_text(card(experiment, known or {}, clip, with_onnx))
-        shutil.copymode(folder / "README.md", folder / checkpoint.EXPORTED)  # safetensors makes it ours alone
+        save_file(weights, folder / layout.EXPORTED_WEIGHTS)
+        (folder / layout.OPEN_CLIP_CONFIG).write_text(open_clip_config(settings, get_preprocess(clip)))
+        (folder / layout.EXPERIMENT).write_text(schema.to_json(experiment))
+        (folder / layout.CARD).write_text(card(experiment, known or {}, clip, with_onnx))
+        shutil.copymode(folder / layout.CARD, folder / layout.EXPORTED_WEIGHTS)  # safetensors makes it ours alone
         _check_parity(clip, folder, photos)
         if with_onnx:
-            onnx.write(clip, settings, folder / ONNX, photos, TEXTS)
+            onnx.write(clip, settings, folder / layout.ONNX, photos, TEXTS)
     return out
-
-
-@contextlib.contextmanager
-def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place only when the block ends well."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as made:
-        folder = Path(made) / "export"
-        folder.mkdir()
-        yield folder
-        if out.exists():
-            out.rmdir()
-        shutil.move(folder, out)
 
 
 def photos_of(catalogue: Catalogue, count: int = 8) -> list[bytes]:
@@ -140,8 +124,8 @@ def _check_parity(clip: Any, folder: Path, photos: Sequence[bytes]) -> None:
 def known_of(weights: checkpoint.Weights) -> Known:
     """What the folders around some weights tell of them: a sweep's summary, or a run's own account."""
     folder = Path(weights.path)
-    summary, run = folder.parent / "summary.json", folder.parent.parent / "run.json"
-    if folder.name == "best" and summary.exists():
+    summary, run = folder.parent / layout.SUMMARY, folder.parent.parent / layout.RUN
+    if folder.name == layout.BEST and summary.exists():
         found = json.loads(summary.read_text())
         return {**{key: found[key] for key in ("catalogue", "test", "zero_shot")}, **found.get("final", {})}
     if not run.exists():
@@ -155,7 +139,7 @@ def known_of(weights: checkpoint.Weights) -> Known:
 def catalogue_of(known: Known) -> Catalogue | None:
     """The catalogue that a model was tuned on; None where it is no longer there, or no longer the same."""
     told = known.get("catalogue") or {}
-    if not told or not (Path(told["path"]) / "catalogue.json").exists():
+    if not told or not (Path(told["path"]) / layout.CATALOGUE).exists():
         return None
     catalogue = open_catalogue(told["path"])
     return catalogue if catalogue.manifest["hash"] == told["hash"] else None

@@ -21,10 +21,10 @@ from clipfh import UserError
 from clipfh.config.experiment import ModelSettings
 from clipfh.data import images
 from clipfh.model.clip import get_preprocess, load_tokenizer
+from clipfh.storage import layout
 
 TOLERANCE = 1e-4
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-PREPROCESSOR = "preprocessor_config.json"
 LARGEST = 2**31 - 2**24
 """Bytes of weights that fit into one protobuf file, with room for the graph; more lie beside it."""
 
@@ -40,8 +40,8 @@ class Tower:
 
 
 TOWERS = (
-    Tower("image.onnx", "encode_image", "pixel_values", "image_embeds"),
-    Tower("text.onnx", "encode_text", "input_ids", "text_embeds"),
+    Tower(layout.IMAGE_ONNX, "encode_image", "pixel_values", "image_embeds"),
+    Tower(layout.TEXT_ONNX, "encode_text", "input_ids", "text_embeds"),
 )
 
 
@@ -70,7 +70,7 @@ def write(
     require()
     folder.mkdir(parents=True)
     preprocess = get_preprocess(clip)
-    (folder / PREPROCESSOR).write_text(json.dumps(described(preprocess), indent=2) + "\n")
+    (folder / layout.PREPROCESSOR).write_text(json.dumps(described(preprocess), indent=2) + "\n")
     samples = (pixel_values(photos, preprocess), load_tokenizer(settings)(list(texts)))
     for tower, sample in zip(TOWERS, samples, strict=True):
         _write_tower(_Encoder(clip, tower.encode).eval(), tower, folder / tower.file, sample)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipfh import UserError
+from clipfh.storage import store
 
 MARK = "clipfh"
 
@@ -26,9 +27,8 @@ def write(file: Path, rows: pa.Table, embedding: Tensor, mark: str) -> None:
     vectors = pa.FixedSizeListArray.from_arrays(embedding.numpy().ravel(), embedding.shape[1])
     table = rows.append_column("embedding", vectors).replace_schema_metadata({MARK: mark})
     file.parent.mkdir(parents=True, exist_ok=True)
-    whole = file.with_name(f"{file.name}.new")
-    pq.write_table(table, whole, compression="none", use_dictionary=False)
-    whole.replace(file)
+    with store.replacing(file) as new:
+        pq.write_table(table, new, compression="none", use_dictionary=False)
 
 
 def mark_of(file: Path) -> str | None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
@@ -22,10 +21,9 @@ from clipfh.data.catalogue import Catalogue
 from clipfh.model.clip import model_fingerprint
 from clipfh.retrieval import embed, embedding_file, metrics
 from clipfh.retrieval import rerank as reranking
-from clipfh.storage import store
+from clipfh.storage import layout
+from clipfh.storage.store import Folder
 
-IMAGES, TEXTS = "embeddings.parquet", "prompts.parquet"
-QUERIES = "queries.parquet"
 TOP = 50
 """Gallery images that `predictions.parquet` lists for each query."""
 
@@ -141,22 +139,23 @@ def keep(folder: str | Path, mark: str, embedded: Embedded) -> None:
     rows = pa.concat_tables([embedded.query_rows, embedded.gallery_rows]).select(["path", "item_id", "split"])
     if embedded.captions is not None:
         texts = pa.table({"prompt": embedded.prompts})
-        embedding_file.write(Path(folder) / TEXTS, texts, embedded.captions.embedding, mark)
-    embedding_file.write(Path(folder) / IMAGES, rows, embedded.both.embedding, mark)
+        embedding_file.write(Folder(folder).local_path(layout.PROMPTS), texts, embedded.captions.embedding, mark)
+    embedding_file.write(Folder(folder).local_path(layout.EMBEDDINGS), rows, embedded.both.embedding, mark)
 
 
 def kept(
     folder: str | Path, mark: str, catalogue: Catalogue, splits: tuple[str, str], prompts: dict[str, str]
 ) -> Embedded | None:
     """What `keep` left in a folder; None where that is nothing, or was made of anything else."""
-    images, texts = (_read(Path(folder) / name, mark) for name in (IMAGES, TEXTS))
+    images, texts = (_read(Folder(folder), name, mark) for name in (layout.EMBEDDINGS, layout.PROMPTS))
     lacking = texts is None and distinct_prompts(catalogue, splits, prompts)
     return None if images is None or lacking else _assembled(catalogue, splits, prompts, images, texts)
 
 
-def _read(file: Path, mark: str) -> Tensor | None:
+def _read(folder: Folder, name: str, mark: str) -> Tensor | None:
     """The embeddings in a file; None where there is none or its mark is another."""
-    return embedding_file.read(file)[1] if file.exists() and embedding_file.mark_of(file) == mark else None
+    file = folder.local_path(name)
+    return embedding_file.read(file)[1] if folder.exists(name) and embedding_file.mark_of(file) == mark else None
 
 
 def measure(
@@ -230,13 +229,12 @@ def write(
 ) -> None:
     """`metrics.json`, `predictions.parquet` (query, rank, gallery, similarity, match: the TOP of each query) and
     `queries.parquet` (query, item_id, AP over the whole gallery)."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    listed = predictions(embedded, similarity=similarity)
-    pq.write_table(listed, folder / "predictions.parquet", compression="zstd")
+    folder = Folder(out)
+    folder.make()
+    folder.write_table(layout.PREDICTIONS, predictions(embedded, similarity=similarity), compression="zstd")
     asked = embedded.query_rows.select(["path", "item_id"]).rename_columns(["query", "item_id"])
-    pq.write_table(asked.append_column("AP", pa.array(scores.values[:, 0].numpy())), folder / QUERIES)
-    store.write(folder / "metrics.json", json.dumps(found, indent=2) + "\n")
+    folder.write_table(layout.QUERIES, asked.append_column("AP", pa.array(scores.values[:, 0].numpy())))
+    folder.write(layout.METRICS, json.dumps(found, indent=2) + "\n")
 
 
 def predictions(embedded: Embedded, top: int = TOP, similarity: metrics.Similarity | None = None) -> pa.Table:

@@ -7,6 +7,9 @@ CATALOGUE, PLAN = "catalogue.json", "plan.json"
 RUN, EXPERIMENT = "run.json", "experiment.json"
 REPORTS, STREAM = "metrics.jsonl", "stream.jsonl"
 CHECKPOINTS, SNAPSHOT = "checkpoints", "checkpoint_manager_snapshot.json"
+FREED = "freed.json"
+"""Of a run that is over and whose checkpoints were not all kept: the `step` of the last one, and in `kept` the name of
+the one whose weights are kept, or ''."""
 TENSORBOARD, TRACK = "tensorboard", "track.json"
 
 # A checkpoint, beside `EXPERIMENT` and `METRICS`

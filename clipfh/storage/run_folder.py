@@ -11,15 +11,12 @@ from typing import Any
 import pyarrow.fs
 
 from clipfh import UserError
+from clipfh.storage import layout, store
+from clipfh.storage.store import Folder
 
-SWEEP, EXPERIMENT = "sweep.yaml", "experiment.json"
-"""What stands in the folder of a sweep, of a run, from the start."""
+SWEEP, EXPERIMENT, METRICS, SNAPSHOT = layout.SWEEP, layout.EXPERIMENT, layout.REPORTS, layout.SNAPSHOT
 
-METRICS, STREAM = "metrics.jsonl", "stream.jsonl"
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-FREED = "freed.json"
-"""Stands in the folder of a run that is over and whose checkpoints were not all kept: the step of the last one, and the
-name of the one whose weights are kept, or ''."""
+FREED = layout.FREED
 
 AWAY = 600
 """Seconds that a run or a sweep waits for its folder, as a share that is not mounted comes back."""
@@ -47,17 +44,16 @@ def wait_for(file: str | Path, tell: Callable[[str], None] = lambda line: None) 
 
 
 def _is_there(file: str | Path) -> bool:
-    store, path = pyarrow.fs.FileSystem.from_uri(str(file))
+    filesystem, path = store.locate(file)
     try:
-        return bool(store.get_file_info(path).type == pyarrow.fs.FileType.File)
+        return bool(filesystem.get_file_info(path).type == pyarrow.fs.FileType.File)
     except OSError:  # a share whose server does not answer
         return False
 
 
 def read_metrics(out: str | Path) -> list[dict[str, Any]]:
     """The reports of a run so far."""
-    file = Path(out) / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return Folder(out).read_lines(layout.REPORTS)
 
 
 def spent(lines: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
@@ -74,25 +70,18 @@ class History:
     """A run's `metrics.jsonl` and `stream.jsonl`, which a restart cuts back to the checkpoint it goes on from."""
 
     def __init__(self, out: str, step: int) -> None:
-        self.store, self.out = pyarrow.fs.FileSystem.from_uri(out)
-        self.metrics = [line for line in self._read(METRICS) if json.loads(line)["step"] <= step]
-        self.stream = [line for line in self._read(STREAM) if json.loads(line)["step"] < step]
+        self.out, self.folder = out, Folder(out)
+        self.metrics = [line for line in self._read(layout.REPORTS) if json.loads(line)["step"] <= step]
+        self.stream = [line for line in self._read(layout.STREAM) if json.loads(line)["step"] < step]
 
     def _read(self, name: str) -> list[str]:
-        path = f"{self.out}/{name}"
-        if self.store.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
-            return []
-        with self.store.open_input_stream(path) as file:
-            return file.read().decode().splitlines()
+        return self.folder.read_text(name).splitlines() if self.folder.exists(name) else []
 
     def write(self) -> None:
         """Both files, each whole or not at all."""
-        wait_for(f"{self.out}/{EXPERIMENT}")
-        for name, lines in ((METRICS, self.metrics), (STREAM, self.stream)):
-            path = f"{self.out}/{name}"
-            with self.store.open_output_stream(f"{path}.new") as file:
-                file.write("".join(f"{line}\n" for line in lines).encode())
-            self.store.move(f"{path}.new", path)
+        wait_for(f"{self.out}/{layout.EXPERIMENT}")
+        for name, lines in ((layout.REPORTS, self.metrics), (layout.STREAM, self.stream)):
+            self.folder.write(name, "".join(f"{line}\n" for line in lines))
 
 
 def best_of(run: str | Path) -> str:
@@ -107,7 +96,7 @@ def best_of(run: str | Path) -> str:
                 "of all trials"
             )
         return str(freed["kept"])
-    listed = _snapshot(Path(run))["checkpoint_results"]
+    listed = _read_snapshot(run).get("checkpoint_results")
     if not listed:
         raise UserError(f"{run} has no checkpoint yet: let it train further, or --resume it")
     return str(max(listed, key=lambda r: r["metrics"].get("val_mAP", r["metrics"]["step"]))["checkpoint_dir_name"])
@@ -117,20 +106,15 @@ def latest_step(run: str | Path) -> int:
     """The step at which the run's last checkpoint goes on, or went before it was freed; 0 without one."""
     if freed := read_freed(run):
         return int(freed["step"])
-    if not (Path(run) / "checkpoints" / SNAPSHOT).exists():
-        return 0
-    latest = _snapshot(Path(run))["latest_checkpoint_result"]
+    latest = _read_snapshot(run).get("latest_checkpoint_result")
     return int(latest["metrics"]["step"]) if latest else 0
 
 
 def read_freed(run: str | Path) -> dict[str, Any]:
     """What `FREED` says of a run that can't be gone on with, as its checkpoints were not all kept; else nothing."""
-    file = Path(run) / FREED
-    return json.loads(file.read_text()) if file.exists() else {}
+    return Folder(run).read_json(layout.FREED)
 
 
-def _snapshot(run: Path) -> dict[str, Any]:
-    file = run / "checkpoints" / SNAPSHOT
-    if not file.exists():
-        raise UserError(f"{run} has no checkpoint yet: let it train further, or --resume it")
-    return json.loads(file.read_text())
+def _read_snapshot(run: str | Path) -> dict[str, Any]:
+    """Ray Train's list of the run's checkpoints; empty where there is none yet."""
+    return (Folder(run) / layout.CHECKPOINTS).read_json(layout.SNAPSHOT)

@@ -12,7 +12,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import shutil
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,7 +26,8 @@ from clipfh.config.experiment import Experiment, Placement
 from clipfh.data import decoding, images
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Images, Recipe
-from clipfh.storage import run_folder, store
+from clipfh.storage import layout, store
+from clipfh.storage.store import Folder
 from clipfh.train import worker
 from clipfh.train.run_inputs import Inputs
 
@@ -100,23 +100,20 @@ class _Session:
     node = socket.gethostname()
 
     def __init__(self, out: Path, score: str, tell: Callable[[dict[str, Any]], None]) -> None:
-        self.folder, self.score, self.tell = out / "checkpoints", score, tell
-        self.list = self.folder / run_folder.SNAPSHOT
-        self.known = json.loads(self.list.read_text()) if self.list.exists() else _empty_list()
+        self.folder, self.score, self.tell = Folder(out) / layout.CHECKPOINTS, score, tell
+        self.known = self.folder.read_json(layout.SNAPSHOT) or _empty_list()
         self._remove_all_but([result["checkpoint_dir_name"] for result in self.known["checkpoint_results"]])
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[str | None]:
         latest = self.known["latest_checkpoint_result"]
-        yield str(self.folder / latest["checkpoint_dir_name"]) if latest else None
+        yield str(self.folder.local_path(latest["checkpoint_dir_name"])) if latest else None
 
     def report(self, metrics: dict[str, Any], save: worker.Save | None) -> None:
         assert save is not None, "a run alone has one worker, which saves"
         name = f"checkpoint_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
-        new = self.folder / f"{name}.new"
-        new.mkdir(parents=True)
-        save(new)
-        new.rename(self.folder / name)
+        with store.whole_folder(self.folder.local_path(name)) as new:
+            save(new)
         self._add({"version": 0, "checkpoint_dir_name": name, "metrics": metrics})
         self.tell(metrics)
 
@@ -138,14 +135,14 @@ class _Session:
             "latest_checkpoint_result": latest,
             "current_report_index": index + 1,
         }
-        store.write(self.list, json.dumps(self.known))
+        self.folder.write(layout.SNAPSHOT, json.dumps(self.known))
         self._remove_all_but([result["checkpoint_dir_name"] for result, _ in kept])
 
     def _remove_all_but(self, names: list[str]) -> None:
         """What is not on the list is of no use: half-written, or no longer the best."""
-        for folder in self.folder.glob("checkpoint_*"):
-            if folder.is_dir() and folder.name not in names:
-                shutil.rmtree(folder)
+        for folder in self.folder.folders():
+            if folder.name.lstrip(".").startswith("checkpoint_") and folder.name not in names:
+                self.folder.remove(folder.name)
 
 
 def _empty_list() -> dict[str, Any]:

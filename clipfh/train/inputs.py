@@ -28,7 +28,8 @@ from clipfh.model.clip import (
     plain_name,
     weights_name,
 )
-from clipfh.storage import run_folder, store
+from clipfh.storage import layout, run_folder
+from clipfh.storage.store import Folder
 from clipfh.train import provenance
 from clipfh.train.run_inputs import Inputs
 
@@ -53,15 +54,15 @@ def open_run(
         UserError: a folder in use, nothing to resume, or another run than the one to resume, also where a file that it
             is made of has changed; unfit weights.
     """
-    file, started = out / run_folder.EXPERIMENT, out / "run.json"
-    if resume and not started.exists():
+    folder, file = Folder(out), out / layout.EXPERIMENT
+    if resume and not folder.exists(layout.RUN):
         raise UserError(f"--resume: {out} holds no run; leave --resume out to start one")
     if not resume and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty: --resume goes on with its run, or name another folder")
     catalogue.require("train", "val_query", "val_gallery")
     warm_start = str(Path(warm_start).absolute()) if warm_start else None
     fresh = {"hash": catalogue.manifest["hash"], "warm_start": warm_start}
-    known = json.loads(started.read_text()) if resume else fresh
+    known = folder.read_json(layout.RUN) if resume else fresh
     if known["hash"] != catalogue.manifest["hash"]:
         raise UserError(f"--resume: {out} was trained on another catalogue than {catalogue.path}: give that one")
     if resume and experiment is not None and experiment != schema.load_experiment(file):
@@ -71,15 +72,15 @@ def open_run(
     contents = provenance.contents(experiment, known["warm_start"], has_weights)
     provenance.require_same(known.setdefault("contents", contents), contents, out)
     clip = build_model(experiment.model) if has_weights else load_start(experiment, known["warm_start"])
-    out.mkdir(parents=True, exist_ok=True)
-    store.write(file, schema.to_json(experiment))
-    store.write(started, json.dumps({"catalogue": str(catalogue.path), **known}, indent=2) + "\n")
+    folder.make()
+    folder.write(layout.EXPERIMENT, schema.to_json(experiment))
+    folder.write(layout.RUN, json.dumps({"catalogue": str(catalogue.path), **known}, indent=2) + "\n")
     return clip, experiment
 
 
 def is_warm_started(out: Path) -> bool:
     """Whether a run was begun with the weights of another."""
-    return bool(json.loads((out / "run.json").read_text())["warm_start"])
+    return bool(Folder(out).read_json(layout.RUN)["warm_start"])
 
 
 def notes_on_singles(inputs: Inputs, loss: LossSettings) -> list[str]:

@@ -22,10 +22,10 @@ from typing import Any
 
 from clipfh import UserError, __version__
 from clipfh.config import schema
+from clipfh.storage import layout
+from clipfh.storage.store import Folder
 
 PROJECT = "clipfh"
-STATE = "track.json"
-"""In a run's folder: by tracker, the run's id there and the last step that was sent."""
 LIBRARIES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
 POLL_SECONDS, AWAY_SECONDS, LAST_SECONDS = 1.0, 30.0, 60.0
 
@@ -121,47 +121,49 @@ TRACKERS = {"mlflow": _MLflow, "wandb": _Wandb}
 
 
 class Mirror:
-    """What was sent of the runs in a folder, and what is still to be sent."""
+    """What was sent of the runs in a folder, and what is still to be sent.
+
+    A run's `track.json` holds by tracker the run's id there and the last step that was sent.
+    """
 
     def __init__(self, tracker: str, out: Path) -> None:
-        self.tracker, self.out = tracker, out
-        self.open: dict[Path, Any] = {}
+        self.tracker, self.out = tracker, Folder(out)
+        self.open: dict[str, Any] = {}
 
     def send(self) -> None:
         """Send all that is new. Raises whatever the tracker raises; what was not sent then is sent by the next call."""
-        for folder in self._runs():
-            state = _state(folder).get(self.tracker, {"id": "", "step": 0})
-            new = [line for line in _lines(folder) if line["step"] > state["step"]]
-            if folder not in self.open and (new or not state["id"]):
-                self.open[folder] = self._start(folder, state["id"])
-                _keep(folder, self.tracker, {**state, "id": self.open[folder].id})
+        for run in self._runs():
+            state = run.read_json(layout.TRACK).get(self.tracker, {"id": "", "step": 0})
+            new = [line for line in run.read_lines(layout.REPORTS) if line["step"] > state["step"]]
+            if run.path not in self.open and (new or not state["id"]):
+                self.open[run.path] = self._start(run, state["id"])
+                self._save_state(run, {**state, "id": self.open[run.path].id})
             for line in new:
-                self.open[folder].log(line["step"], _numbers(line))
-                _keep(folder, self.tracker, {"id": self.open[folder].id, "step": line["step"]})
+                self.open[run.path].log(line["step"], _numbers(line))
+                self._save_state(run, {"id": self.open[run.path].id, "step": line["step"]})
 
     def finish(self) -> None:
         """End the runs that were sent to."""
         for run in self.open.values():
             run.finish()
 
-    def _runs(self) -> list[Path]:
-        a_sweeps = sorted([*self.out.glob("trials/*"), *self.out.glob("final/*")])
-        folders = [self.out] if (self.out / "run.json").exists() else a_sweeps
-        return [folder for folder in folders if (folder / "experiment.json").exists()]
+    def _runs(self) -> list[Folder]:
+        trials = [*self.out.folders(layout.TRIALS), *self.out.folders(layout.FINAL)]
+        folders = [self.out] if self.out.exists(layout.RUN) else trials
+        return [folder for folder in folders if folder.exists(layout.EXPERIMENT)]
 
-    def _start(self, folder: Path, known: str) -> Any:  # noqa: ANN401
-        experiment = schema.load_experiment(folder / "experiment.json")
+    def _start(self, run: Folder, known: str) -> Any:  # noqa: ANN401
+        experiment = schema.from_json(run.read_text(layout.EXPERIMENT), f"{run}/{layout.EXPERIMENT}")
         tags = {"clipfh": __version__, "stage": experiment.stage}
-        name = folder.name
-        if folder != self.out:
-            tags |= {"sweep": self.out.name, "trial": folder.name}
-            name = f"{self.out.name}-{folder.name}"
+        name = run.name
+        if run.path != self.out.path:
+            tags |= {"sweep": self.out.name, "trial": run.name}
+            name = f"{self.out.name}-{run.name}"
         return TRACKERS[self.tracker](name, tags, schema.flatten(experiment), known)
 
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    def _save_state(self, run: Folder, state: dict[str, Any]) -> None:
+        states = {**run.read_json(layout.TRACK), self.tracker: state}
+        run.write(layout.TRACK, json.dumps(states) + "\n")
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
@@ -170,17 +172,6 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
         for key, value in line.items()
         if isinstance(value, int | float) and key != "step" and math.isfinite(value)
     }
-
-
-def _state(folder: Path) -> dict[str, dict[str, Any]]:
-    file = folder / STATE
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def _keep(folder: Path, tracker: str, state: dict[str, Any]) -> None:
-    whole = folder / f"{STATE}.new"
-    whole.write_text(json.dumps({**_state(folder), tracker: state}) + "\n")
-    whole.replace(folder / STATE)
 
 
 def main(tracker: str, out: Path) -> None:

@@ -20,6 +20,7 @@ from clipfh.data import images as images_module
 from clipfh.model.clip import build_model, get_preprocess, load_tokenizer
 from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.retrieval import embed, embed_ray, evaluate, metrics
+from clipfh.storage import layout
 from clipfh.train.inputs import load_prompts_for, load_start
 
 SPLITS = evaluate.splits_of("test")
@@ -123,7 +124,7 @@ def test_kept_embeddings_come_back_and_nothing_else_does(small_catalogue, clip, 
     assert kept(splits=evaluate.splits_of("val")) is None
     assert kept(prompts={**prompts, item: "a red shirt"}) is None
     assert kept(catalogue=dataclasses.replace(small_catalogue, manifest=manifest)) is None
-    (folder / evaluate.IMAGES).write_bytes(b"PAR1 cut short")
+    (folder / layout.EMBEDDINGS).write_bytes(b"PAR1 cut short")
     with pytest.raises(UserError, match="delete it"):
         kept()
 
