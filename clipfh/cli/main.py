@@ -448,7 +448,7 @@ def train(args: argparse.Namespace) -> None:
     as_it_was = args.resume and not settings and not args.preset
     given = None if as_it_was else presets.resolve(args.stage, args.preset, settings)
     opened = catalogue.open_catalogue(args.catalogue)
-    from clipfh.data import sampler
+    from clipfh.config.schedule import make_schedule
     from clipfh.storage import run_folder
     from clipfh.train import in_process, track
     from clipfh.train.inputs import is_warm_started, notes_on_singles, open_run, prepare_inputs
@@ -470,9 +470,11 @@ def train(args: argparse.Namespace) -> None:
             inputs = prepare_inputs(opened, experiment, clip, run.feed, placement.keep_gib, warm=is_warm_started(out))
             for note in notes_on_singles(inputs, experiment.loss):
                 print(note)
-            budget = sampler.budget_of(experiment, inputs.num_images, inputs.num_single)
+            schedule = make_schedule(experiment, inputs.num_images, inputs.num_single)
             with track.following(args.track, out):
-                run.fit(experiment, inputs, out, functools.partial(_tell_report, budget.total * budget.batch))
+                run.fit(
+                    experiment, inputs, out, functools.partial(_tell_report, schedule.num_steps * schedule.batch_images)
+                )
     last = run_folder.read_metrics(out)[-1]
     if "diverged" in last:
         raise UserError(last["diverged"])

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipfh import UserError
-from clipfh.config.experiment import BatchSettings, Experiment
+from clipfh.config.experiment import BatchSettings
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity: arrays have no hash
@@ -180,43 +180,3 @@ def _hash(*parts: int | np.ndarray) -> np.ndarray:
         value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         value = value ^ (value >> np.uint64(31))
     return value
-
-
-@dataclass(frozen=True)
-class Budget:
-    """An experiment's budget, for batches of so many images."""
-
-    total: int
-    """steps"""
-    every: float
-    """images between two reports"""
-    batch: int
-    epoch: int
-    """images in a pass over all that are trained on"""
-
-    def is_report(self, done: int) -> bool:
-        """Whether a report is due after so many steps: the first to reach a multiple of `every`, and the last.
-
-        So a report comes at no fewer images than was asked for, by less than a batch, whatever P x K: a sweep's rungs
-        are the same for all its trials.
-        """
-        return done == self.total or done * self.batch // self.every > (done - 1) * self.batch // self.every
-
-    @property
-    def half_a_report(self) -> int:
-        """Steps, half as many as there are between two reports."""
-        return int(min(self.every / self.batch, self.total) / 2)
-
-
-def budget_of(experiment: Experiment, num_images: int, num_single: int) -> Budget:
-    """Steps that see at least the images asked for, and the reports on the way.
-
-    Args:
-        experiment: with a budget in images or in epochs.
-        num_images: of the train items.
-        num_single: those of them that are an item's only one; where no term takes those, an epoch has none.
-    """
-    budget, batch = experiment.budget, experiment.batch.images
-    epoch = num_images if experiment.loss.takes_singles else num_images - num_single
-    images = budget.images or math.ceil(budget.epochs * epoch)
-    return Budget(max(1, math.ceil(images / batch)), budget.report_every or images / 10, batch, epoch)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from clipfh import UserError
 from clipfh.config.experiment import Experiment
-from clipfh.data import sampler, transfer
+from clipfh.config.schedule import make_schedule
+from clipfh.data import transfer
 from clipfh.data.sampler import ItemIndex
 from clipfh.learn import augment, diagnostics, optimizer
 from clipfh.learn.all_gather import all_gather_with_gradient
@@ -70,7 +71,7 @@ class Learner:
         torch.manual_seed(experiment.seed)
         self.experiment, self.clip, self.index, self.captions, self.device = experiment, clip, index, captions, on
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.budget = sampler.budget_of(experiment, len(index.item), index.num_single)
+        self.schedule = make_schedule(experiment, len(index.item), index.num_single)
         self.precision = resolve_precision(experiment.model.precision, on)
         self.trains_text = experiment.stage == "joint" and experiment.loss.takes_text
         _prepare(clip, experiment, self.trains_text)
@@ -79,7 +80,9 @@ class Learner:
         dtype = self.towers.mean.dtype
         self.objective = Objective(experiment.loss, clip.visual.output_dim, len(index.names)).to(on, dtype)
         self.optimizer = optimizer.adamw(clip, self.objective, experiment.optimizer, on)
-        self.schedule = optimizer.schedule(self.optimizer, self.budget.total, experiment.optimizer.warmup)
+        self.lr_schedule = optimizer.cosine_schedule(
+            self.optimizer, self.schedule.num_steps, experiment.optimizer.warmup
+        )
         self.average = ExponentialMovingAverage(clip, experiment.optimizer.ema)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.fill = (self.towers.mean.flatten() * 255).round().to(torch.uint8)
@@ -171,7 +174,7 @@ class Learner:
         # As torch's own GradScaler tells a fused optimizer to leave all as it is
         self.optimizer.found_inf = lost  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.schedule.step()
+        self.lr_schedule.step()
         clamp_logit_scale(self.clip)
         self.average.update(self.step)
         return grad_norm, lost
@@ -235,12 +238,12 @@ class Learner:
         self.unchecked.check()
         found: dict[str, Any] = tally.means()  # before all else: its clock is that of the training
         images = self.step * self.experiment.batch.images
-        found = {"step": self.step, "images": images, "epoch": images / self.budget.epoch, **found}
+        found = {"step": self.step, "images": images, "epoch": images / self.schedule.epoch_images, **found}
         if validation is not None:
             found |= {"start_val_mAP": start_val_mAP, "val_mAP": self.validate(validation)}
         found |= self._of_last_batch()
-        found |= {"lr": self.experiment.optimizer.lr * self.schedule.lr_lambdas[0](self.step)}
-        warm = self.step > 2 * self.experiment.optimizer.warmup * self.budget.total
+        found |= {"lr": self.experiment.optimizer.lr * self.lr_schedule.lr_lambdas[0](self.step)}
+        warm = self.step > 2 * self.experiment.optimizer.warmup * self.schedule.num_steps
         return {**found, "warnings": diagnostics.warnings(found, list(self.objective.weights)) if warm else []}
 
     def _of_last_batch(self) -> dict[str, float]:
@@ -255,7 +258,7 @@ class Learner:
         return {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "schedule": self.lr_schedule.state_dict(),
             "objective": self.objective.state_dict(),
         }
 
@@ -269,7 +272,7 @@ class Learner:
         self.clip.load_state_dict(raw)
         for name, weights in average.items():
             self.average.weights[name].copy_(weights)
-        self.schedule.load_state_dict(state["schedule"])
+        self.lr_schedule.load_state_dict(state["schedule"])
         self.objective.load_state_dict(state["objective"])
         self.step = state["step"]
 

@@ -56,7 +56,7 @@ def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
 
 
-def schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
+def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up over a share of the steps, then half a cosine to 0 at the last."""
     rise = max(1, round(steps * warmup)) if warmup else 0
 

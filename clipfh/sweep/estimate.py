@@ -17,8 +17,8 @@ import psutil
 import torch
 
 from clipfh.config.experiment import Experiment
+from clipfh.config.schedule import make_schedule
 from clipfh.config.sweep_file import SweepFile
-from clipfh.data import sampler
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.sampler import ItemIndex, build_index, make_sampler
 from clipfh.learn.learner import Captions, Learner
@@ -107,7 +107,7 @@ def _index(catalogue: Catalogue) -> ItemIndex:
 def epoch(catalogue: Catalogue, experiment: Experiment) -> int:
     """Images in a pass over all that is trained on."""
     index = _index(catalogue)
-    return sampler.budget_of(experiment, len(index.item), index.num_single).epoch
+    return make_schedule(experiment, len(index.item), index.num_single).epoch_images
 
 
 def _learner(

@@ -13,8 +13,8 @@ from clipfh import UserError
 from clipfh.cluster import resources as cluster
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment
+from clipfh.config.schedule import make_schedule
 from clipfh.config.sweep_file import SweepFile
-from clipfh.data import sampler
 from clipfh.storage import run_folder, store
 from clipfh.train import driver
 from clipfh.train.run_inputs import Inputs
@@ -57,7 +57,7 @@ class Trial(tune.Trainable):
         run_folder.wait_for(self.out / run_folder.SWEEP)
         self.experiment = self.sweep.experiment(config["settings"])
         _clear_of_another(self.folder, self.experiment)
-        self.total = sampler.budget_of(self.experiment, self.inputs.num_images, self.inputs.num_single).total
+        self.total = make_schedule(self.experiment, self.inputs.num_images, self.inputs.num_single).num_steps
         self.reported = 0
         self.error: Exception | None = None
         self.losses: list[str] = []

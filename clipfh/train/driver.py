@@ -20,7 +20,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from clipfh import UserError, mendable
 from clipfh.cluster import resources as cluster
 from clipfh.config.experiment import Experiment
-from clipfh.data import sampler
+from clipfh.config.schedule import make_schedule
 from clipfh.train.run_inputs import Inputs
 
 WORKER = "clipfh.train.ray_worker"
@@ -174,5 +174,5 @@ def is_over(experiment: Experiment, inputs: Inputs, last: dict[str, Any]) -> boo
     """Whether a run's last report is the last that it will make."""
     patience = experiment.budget.patience
     stopped = patience and last.get("reports_since_best", 0) >= patience
-    total = sampler.budget_of(experiment, inputs.num_images, inputs.num_single).total
+    total = make_schedule(experiment, inputs.num_images, inputs.num_single).num_steps
     return bool("diverged" in last or stopped or last["step"] >= total)

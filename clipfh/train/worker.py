@@ -60,12 +60,16 @@ def train(job: dict[str, Any], session: Session, feed: decoding.Feed) -> None:
     history = History(job["out"], learner.step)
     recipe = decoding.Recipe.of(experiment, inputs.size)
     place = learner.rank, learner.world_size
-    decoded = feed.batches(inputs.images, recipe, learner.step, learner.budget.total, *place, tasks=job["decoding"])
+    decoded = feed.batches(
+        inputs.images, recipe, learner.step, learner.schedule.num_steps, *place, tasks=job["decoding"]
+    )
     batch_stream = transfer.ahead(decoded, learner.device)
     tally, patience, notice, began = Tally(), experiment.budget.patience, _Notice(session), 0.0
-    next_wanted = learner.step + learner.budget.half_a_report  # not sooner: other trials may still be starting here
+    next_wanted = (
+        learner.step + learner.schedule.half_report_steps
+    )  # not sooner: other trials may still be starting here
     with _Threads(job["threads"], job["shares_cores"]) as threads:
-        while learner.step < learner.budget.total and not (patience and found["reports_since_best"] >= patience):
+        while learner.step < last and not (patience and found["reports_since_best"] >= patience):
             threads.adjust()
             waiting = time.monotonic()
             step, rows, images = next(batch_stream)
@@ -77,7 +81,7 @@ def train(job: dict[str, Any], session: Session, feed: decoding.Feed) -> None:
                 tally.add(len(rows), waited, learner.train_step(rows, images))
                 found["stream"] = sampler.digest(found["stream"], step, rows)
                 history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
-                if learner.budget.is_report(learner.step) or notice.is_new(learner.step):
+                if learner.schedule.is_report(learner.step) or notice.is_new(learner.step):
                     found = _report(learner, validation, history, tally, {**found, "began": began}, session)
                     tally = Tally()
             except Diverged as diverged:

@@ -96,7 +96,7 @@ captions, _ = train.captions_of(opened, index.names, experiment, "train")
 learner = Learner(experiment, clip, index, captions, torch.device("cpu"))
 feed, recipe = in_process.Feed(), decoding.Recipe.of(experiment, model.preprocess_of(clip).size)
 some = [(rows, images) for _, rows, images in feed.batches(feed.share(opened, "train"), recipe, 0, 8)]
-while learner.step < learner.budget.total:
+while learner.step < learner.schedule.num_steps:
     rows, images = some[learner.step % len(some)]
     learner.train_step(rows, torch.from_numpy(images).permute(0, 3, 1, 2))
 """

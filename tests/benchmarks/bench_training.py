@@ -279,7 +279,7 @@ def _evaluation(inputs: Inputs, resources: cluster.Resources) -> float:
     begun, count = time.perf_counter(), 16
     for step in range(count):
         learner.train_step(plan.batch(step), pixels)
-    training = (time.perf_counter() - begun) / count * learner.budget.total / 10
+    training = (time.perf_counter() - begun) / count * learner.schedule.num_steps / 10
     return scoring / (scoring + training)
 
 

@@ -106,7 +106,7 @@ def _trained(opened: Any, experiment: Any, original: str) -> Any:
     plan = make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
     recipe = decoding.Recipe.of(experiment, get_preprocess(clip).size)
     column = table["image"].chunk(0)
-    for step in range(learner.budget.total):
+    for step in range(learner.schedule.num_steps):
         rows = plan.batch(step)
         if original == "v1":  # its loader did not shuffle
             rows = (step * len(rows) + np.arange(len(rows))) % len(index.item)

@@ -4,14 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipfh import UserError
-from clipfh.config import presets
 from clipfh.config.experiment import BatchSettings, Experiment, LossSettings
-from clipfh.data import sampler
+from clipfh.config.schedule import make_schedule
 from clipfh.data.sampler import ItemIndex, PKSampler, make_sampler
 
 
@@ -122,24 +120,5 @@ def test_items_of_one_photo_are_drawn_where_a_term_takes_them(terms, takes):
     plan = make_sampler(index, BatchSettings(items=2, views=2), 0, loss.takes_singles)
     drawn = {int(index.item[row]) for step in range(9) for row in plan.batch(step)}
     assert drawn == ({0, 1, 2, 3} if takes else {0, 2})
-    budget = sampler.budget_of(Experiment(loss=loss), len(index.item), index.num_single)
-    assert budget.epoch == (6 if takes else 4), "an epoch is of what is drawn"
-
-
-@pytest.mark.parametrize("views", [2, 3, 5, 7])
-@pytest.mark.parametrize("every", [0, 50, 64, 1000])
-def test_reports_come_at_the_same_images_for_every_batch(views, every):
-    experiment = presets.resolve(
-        "image", None, {**TINY, "batch.views": views, "budget.images": 600, "budget.report_every": every}
-    )
-    budget, batch = sampler.budget_of(experiment, 100, 0), 8 * views
-    seen = [step * batch for step in range(1, budget.total + 1) if budget.is_report(step)]
-    asked = [image for image in np.arange(1, 600) if image % (every or 60) == 0]
-    assert seen == sorted({*(-(-int(image) // batch) * batch for image in asked), budget.total * batch})
-    assert 600 <= budget.total * batch < 600 + batch
-
-
-def test_budget_in_epochs():
-    in_epochs = presets.resolve("image", None, {**TINY, "budget.epochs": 2.0, "budget.images": 0})
-    assert sampler.budget_of(in_epochs, 100, 0).total == 13
-    assert sampler.budget_of(in_epochs, 100, 20).total == 10, "single photos, which none of its terms take"
+    schedule = make_schedule(Experiment(loss=loss), len(index.item), index.num_single)
+    assert schedule.epoch_images == (6 if takes else 4), "an epoch is of what is drawn"

@@ -78,7 +78,7 @@ def test_the_state_of_an_optimizer_with_other_groups_is_refused_in_a_line():
 def test_warm_up_then_cosine_to_zero():
     parameter = torch.nn.Parameter(torch.zeros(1))
     sgd = torch.optim.SGD([parameter], lr=2.0)
-    schedule = optimizer.schedule(sgd, steps=100, warmup=0.1)
+    schedule = optimizer.cosine_schedule(sgd, steps=100, warmup=0.1)
     rates = []
     for _ in range(100):
         rates.append(sgd.param_groups[0]["lr"])
@@ -92,7 +92,7 @@ def test_warm_up_then_cosine_to_zero():
 @pytest.mark.parametrize("steps,warmup,first", [(1, 0.0, 2.0), (1, 0.5, 2.0), (50, 0.0, 2.0), (50, 0.01, 2.0)])
 def test_the_first_rate_is_never_nothing(steps: int, warmup: float, first: float):
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    optimizer.schedule(sgd, steps, warmup)
+    optimizer.cosine_schedule(sgd, steps, warmup)
     assert sgd.param_groups[0]["lr"] == pytest.approx(first)
 
 
