@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from shop import SameProcess
 
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, Experiment, Placement
 from clipfh.data import catalogue
+from clipfh.data import prepare as prepare_module
 from clipfh.data.prepare import prepare
 from clipfh.demo.source import write_source
 
@@ -57,3 +60,10 @@ def ray_cluster(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny() -> Experiment:
     return presets.resolve("image", None, TINY)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Prepare in this process: starting processes is most of a small catalogue's time."""
+    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", SameProcess)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)

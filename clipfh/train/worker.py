@@ -60,14 +60,12 @@ def train(job: dict[str, Any], session: Session, feed: decoding.Feed) -> None:
     history = History(job["out"], learner.step)
     recipe = decoding.Recipe.of(experiment, inputs.size)
     place = learner.rank, learner.world_size
-    decoded = feed.batches(
-        inputs.images, recipe, learner.step, learner.schedule.num_steps, *place, tasks=job["decoding"]
-    )
+    last = learner.schedule.num_steps
+    decoded = feed.batches(inputs.images, recipe, learner.step, last, *place, tasks=job["decoding"])
     batch_stream = transfer.ahead(decoded, learner.device)
     tally, patience, notice, began = Tally(), experiment.budget.patience, _Notice(session), 0.0
-    next_wanted = (
-        learner.step + learner.schedule.half_report_steps
-    )  # not sooner: other trials may still be starting here
+    # Not sooner: other trials may still be starting here
+    next_wanted = learner.step + learner.schedule.half_report_steps
     with _Threads(job["threads"], job["shares_cores"]) as threads:
         while learner.step < last and not (patience and found["reports_since_best"] >= patience):
             threads.adjust()
