@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from clipfh.sweep.searcher import ROW, own_trials
 from clipfh.sweep.trial import OBJECTIVE
 
 ZERO_SHOT = "0000"
-RUNNING = "running"
 
 Row = Mapping[str, Any]
 """A line of the leaderboard: trial, status, val_mAP where there is one, images, seconds, searched settings, error."""
@@ -49,11 +49,8 @@ class Leaderboard:
     def rows(self) -> list[Row]:
         """All rows, best first."""
         zero_shot = {"status": "zero-shot", "val_mAP": _score(self.zero_shot), "images": 0, "seconds": 0}
-        running = [
-            self.row(number, self.sweep.sampled(trial))
-            for number, trial in own_trials(self.study).items()
-            if trial.state == TrialState.RUNNING
-        ]
+        trials = own_trials(self.study).items()
+        running = [self.row(n, self.sweep.sampled(t)) for n, t in trials if t.state == TrialState.RUNNING]
         rows = [{"trial": ZERO_SHOT, **zero_shot}, *self.over(), *running]
         return sorted(rows, key=lambda row: float(row.get("val_mAP", -1)), reverse=True)
 
@@ -61,20 +58,16 @@ class Leaderboard:
         """The rows of trials that are over, in order of their numbers, as the study has them."""
         return [trial.user_attrs[ROW] for trial in own_trials(self.study).values() if trial.state.is_finished()]
 
-    def row(
-        self, number: str, settings: Mapping[str, Any], last: Mapping[str, Any] | None = None, error: str = ""
-    ) -> Row:
-        """The line of a trial.
+    def reports(self, number: str, until: float = math.inf) -> list[dict[str, Any]]:
+        """What a trial has reported, up to a number of images."""
+        lines = run_folder.read_metrics(self.out / "trials" / number)
+        return [line for line in lines if line["images"] <= until]
 
-        Args:
-            number: the trial's, which names its folder.
-            settings: the searched ones that it has.
-            last: its last result where it is over; by default it runs, and its last report counts.
-            error: what it crashed of.
-        """
-        reports = run_folder.read_metrics(self.out / "trials" / number)
+    def row(self, number: str, settings: Mapping[str, Any], last: Any = None, error: str = "") -> Row:
+        """The row of a trial: by its last result and what it crashed of where it is over, else by its reports."""
+        reports = self.reports(number)
         images, seconds = run_folder.spent(reports)
-        status = RUNNING if last is None else _status(last, error)
+        status = "running" if last is None else _status(last, error)
         last = (reports or [{}])[-1] if last is None else last
         scored = last.get(OBJECTIVE) is not None and "failed" not in last
         return {
@@ -93,7 +86,6 @@ def _score(val_mAP: float) -> str:
 
 
 def _status(last: Mapping[str, Any], error: str) -> str:
-    """How a trial ended, by its last result and what it crashed of."""
     if error or "failed" in last:
         return "failed"
     return "diverged" if "diverged" in last else "done" if last.get("finished") else "stopped"

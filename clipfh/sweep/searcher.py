@@ -95,13 +95,9 @@ def _sampler(sweep: SweepFile, place: int) -> optuna.samplers.BaseSampler:
     seed = int(np.random.SeedSequence([sweep.seed, place]).generate_state(1)[0])
     if sweep.sampler != "tpe":
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(
-        multivariate=True,
-        group=True,
-        seed=seed,
-        n_startup_trials=8,
-        constant_liar=True,  # many trials run at once
-    )
+    # constant_liar keeps trials that run at once apart
+    how: dict[str, Any] = {"multivariate": True, "group": True, "n_startup_trials": 8, "constant_liar": True}
+    return optuna.samplers.TPESampler(seed=seed, **how)
 
 
 class StudySearcher(Searcher):
@@ -131,12 +127,9 @@ class StudySearcher(Searcher):
         """Do nothing: `finish` tells the study, called by a callback that knows what a trial failed of."""
 
     def finish(self, trial_id: str, row: Mapping[str, Any], value: float | None) -> None:
-        """Tell the study that a trial is over.
+        """Tell the study that a trial is over, with its row of the leaderboard.
 
-        Args:
-            trial_id: Tune's.
-            row: the trial's line of the leaderboard.
-            value: for the sampler; None where the trial failed and says nothing about its settings.
+        The value is for the sampler; None where the trial crashed, which says nothing about its settings.
         """
         trial = self.running.pop(trial_id)
         trial.set_user_attr(ROW, dict(row))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
 from clipfh.cluster import resources as cluster
-from clipfh.config.sweep_file import Halving
 from clipfh.storage import run_folder
 from clipfh.sweep.leaderboard import Leaderboard, Row
 from clipfh.sweep.searcher import StudySearcher, own_trials
@@ -84,9 +83,7 @@ class Watch(tune.Callback):
         self.ended.append((trial, _last_error(trial)))
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
-        """Enter the trials that have ended. What can't be written ends the sweep here; before, Tune would start a trial
-        again for it.
-        """
+        """Enter the trials that have ended. A write that fails ends the sweep: before, Tune would catch the error."""
         while self.ended:
             self._enter(*self.ended.pop(0))
 
@@ -112,48 +109,28 @@ def _last_error(trial: Any) -> str:
 
 
 class ResumedHalving(AsyncHyperBandScheduler):
-    """Successive halving by images seen, whose rungs have the reports that trials made before a kill.
+    """Successive halving by images seen, whose rungs have what trials reported before a kill.
 
-    A trial that has passed a rung is not stopped there again.
+    A trial that has passed a rung is not stopped there again. What a run reported after it was stopped, before it
+    ended, is on no rung.
     """
 
-    def __init__(
-        self, halving: Halving, reports: Mapping[str, Iterable[Mapping[str, Any]]], over: Iterable[str]
-    ) -> None:
-        """`reports`: of each trial before this start, by number. `over`: numbers of the trials that do not go on."""
-        super().__init__(
-            time_attr="images",
-            metric=OBJECTIVE,
-            mode="max",
-            grace_period=halving.first_rung,
-            reduction_factor=halving.reduction,
-            max_t=10**12,  # trials end by their own budget
-        )
-        self.reports = dict(reports)
-        for number in over:
+    def __init__(self, board: Leaderboard) -> None:
+        first, factor = board.sweep.halving.first_rung, board.sweep.halving.reduction
+        endless = 10**12  # trials end by their own budget
+        super().__init__("images", OBJECTIVE, "max", max_t=endless, grace_period=first, reduction_factor=factor)
+        until = {row["trial"]: row["images"] for row in board.over()}
+        self.reports = {
+            number: board.reports(number, until.get(number, math.inf)) for number in own_trials(board.study)
+        }
+        for number in until:
             self.on_trial_add(None, SimpleNamespace(trial_id=number, config={"number": number}))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Take in a trial, with what it reported before; its reports come again, and count once."""
+        """Take in a trial with what it reported before. Its reports come again, and count once."""
         super().on_trial_add(tune_controller, trial)
         for report in self.reports.pop(trial.config["number"], ()):
-            super().on_trial_result(tune_controller, trial, dict(report))
-
-
-def _scheduler(board: Leaderboard) -> TrialScheduler:
-    if not board.sweep.halving.first_rung:
-        return FIFOScheduler()
-    # What a run reported after it was stopped, before it ended, is on no rung
-    until = {row["trial"]: row["images"] for row in board.over()}
-    reports = {
-        number: [
-            report
-            for report in run_folder.read_metrics(board.out / "trials" / number)
-            if report["images"] <= until.get(number, math.inf)
-        ]
-        for number in own_trials(board.study)
-    }
-    return ResumedHalving(board.sweep.halving, reports, until)
+            super().on_trial_result(tune_controller, trial, report)
 
 
 def run_trials(watch: Watch, inputs: Inputs, resources: cluster.Resources) -> None:
@@ -175,7 +152,7 @@ def run_trials(watch: Watch, inputs: Inputs, resources: cluster.Resources) -> No
             storage_path=folder,
             num_samples=watch.left,
             search_alg=watch.searcher,
-            scheduler=_scheduler(board),
+            scheduler=ResumedHalving(board) if board.sweep.halving.first_rung else FIFOScheduler(),
             callbacks=[watch],
             max_failures=RETRIES,
             reuse_actors=True,

@@ -36,6 +36,7 @@ import yaml
 from ray import tune
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Experiment
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import SearchGenerator
 
 from clipfh.cluster import resources as cluster
@@ -227,7 +228,7 @@ def _controller(sweep: SweepFile, out: Path, watch: tuner.Watch) -> Controller:
     experiment = Experiment("tune", Instant, num_samples=sweep.trials, storage_path=str(out), **names)  # type: ignore[arg-type]
     search = SearchGenerator(watch.searcher)
     search.add_configurations([experiment])
-    scheduler = tuner._scheduler(watch.board)
+    scheduler = FIFOScheduler()
     return Controller(search_alg=search, scheduler=scheduler, callbacks=[watch], storage=experiment.storage)
 
 

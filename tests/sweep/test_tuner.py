@@ -12,7 +12,6 @@ from test_searcher import open_searcher
 
 from clipfh import UserError
 from clipfh.cluster import resources as cluster
-from clipfh.config import sweep_file
 from clipfh.storage import run_folder
 from clipfh.sweep import tuner
 from clipfh.sweep.leaderboard import Leaderboard
@@ -99,32 +98,42 @@ def report(images: int, score: float) -> dict:
     return {"images": images, "best_val_mAP": score}
 
 
-def test_rungs_are_as_before_a_kill(tmp_path):
+HALVED = {"budget": {"images": 192, "first_rung": 64, "reduction": 2}}
+
+
+def write_reports(out: Path, number: str, *reports: dict) -> None:
+    folder = out / "trials" / number
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in reports))
+
+
+def test_rungs_are_as_before_a_kill(tmp_path, freed):
     """Of three trials at a rung the lowest is stopped; one that has passed it is not stopped there again."""
-    reports = {"0001": [report(64, 0.5)], "0002": [report(64, 0.2), report(128, 0.6)]}
-    scheduler = tuner.ResumedHalving(sweep_file.Halving(64, 2), reports, over=["0001"])
-    second, third = (SimpleNamespace(trial_id=n, config={"number": n}) for n in ("0002", "0003"))
-    scheduler.on_trial_add(None, second)
-    scheduler.on_trial_add(None, third)
-    assert [scheduler.on_trial_result(None, second, each) for each in reports["0002"]] == ["CONTINUE"] * 2
+    watch, reports = make_watch(tmp_path, **HALVED), [report(64, 0.2), report(128, 0.6)]
+    watch.searcher.room = lambda: 2
+    first = start(watch, "a", **report(64, 0.5))
+    assert watch.searcher.suggest("b")
+    write_reports(tmp_path, "0001", report(64, 0.5))
+    write_reports(tmp_path, "0002", *reports)
+    watch.on_trial_complete(1, [], first)
+    watch.on_step_end(1, [])
+    scheduler = tuner.ResumedHalving(make_watch(tmp_path, **HALVED).board)
+    second, third, fourth = (SimpleNamespace(trial_id=n, config={"number": n}) for n in ("0002", "0003", "0004"))
+    for trial in (second, third, fourth):
+        scheduler.on_trial_add(None, trial)
+    assert [scheduler.on_trial_result(None, second, each) for each in reports] == ["CONTINUE"] * 2
     assert scheduler.on_trial_result(None, third, report(64, 0.4)) == "CONTINUE", "above the median of 0.5 and 0.2"
     assert scheduler.on_trial_result(None, third, report(128, 0.4)) == "STOP", "below 0.6"
-    fourth = SimpleNamespace(trial_id="0004", config={"number": "0004"})
-    scheduler.on_trial_add(None, fourth)
     assert scheduler.on_trial_result(None, fourth, report(64, 0.35)) == "STOP", "below the median of 0.5, 0.2 and 0.4"
 
 
 def test_what_a_run_reported_after_it_was_stopped_is_on_no_rung(tmp_path, freed):
-    halved = {"budget": {"images": 192, "first_rung": 64, "reduction": 2}}
-    watch = make_watch(tmp_path, **halved)
-    trial = start(watch, "a", **report(64, 0.3))
-    folder = tmp_path / "trials/0001"
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(report(n, 0.9))}\n" for n in (64, 128)))
-    watch.on_trial_complete(1, [], trial)
+    watch = make_watch(tmp_path, **HALVED)
+    write_reports(tmp_path, "0001", report(64, 0.9), report(128, 0.9))
+    watch.on_trial_complete(1, [], start(watch, "a", **report(64, 0.3)))
     watch.on_step_end(1, [])
-    resumed = make_watch(tmp_path, **halved)
-    scheduler, second = tuner._scheduler(resumed.board), start(resumed, "b")
+    resumed = make_watch(tmp_path, **HALVED)
+    scheduler, second = tuner.ResumedHalving(resumed.board), start(resumed, "b")
     scheduler.on_trial_add(None, second)
     assert scheduler.on_trial_result(None, second, report(128, 0.1)) == "CONTINUE"
     assert scheduler.on_trial_result(None, second, report(192, 0.1)) == "STOP", "the first rung has its report"
