@@ -61,7 +61,7 @@ def test_every_stated_property(case):
 def test_batch_is_a_pure_function_of_seed_and_step(case, step):
     item, plan, singles = case
     fresh = PKSampler(item, plan.items, plan.views, plan.seed, plan.category, 0, singles)
-    fresh.run = plan.run
+    fresh.run_length = plan.run_length
     for earlier in range(step):
         plan.batch(earlier)
     np.testing.assert_array_equal(plan.batch(step), fresh.batch(step))
@@ -122,3 +122,9 @@ def test_items_of_one_photo_are_drawn_where_a_term_takes_them(terms, takes):
     assert drawn == ({0, 1, 2, 3} if takes else {0, 2})
     schedule = make_schedule(Experiment(loss=loss), len(index.item), index.num_single)
     assert schedule.epoch_images == (6 if takes else 4), "an epoch is of what is drawn"
+
+
+def test_the_example_in_the_module_is_what_is_drawn():
+    plan = PKSampler(np.repeat(np.arange(5), 3), items=2, views=2, seed=0)
+    assert [(plan.batch(step) // 3)[::2].tolist() for step in range(5)] == [[2, 4], [3, 0], [1, 4], [1, 3], [0, 2]]
+    assert plan.batch(2).tolist() == [5, 3, 12, 13]
