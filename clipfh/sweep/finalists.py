@@ -15,7 +15,7 @@ from clipfh.cluster import resources as cluster
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import SweepFile
-from clipfh.storage import run_folder, store
+from clipfh.storage import layout, run_folder, store
 from clipfh.sweep.trial import last_line
 from clipfh.train import driver
 from clipfh.train.run_inputs import Inputs
@@ -27,7 +27,7 @@ def leaders(rows: Sequence[Mapping[str, Any]], out: Path, top: int) -> dict[str,
     """The first `top` trials of a leaderboard, equal settings counted once, and their experiments."""
     leading: dict[str, Experiment] = {}
     for row in rows:
-        file = out / "trials" / str(row["trial"]) / run_folder.EXPERIMENT
+        file = out / layout.TRIALS / str(row["trial"]) / layout.EXPERIMENT
         if row["status"] in ("done", "stopped") and row.get("val_mAP") and len(leading) < top:
             experiment = schema.load_experiment(file)
             if experiment not in leading.values():
@@ -142,9 +142,9 @@ def _train(
     if is_saved and driver.is_over(experiment, inputs, lines[-1]):
         return
     cluster.end(str(out))  # what an attempt that was killed may have left
-    run_folder.wait_for(out.parents[1] / run_folder.SWEEP)
+    run_folder.wait_for(out.parents[1] / layout.SWEEP)
     out.mkdir(parents=True, exist_ok=True)
-    store.write(out / run_folder.EXPERIMENT, schema.to_json(experiment))
+    store.write(out / layout.EXPERIMENT, schema.to_json(experiment))
     cluster.queue(str(out))
     try:
         while not cluster.is_turn_of(str(out), resources):

@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import TrialState
 
 from clipfh.config.sweep_file import SweepFile
-from clipfh.storage import run_folder, store
+from clipfh.storage import layout, run_folder, store
 from clipfh.sweep.searcher import ROW, own_trials
 from clipfh.sweep.trial import OBJECTIVE
 
@@ -43,7 +43,7 @@ class Leaderboard:
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({"rank": rank, **row} for rank, row in enumerate(rows, 1))
-        store.write(self.out / "leaderboard.csv", text.getvalue())
+        store.write(self.out / layout.LEADERBOARD, text.getvalue())
         return rows
 
     def rows(self) -> list[Row]:
@@ -60,7 +60,7 @@ class Leaderboard:
 
     def reports(self, number: str, until: float = math.inf) -> list[dict[str, Any]]:
         """What a trial has reported, up to a number of images."""
-        lines = run_folder.read_metrics(self.out / "trials" / number)
+        lines = run_folder.read_metrics(self.out / layout.TRIALS / number)
         return [line for line in lines if line["images"] <= until]
 
     def row(self, number: str, settings: Mapping[str, Any], last: Any = None, error: str = "") -> Row:

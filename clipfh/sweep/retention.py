@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipfh.config.sweep_file import SweepFile
-from clipfh.model import checkpoint
-from clipfh.storage import run_folder, store
+from clipfh.storage import layout, run_folder, store
 from clipfh.sweep import finalists
 from clipfh.sweep.leaderboard import Row
 
@@ -43,16 +42,16 @@ class Keeper:
         leading = finalists.leaders(rows, self.out, top)
         for row in rows:
             if row["status"] in OVER:
-                self.freed += free(self.out / "trials" / str(row["trial"]), row["trial"] in leading)
+                self.freed += free(self.out / layout.TRIALS / str(row["trial"]), row["trial"] in leading)
 
     def finals(self, winner: Path | None) -> None:
         """Free what the runs behind the search hold, which are all over. `winner`: whose weights were exported."""
         which = self.sweep.placement.keep_weights
-        for run in () if which == "all" else sorted((self.out / "final").glob("*")):
+        for run in () if which == "all" else sorted((self.out / layout.FINAL).glob("*")):
             self.freed += free(run, which == "leaders" or run == winner)
 
     def __str__(self) -> str:
-        kept = [size for size in map(_size, self.out.glob("*/*/checkpoints")) if size]
+        kept = [size for size in map(_size, self.out.glob(f"*/*/{layout.CHECKPOINTS}")) if size]
         summary = f"kept the weights of {len(kept)} runs, {_gib(sum(map(sum, kept)))}"
         return f"{summary}; freed {_gib(self.freed)}" if self.freed else summary
 
@@ -65,17 +64,17 @@ def free(run: Path, weights: bool) -> int:
     Returns:
         How many bytes that freed.
     """
-    folder = run / "checkpoints"
+    folder = run / layout.CHECKPOINTS
     if not (latest := run_folder.latest_step(run)):
         return 0
     before, freed = sum(_size(folder)), run_folder.read_freed(run)
     kept = (freed["kept"] if freed else run_folder.best_of(run)) if weights else ""
-    store.write(run / run_folder.FREED, json.dumps({"step": latest, "kept": kept}))
+    store.write(run / layout.FREED, json.dumps({"step": latest, "kept": kept}))
     for each in folder.glob("checkpoint_*/"):
         if each.name != kept:
             shutil.rmtree(each, ignore_errors=True)  # a run that was just ended may be deleting it too
     if kept:
-        (folder / kept / checkpoint.STATE).unlink(missing_ok=True)
+        (folder / kept / layout.TRAINING_STATE).unlink(missing_ok=True)
     return before - sum(_size(folder))
 
 

@@ -21,9 +21,8 @@ from ray.tune.search import Searcher
 from clipfh import UserError
 from clipfh.config.sweep_file import SWITCH, SweepFile
 from clipfh.storage import store
+from clipfh.storage.layout import STUDY
 from clipfh.sweep.trial import OBJECTIVE
-
-STUDY = "study.journal"
 
 ROW = "leaderboard"
 """User attribute of a trial that is over: its line of the leaderboard."""

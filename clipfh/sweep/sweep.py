@@ -28,7 +28,7 @@ from clipfh.model import checkpoint, export
 from clipfh.model.clip import load_weights
 from clipfh.report import artifacts, page
 from clipfh.retrieval import evaluate, metrics
-from clipfh.storage import run_folder, store
+from clipfh.storage import layout, store
 from clipfh.sweep import finalists, retention
 from clipfh.sweep.leaderboard import ZERO_SHOT, Leaderboard, Row
 from clipfh.sweep.searcher import StudySearcher, open_study
@@ -36,9 +36,6 @@ from clipfh.sweep.tuner import Watch, run_trials
 from clipfh.train import provenance
 from clipfh.train.inputs import VALIDATION, load_prompts_for, load_start, notes_on_singles, prepare_inputs
 from clipfh.train.run_inputs import Inputs
-
-MADE_OF = "sweep.json"
-"""Which catalogue and files a sweep was begun with, by hash."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def run(
 
 
 def _begin(sweep: SweepFile, out: Path, resume: bool) -> None:
-    file = out / run_folder.SWEEP
+    file = out / layout.SWEEP
     if resume and not file.exists():
         raise UserError(f"--resume: {out} holds no sweep; leave --resume out to start one")
     if not resume and out.exists() and any(out.iterdir()):
@@ -153,7 +150,7 @@ def _require_same(catalogue: Catalogue, base: Experiment, out: Path, tell: Calla
     Raises:
         UserError: another catalogue, or a file that has changed.
     """
-    file, resumed = out / MADE_OF, (out / "trials").exists()
+    file, resumed = out / layout.SWEEP_INPUTS, (out / layout.TRIALS).exists()
     contents = provenance.contents(base, None)
     now = {"catalogue": str(catalogue.path), "hash": catalogue.manifest["hash"], "contents": contents}
     before = json.loads(file.read_text()) if file.exists() else now
@@ -172,12 +169,12 @@ def _require_same(catalogue: Catalogue, base: Experiment, out: Path, tell: Calla
 
 def _zero_shot(context: _Context) -> float:
     """Validation mAP of the model before any tuning; kept, so that a resumed sweep does not ask again."""
-    folder = context.out / "trials" / ZERO_SHOT
-    if not (folder / "metrics.json").exists():
+    folder = context.out / layout.TRIALS / ZERO_SHOT
+    if not (folder / layout.METRICS).exists():
         embedded = _embedded(context, "val", context.clip)
         measured, scores = evaluate.judge(embedded, 0)
         evaluate.write(folder, measured, embedded, scores)
-    val_mAP = float(json.loads((folder / "metrics.json").read_text())["mAP"])
+    val_mAP = float(json.loads((folder / layout.METRICS).read_text())["mAP"])
     context.tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {val_mAP:.3f}")
     return val_mAP
 
@@ -201,9 +198,9 @@ def _inputs(context: _Context, zero_shot: float) -> Inputs:
 
 def _winner(context: _Context, inputs: Inputs, rows: list[Row]) -> _Winner:
     """Choose by validation mAP alone; train the leading settings again, and the winner on all items, where asked."""
-    asked, out, folder = context.sweep.final, context.out, context.out / "final"
+    asked, out, folder = context.sweep.final, context.out, context.out / layout.FINAL
     trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
-    run, again = out / "trials" / trial, dict[str, list[float]]()
+    run, again = out / layout.TRIALS / trial, dict[str, list[float]]()
     if leading := finalists.leaders(rows, out, asked.top):
         context.tell(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
         again = finalists.retrain(leading, context.sweep, inputs, folder, context.resources, context.tell)
@@ -215,7 +212,7 @@ def _winner(context: _Context, inputs: Inputs, rows: list[Row]) -> _Winner:
         return _Winner(trial, score, None, again)
     if asked.refit:
         context.tell(f"now trial {trial}'s settings on train and validation items together")
-        experiment = schema.load_experiment(out / "trials" / trial / run_folder.EXPERIMENT)
+        experiment = schema.load_experiment(out / layout.TRIALS / trial / layout.EXPERIMENT)
         whole = prepare_inputs(context.catalogue, experiment, context.clip, stream, with_validation=True)
         whole_run = finalists.refit(experiment, context.sweep, whole, folder, context.resources, context.tell)
         if not (diverged := finalists.read_divergence(whole_run)):
@@ -239,10 +236,10 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
         assert weights.experiment is not None
         experiment, best = weights.experiment, load_weights(weights.experiment.model, weights.state, weights.path)
     (before, old), (after, new) = _tested(context, "zero_shot", context.clip), _tested(context, "test", best)
-    shutil.rmtree(out / "best", ignore_errors=True)
+    shutil.rmtree(out / layout.BEST, ignore_errors=True)
     evidence = {"zero_shot": before, "test": after, "catalogue": export.account(context.catalogue)}
     photos = export.photos_of(context.catalogue)
-    export.export(best, experiment, out / "best", {**evidence, "refit": winner.refit}, photos)
+    export.export(best, experiment, out / layout.BEST, {**evidence, "refit": winner.refit}, photos)
     summary = {
         "name": context.sweep.name,
         "best_trial": winner.trial,
@@ -258,7 +255,7 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
         "searched": list(context.sweep.search),
         **about,
     }
-    store.write(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    store.write(out / layout.SUMMARY, json.dumps(summary, indent=2) + "\n")
     page.write([out], None)
     return summary
 
@@ -288,7 +285,9 @@ def _tested(context: _Context, key: str, clip: nn.Module) -> tuple[dict[str, Any
     """Figures of a model on the test split, and what each query scored; also written."""
     embedded = _embedded(context, "test", clip)
     measured, scores = evaluate.judge(embedded, 10)
-    evaluate.write(context.out / "test" / {"zero_shot": "zero-shot", "test": "winner"}[key], measured, embedded, scores)
+    evaluate.write(
+        context.out / layout.TEST / {"zero_shot": "zero-shot", "test": "winner"}[key], measured, embedded, scores
+    )
     return measured, scores
 
 

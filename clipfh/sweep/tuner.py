@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
 from clipfh.cluster import resources as cluster
-from clipfh.storage import run_folder
+from clipfh.storage import layout, run_folder
 from clipfh.sweep.leaderboard import Leaderboard, Row
 from clipfh.sweep.searcher import StudySearcher, own_trials
 from clipfh.sweep.trial import OBJECTIVE, Trial, last_line
@@ -53,7 +53,7 @@ class Watch(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         """Before anything is written: while the sweep's folder is away, nothing happens."""
-        run_folder.wait_for(self.board.out / run_folder.SWEEP, self.log)
+        run_folder.wait_for(self.board.out / layout.SWEEP, self.log)
         self.ask(self.left)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -91,7 +91,7 @@ class Watch(tune.Callback):
         number, last = trial.config["number"], trial.last_result
         row = self.board.row(number, trial.config["settings"], last, error)
         self.searcher.finish(trial.trial_id, row, None if error else last.get(OBJECTIVE))
-        run = str(self.board.out / "trials" / number)
+        run = str(self.board.out / layout.TRIALS / number)
         cluster.leave(run)
         cluster.end(run)
         self.over = len(self.board.over())
@@ -144,7 +144,7 @@ def run_trials(watch: Watch, inputs: Inputs, resources: cluster.Resources) -> No
         tune.with_parameters(Trial, sweep=board.sweep, inputs=inputs, out=str(board.out), resources=resources),
         {cluster.HEAD: 0.001},
     )
-    with tempfile.TemporaryDirectory(prefix="clipfh-tune-") as folder:
+    with tempfile.TemporaryDirectory(prefix="clipfh-tune-", ignore_cleanup_errors=True) as folder:
         # Not tune.Tuner, which would pickle the callback and the searcher
         tune.run(
             trainable,

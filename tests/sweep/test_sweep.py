@@ -27,6 +27,7 @@ from clipfh.model import checkpoint
 from clipfh.model.clip import get_preprocess, load_weights
 from clipfh.model.towers import Towers, embed_images
 from clipfh.report import artifacts
+from clipfh.storage import layout
 from clipfh.sweep import finalists, sweep
 
 TEXT = """
@@ -212,7 +213,7 @@ def test_a_sweep_is_resumed_only_on_its_own_catalogue_and_prompts(small_catalogu
     with pytest.raises(UserError, match="the file of --text.file has changed"):
         sweep._require_same(small_catalogue, base, tmp_path, told.append)
     assert told == []
-    (tmp_path / sweep.MADE_OF).unlink()
+    (tmp_path / layout.SWEEP_INPUTS).unlink()
     sweep._require_same(small_catalogue, base, tmp_path, told.append)
     assert "begun by an older version" in told[0]
 
