@@ -538,7 +538,7 @@ def status(args: argparse.Namespace) -> None:
 
     pass
 
-    print(status.of(args.path))
+    print(status.describe(args.path))
 
 
 def submit(args: argparse.Namespace) -> int:
@@ -580,6 +580,7 @@ def _check_submission(words: Sequence[str], folder: Path) -> None:
 def export(args: argparse.Namespace) -> None:
     from clipfh.model import checkpoint, export
     from clipfh.model.clip import load_weights
+    from clipfh.report import artifacts
 
     weights = checkpoint.load(args.path)
     if weights.experiment is None:
@@ -587,10 +588,10 @@ def export(args: argparse.Namespace) -> None:
             f"{args.path} is a bare weights file: open_clip loads it as it is; export takes a run or a sweep"
         )
     clip = load_weights(weights.experiment.model, weights.state, args.path)
-    known = export.known_of(weights)
-    catalogue = export.catalogue_of(known)
-    photos = export.photos_of(catalogue) if catalogue else []
-    export.export(clip, weights.experiment, args.out, known, photos, args.onnx)
+    evidence = artifacts.read_evidence(weights.path, weights.metrics)
+    catalogue = artifacts.open_catalogue_again(evidence.get("catalogue") or {})
+    photos = export.sample_photos(catalogue) if catalogue else []
+    export.export(clip, weights.experiment, args.out, evidence, photos, args.onnx)
     checked = f"{len(photos)} photos of {catalogue.path}" if catalogue else "noise, as its catalogue is not there"
     print(f"checked with {checked}: embeddings equal the checkpoint's")
     if args.onnx:

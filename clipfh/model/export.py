@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,9 @@ from torch import nn
 from clipfh import UserError, __version__
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment
-from clipfh.data.catalogue import Catalogue, open_catalogue
+from clipfh.data.catalogue import Catalogue
 from clipfh.data.splits import SPLITS
-from clipfh.model import checkpoint, onnx
+from clipfh.model import onnx
 from clipfh.model.clip import (
     get_preprocess,
     load_open_clip,
@@ -38,16 +37,16 @@ ONNX = layout.ONNX
 TEXTS = ("a red dress", "Women's blouse. Cotton, with a V-neck and long sleeves.", "jeans")
 """Words that the export and the checkpoint must embed alike."""
 
-Known = Mapping[str, Any]
-"""what a model card tells beside the settings, each where it is known: `catalogue` (path, hash, counts), `test` and
-`zero_shot` (figures), `val_mAP` and `start_val_mAP`, `warm_start`, `refit` (on train and validation items together)"""
+Evidence = Mapping[str, Any]
+"""What a model card tells beside the settings, each where it is there: `catalogue` (path, hash, counts), `test` and
+`zero_shot` (metrics), `val_mAP` and `start_val_mAP`, `warm_start`, `refit` (on train and validation items together)."""
 
 
 def export(
     clip: nn.Module,
     experiment: Experiment,
     out: str | Path,
-    known: Known | None = None,
+    evidence: Evidence | None = None,
     photos: Sequence[bytes] = (),
     with_onnx: bool = False,
 ) -> Path:
@@ -57,7 +56,7 @@ def export(
         clip: weights to export.
         experiment: that made them.
         out: folder to write; must not exist, or be empty.
-        known: for the model card.
+        evidence: for the model card, as the caller has read or measured it.
         photos: encoded images to check with, two or more; else noise is taken.
         with_onnx: also write both towers as ONNX, into `OUT/onnx`.
 
@@ -76,7 +75,7 @@ def export(
         save_file(weights, folder / layout.EXPORTED_WEIGHTS)
         (folder / layout.OPEN_CLIP_CONFIG).write_text(open_clip_config(settings, get_preprocess(clip)))
         (folder / layout.EXPERIMENT).write_text(schema.to_json(experiment))
-        (folder / layout.CARD).write_text(card(experiment, known or {}, clip, with_onnx))
+        (folder / layout.CARD).write_text(card(experiment, evidence or {}, clip, with_onnx))
         shutil.copymode(folder / layout.CARD, folder / layout.EXPORTED_WEIGHTS)  # safetensors makes it ours alone
         _check_parity(clip, folder, photos)
         if with_onnx:
@@ -84,7 +83,7 @@ def export(
     return out
 
 
-def photos_of(catalogue: Catalogue, count: int = 8) -> list[bytes]:
+def sample_photos(catalogue: Catalogue, count: int = 8) -> list[bytes]:
     """Some photos of a catalogue, encoded."""
     split = next(name for name in reversed(SPLITS) if catalogue.num_images(name))
     return list(catalogue.images_at(catalogue.rows(split)["path"][:count].to_pylist()).values())
@@ -118,45 +117,13 @@ def _check_parity(clip: Any, folder: Path, photos: Sequence[bytes]) -> None:
         raise RuntimeError(f"nothing was exported: its embeddings would differ from the checkpoint's by {worst:g}")
 
 
-# --- What is known of a model ----------------------------------------------------------------------------------------
-
-
-def known_of(weights: checkpoint.Weights) -> Known:
-    """What the folders around some weights tell of them: a sweep's summary, or a run's own account."""
-    folder = Path(weights.path)
-    summary, run = folder.parent / layout.SUMMARY, folder.parent.parent / layout.RUN
-    if folder.name == layout.BEST and summary.exists():
-        found = json.loads(summary.read_text())
-        return {**{key: found[key] for key in ("catalogue", "test", "zero_shot")}, **found.get("final", {})}
-    if not run.exists():
-        return {}
-    begun = json.loads(run.read_text())
-    catalogue = catalogue_of({"catalogue": {"path": begun["catalogue"], "hash": begun["hash"]}})
-    reached: Known = {key: weights.metrics[key] for key in ("val_mAP", "start_val_mAP") if key in weights.metrics}
-    return {"warm_start": begun["warm_start"], "catalogue": account(catalogue) if catalogue else {}, **reached}
-
-
-def catalogue_of(known: Known) -> Catalogue | None:
-    """The catalogue that a model was tuned on; None where it is no longer there, or no longer the same."""
-    told = known.get("catalogue") or {}
-    if not told or not (Path(told["path"]) / layout.CATALOGUE).exists():
-        return None
-    catalogue = open_catalogue(told["path"])
-    return catalogue if catalogue.manifest["hash"] == told["hash"] else None
-
-
-def account(catalogue: Catalogue) -> dict[str, Any]:
-    """What a summary and a card tell of a catalogue."""
-    return {"path": str(catalogue.path), **{key: catalogue.manifest[key] for key in ("hash", "counts")}}
-
-
 # --- The model card --------------------------------------------------------------------------------------------------
 
 
-def card(experiment: Experiment, known: Known, clip: nn.Module, with_onnx: bool) -> str:
+def card(experiment: Experiment, evidence: Evidence, clip: nn.Module, with_onnx: bool) -> str:
     """The model card, `card.md` filled in: what it is, made of what, how good, how to use it, and its limits."""
-    start = known.get("warm_start") or weights_name(experiment.model)
-    reached = [known[key] for key in ("start_val_mAP", "val_mAP") if key in known]
+    start = evidence.get("warm_start") or weights_name(experiment.model)
+    reached = [evidence[key] for key in ("start_val_mAP", "val_mAP") if key in evidence]
     pages = Environment(loader=PackageLoader("clipfh.model", ""), undefined=StrictUndefined, keep_trailing_newline=True)
     pages.filters["plain"] = plain
     return pages.get_template("card.md").render(
@@ -164,13 +131,13 @@ def card(experiment: Experiment, known: Known, clip: nn.Module, with_onnx: bool)
         version=__version__,
         towers="image tower was" if experiment.stage == "image" else "image and text towers were",
         start=f"the weights {plain(start)}" if start else "random weights",
-        is_untuned="test" in known and known["test"] == known["zero_shot"],
+        is_untuned="test" in evidence and evidence["test"] == evidence["zero_shot"],
         size=get_preprocess(clip).size,
         context=load_tokenizer(experiment.model).context_length,
         onnx={tower.encode.removeprefix("encode_"): tower for tower in onnx.TOWERS} if with_onnx else None,
-        catalogue=_data(known.get("catalogue") or {}),
-        refit=known.get("refit", False),
-        figures=_figures(known),
+        catalogue=_data(evidence.get("catalogue") or {}),
+        refit=evidence.get("refit", False),
+        table=_metrics_table(evidence),
         val_mAP=[f"{value:.3f}" for value in reached],
         settings=schema.flatten(experiment).items(),
     )
@@ -183,27 +150,27 @@ def plain(value: object) -> str:
 
 
 def _data(catalogue: Mapping[str, Any]) -> dict[str, str]:
-    """What the card tells of the catalogue; nothing where it is not known."""
+    """What the card tells of the catalogue; empty where the evidence names none."""
     if not catalogue:
         return {}
     counts = {n: f"{c['images']:,} photos of {c['items']:,} items" for n, c in catalogue["counts"].items()}
     return {"name": Path(catalogue["path"]).name, "hash": catalogue["hash"][:12], **counts}
 
 
-def _figures(known: Known) -> dict[str, Any]:
+def _metrics_table(evidence: Evidence) -> dict[str, Any]:
     """The table of the card; nothing where the test split was not measured."""
-    if "test" not in known:
+    if "test" not in evidence:
         return {}
-    before, after = known["zero_shot"], known["test"]
+    before, after = evidence["zero_shot"], evidence["test"]
     return {
         "counts": f"{after['num_query']:,} queries and {after['num_gallery']:,} gallery photos",
-        "rows": [(label, _shown(before, key), _shown(after, key)) for key, label in SHOWN],
+        "rows": [(label, _with_interval(before, key), _with_interval(after, key)) for key, label in TABLE],
     }
 
 
-SHOWN = (("mAP", "mAP"), ("rank1", "Rank-1"), ("rank5", "Rank-5"), ("rank10", "Rank-10"))
+TABLE = (("mAP", "mAP"), ("rank1", "Rank-1"), ("rank5", "Rank-5"), ("rank10", "Rank-10"))
 
 
-def _shown(figures: Mapping[str, Any], key: str) -> str:
-    low, high = figures["intervals"][key]
-    return f"{figures[key]:.3f} [{low:.3f}, {high:.3f}]"
+def _with_interval(metrics: Mapping[str, Any], key: str) -> str:
+    low, high = metrics["intervals"][key]
+    return f"{metrics[key]:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,50 +1,50 @@
-"""What evaluations, runs and sweeps left behind, read from their folders."""
+"""The one reader of what evaluations, runs and sweeps leave behind, for reports, status, tracking and model cards."""
 
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from clipfh import UserError
 from clipfh.config import presets, schema, sweep_file
-from clipfh.config.sweep_file import SearchRange
+from clipfh.config.sweep_file import SearchRange, SweepFile
+from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.report import bootstrap
-from clipfh.storage import run_folder
+from clipfh.storage import layout, run_folder
+from clipfh.storage.store import Folder
 
 ZERO_SHOT = "0000"
 
-Figures = Mapping[str, Any]
+Metrics = Mapping[str, Any]
 """what a `metrics.json` holds, or a part of it"""
 Curve = list[tuple[float, float]]
 """images seen, and a quantity"""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model's figures over a split."""
+class ModelRecord:
+    """A model's metrics over a split."""
 
     name: str
-    figures: Figures
-    predictions: Path
-    """the file, which need not be there"""
+    metrics: Metrics
+    folder: Folder
+    """of the evaluation, which need not be there"""
     catalogue: Mapping[str, Any]
-    """`path` and `hash`; empty where they are not known"""
+    """`path` and `hash`; empty where the evaluation does not say"""
 
 
-def gain(before: Measured, after: Measured) -> Figures:
+def gain(before: ModelRecord, after: ModelRecord) -> Metrics:
     """`bootstrap.gain` by the queries' files; empty where one is not there, or they are not of the same queries."""
-    files = [model.predictions.with_name("queries.parquet") for model in (before, after)]
-    if not all(file.is_file() for file in files):
+    if not all(model.folder.exists(layout.QUERIES) for model in (before, after)):
         return {}
-    old, new = map(pq.read_table, files)
+    old, new = (model.folder.read_table(layout.QUERIES) for model in (before, after))
     if old.drop_columns("AP") != new.drop_columns("AP"):
         return {}
     item = old["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
@@ -52,58 +52,71 @@ def gain(before: Measured, after: Measured) -> Figures:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What the models reach on a part of the queries, or in another task."""
+class EvaluationRecord:
+    """`metrics.json`, and `evaluation.json`, which says of what."""
 
-    label: str
-    figures: list[Figures]
-
-    @property
-    def num_query(self) -> int:
-        """How many queries it has."""
-        return max(each.get("num_query") or 0 for each in self.figures)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """`metrics.json`, and `evaluation.json`, which tells of what."""
-
-    name: str
-    models: list[Measured]
+    folder: Folder
+    models: list[ModelRecord]
     """one"""
-    told: Mapping[str, Any]
-    """`catalogue`, `split`, `model` and `checkpoint`; empty where they are not known"""
+    subject: Mapping[str, Any]
+    """`catalogue`, `split`, `model` and `checkpoint`; empty where there is no `evaluation.json`"""
     kind = "Evaluation"
     val_mAP = None
 
     @property
-    def figures(self) -> Figures:
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.folder.name
+
+    @property
+    def metrics(self) -> Metrics:
         """Its only model's."""
-        return self.models[0].figures
+        return self.models[0].metrics
 
 
 @dataclass(frozen=True)
-class Run:
-    """`experiment.json` and `metrics.jsonl`."""
+class RunRecord:
+    """`experiment.json` and `metrics.jsonl`, either of which need not be there yet."""
 
-    name: str
-    settings: dict[str, Any]
-    reports: list[dict[str, Any]]
-    diverged: dict[str, Any]
-    """the line that tells of it, or empty"""
+    folder: Folder
+    lines: list[dict[str, Any]]
+    """reports, and behind them a line that tells of a divergence"""
     kind = "Run"
-    models: list[Measured] = field(default_factory=list)
+    models: tuple[ModelRecord, ...] = ()
     """none: a run has its validation mAP only"""
 
     @property
-    def figures(self) -> Figures:
-        """None."""
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.folder.name
+
+    @property
+    def metrics(self) -> Metrics:
+        """Empty."""
         return {}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Dotted settings; empty before there is an `experiment.json`."""
+        if not self.folder.exists(layout.EXPERIMENT):
+            return {}
+        text, where = self.folder.read_text(layout.EXPERIMENT), f"{self.folder}/{layout.EXPERIMENT}"
+        return schema.flatten(schema.from_json(text, where))
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        """All lines but that of a divergence."""
+        return [line for line in self.lines if "diverged" not in line]
+
+    @property
+    def divergence(self) -> dict[str, Any]:
+        """The line that tells of a divergence, or empty."""
+        return next((line for line in self.lines if "diverged" in line), {})
 
     @property
     def best(self) -> dict[str, Any]:
         """The report with the highest validation mAP, or empty."""
-        return max((r for r in self.reports if known(r.get("val_mAP"))), key=lambda r: r["val_mAP"], default={})
+        return max((r for r in self.reports if is_number(r.get("val_mAP"))), key=lambda r: r["val_mAP"], default={})
 
     @property
     def val_mAP(self) -> float | None:
@@ -112,22 +125,27 @@ class Run:
 
     @property
     def terms(self) -> list[str]:
-        """Of the loss, those that are on."""
-        found = (key.removeprefix("loss_") for line in self.reports for key in line if key.startswith("loss_"))
-        return list(dict.fromkeys(found))
+        """Names of the loss terms that are on."""
+        names = (key.removeprefix("loss_") for line in self.reports for key in line if key.startswith("loss_"))
+        return list(dict.fromkeys(names))
 
     @property
-    def usual(self) -> dict[str, Any]:
-        """The settings of its preset by default."""
-        return usual(self.settings)
+    def spent(self) -> tuple[int, float]:
+        """Images seen and seconds taken."""
+        return run_folder.spent(self.lines)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Settings of the run's stage and model by default."""
+        return default_settings(self.settings)
 
     def curve(self, key: str) -> Curve:
         """A quantity against the images seen."""
-        return curve(self.reports, key)
+        return [(line["images"], line[key]) for line in self.reports if is_number(line.get(key))]
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialRecord:
     """A line of `leaderboard.csv` with the trial's learning curve."""
 
     name: str
@@ -147,55 +165,71 @@ class Trial:
 
     @property
     def score(self) -> float | None:
-        """What it reached. A trial that diverged has a figure for the search's sake only."""
+        """Validation mAP that it reached; None for a trial that diverged, whose mAP is for the search's sake only."""
         return None if self.status == "diverged" else self.val_mAP
 
     @property
     def is_lost(self) -> bool:
-        """Whether it diverged, or failed before it had a figure."""
+        """Whether it diverged, or failed before it had a score."""
         return self.score is None and self.status in ("failed", "diverged")
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """`sweep.yaml`, `leaderboard.csv`, the trials' `metrics.jsonl`, and at the end `summary.json`."""
+class SweepRecord:
+    """`sweep.yaml`, `leaderboard.csv`, the runs in `trials/` and `final/`, and at the end `summary.json`."""
 
-    name: str
-    planned: int
-    """number of trials"""
-    search: Mapping[str, SearchRange]
-    board: list[Trial]
+    folder: Folder
+    file: SweepFile
+    board: list[TrialRecord]
     """best first, with the zero-shot model"""
-    summary: Figures
+    final: list[RunRecord]
+    """runs after the search, the refit included"""
+    summary: Metrics
     """empty while there is none"""
-    models: list[Measured]
-    """zero-shot and the winner on the test split, at the end"""
-    study: Path
-    """Optuna's journal, which need not be there"""
-    final: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    """images and seconds of each run after the search"""
     kind = "Sweep"
 
     @property
-    def trials(self) -> list[Trial]:
+    def name(self) -> str:
+        """Name that the sweep file gives."""
+        return self.file.name
+
+    @property
+    def planned(self) -> int:
+        """Number of trials."""
+        return self.file.trials
+
+    @property
+    def search(self) -> Mapping[str, SearchRange]:
+        """Range of each searched setting."""
+        return self.file.search
+
+    @cached_property
+    def models(self) -> list[ModelRecord]:
+        """Zero-shot and the winner on the test split; none before the end."""
+        keys = {"Zero-shot": "zero_shot", "Winner": "test"} if self.summary else {}
+        test, catalogue = self.folder / layout.TEST, self.summary.get("catalogue", {})
+        return [ModelRecord(name, self.summary[key], test / name.lower(), catalogue) for name, key in keys.items()]
+
+    @property
+    def trials(self) -> list[TrialRecord]:
         """All but zero-shot, in the order they began."""
         return sorted((t for t in self.board if t.name != ZERO_SHOT), key=lambda t: t.number)
 
     @property
     def best(self) -> str:
-        """The winner, or the leading trial so far; empty without any figure."""
+        """The winner, or the leading trial so far; empty where no trial has a score."""
         leading = (trial.name for trial in self.board if trial.score is not None)
         return str(self.summary.get("best_trial") or next(leading, ""))
 
     @property
-    def winner(self) -> Trial | None:
+    def winner(self) -> TrialRecord | None:
         """The best trial; None where zero-shot leads, or nothing."""
         return next((trial for trial in self.trials if trial.name == self.best), None)
 
     @property
-    def figures(self) -> Figures:
+    def metrics(self) -> Metrics:
         """The winner's on the test split."""
-        return self.models[-1].figures if self.models else {}
+        return self.models[-1].metrics if self.models else {}
 
     @property
     def val_mAP(self) -> float | None:
@@ -209,77 +243,74 @@ class Sweep:
 
     @property
     def statuses(self) -> Counter[str]:
-        """How many trials are done, stopped, diverged, failed or running."""
+        """Number of trials that are done, stopped, diverged, failed or running."""
         return Counter(trial.status for trial in self.trials)
 
     @property
     def num_ended(self) -> int:
-        """Trials that are over."""
+        """Number of trials that are over."""
         return sum(trial.status != "running" for trial in self.trials)
 
+    def running(self) -> list[RunRecord]:
+        """Runs of the trials that are not over by the leaderboard; some are not on it yet."""
+        over = {trial.name for trial in self.board if trial.status != "running"}
+        return [read_run(run) for run in self.folder.folders(layout.TRIALS) if run.name not in over]
 
-Shown = Evaluation | Run | Sweep
+
+Record = EvaluationRecord | RunRecord | SweepRecord
 
 
-def read(path: str | Path) -> Shown:
+def read(path: str | Path) -> Record:
     """What a folder holds.
 
     Raises:
         UserError: nothing to report, or a file that can't be read.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    folder = Folder(path)
+    if not folder.is_folder():
         raise UserError(f"{path}: no such folder; name an evaluation, a run or a sweep")
-    if (folder / "sweep.yaml").is_file():
-        return _read_sweep(folder)
-    if (folder / "experiment.json").is_file() and (folder / "metrics.jsonl").is_file():
-        return _read_run(folder)
-    figures = _read_json(folder / "metrics.json")
-    if "mAP" in figures:
-        told = _read_json(folder / "evaluation.json")
-        model = Measured("", figures, folder / "predictions.parquet", told.get("catalogue", {}))
-        return Evaluation(folder.resolve().name, [model], told)
+    if folder.exists(layout.SWEEP):
+        return read_sweep(folder)
+    if folder.exists(layout.EXPERIMENT) and folder.exists(layout.REPORTS):
+        return read_run(folder)
+    metrics = folder.read_json(layout.METRICS)
+    if "mAP" in metrics:
+        subject = folder.read_json(layout.EVALUATION)
+        return EvaluationRecord(folder, [ModelRecord("", metrics, folder, subject.get("catalogue", {}))], subject)
     raise UserError(
         f"{path} holds nothing to report: name the folder of an evaluation (metrics.json), of a sweep (sweep.yaml) "
         "or of a run that has reported (experiment.json, metrics.jsonl)"
     )
 
 
-def _read_run(folder: Path) -> Run:
-    lines = _read_lines(folder / "metrics.jsonl")
-    reports = [line for line in lines if "diverged" not in line]
-    diverged = next((line for line in lines if "diverged" in line), {})
-    return Run(
-        folder.resolve().name, schema.flatten(schema.load_experiment(folder / "experiment.json")), reports, diverged
-    )
+def read_run(folder: Folder) -> RunRecord:
+    """A run as it stands. UserError: a file that can't be read."""
+    return RunRecord(folder, folder.read_lines(layout.REPORTS))
 
 
-def _read_sweep(folder: Path) -> Sweep:
-    file, summary = sweep_file.load(folder / "sweep.yaml"), _read_json(folder / "summary.json")
-    rows: list[dict[str, str]] = []
-    if (folder / "leaderboard.csv").exists():
-        with (folder / "leaderboard.csv").open(newline="") as opened:
-            rows = list(csv.DictReader(opened, restval=""))
-    board = [_trial(row, folder / "trials" / row["trial"] / "metrics.jsonl", file.search) for row in rows]
-    models = [
-        Measured(name, summary[key], folder / "test" / name.lower() / "predictions.parquet", summary["catalogue"])
-        for name, key in (("Zero-shot", "zero_shot"), ("Winner", "test"))
-        if summary
-    ]
-    final = final_runs(folder)
-    return Sweep(file.name, file.trials, file.search, board, summary, models, folder / "study.journal", final)
+def read_sweep(folder: Folder) -> SweepRecord:
+    """A sweep as it stands. UserError: a file that can't be read."""
+    file = sweep_file.load(folder.local_path(layout.SWEEP))
+    board = folder.read_text(layout.LEADERBOARD) if folder.exists(layout.LEADERBOARD) else ""
+    rows = csv.DictReader(io.StringIO(board, newline=""), restval="")
+    trials = [_read_trial(row, folder / layout.TRIALS / row["trial"], file.search) for row in rows]
+    return SweepRecord(folder, file, trials, final_runs(folder), folder.read_json(layout.SUMMARY))
 
 
-def final_runs(folder: Path) -> dict[str, tuple[int, float]]:
-    """Images and seconds of each run that a sweep has made after its search, the refit included."""
-    return {
-        file.parent.name: run_folder.spent(_read_lines(file)) for file in sorted(folder.glob("final/*/metrics.jsonl"))
-    }
+def final_runs(sweep: Folder) -> list[RunRecord]:
+    """Runs that a sweep has made after its search, the refit included."""
+    return [read_run(run) for run in sweep.folders(layout.FINAL)]
 
 
-def _trial(row: Mapping[str, str], file: Path, searched: Iterable[str]) -> Trial:
-    lines = _read_lines(file) if file.exists() else []
-    return Trial(
+def runs(path: str | Path) -> list[RunRecord]:
+    """The run in a folder, or the trials and final runs of a sweep that have begun."""
+    folder = Folder(path)
+    within = [folder] if folder.exists(layout.RUN) else [*folder.folders(layout.TRIALS), *folder.folders(layout.FINAL)]
+    return [read_run(run) for run in within if run.exists(layout.EXPERIMENT)]
+
+
+def _read_trial(row: Mapping[str, str], folder: Folder, searched: Iterable[str]) -> TrialRecord:
+    return TrialRecord(
         name=row["trial"],
         status=row["status"],
         val_mAP=float(row["val_mAP"]) if row["val_mAP"] else None,
@@ -287,16 +318,46 @@ def _trial(row: Mapping[str, str], file: Path, searched: Iterable[str]) -> Trial
         seconds=float(row["seconds"] or 0),
         settings={name: schema.parse(name, row[name]) for name in searched if row.get(name)},
         error=row["error"],
-        curve=curve(lines),
+        curve=read_run(folder).curve("val_mAP"),
     )
 
 
-def curve(lines: Iterable[Mapping[str, Any]], key: str = "val_mAP") -> Curve:
-    """A quantity against the images seen, but for what a divergence left."""
-    return [(line["images"], line[key]) for line in lines if known(line.get(key)) and "diverged" not in line]
+def read_evidence(weights: str | Path, metrics: Metrics) -> dict[str, Any]:
+    """What a model card tells beside the settings, from the folders around some weights.
+
+    Args:
+        weights: the folder that holds them: a sweep's export, or a checkpoint.
+        metrics: those of the checkpoint.
+
+    Returns:
+        As `export.Evidence`; empty where neither a sweep's summary nor a run's own account is there.
+    """
+    folder = Folder(weights)
+    sweep, run = folder.parent, folder.parent.parent
+    if folder.name == layout.BEST and (summary := sweep.read_json(layout.SUMMARY)):
+        return {**{key: summary[key] for key in ("catalogue", "test", "zero_shot")}, **summary.get("final", {})}
+    if not (start := run.read_json(layout.RUN)):
+        return {}
+    catalogue = open_catalogue_again({"path": start["catalogue"], "hash": start["hash"]})
+    scores = {key: metrics[key] for key in ("val_mAP", "start_val_mAP") if key in metrics}
+    account = catalogue_account(catalogue) if catalogue else {}
+    return {"warm_start": start["warm_start"], "catalogue": account, **scores}
 
 
-def known(value: object) -> bool:
+def open_catalogue_again(account: Mapping[str, Any]) -> Catalogue | None:
+    """The catalogue of an account (`path` and `hash`, or empty); None where it is not there, or not the same."""
+    if not account or not Folder(account["path"]).exists(layout.CATALOGUE):
+        return None
+    catalogue = open_catalogue(account["path"])
+    return catalogue if catalogue.manifest["hash"] == account["hash"] else None
+
+
+def catalogue_account(catalogue: Catalogue) -> dict[str, Any]:
+    """What a summary and a model card tell of a catalogue."""
+    return {"path": str(catalogue.path), **{key: catalogue.manifest[key] for key in ("hash", "counts")}}
+
+
+def is_number(value: object) -> bool:
     """Whether it is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
@@ -308,28 +369,6 @@ def short(value: object) -> str:
     return f"{value:.3g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
 
 
-def usual(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the settings of this stage and model are by default."""
+def default_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the same stage and model by default."""
     return schema.flatten(presets.resolve(settings["stage"], None, {"model.name": settings["model.name"]}))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """An object; empty where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise _unreadable(file, error) from error
-    return found if isinstance(found, dict) else {}
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
-    except ValueError as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file} can't be read ({' '.join(str(error).split())}): write it again")

@@ -60,7 +60,7 @@ DOT, SMALL_DOT = 22, 14
 DASHES = ("-", (0, (4, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)), (0, (8, 3)), (0, (2, 4)))
 
 
-def axes_of(x_title: str = "", height: float = HEIGHT) -> Axes:
+def make_axes(x_title: str = "", height: float = HEIGHT) -> Axes:
     """Axes of a figure of their own. What goes up is said by the page, in the figure's caption."""
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.06))
     axes = figure.subplots()
@@ -69,7 +69,7 @@ def axes_of(x_title: str = "", height: float = HEIGHT) -> Axes:
     return axes
 
 
-def svg(axes: Axes, title: str) -> Markup:
+def to_svg(axes: Axes, title: str) -> Markup:
     """The drawing as an element of the page."""
     drawn = _saved(axes)
     root = ElementTree.fromstring(drawn)
@@ -125,14 +125,14 @@ Mark = tuple[float, float, str]
 """x, y and a tip"""
 
 
-def marks(axes: Axes, marks: Sequence[Mark], name: str = "", **look: Any) -> None:  # noqa: ANN401
+def draw_marks(axes: Axes, marks: Sequence[Mark], name: str = "", **look: Any) -> None:  # noqa: ANN401
     """Marks of one look."""
     if marks:
         xs, ys, tips = zip(*marks, strict=True)
         axes.scatter(xs, ys, label=name, clip_on=False, **{"s": DOT, **look}).set_urls(list(tips))
 
 
-def line(axes: Axes, points: Sequence[tuple[float, float]], tip: str = "", **look: Any) -> None:  # noqa: ANN401
+def draw_line(axes: Axes, points: Sequence[tuple[float, float]], tip: str = "", **look: Any) -> None:  # noqa: ANN401
     """A curve, or a mark where it has but one point."""
     if len(points) == 1:
         look |= {"marker": "o", "markersize": 3}
@@ -140,7 +140,7 @@ def line(axes: Axes, points: Sequence[tuple[float, float]], tip: str = "", **loo
     drawn.set_url(tip or None)
 
 
-def legend(axes: Axes, columns: int = 4) -> None:
+def draw_legend(axes: Axes, columns: int = 4) -> None:
     """Names of what has one, above the drawing; nothing where there is but one."""
     handles, labels = axes.get_legend_handles_labels()
     named = dict(zip(labels, handles, strict=True))
@@ -149,14 +149,14 @@ def legend(axes: Axes, columns: int = 4) -> None:
         axes.figure.legend(named.values(), named.keys(), **where)
 
 
-def level(axes: Axes, value: float | None, name: str = "zero-shot") -> None:
+def draw_level(axes: Axes, value: float | None, name: str = "zero-shot") -> None:
     """A dotted line across, if there is a value."""
     if value is not None:
         drawn = axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (1, 2)), label=name)
         drawn.set_url(f"{name}: {value:.3f}")
 
 
-def heading(axes: Axes, y: float, left: str, right: str = "") -> None:
+def draw_heading(axes: Axes, y: float, left: str, right: str = "") -> None:
     """The name of a row, above it, where a long one has room."""
     across = axes.get_yaxis_transform()
     left = left if len(left) <= 46 else f"{left[:45]}…"
@@ -164,7 +164,7 @@ def heading(axes: Axes, y: float, left: str, right: str = "") -> None:
     axes.text(1, y, right, transform=across, va="center", ha="right", color=SOFT)
 
 
-def by_images(axes: Axes) -> None:
+def label_images(axes: Axes) -> None:
     """An x axis of images seen: 600k, 1.2M."""
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(4))

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from clipfh import UserError
 from clipfh.data import images
 from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.data.splits import GALLERY_OF
-from clipfh.report.artifacts import Measured
+from clipfh.report.artifacts import ModelRecord
+from clipfh.storage import layout
 
 TOP = 10
 SIZE = (112, 150)
@@ -22,7 +22,7 @@ QUALITY = 55
 
 
 @dataclass(frozen=True)
-class Find:
+class RetrievedImage:
     """A gallery image that a query found."""
 
     path: str
@@ -32,29 +32,30 @@ class Find:
 
 
 @dataclass(frozen=True)
-class Line:
-    """The first finds of one model for a query."""
+class Ranking:
+    """The images that one model ranks first for a query."""
 
     model: str
     precision: float
-    """average precision over the finds that are listed: a right image further down counts as not found"""
+    """average precision over the images that are listed: a right image further down counts as not found"""
     first: int | None
-    """place of the first right one; None where none is listed"""
+    """place of the first right image; None where none is listed"""
     listed: int
-    """how many finds are"""
-    finds: list[Find]
+    """number of images that are listed"""
+    retrieved: list[RetrievedImage]
+    """the first of them"""
 
 
 @dataclass(frozen=True)
 class Query:
-    """A photo that asks, and what each model found."""
+    """A query's photo, and what each model found."""
 
     path: str
-    lines: list[Line]
+    rankings: list[Ranking]
 
 
 @dataclass(frozen=True)
-class Wall:
+class QueryGroup:
     """Queries of one kind."""
 
     title: str
@@ -62,7 +63,7 @@ class Wall:
     queries: list[Query]
 
 
-def walls(models: Sequence[Measured]) -> tuple[list[Wall], dict[str, str]]:
+def pick_examples(models: Sequence[ModelRecord]) -> tuple[list[QueryGroup], dict[str, str]]:
     """Telling queries, and the pictures of all photos in them: path to data URI.
 
     Of two models those queries that gained and lost most, and in any case those that stay hard.
@@ -70,33 +71,33 @@ def walls(models: Sequence[Measured]) -> tuple[list[Wall], dict[str, str]]:
     Raises:
         UserError: predictions or a catalogue that are no longer there, or not the same for all models.
     """
-    catalogue = _catalogue_of(models)
+    catalogue = _open_catalogue(models)
     listed = [_Predictions(model) for model in models]
     if any(each.paths != listed[0].paths for each in listed):
         raise UserError("the models were asked different queries")
     asked = set(listed[0].paths)
     split = next(name for name in GALLERY_OF if asked & set(catalogue.rows(name)["path"].to_pylist()))
-    items, answers = _asked(catalogue, split, listed[0].paths)
+    items, answers = _items_and_answers(catalogue, split, listed[0].paths)
     precision = [each.precision(answers) for each in listed]
     measure = f"AP@{max(each.rank.max() for each in listed)}"
     chosen = _chosen([model.name for model in models], precision[0], precision[-1], items, measure)
-    shown = []
+    groups = []
     for words, own in chosen:
         queries = [
-            Query(listed[0].paths[i], [p.line(i, float(ap[i])) for p, ap in zip(listed, precision, strict=True)])
+            Query(listed[0].paths[i], [p.ranking(i, float(ap[i])) for p, ap in zip(listed, precision, strict=True)])
             for i in own
         ]
-        shown += [Wall(*words, queries)] if queries else []
-    queries = [query for wall in shown for query in wall.queries]
-    found = [find.path for query in queries for line in query.lines for find in line.finds]
-    return shown, _pictures(catalogue, [*(query.path for query in queries), *found])
+        groups += [QueryGroup(*words, queries)] if queries else []
+    queries = [query for group in groups for query in group.queries]
+    retrieved = [image.path for query in queries for ranking in query.rankings for image in ranking.retrieved]
+    return groups, _pictures(catalogue, [*(query.path for query in queries), *retrieved])
 
 
-def _catalogue_of(models: Sequence[Measured]) -> Catalogue:
-    """The one that all models' figures are of, if it is still what it was."""
+def _open_catalogue(models: Sequence[ModelRecord]) -> Catalogue:
+    """The catalogue that all models were measured on, if it is still what it was."""
     for model in models:
-        if not model.predictions.is_file():
-            raise UserError(f"{model.predictions} is not there")
+        if not model.folder.exists(layout.PREDICTIONS):
+            raise UserError(f"{model.folder}/{layout.PREDICTIONS} is not there")
         if not model.catalogue or model.catalogue["hash"] != models[0].catalogue["hash"]:
             raise UserError("it is not known that the figures are of one and the same catalogue")
     catalogue = open_catalogue(models[0].catalogue["path"])
@@ -106,10 +107,10 @@ def _catalogue_of(models: Sequence[Measured]) -> Catalogue:
 
 
 class _Predictions:
-    """`predictions.parquet`: queries one after the other, and the finds of each by rank."""
+    """`predictions.parquet`: queries one after the other, and the images found for each by rank."""
 
-    def __init__(self, model: Measured) -> None:
-        table = pq.read_table(model.predictions)
+    def __init__(self, model: ModelRecord) -> None:
+        table = model.folder.read_table(layout.PREDICTIONS)
         self.model = model.name
         self.gallery, self.similarity, self.match = (
             table[name].to_numpy() for name in ("gallery", "similarity", "match")
@@ -119,20 +120,22 @@ class _Predictions:
         self.paths: list[str] = table["query"].take(self.starts).to_pylist()
 
     def precision(self, answers: np.ndarray) -> np.ndarray:
-        """Average precision of each query, (Q,), by the finds that are listed; `answers`: how many there are."""
-        found = np.cumsum(self.match)
-        before = np.repeat((found - self.match)[self.starts], np.diff([*self.starts, len(found)]))
-        return np.add.reduceat(self.match * (found - before) / self.rank, self.starts) / np.maximum(answers, 1)
+        """Average precision of each query, (Q,), by the images that are listed; `answers`: number of right images."""
+        right = np.cumsum(self.match)
+        before = np.repeat((right - self.match)[self.starts], np.diff([*self.starts, len(right)]))
+        return np.add.reduceat(self.match * (right - before) / self.rank, self.starts) / np.maximum(answers, 1)
 
-    def line(self, i: int, precision: float) -> Line:
+    def ranking(self, i: int, precision: float) -> Ranking:
         """What was found for a query."""
         start, end = [*self.starts, len(self.rank)][i : i + 2]
         right = np.flatnonzero(self.match[start:end])
         first = int(right[0]) + 1 if len(right) else None
-        return Line(self.model, precision, first, int(end - start), self._finds(range(start, min(start + TOP, end))))
+        return Ranking(
+            self.model, precision, first, int(end - start), self._retrieved(range(start, min(start + TOP, end)))
+        )
 
-    def _finds(self, rows: Iterable[int]) -> list[Find]:
-        return [Find(self.gallery[r], bool(self.match[r]), float(self.similarity[r])) for r in rows]
+    def _retrieved(self, rows: Iterable[int]) -> list[RetrievedImage]:
+        return [RetrievedImage(self.gallery[r], bool(self.match[r]), float(self.similarity[r])) for r in rows]
 
 
 Words = tuple[str, str]
@@ -179,7 +182,7 @@ def _of_different_items(ranked: Iterable[int], number: int, items: Sequence[str]
     return own
 
 
-def _asked(catalogue: Catalogue, split: str, paths: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def _items_and_answers(catalogue: Catalogue, split: str, paths: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """The item of each query, and how many gallery images answer it."""
     rows, gallery = catalogue.rows(split), catalogue.rows(GALLERY_OF[split])
     item_of = dict(zip(rows["path"].to_pylist(), rows["item_id"].to_pylist(), strict=True))
@@ -190,5 +193,5 @@ def _asked(catalogue: Catalogue, split: str, paths: Sequence[str]) -> tuple[list
 
 def _pictures(catalogue: Catalogue, paths: Iterable[str]) -> dict[str, str]:
     """Small pictures of some images, as data URIs."""
-    found = catalogue.images_at(list(set(paths)))
-    return {path: images.thumbnail(encoded, *SIZE, QUALITY) for path, encoded in found.items()}
+    photos = catalogue.images_at(list(set(paths)))
+    return {path: images.thumbnail(encoded, *SIZE, QUALITY) for path, encoded in photos.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,20 +18,21 @@ from clipfh.config import schema
 from clipfh.report import examples, model_charts, sweep_charts
 from clipfh.report.artifacts import (
     ZERO_SHOT,
-    Evaluation,
-    Figures,
-    Measured,
-    Part,
-    Run,
-    Shown,
-    Sweep,
+    EvaluationRecord,
+    Metrics,
+    ModelRecord,
+    Record,
+    RunRecord,
+    SweepRecord,
+    default_settings,
     gain,
-    known,
+    is_number,
     read,
     short,
-    usual,
 )
-from clipfh.storage import store
+from clipfh.report.model_charts import Subset
+from clipfh.storage import layout, store
+from clipfh.storage.store import Folder
 
 NONE = "–"
 RANKS = {f"rank{k}": f"Rank-{k}" for k in (1, 5, 10, 20, 30, 40, 50)}
@@ -52,7 +53,7 @@ def write(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
     shown = [read(path) for path in paths]
     own = [Path(path).resolve().name for path in paths]
     names = own if len(set(own)) == len(own) else [str(path) for path in paths]
-    out = Path(out) if out else Path(paths[0]) / "report.html"
+    out = Path(out) if out else Path(paths[0]) / layout.REPORT
     if out.is_dir():
         raise UserError(f"{out} is a folder: name a file with --out")
     try:
@@ -63,7 +64,7 @@ def write(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
     return out
 
 
-def page(names: Sequence[str], shown: Sequence[Shown]) -> str:
+def page(names: Sequence[str], shown: Sequence[Record]) -> str:
     """The whole file.
 
     Args:
@@ -78,16 +79,15 @@ def page(names: Sequence[str], shown: Sequence[Shown]) -> str:
         undefined=StrictUndefined,
     )
     words.filters |= {f.__name__: f for f in (score, count, duration, gap, short, with_interval, breakable)}
-    words.globals |= {"plots": model_charts, "searched": sweep_charts, "CHARTED": CHARTED, "NONE": NONE}
-    words.globals |= {f.__name__: f for f in (verdict, parts, variants, groups, measures, reranked, counted, compared)}
-    words.globals |= {f.__name__: f for f in (splits, wall, losses, meaning, space_of, command, manifest, cost)}
+    words.globals |= {"model_charts": model_charts, "sweep_charts": sweep_charts, "CHARTED": CHARTED, "NONE": NONE}
+    of_models = (subsets, variants, groups, metric_labels, reranked, count_images, compared, splits, find_examples)
+    of_sweeps = (search_rows, command, catalogue_manifest, cost)
+    words.globals |= {f.__name__: f for f in (verdict, *of_models, losses, describe_settings, *of_sweeps)}
     made = f"clipfh {__version__}, {datetime.now():%Y-%m-%d %H:%M}"
     models = [
-        Measured(name, each.figures, each.models[-1].predictions, each.models[-1].catalogue)
-        for name, each in zip(names, shown, strict=True)
-        if each.models
+        dataclasses.replace(each.models[-1], name=name) for name, each in zip(names, shown, strict=True) if each.models
     ]
-    runs = [(name, each) for name, each in zip(names, shown, strict=True) if isinstance(each, Run)]
+    runs = [(name, each) for name, each in zip(names, shown, strict=True) if isinstance(each, RunRecord)]
     return words.get_template("report.html").render(names=names, shown=shown, models=models, runs=runs, made=made)
 
 
@@ -96,28 +96,28 @@ def page(names: Sequence[str], shown: Sequence[Shown]) -> str:
 
 def score(value: object) -> str:
     """A figure from 0 to 1: three digits everywhere."""
-    return f"{value:.3f}" if known(value) else NONE
+    return f"{value:.3f}" if is_number(value) else NONE
 
 
 def count(value: object) -> str:
     """12,612."""
-    return f"{value:,.0f}" if known(value) else NONE
+    return f"{value:,.0f}" if is_number(value) else NONE
 
 
 def duration(seconds: Any) -> str:  # noqa: ANN401
     """42 s, 3 min 20 s, 2 h 05 min."""
-    if not known(seconds):
+    if not is_number(seconds):
         return NONE
     minutes, rest = divmod(round(seconds), 60)
     hours, part = divmod(minutes, 60)
     return f"{hours:,} h {part:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def with_interval(figures: Figures, key: str) -> Markup:
+def with_interval(metrics: Metrics, key: str) -> Markup:
     """A figure and its 95% interval."""
-    ends = (figures.get("intervals") or {}).get(key)
+    ends = (metrics.get("intervals") or {}).get(key)
     interval = f" <small>[{score(ends[0])}, {score(ends[1])}]</small>" if ends else ""
-    return escape(score(figures.get(key))) + Markup(interval)
+    return escape(score(metrics.get(key))) + Markup(interval)
 
 
 def breakable(name: str) -> Markup:
@@ -128,7 +128,7 @@ def breakable(name: str) -> Markup:
 def gap(line: Mapping[str, Any], term: str) -> str:
     """How far a loss term still is from its floor, as a share of the way from collapse."""
     loss, floor, collapse = (line.get(f"{end}_{term}") for end in ("loss", "floor", "collapse"))
-    if not (known(loss) and known(floor) and known(collapse)) or collapse == floor:
+    if not (is_number(loss) and is_number(floor) and is_number(collapse)) or collapse == floor:
         return NONE
     return f"{(loss - floor) / (collapse - floor):.0%}"  # type: ignore[operator]
 
@@ -136,18 +136,18 @@ def gap(line: Mapping[str, Any], term: str) -> str:
 # --- Words -----------------------------------------------------------------------------------------------------------
 
 
-def verdict(shown: Shown) -> Markup:
+def verdict(shown: Record) -> Markup:
     """What came of it, in plain words."""
-    if isinstance(shown, Evaluation):
-        figures = shown.figures
-        return Markup("mAP {}, Rank-1 {}.").format(with_interval(figures, "mAP"), with_interval(figures, "rank1"))
-    return _of_run(shown) if isinstance(shown, Run) else _of_sweep(shown)
+    if isinstance(shown, EvaluationRecord):
+        metrics = shown.metrics
+        return Markup("mAP {}, Rank-1 {}.").format(with_interval(metrics, "mAP"), with_interval(metrics, "rank1"))
+    return _run_verdict(shown) if isinstance(shown, RunRecord) else _sweep_verdict(shown)
 
 
-def _of_run(run: Run) -> Markup:
+def _run_verdict(run: RunRecord) -> Markup:
     end = ""
-    if run.diverged:
-        end = f" Diverged after {count(run.diverged.get('images'))} images: {run.diverged['diverged']}."
+    if line := run.divergence:
+        end = f" Diverged after {count(line.get('images'))} images: {line['diverged']}."
     if not run.best:
         return escape(f"No validation figure yet.{end}")
     images, epochs = (run.settings[f"budget.{unit}"] for unit in ("images", "epochs"))
@@ -156,18 +156,18 @@ def _of_run(run: Run) -> Markup:
     return escape(f"{best}; {count(run.reports[-1].get('images'))} seen of a budget of {budget}.{end}")
 
 
-def _of_sweep(sweep: Sweep) -> Markup:
+def _sweep_verdict(sweep: SweepRecord) -> Markup:
     if not sweep.summary:
-        return escape(_so_far(sweep))
-    before, after = (model.figures for model in sweep.models)
+        return escape(_unfinished_verdict(sweep))
+    before, after = (model.metrics for model in sweep.models)
     old, new = with_interval(before, "mAP"), with_interval(after, "mAP")
     if sweep.best == ZERO_SHOT:
         return Markup("Tuning made nothing better: zero-shot wins, with mAP {} on the test split.").format(old)
-    found = Markup("The winner, trial {}, finds the same item with mAP {} against {} zero-shot on the test split.{}")
-    return found.format(sweep.best, new, old, _caution(sweep))
+    sentence = Markup("The winner, trial {}, finds the same item with mAP {} against {} zero-shot on the test split.{}")
+    return sentence.format(sweep.best, new, old, _caution(sweep))
 
 
-def _so_far(sweep: Sweep) -> str:
+def _unfinished_verdict(sweep: SweepRecord) -> str:
     state = f"Not finished: running or broken off, with {sweep.num_ended} of {sweep.planned} trials ended."
     if not sweep.best:
         return f"{state} The leaderboard has no figure yet."
@@ -177,111 +177,117 @@ def _so_far(sweep: Sweep) -> str:
     return f"{state} So far {leader}. The test split is left for the end."
 
 
-def _caution(sweep: Sweep) -> str:
+def _caution(sweep: SweepRecord) -> str:
     """What must be said of the gain, or where there is none."""
-    before, after = (model.figures for model in sweep.models)
-    if not known(before.get("mAP")) or not known(after.get("mAP")):
+    before, after = (model.metrics for model in sweep.models)
+    if not is_number(before.get("mAP")) or not is_number(after.get("mAP")):
         return ""
     if after["mAP"] <= before["mAP"]:
         return " It was better on the validation items only."
-    return " " + _of_gain(sweep.summary.get("gain") or gain(*sweep.models))
+    return " " + _gain_sentence(sweep.summary.get("gain") or gain(*sweep.models))
 
 
-def _of_gain(found: Figures) -> str:
+def _gain_sentence(change: Metrics) -> str:
     """Whether a gain may be chance, in words."""
-    if not found.get("interval"):
+    if not change.get("interval"):
         return "Whether the gain is chance can't be told: it is not known what each query scored."
-    low, high = found["interval"]
+    low, high = change["interval"]
     chance = ": it may be chance" if low <= 0 <= high else ""
-    return f"mAP changes by {found['mAP']:+.3f} [{low:+.3f}, {high:+.3f}] over the same queries{chance}."
+    return f"mAP changes by {change['mAP']:+.3f} [{low:+.3f}, {high:+.3f}] over the same queries{chance}."
 
 
-def compared(models: Sequence[Measured]) -> str:
+def compared(models: Sequence[ModelRecord]) -> str:
     """What the last of several models gains over the first."""
-    return f"From {models[0].name} to {models[-1].name}: {_of_gain(gain(models[0], models[-1]))}"
+    return f"From {models[0].name} to {models[-1].name}: {_gain_sentence(gain(models[0], models[-1]))}"
 
 
-# --- Parts of the figures --------------------------------------------------------------------------------------------
+# --- Parts of the metrics --------------------------------------------------------------------------------------------
 
 
-def parts(models: Sequence[Measured], names: Mapping[str, str], where: str = "") -> list[Part]:
-    """Those of these parts that any model has a figure for; they lie in the figures, or in a part of these."""
-    within = [(model.figures.get(where) or {}) if where else model.figures for model in models]
-    found = [Part(label, [each.get(key) or {} for each in within]) for key, label in names.items()]
-    return [part for part in found if any(known(each.get("mAP")) for each in part.figures)]
+def subsets(models: Sequence[ModelRecord], names: Mapping[str, str], where: str = "") -> list[Subset]:
+    """Subsets for which any model has a mAP.
+
+    Args:
+        models: to compare.
+        names: key of each subset in a model's metrics, and its label.
+        where: key of the part of the metrics that holds the subsets; empty for the metrics themselves.
+    """
+    within = [(model.metrics.get(where) or {}) if where else model.metrics for model in models]
+    rows = [Subset(label, [each.get(key) or {} for each in within]) for key, label in names.items()]
+    return [row for row in rows if any(is_number(each.get("mAP")) for each in row.metrics)]
 
 
-def variants(models: Sequence[Measured]) -> list[Part]:
+def variants(models: Sequence[ModelRecord]) -> list[Subset]:
     """The same and other variants; none where there is but one, which would say what is said already."""
-    found = parts(models, {"same": "Same variant", "cross": "Other variants"}, "variant")
-    return found if len(found) > 1 else []
+    rows = subsets(models, {"same": "Same variant", "cross": "Other variants"}, "variant")
+    return rows if len(rows) > 1 else []
 
 
-def groups(models: Sequence[Measured], where: str) -> list[Part]:
+def groups(models: Sequence[ModelRecord], where: str) -> list[Subset]:
     """The groups of `by_category` or `by_gender`, the largest first; none where there is but one."""
-    names = {name: name or NONE for model in models for name in model.figures.get(where) or {}}
-    found = sorted(parts(models, names, where), key=lambda part: (-part.num_query, part.label))
-    return found if len(found) > 1 else []
+    names = {name: name or NONE for model in models for name in model.metrics.get(where) or {}}
+    rows = sorted(subsets(models, names, where), key=lambda row: (-row.num_query, row.label))
+    return rows if len(rows) > 1 else []
 
 
-def measures(models: Sequence[Measured]) -> dict[str, str]:
+def metric_labels(models: Sequence[ModelRecord]) -> dict[str, str]:
     """Label of each measure that any model has."""
-    return {key: label for key, label in LABELS.items() if any(known(m.figures.get(key)) for m in models)}
+    return {key: label for key, label in LABELS.items() if any(is_number(m.metrics.get(key)) for m in models)}
 
 
-def reranked(models: Sequence[Measured]) -> str:
-    """Which models' figures are re-ranked."""
-    return ", ".join(model.name or "the model" for model in models if model.figures.get("rerank"))
+def reranked(models: Sequence[ModelRecord]) -> str:
+    """Which models' metrics are re-ranked."""
+    return ", ".join(model.name or "the model" for model in models if model.metrics.get("rerank"))
 
 
-def counted(models: Sequence[Measured]) -> str:
-    """How many images the figures are over."""
-    sizes = {tuple(count(m.figures.get(f"num_{key}")) for key in ("query", "gallery")) for m in models}
+def count_images(models: Sequence[ModelRecord]) -> str:
+    """How many images the metrics are over."""
+    sizes = {tuple(count(m.metrics.get(f"num_{key}")) for key in ("query", "gallery")) for m in models}
     if len(sizes) > 1:
         return "They do not rank the same images: compare them with care."
     return " queries, ".join(sizes.pop()) + " gallery images."
 
 
-def splits(models: Sequence[Measured]) -> list[tuple[str, list[Figures]]]:
+def splits(models: Sequence[ModelRecord]) -> list[tuple[str, list[Metrics]]]:
     """Mean and deviation over random splits, a line a measure."""
-    found = [
-        (label, [(m.figures.get("random_splits") or {}).get(key) or {} for m in models])
+    rows = [
+        (label, [(m.metrics.get("random_splits") or {}).get(key) or {} for m in models])
         for key, label in CHARTED.items()
     ]
-    return [(label, each) for label, each in found if any(known(one.get("mean")) for one in each)]
+    return [(label, each) for label, each in rows if any(is_number(one.get("mean")) for one in each)]
 
 
-def wall(models: Sequence[Measured]) -> dict[str, Any]:
+def find_examples(models: Sequence[ModelRecord]) -> dict[str, Any]:
     """Telling queries with what was found for them, or why there are none."""
     try:
-        walls, pictures = examples.walls(models)
+        chosen, pictures = examples.pick_examples(models)
     except UserError as error:
-        return {"walls": [], "pictures": {}, "missing": str(error)}
-    return {"walls": walls, "pictures": pictures, "missing": ""}
+        return {"groups": [], "pictures": {}, "missing": str(error)}
+    return {"groups": chosen, "pictures": pictures, "missing": ""}
 
 
 # --- Parts of runs and sweeps ----------------------------------------------------------------------------------------
 
 
-def meaning() -> dict[str, str]:
+def describe_settings() -> dict[str, str]:
     """What each setting is."""
-    return {name: said for name, _, _, said in schema.fields()}
+    return {name: doc for name, _, _, doc in schema.fields()}
 
 
-def space_of(sweep: Sweep) -> list[tuple[str, str, str]]:
+def search_rows(sweep: SweepRecord) -> list[tuple[str, str, str]]:
     """Each searched setting, where it was searched, and what the best trial has."""
     best = sweep.winner.settings if sweep.winner else {}
     rows = []
-    for name, found in sweep.search.items():
-        between = " to " if found.kind != "choice" else ", "
-        log = " (log)" if found.kind == "loguniform" else ""
-        off = "" if found.off is None else f", or {short(found.off)}"
-        where = between.join(map(short, found.values)) + log + off
+    for name, range_ in sweep.search.items():
+        between = " to " if range_.kind != "choice" else ", "
+        log = " (log)" if range_.kind == "loguniform" else ""
+        off = "" if range_.off is None else f", or {short(range_.off)}"
+        where = between.join(map(short, range_.values)) + log + off
         rows.append((name, where, short(best[name]) if name in best else NONE))
     return rows
 
 
-def command(sweep: Sweep) -> str:
+def command(sweep: SweepRecord) -> str:
     """The command line that trains the winner's settings: those searched, and those that are not the usual ones.
 
     Empty where there is no winner yet, or where it is the zero-shot model.
@@ -299,38 +305,37 @@ def train_command(experiment: Mapping[str, Any], searched: Sequence[str]) -> str
         experiment: dotted settings.
         searched: names to show in any case.
     """
-    stage, by_default = experiment["stage"], usual(experiment)
-    told = {"model.name", *searched, *(n for n, value in experiment.items() if value != by_default.get(n))}
-    given = {n: str(v).lower() if isinstance(v, bool) else str(v) for n, v in experiment.items() if n in told}
+    stage, by_default = experiment["stage"], default_settings(experiment)
+    names = {"model.name", *searched, *(n for n, value in experiment.items() if value != by_default.get(n))}
+    given = {n: str(v).lower() if isinstance(v, bool) else str(v) for n, v in experiment.items() if n in names}
     options = (f"--{name} {shlex.quote(value)}" for name, value in given.items())
     return " \\\n  ".join([f"clipfh train {stage} CATALOGUE --out DIR", *options])
 
 
-def manifest(sweep: Sweep) -> dict[str, Any]:
-    """What is known of the catalogue: its manifest where it is still there, or else what the summary tells."""
-    told: dict[str, Any] = dict(sweep.summary.get("catalogue") or {})
-    file = Path(told["path"]) / "catalogue.json" if told else Path()
-    if told and file.is_file():
-        found = json.loads(file.read_text())
-        if found.get("hash") == told["hash"]:
-            told |= found
-    return {"counts": {}, "shards": {}, "notes": [], "left_out": {"count": 0}} | told
+def catalogue_manifest(sweep: SweepRecord) -> dict[str, Any]:
+    """The catalogue's manifest where it is still there, or else what the summary tells of the catalogue."""
+    account = dict(sweep.summary.get("catalogue") or {})
+    manifest = Folder(account["path"]).read_json(layout.CATALOGUE) if account else {}
+    if account and manifest.get("hash") == account["hash"]:
+        account |= manifest
+    return {"counts": {}, "shards": {}, "notes": [], "left_out": {"count": 0}} | account
 
 
-def cost(sweep: Sweep) -> dict[str, str]:
+def cost(sweep: SweepRecord) -> dict[str, str]:
     """What the sweep took."""
     statuses = sweep.statuses
-    told = [f"{statuses[s]} {s}" for s in ("done", "stopped", "diverged", "failed", "running") if statuses[s]]
+    ends = [f"{statuses[s]} {s}" for s in ("done", "stopped", "diverged", "failed", "running") if statuses[s]]
     seconds = sum(trial.seconds for trial in sweep.trials)
-    images, final = sum(trial.images for trial in sweep.trials), list(sweep.final.values())
+    images, final = sum(trial.images for trial in sweep.trials), [run.spent for run in sweep.final if run.lines]
     rows = {
-        "Trials": ", ".join(told) or NONE,
+        "Trials": ", ".join(ends) or NONE,
         "Images seen by all trials": count(images),
         "Time of all trials, added up": duration(seconds),
     }
     if final:
         again = sum(each for each, _ in final), sum(each for _, each in final)
-        rows["Final runs"] = f"{len(final)}, the refit included" if "refit" in sweep.final else str(len(final))
+        has_refit = any(run.name == "refit" for run in sweep.final)
+        rows["Final runs"] = f"{len(final)}, the refit included" if has_refit else str(len(final))
         rows["Images seen by final runs"], rows["Time of final runs, added up"] = count(again[0]), duration(again[1])
         seconds += again[1]
     if each := sweep.summary.get("resources"):
@@ -342,6 +347,6 @@ def cost(sweep: Sweep) -> dict[str, str]:
     return rows
 
 
-def losses(run: Run) -> list[tuple[str, Markup]]:
-    """A figure for each loss term."""
-    return [(term, model_charts.loss(run, term)) for term in run.terms]
+def losses(run: RunRecord) -> list[tuple[str, Markup]]:
+    """A chart for each loss term."""
+    return [(term, model_charts.plot_loss(run, term)) for term in run.terms]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import time
 from collections import Counter
@@ -11,20 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from clipfh import UserError
-from clipfh.config import schema
 from clipfh.config.experiment import Budget
+from clipfh.report import artifacts
+from clipfh.report.artifacts import ZERO_SHOT, RunRecord, SweepRecord, TrialRecord
+from clipfh.storage import layout
+from clipfh.storage.store import Folder
 
-EXPERIMENT = "experiment.json"  # checkpoint's, which would load torch
 ENDED = ("done", "stopped", "diverged", "failed")
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Of one run."""
+class RunProgress:
+    """How far one run has come."""
 
     name: str
     images: int
@@ -32,122 +31,120 @@ class Progress:
     """images of its budget; NaN before the first report of a budget in epochs"""
     val_mAP: float
     best: float
-    rate: float
-    """images per second"""
-    reported: float
+    images_per_second: float
+    since_report: float
     """seconds since its last report"""
     loss: float
     is_over: bool
 
     @property
     def left(self) -> float:
-        """Seconds to its end, at the rate it has."""
-        return max(0.0, self.total - self.images) / self.rate if self.rate else math.nan
+        """Seconds to its end, at the speed it has."""
+        return max(0.0, self.total - self.images) / self.images_per_second if self.images_per_second else math.nan
 
 
-def of(path: str | Path) -> str:
+def describe(path: str | Path) -> str:
     """How the run or sweep in a folder stands, for a person.
 
     Raises:
         UserError: neither is there.
     """
-    folder = Path(path)
-    if (folder / "sweep.yaml").exists():
-        return _sweep(folder)
-    if (folder / "run.json").exists():
-        return _run(_progress(folder))
+    folder = Folder(path)
+    if folder.exists(layout.SWEEP):
+        return _describe_sweep(artifacts.read_sweep(folder))
+    if folder.exists(layout.RUN):
+        return _describe_run(_progress(artifacts.read_run(folder)))
     raise UserError(f"{path} is neither a run nor a sweep: give the --out of clipfh train or clipfh sweep")
 
 
-def _run(run: Progress) -> str:
+def _describe_run(run: RunProgress) -> str:
     lines = [f"{run.images:,} of {run.total:,.0f} images, val mAP {run.val_mAP:.4f} (best {run.best:.4f})"]
-    state = "finished" if run.is_over else f"{run.rate:.0f} images/s, about {_duration(run.left)} left if it runs"
-    return "\n".join([*lines, f"{state}; last report {_duration(run.reported)} ago"])
+    speed = f"{run.images_per_second:.0f} images/s, about {_duration(run.left)} left if it runs"
+    return "\n".join([*lines, f"{'finished' if run.is_over else speed}; last report {_duration(run.since_report)} ago"])
 
 
-def _sweep(folder: Path) -> str:
-    wanted = yaml.safe_load((folder / "sweep.yaml").read_text())
-    board = _board(folder)
-    ended = [row for row in board if row["status"] in ENDED]
-    over = {row["trial"] for row in ended} | {row["trial"] for row in board if row["status"] == "zero-shot"}
-    under_way = [_progress(trial) for trial in sorted((folder / "trials").glob("*")) if trial.name not in over]
-    running = [run for run in under_way if run.name != "0000"]
-    to_come = max(0, wanted["trials"] - len(ended) - len(running))
-    final = _final(folder, wanted, {float(row["images"] or 0) for row in ended} | {run.total for run in running})
-    finished = (folder / "summary.json").exists()
-    counts = Counter(row["status"] for row in ended) | Counter({"running": len(running), "to come": to_come})
+def _describe_sweep(sweep: SweepRecord) -> str:
+    ended = [trial for trial in sweep.board if trial.status in ENDED]
+    running = [_progress(run) for run in sweep.running() if run.name != ZERO_SHOT]
+    to_come = max(0, sweep.planned - len(ended) - len(running))
+    final = _final_progress(sweep, {trial.images for trial in ended} | {run.total for run in running})
+    counts = Counter(trial.status for trial in ended) | Counter({"running": len(running), "to come": to_come})
     lines = [
-        f"sweep {wanted['name']}, {wanted['trials']} trials: "
+        f"sweep {sweep.name}, {sweep.planned} trials: "
         + ", ".join(f"{counts[name]} {name}" for name in (*ENDED, "running", "to come") if counts[name]),
-        _best(board, running),
+        _leader_line(sweep, running),
     ]
-    if not finished:
-        lines += [_run_line(run) for run in running]
-        lines += [str(final)] * bool(final.runs) + [_run_line(run) for run in final.running]
-        lines.append(_outlook(ended, running, to_come, final))
-    return "\n".join([*lines, f"finished: {folder / 'report.html'}"] if finished else lines)
+    if sweep.folder.exists(layout.SUMMARY):
+        return "\n".join([*lines, f"finished: {sweep.folder}/{layout.REPORT}"])
+    lines += [_run_line(run) for run in running]
+    lines += [str(final)] * bool(final.runs) + [_run_line(run) for run in final.running]
+    return "\n".join([*lines, _outlook(ended, running, to_come, final)])
 
 
 @dataclass(frozen=True)
-class _Final:
+class _FinalProgress:
     """The runs behind the search: leading settings again, and the refit."""
 
-    runs: list[Progress]
-    again: int
-    """of leading settings to come"""
+    runs: list[RunProgress]
+    seeds: int
+    """number of runs of leading settings to come"""
     refits: int
-    """to come: 0 or 1"""
-    each: float
-    """images of one"""
+    """refits to come: 0 or 1"""
+    images: float
+    """budget of one run"""
 
     @property
-    def running(self) -> list[Progress]:
-        """Those that are not over."""
+    def running(self) -> list[RunProgress]:
+        """Runs that are not over."""
         return [run for run in self.runs if not run.is_over]
 
     def __str__(self) -> str:
         counts = {"over": len(self.runs) - len(self.running), "running": len(self.running)}
-        counts["to come"] = self.again + self.refits
+        counts["to come"] = self.seeds + self.refits
         return "final runs: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
-def _final(folder: Path, wanted: dict[str, Any], seen: set[float]) -> _Final:
-    """What there is of them, and what a sweep file wants beside. `seen`: images of trials; the most are a budget."""
-    asked = {"top": 0, "seeds": 3, "refit": False, **wanted.get("final", {})}
-    runs = [_progress(run) for run in sorted((folder / "final").glob("*"))]
+def _final_progress(sweep: SweepRecord, seen: set[float]) -> _FinalProgress:
+    """Progress of the final runs that are there, and those that the sweep file asks for besides.
+
+    Args:
+        sweep: as read.
+        seen: images that trials have seen; the most are a budget.
+    """
+    asked, runs = sweep.file.final, [_progress(run) for run in sweep.final]
     refits = sum(run.name == "refit" for run in runs)
-    again = min(asked["top"], wanted["trials"]) * asked["seeds"] - (len(runs) - refits)
+    seeds = min(asked.top, sweep.planned) * asked.seeds - (len(runs) - refits)
     totals = {run.total for run in runs} | seen
-    each = max((total for total in totals if total == total), default=math.nan)
-    return _Final(runs, max(0, again) if not refits else 0, asked["refit"] - refits, each)
+    images = max((total for total in totals if total == total), default=math.nan)
+    return _FinalProgress(runs, max(0, seeds) if not refits else 0, asked.refit - refits, images)
 
 
-def table(folder: str | Path, rows: int) -> Table:
+def table(path: str | Path, rows: int) -> Table:
     """A sweep's trials: those that run, then the best of the others, as many as there is room for."""
-    folder = Path(folder)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    if not (folder / "sweep.yaml").exists():
+    if not Folder(path).exists(layout.SWEEP):
         return table
-    searched = list(yaml.safe_load((folder / "sweep.yaml").read_text()).get("search") or {})
-    board = _board(folder)
-    over = {row["trial"] for row in board if row["status"] in (*ENDED, "zero-shot")}
-    running = [trial for trial in sorted((folder / "trials").glob("*")) if trial.name not in over]
-    running += [run for run in sorted((folder / "final").glob("*")) if not _progress(run).is_over]
-    for title in ("trial", "", *(name.rpartition(".")[2] for name in searched), *COLUMNS):
+    sweep = artifacts.read_sweep(Folder(path))
+    running = [(run, _progress(run)) for run in sweep.running()]
+    running += [(run, progress) for run in sweep.final if not (progress := _progress(run)).is_over]
+    for title in ("trial", "", *(name.rpartition(".")[2] for name in sweep.search), *COLUMNS):
         table.add_column(title, justify="left" if title in ("trial", "") else "right", no_wrap=True)
-    for trial in running:
-        table.add_row(trial.name, "running", *_settings(trial, searched), *_cells(_progress(trial)), style="bold")
-    for row in [row for row in board if row["trial"] in over][: max(1, rows - len(running) - 3)]:
-        settings = [_short(row.get(name) or "") for name in searched]
-        scores = [f"{int(row['images'] or 0):,}", "", "", "", _short(row.get("val_mAP") or ""), ""]
-        table.add_row(row["trial"], row["status"], *settings, *scores, style="red" if row["error"] else "")
+    for run, progress in running:
+        settings = (_short(str(run.settings.get(name, ""))) for name in sweep.search)
+        table.add_row(run.name, "running", *settings, *_cells(progress), style="bold")
+    over = [trial for trial in sweep.board if trial.status in (*ENDED, "zero-shot")]
+    for trial in over[: max(1, rows - len(running) - 3)]:
+        settings = (_short(str(trial.settings.get(name, ""))) for name in sweep.search)
+        score = "" if trial.val_mAP is None else _short(str(trial.val_mAP))
+        cells = [f"{trial.images:,.0f}", "", "", "", score, ""]
+        table.add_row(trial.name, trial.status, *settings, *cells, style="red" if trial.error else "")
     return table
 
 
 COLUMNS = ("images", "of", "loss", "val mAP", "best", "left")
 
 
-def _cells(run: Progress) -> list[str]:
+def _cells(run: RunProgress) -> list[str]:
     total = "" if run.total != run.total else f"{run.total:,.0f}"
     if not run.images:
         return ["", total, "", "", "", ""]
@@ -155,79 +152,64 @@ def _cells(run: Progress) -> list[str]:
     return [f"{run.images:,}", total, *scores, _duration(run.left)]
 
 
-def _settings(trial: Path, names: list[str]) -> list[str]:
-    file = trial / EXPERIMENT
-    found = schema.flatten(schema.load_experiment(file)) if file.exists() else {}
-    return [_short(str(found.get(name, ""))) for name in names]
-
-
 def _short(text: str) -> str:
-    """A figure with three digits that count; other text as it is."""
+    """A number with three significant digits; other text as it is."""
     try:
         return f"{float(text):.3g}"
     except ValueError:
         return text
 
 
-def _board(folder: Path) -> list[dict[str, str]]:
-    file = folder / "leaderboard.csv"
-    if not file.exists():
-        return []
-    with file.open() as opened:
-        return list(csv.DictReader(opened))
-
-
-def _best(board: list[dict[str, str]], running: list[Progress]) -> str:
-    scores = {row["trial"]: float(row["val_mAP"]) for row in board if row.get("val_mAP")}
+def _leader_line(sweep: SweepRecord, running: list[RunProgress]) -> str:
+    scores = {trial.name: trial.val_mAP for trial in sweep.board if trial.val_mAP is not None}
     scores |= {run.name: run.best for run in running if run.best > scores.get(run.name, 0.0)}
     if not scores:
         return "best so far: no report yet"
     name = max(scores, key=lambda trial: scores[trial])
-    zero_shot = f" (zero-shot {scores['0000']:.4f})" if "0000" in scores else ""
+    zero_shot = f" (zero-shot {scores[ZERO_SHOT]:.4f})" if ZERO_SHOT in scores else ""
     return f"best so far: val mAP {scores[name]:.4f}, trial {name}{zero_shot}"
 
 
-def _run_line(run: Progress) -> str:
+def _run_line(run: RunProgress) -> str:
     name = f"trial {run.name}" if run.name.isdigit() else run.name
     if not run.images:
         return f"{name}: no report yet"
     scores = "" if run.val_mAP != run.val_mAP else f"val mAP {run.val_mAP:.4f} (best {run.best:.4f}), "
-    ago = _duration(run.reported)
-    return f"{name}: {run.images:,} of {run.total:,.0f} images, {scores}{run.rate:.0f} images/s, last report {ago} ago"
+    speed, ago = f"{run.images_per_second:.0f} images/s", _duration(run.since_report)
+    return f"{name}: {run.images:,} of {run.total:,.0f} images, {scores}{speed}, last report {ago} ago"
 
 
-def _outlook(ended: list[dict[str, str]], running: list[Progress], to_come: int, final: _Final) -> str:
+def _outlook(ended: list[TrialRecord], running: list[RunProgress], to_come: int, final: _FinalProgress) -> str:
     """Speed, and the time left if trials to come see as many images as those that have ended."""
-    now = [run for run in (*running, *final.running) if run.rate]
-    rate = sum(run.rate for run in now)
-    if not rate:
+    now = [run for run in (*running, *final.running) if run.images_per_second]
+    speed = sum(run.images_per_second for run in now)
+    if not speed:
         return "time left: not known before a running trial's or final run's first report"
-    seen = [float(row["images"]) for row in ended] or [run.total for run in running if run.total == run.total]
-    images = to_come * sum(seen) / max(1, len(seen)) + sum(run.left * run.rate for run in now)
-    seconds = (images + (final.again and final.again * final.each)) / rate
-    seconds += (final.refits and final.refits * final.each) / (rate / len(now))  # by itself
-    return f"{rate:.0f} images/s in all, about {_duration(seconds)} left if it runs"
+    seen = [trial.images for trial in ended] or [run.total for run in running if run.total == run.total]
+    images = to_come * sum(seen) / max(1, len(seen)) + sum(run.left * run.images_per_second for run in now)
+    seconds = (images + (final.seeds and final.seeds * final.images)) / speed
+    seconds += (final.refits and final.refits * final.images) / (speed / len(now))  # by itself
+    return f"{speed:.0f} images/s in all, about {_duration(seconds)} left if it runs"
 
 
-def _progress(folder: Path) -> Progress:
-    file = folder / "metrics.jsonl"
-    lines: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    reports = [line for line in lines if "diverged" not in line]
+def _progress(run: RunRecord) -> RunProgress:
+    reports, settings = run.reports, run.settings
     last: dict[str, Any] = reports[-1] if reports else {"images": 0, "val_mAP": 0.0, "best_val_mAP": 0.0}
-    budget = schema.load_experiment(folder / EXPERIMENT).budget if (folder / EXPERIMENT).exists() else Budget()
     epoch = last["images"] / last["epoch"] if last.get("epoch") else math.nan
-    total = budget.images or budget.epochs * epoch if (folder / EXPERIMENT).exists() else math.nan
-    stopped = budget.patience and last.get("reports_since_best", 0) >= budget.patience
-    return Progress(
-        name=folder.name,
+    total = (settings["budget.images"] or settings["budget.epochs"] * epoch) if settings else math.nan
+    patience = settings.get("budget.patience", Budget().patience)
+    is_out_of_patience = patience and last.get("reports_since_best", 0) >= patience
+    has_reports = run.folder.exists(layout.REPORTS)
+    return RunProgress(
+        name=run.name,
         images=last["images"],
         total=total,
         val_mAP=last.get("val_mAP", math.nan),  # a refit has none
         best=last.get("best_val_mAP", math.nan),
-        rate=last.get("images_per_second", 0.0),
-        reported=time.time() - file.stat().st_mtime if file.exists() else math.nan,
+        images_per_second=last.get("images_per_second", 0.0),
+        since_report=time.time() - run.folder.modified(layout.REPORTS) if has_reports else math.nan,
         loss=last.get("loss", math.nan),
-        is_over=bool(len(reports) < len(lines) or stopped or last["images"] >= total),
+        is_over=bool(run.divergence or is_out_of_patience or last["images"] >= total),
     )
 
 

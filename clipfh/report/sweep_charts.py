@@ -1,4 +1,4 @@
-"""Figures of a sweep: its course, what its settings are worth, and how they go together."""
+"""Charts of a sweep: its course, what its settings are worth, and how they go together."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from clipfh.config.sweep_file import SearchRange
 from clipfh.report import charts
-from clipfh.report.artifacts import Sweep, Trial, short
+from clipfh.report.artifacts import SweepRecord, TrialRecord, short
 from clipfh.report.charts import ACCENT, DOT, INK, PAPER, QUIET, RULE, SMALL_DOT, SOFT, styled
+from clipfh.storage import layout
 
 ENOUGH = 10
 """Trials from which on it makes sense to ask which setting matters."""
@@ -23,107 +24,107 @@ OFF = 0.14
 
 
 @styled
-def history(sweep: Sweep) -> Markup:
-    """Each trial's figure by its number, and the best so far."""
-    found = [trial for trial in sweep.trials if trial.score is not None]
-    if not found:
+def plot_optimization_history(sweep: SweepRecord) -> Markup:
+    """Each trial's score by its number, and the best so far."""
+    scored = [trial for trial in sweep.trials if trial.score is not None]
+    if not scored:
         return Markup()
-    axes = charts.axes_of("trial")
+    axes = charts.make_axes("trial")
     top, steps = -math.inf, []
-    for trial in found:
+    for trial in scored:
         top = max(top, trial.score or 0)
         steps.append((trial.number, top))
-    charts.line(
+    charts.draw_line(
         axes, [*steps, (sweep.trials[-1].number, top)], color=ACCENT, drawstyle="steps-post", label="best so far"
     )
-    _scattered(axes, sweep, [(trial.number, trial, tip(trial, sweep.search)) for trial in found])
+    _scattered(axes, sweep, [(trial.number, trial, tip(trial, sweep.search)) for trial in scored])
     lost = [trial for trial in sweep.trials if trial.is_lost]
-    scores = [trial.score or 0 for trial in found] + ([] if sweep.zero_shot is None else [sweep.zero_shot])
+    scores = [trial.score or 0 for trial in scored] + ([] if sweep.zero_shot is None else [sweep.zero_shot])
     low = min(scores) - 0.1 * (max(scores) - min(scores))
     crosses = [(t.number, low, f"trial {t.name} {t.status}: {t.error}") for t in lost]
-    charts.marks(axes, crosses, "failed or diverged", marker="x", color=SOFT)
-    charts.level(axes, sweep.zero_shot)
+    charts.draw_marks(axes, crosses, "failed or diverged", marker="x", color=SOFT)
+    charts.draw_level(axes, sweep.zero_shot)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    charts.legend(axes, columns=3)
-    return charts.svg(axes, "Validation mAP by trial")
+    charts.draw_legend(axes, columns=3)
+    return charts.to_svg(axes, "Validation mAP by trial")
 
 
-def _scattered(axes: Axes, sweep: Sweep, placed: Sequence[tuple[float, Trial, str]]) -> None:
+def _scattered(axes: Axes, sweep: SweepRecord, placed: Sequence[tuple[float, TrialRecord, str]]) -> None:
     """A mark for each trial, with its tip: hollow where it did not use its whole budget, large for the best."""
     size = DOT if len(placed) <= 60 else SMALL_DOT
     marks = [(trial, (x, trial.score or 0, said)) for x, trial, said in placed]
     others = [(trial.status == "done", mark) for trial, mark in marks if trial.name != sweep.best]
     hollow, full = ([mark for whole, mark in others if whole == kind] for kind in (False, True))
-    charts.marks(axes, hollow, "part of the budget", s=size, facecolors=PAPER, edgecolors=QUIET, zorder=2.5)
-    charts.marks(axes, full, "whole budget", s=size, facecolors=SOFT, edgecolors=PAPER, linewidth=0.5, zorder=2.5)
+    charts.draw_marks(axes, hollow, "part of the budget", s=size, facecolors=PAPER, edgecolors=QUIET, zorder=2.5)
+    charts.draw_marks(axes, full, "whole budget", s=size, facecolors=SOFT, edgecolors=PAPER, linewidth=0.5, zorder=2.5)
     best = [mark for trial, mark in marks if trial.name == sweep.best]
-    charts.marks(axes, best, "best", s=52, facecolors=ACCENT, edgecolors=PAPER, zorder=3)
+    charts.draw_marks(axes, best, "best", s=52, facecolors=ACCENT, edgecolors=PAPER, zorder=3)
 
 
-def tip(trial: Trial, names: Iterable[str]) -> str:
-    """Name and figure of a trial, and these of its settings."""
+def tip(trial: TrialRecord, names: Iterable[str]) -> str:
+    """Name and score of a trial, and these of its settings."""
     score = "no figure" if trial.score is None else f"{trial.score:.3f}"
     settings = [f"{name} {short(trial.settings[name])}" for name in names if name in trial.settings]
     return "; ".join([f"trial {trial.name}, {trial.status}: {score}", *settings])
 
 
 @styled
-def learning(sweep: Sweep) -> Markup:
+def plot_intermediate_values(sweep: SweepRecord) -> Markup:
     """The learning curves of all trials, the best on top."""
     trials = [trial for trial in sweep.trials if trial.curve]
     if not trials:
         return Markup()
-    axes = charts.axes_of("images seen")
+    axes = charts.make_axes("images seen")
     faint = max(0.25, min(0.8, 12 / len(trials)))
     for trial in sorted(trials, key=lambda t: t.name == sweep.best):
         best = trial.name == sweep.best
         look = {"color": ACCENT, "linewidth": 2.2} if best else {"color": SOFT, "alpha": faint, "linewidth": 1}
-        charts.line(axes, trial.curve, tip(trial, sweep.search), label="best" if best else "other trials", **look)
-    charts.level(axes, sweep.zero_shot)
-    charts.by_images(axes)
-    charts.legend(axes)
-    return charts.svg(axes, "Learning curves")
+        charts.draw_line(axes, trial.curve, tip(trial, sweep.search), label="best" if best else "other trials", **look)
+    charts.draw_level(axes, sweep.zero_shot)
+    charts.label_images(axes)
+    charts.draw_legend(axes)
+    return charts.to_svg(axes, "Learning curves")
 
 
 @styled
-def importance(sweep: Sweep) -> Markup:
+def plot_param_importances(sweep: SweepRecord) -> Markup:
     """How much each setting tells the best trials from the others, by Optuna."""
-    shares = shares_of(sweep)
+    shares = compute_importances(sweep)
     if not shares:
         return Markup()
     names = list(shares)
-    axes = charts.axes_of(height=26 + 34 * len(names))
+    axes = charts.make_axes(height=26 + 34 * len(names))
     for i, (name, share) in enumerate(shares.items()):
         axes.hlines([-34 * i], 0, 1, color=RULE, linewidth=5)
         (bar,) = axes.plot([0, max(share, 0.001)], [-34 * i] * 2, color=ACCENT, linewidth=5, clip_on=False)
         bar.set_url(f"{name}: {share:.0%}")
-        charts.heading(axes, -34 * i + 14, name, f"{share:.0%}")
+        charts.draw_heading(axes, -34 * i + 14, name, f"{share:.0%}")
     axes.set_xlim(0, 1)
     axes.set_ylim(-34 * len(names) + 22, 26)
     axes.set_axis_off()
-    return charts.svg(axes, "Importance of the settings")
+    return charts.to_svg(axes, "Importance of the settings")
 
 
-def shares_of(sweep: Sweep) -> dict[str, float]:
+def compute_importances(sweep: SweepRecord) -> dict[str, float]:
     """Importance of each searched setting, the highest first; empty before there are `ENOUGH` trials.
 
     By PED-ANOVA, which also judges a setting that only some of the trials have. One that can be off counts with its
     switch.
     """
-    if not sweep.study.is_file() or len(sweep.search) < 2 or len(sweep.trials) < ENOUGH:
+    if not sweep.folder.exists(layout.STUDY) or len(sweep.search) < 2 or len(sweep.trials) < ENOUGH:
         return {}
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(sweep.study)))
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(sweep.folder.local_path(layout.STUDY))))
     study = optuna.load_study(study_name=sweep.name, storage=storage)
     number = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
     if number < ENOUGH:
         return {}
     # Below five of the best it would say little
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=max(0.1, 5 / number))
-    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    shares = {name: found.get(name, 0.0) + found.get(f"{name}?", 0.0) for name in sweep.search}
+    importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    shares = {name: importances.get(name, 0.0) + importances.get(f"{name}?", 0.0) for name in sweep.search}
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
@@ -166,32 +167,32 @@ class Scale:
         low, high = self.range.values
         if self.range.kind == "loguniform":
             subs = (1, 2, 5) if high / low < 40 else (1, 3) if high / low < 200 else (1,)
-            found = LogLocator(subs=subs, numticks=20).tick_values(low, high)
+            ticks = LogLocator(subs=subs, numticks=20).tick_values(low, high)
         else:
-            found = MaxNLocator(4, integer=self.range.kind == "int").tick_values(low, high)
-        return [float(f"{value:.6g}") for value in found if low * 0.999 <= value <= high * 1.001] or [low, high]
+            ticks = MaxNLocator(4, integer=self.range.kind == "int").tick_values(low, high)
+        return [float(f"{value:.6g}") for value in ticks if low * 0.999 <= value <= high * 1.001] or [low, high]
 
 
 @styled
-def cut(sweep: Sweep, name: str) -> Markup:
-    """The trials' figures by one setting."""
+def plot_slice(sweep: SweepRecord, name: str) -> Markup:
+    """The trials' scores by one setting."""
     scale = Scale(sweep.search[name])
-    found = [t for t in sweep.trials if t.score is not None and name in t.settings]
-    if not found:
+    scored = [t for t in sweep.trials if t.score is not None and name in t.settings]
+    if not scored:
         return Markup()
-    axes = charts.axes_of(height=190)
+    axes = charts.make_axes(height=190)
     if scale.range.off is not None:
         axes.axvline(OFF / 2, color=RULE)
-    places = [scale.place(t.settings[name]) + _aside(scale, t, name) for t in found]
-    _scattered(axes, sweep, [(x, t, tip(t, [name])) for x, t in zip(places, found, strict=True)])
-    charts.level(axes, sweep.zero_shot)
+    places = [scale.place(t.settings[name]) + _aside(scale, t, name) for t in scored]
+    _scattered(axes, sweep, [(x, t, tip(t, [name])) for x, t in zip(places, scored, strict=True)])
+    charts.draw_level(axes, sweep.zero_shot)
     axes.set_xlim(-0.04, 1.04)
     axes.margins(y=0.1)
     axes.set_xticks(*zip(*scale.ticks, strict=True))
-    return charts.svg(axes, f"Validation mAP by {name}")
+    return charts.to_svg(axes, f"Validation mAP by {name}")
 
 
-def _aside(scale: Scale, trial: Trial, name: str) -> float:
+def _aside(scale: Scale, trial: TrialRecord, name: str) -> float:
     """A little to the side, by the trial's number, where many share one value."""
     if scale.range.kind != "choice" and trial.settings[name] != scale.range.off:
         return 0.0
@@ -199,22 +200,22 @@ def _aside(scale: Scale, trial: Trial, name: str) -> float:
 
 
 @styled
-def parallel(sweep: Sweep) -> Markup:
+def plot_parallel_coordinate(sweep: SweepRecord) -> Markup:
     """A line a trial through its settings, one axis below the other, down to what it reached."""
     trials = sorted((t for t in sweep.trials if t.score is not None), key=lambda t: t.score or 0)
     if len(trials) < 2:
         return Markup()
-    scales = {name: Scale(found) for name, found in sweep.search.items()}
+    scales = {name: Scale(range_) for name, range_ in sweep.search.items()}
     low, high = trials[0].score or 0, trials[-1].score or 0
     reached = Scale(SearchRange("uniform", (low, high if high > low else low + 1e-3)))
     top = max(1, len(trials) // 10)
     step = 54
-    axes = charts.axes_of(height=step * (len(scales) + 1) + 6)
+    axes = charts.make_axes(height=step * (len(scales) + 1) + 6)
     for i, trial in enumerate(trials):
         places = [scales[n].place(trial.settings[n]) if n in trial.settings else math.nan for n in scales]
         ys = [-step * j for j in range(len(scales) + 1)]
         look = _parallel_look(trial.name == sweep.best, i >= len(trials) - top, len(trials))
-        charts.line(
+        charts.draw_line(
             axes, list(zip([*places, reached.place(trial.score)], ys, strict=True)), tip(trial, sweep.search), **look
         )
     for j, (name, scale) in enumerate([*scales.items(), ("validation mAP", reached)]):
@@ -222,7 +223,7 @@ def parallel(sweep: Sweep) -> Markup:
     axes.set_xlim(0, 1)
     axes.set_ylim(-step * len(scales) - 22, 30)
     axes.set_axis_off()
-    return charts.svg(axes, "Settings of all trials and what they reached")
+    return charts.to_svg(axes, "Settings of all trials and what they reached")
 
 
 def _parallel_look(best: bool, leading: bool, number: int) -> dict[str, Any]:

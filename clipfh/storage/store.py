@@ -47,6 +47,15 @@ class Folder:
         """Last part of the whole path."""
         return self.path.rpartition("/")[2]
 
+    @property
+    def parent(self) -> Folder:
+        """The folder above."""
+        return Folder((self.given if "://" in self.given else self.path).rpartition("/")[0])
+
+    def is_folder(self) -> bool:
+        """Whether it is there, and not a file."""
+        return bool(self._info("").type == pyarrow.fs.FileType.Directory)
+
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder is there."""
         return bool(self._info(name).type != pyarrow.fs.FileType.NotFound)

@@ -29,6 +29,7 @@ from clipfh.model.clip import load_weights
 from clipfh.report import artifacts, page
 from clipfh.retrieval import evaluate, metrics
 from clipfh.storage import layout, store
+from clipfh.storage.store import Folder
 from clipfh.sweep import finalists, retention
 from clipfh.sweep.leaderboard import ZERO_SHOT, Leaderboard, Row
 from clipfh.sweep.searcher import StudySearcher, open_study
@@ -237,8 +238,8 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
         experiment, best = weights.experiment, load_weights(weights.experiment.model, weights.state, weights.path)
     (before, old), (after, new) = _tested(context, "zero_shot", context.clip), _tested(context, "test", best)
     shutil.rmtree(out / layout.BEST, ignore_errors=True)
-    evidence = {"zero_shot": before, "test": after, "catalogue": export.account(context.catalogue)}
-    photos = export.photos_of(context.catalogue)
+    evidence = {"zero_shot": before, "test": after, "catalogue": artifacts.catalogue_account(context.catalogue)}
+    photos = export.sample_photos(context.catalogue)
     export.export(best, experiment, out / layout.BEST, {**evidence, "refit": winner.refit}, photos)
     summary = {
         "name": context.sweep.name,
@@ -262,10 +263,10 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
 
 def _took(rows: list[Row], out: Path) -> dict[str, dict[str, float]]:
     """Images seen and seconds, added up, of the trials and of the runs after them."""
-    again = artifacts.final_runs(out).values()
+    again = [run.spent for run in artifacts.final_runs(Folder(out))]
     counts = {
         "trials": [(row["images"], row["seconds"]) for row in rows],
-        "final": list(again),
+        "final": again,
     }
     return {
         name: {"images": sum(images for images, _ in each), "seconds": round(sum(seconds for _, seconds in each), 1)}

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from clipfh import UserError, __version__
-from clipfh.config import schema
+from clipfh.report import artifacts
+from clipfh.report.artifacts import RunRecord
 from clipfh.storage import layout
 from clipfh.storage.store import Folder
 
@@ -65,13 +66,13 @@ def following(tracker: str | None, out: Path) -> Iterator[None]:
 class _MLflow:
     """A run in MLflow, at MLFLOW_TRACKING_URI, in the experiment MLFLOW_EXPERIMENT_NAME."""
 
-    def __init__(self, name: str, tags: Mapping[str, str], settings: Mapping[str, Any], known: str) -> None:
+    def __init__(self, name: str, tags: Mapping[str, str], settings: Mapping[str, Any], run_id: str) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
         self.client = MlflowClient()
-        if known:
-            self.id = known
+        if run_id:
+            self.id = run_id
             self.client.update_run(self.id, status="RUNNING")
             return
         experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
@@ -79,8 +80,8 @@ class _MLflow:
         self.client.log_batch(self.id, params=[Param(key, str(value)) for key, value in settings.items()])
 
     def _experiment(self, name: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        return found.experiment_id if found else self.client.create_experiment(name)
+        experiment = self.client.get_experiment_by_name(name)
+        return experiment.experiment_id if experiment else self.client.create_experiment(name)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -95,12 +96,12 @@ class _MLflow:
 class _Wandb:
     """A run in Weights & Biases, in the project WANDB_PROJECT."""
 
-    def __init__(self, name: str, tags: Mapping[str, str], settings: Mapping[str, Any], known: str) -> None:
+    def __init__(self, name: str, tags: Mapping[str, str], settings: Mapping[str, Any], run_id: str) -> None:
         import wandb
 
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=known or None,
+            id=run_id or None,
             name=name,
             group=tags.get("sweep"),
             config={**settings, **tags},
@@ -127,43 +128,36 @@ class Mirror:
     """
 
     def __init__(self, tracker: str, out: Path) -> None:
-        self.tracker, self.out = tracker, Folder(out)
+        self.tracker, self.out = tracker, out
         self.open: dict[str, Any] = {}
 
     def send(self) -> None:
         """Send all that is new. Raises whatever the tracker raises; what was not sent then is sent by the next call."""
-        for run in self._runs():
-            state = run.read_json(layout.TRACK).get(self.tracker, {"id": "", "step": 0})
-            new = [line for line in run.read_lines(layout.REPORTS) if line["step"] > state["step"]]
-            if run.path not in self.open and (new or not state["id"]):
-                self.open[run.path] = self._start(run, state["id"])
-                self._save_state(run, {**state, "id": self.open[run.path].id})
+        for run in artifacts.runs(self.out):
+            name, state = str(run.folder), run.folder.read_json(layout.TRACK).get(self.tracker, {"id": "", "step": 0})
+            new = [line for line in run.lines if line["step"] > state["step"]]
+            if name not in self.open and (new or not state["id"]):
+                self.open[name] = self._start(run, state["id"])
+                self._save_state(run, {**state, "id": self.open[name].id})
             for line in new:
-                self.open[run.path].log(line["step"], _numbers(line))
-                self._save_state(run, {"id": self.open[run.path].id, "step": line["step"]})
+                self.open[name].log(line["step"], _numbers(line))
+                self._save_state(run, {"id": self.open[name].id, "step": line["step"]})
 
     def finish(self) -> None:
         """End the runs that were sent to."""
         for run in self.open.values():
             run.finish()
 
-    def _runs(self) -> list[Folder]:
-        trials = [*self.out.folders(layout.TRIALS), *self.out.folders(layout.FINAL)]
-        folders = [self.out] if self.out.exists(layout.RUN) else trials
-        return [folder for folder in folders if folder.exists(layout.EXPERIMENT)]
+    def _start(self, run: RunRecord, run_id: str) -> Any:  # noqa: ANN401
+        tags, name, sweep = {"clipfh": __version__, "stage": run.settings["stage"]}, run.name, Folder(self.out)
+        if run.folder.path != sweep.path:
+            tags |= {"sweep": sweep.name, "trial": run.name}
+            name = f"{sweep.name}-{run.name}"
+        return TRACKERS[self.tracker](name, tags, run.settings, run_id)
 
-    def _start(self, run: Folder, known: str) -> Any:  # noqa: ANN401
-        experiment = schema.from_json(run.read_text(layout.EXPERIMENT), f"{run}/{layout.EXPERIMENT}")
-        tags = {"clipfh": __version__, "stage": experiment.stage}
-        name = run.name
-        if run.path != self.out.path:
-            tags |= {"sweep": self.out.name, "trial": run.name}
-            name = f"{self.out.name}-{run.name}"
-        return TRACKERS[self.tracker](name, tags, schema.flatten(experiment), known)
-
-    def _save_state(self, run: Folder, state: dict[str, Any]) -> None:
-        states = {**run.read_json(layout.TRACK), self.tracker: state}
-        run.write(layout.TRACK, json.dumps(states) + "\n")
+    def _save_state(self, run: RunRecord, state: dict[str, Any]) -> None:
+        states = {**run.folder.read_json(layout.TRACK), self.tracker: state}
+        run.folder.write(layout.TRACK, json.dumps(states) + "\n")
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
@@ -179,24 +173,24 @@ def main(tracker: str, out: Path) -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     logging.disable(logging.ERROR)  # what they tell of themselves is not for the command's output
-    mirror, is_over, told = Mirror(tracker, out), False, False
+    mirror, is_over, is_away = Mirror(tracker, out), False, False
     while not is_over:
-        is_over = bool(select.select([sys.stdin], [], [], AWAY_SECONDS if told else POLL_SECONDS)[0])
+        is_over = bool(select.select([sys.stdin], [], [], AWAY_SECONDS if is_away else POLL_SECONDS)[0])
         try:
             mirror.send()
             if is_over:
                 mirror.finish()
-            told = False
+            is_away = False
         except Exception as error:  # whatever a library of others has, training goes on
             reason = " ".join(str(error).split())[:160]
             if is_over:
                 print(f"warning: not all was sent to {tracker} ({reason}); --resume sends the rest", flush=True)
-            elif not told:
+            elif not is_away:
                 print(
                     f"warning: {tracker} does not answer ({reason}); training goes on, and it is asked again",
                     flush=True,
                 )
-            told = True
+            is_away = True
 
 
 if __name__ == "__main__":

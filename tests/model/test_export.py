@@ -17,6 +17,7 @@ from clipfh.data import images
 from clipfh.model import export, onnx
 from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer
 from clipfh.model.towers import Towers, embed_images, embed_texts
+from clipfh.report import artifacts
 from clipfh.retrieval import metrics
 
 EXPERIMENT = presets.resolve("joint", None, {"model.name": SMALL_MODEL})
@@ -29,7 +30,7 @@ def clip():
 
 @pytest.fixture(scope="module")
 def photos(small_catalogue):
-    return export.photos_of(small_catalogue)
+    return export.sample_photos(small_catalogue)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def figures(mAP):
 
 
 def test_the_card_tells_what_is_known(clip, small_catalogue):
-    account = export.account(small_catalogue)
+    account = artifacts.catalogue_account(small_catalogue)
     known = {"catalogue": account, "test": figures(0.5), "zero_shot": figures(0.25)}
     text = export.card(EXPERIMENT, known, clip, with_onnx=False)
     assert "| mAP | 0.250 [0.150, 0.350] | 0.500 [0.400, 0.600] |" in text
@@ -141,13 +142,6 @@ def test_no_value_on_the_card_is_taken_for_markup(clip):
     row = next(line for line in text.splitlines() if line.startswith("| `text.file` "))
     escaped = r"a\|b &lt;script&gt;alert(1)&lt;/script&gt; \`c\` \*d\* \[e\](f).json"
     assert row == f"| `text.file` | {escaped} |" and f"from the weights {escaped}, so" in text
-
-
-def test_a_catalogue_that_changed_is_not_the_models(small_catalogue):
-    account = export.account(small_catalogue)
-    assert export.catalogue_of({"catalogue": account}).path == small_catalogue.path
-    assert export.catalogue_of({"catalogue": {**account, "hash": "another"}}) is None
-    assert export.catalogue_of({"catalogue": {**account, "path": "/nowhere"}}) is None
 
 
 def test_a_model_that_came_out_otherwise_is_no_export(clip, photos, tmp_path, monkeypatch):

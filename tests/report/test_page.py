@@ -195,8 +195,8 @@ def drawings(page: Page, *settings: str) -> list[str]:
 
 def test_the_setting_that_matters_is_named_first(tmp_path):
     folder = make_sweep(tmp_path / "s", "d" * 60)
-    assert next(iter(sweep_charts.shares_of(page_module.read(folder)))) == "optimizer.lr"
-    assert sweep_charts.shares_of(page_module.read(make_sweep(tmp_path / "few", "d" * 5))) == {}
+    assert next(iter(sweep_charts.compute_importances(page_module.read(folder)))) == "optimizer.lr"
+    assert sweep_charts.compute_importances(page_module.read(make_sweep(tmp_path / "few", "d" * 5))) == {}
 
 
 def test_a_sweep_of_one_setting(tmp_path):
@@ -296,12 +296,12 @@ def test_pictures_show_what_was_gained_and_what_stays_hard(small_catalogue, tmp_
     before = make_pictured(tmp_path / "before", small_catalogue, [i == number - 1 for i in range(number)])
     after = make_pictured(tmp_path / "after", small_catalogue, [i == 0 for i in range(number)])
     paths = small_catalogue.rows("query")["path"].to_pylist()
-    walls, _ = examples.walls(page_module.read(before).models + page_module.read(after).models)
-    shown = {wall.title: wall.queries for wall in walls}
+    groups, _ = examples.pick_examples(page_module.read(before).models + page_module.read(after).models)
+    shown = {group.title: group.queries for group in groups}
     assert [query.path for query in shown["Gained most"]] == [paths[0]]
     assert [query.path for query in shown["Lost most"]] == [paths[-1]]
-    gained = shown["Gained most"][0].lines
-    assert gained[1].precision == 1 > gained[0].precision and gained[1].finds[0].is_right
+    gained = shown["Gained most"][0].rankings
+    assert gained[1].precision == 1 > gained[0].precision and gained[1].retrieved[0].is_right
     assert gained[1].first == 1 < gained[0].first
     page = Page(page_module.write([before, after], tmp_path / "page.html"))
     listed = small_catalogue.num_images("gallery")
