@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import clipfh
+from clipfh.storage import layout
 
 LEVELS = [{"storage", "config"}, {"data", "cluster"}, {"model", "report"}]
 LEVELS += [{wing} for wing in ("retrieval", "learn", "train", "sweep", "demo", "cli")]
@@ -69,6 +70,45 @@ def test_imports_make_no_circle():
 def test_what_is_pure_knows_nothing_of_ray(module):
     if module in WITHOUT_RAY or module.split(".")[0] in WINGS_WITHOUT_RAY:
         assert [name for name in imported(TREES[module]) if name.split(".")[0] == "ray"] == []
+
+
+NAMES = {value for name, value in vars(layout).items() if name.isupper()}
+FILES = {name for name in NAMES if "." in name}
+FOLDERS = NAMES - FILES
+
+
+def literal_names(tree: ast.AST) -> Iterator[str]:
+    """Strings of a module that name a file or folder of a command: as a path, not in a sentence for people."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    templates = {id(each) for call in calls if getattr(call.func, "attr", "") == "get_template" for each in call.args}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in templates:
+            parts = node.value.split("/")
+            if " " not in node.value and (parts[-1] in FILES or (len(parts) > 1 and FOLDERS & {*parts})):
+                yield node.value
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            operands = [side.value for side in (node.left, node.right) if isinstance(side, ast.Constant)]
+            yield from (value for value in operands if value in FOLDERS)
+
+
+@pytest.mark.parametrize("module", sorted(TREES.keys() - {"storage.layout", "cli.main", "sweep.trial"}))
+def test_file_names_of_commands_stand_in_the_layout_alone(module):
+    assert sorted(literal_names(TREES[module])) == []
+
+
+BY_THE_STORE = {"storage.run_folder", "train.inputs", "train.in_process", "train.track", "retrieval.evaluate"}
+BY_THE_STORE |= {"report.artifacts", "report.status", "report.examples", "report.model_charts", "report.sweep_charts"}
+PATH_METHODS = {"write_text", "write_bytes", "is_file", "is_dir", "iterdir", "glob", "rglob", "mkdir", "unlink", "stat"}
+PATH_METHODS |= {"rename", "rmdir", "touch", "symlink_to"}
+
+
+@pytest.mark.parametrize("module", sorted(BY_THE_STORE))
+def test_what_reads_and_writes_below_out_does_so_by_the_store(module):
+    """Modules to which a bucket may be given one day: a list to grow."""
+    called = [node.func for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)]
+    assert [func.id for func in called if isinstance(func, ast.Name) and func.id == "open"] == []
+    assert [func.attr for func in called if isinstance(func, ast.Attribute) and func.attr in PATH_METHODS] == []
+    assert {"os", "shutil", "tempfile"} & {*imported(TREES[module])} <= {"os"}  # its environment
 
 
 def test_the_command_line_loads_neither_torch_nor_ray():

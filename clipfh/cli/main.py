@@ -392,6 +392,8 @@ def prompts(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     from clipfh.data import catalogue
     from clipfh.retrieval import evaluate
+    from clipfh.storage import layout
+    from clipfh.storage.store import Folder
 
     pass
 
@@ -418,7 +420,7 @@ def evaluate(args: argparse.Namespace) -> None:
     found = evaluate.measure(out, embedded, args.random_splits, args.skip_unmatched, args.rerank)
     of = {"path": str(opened.path), "hash": opened.manifest["hash"]}
     told = {"catalogue": of, "split": args.split, "model": experiment.model.name, "checkpoint": args.checkpoint}
-    (out / "evaluation.json").write_text(json.dumps(told, indent=2) + "\n")
+    Folder(out).write(layout.EVALUATION, json.dumps(told, indent=2) + "\n")
     print(_figures(found))
     top = evaluate.TOP
     print(f"all figures: {out}/metrics.json; the first {top} finds of each query: {out}/predictions.parquet")
@@ -581,6 +583,7 @@ def export(args: argparse.Namespace) -> None:
     from clipfh.model import checkpoint, export
     from clipfh.model.clip import load_weights
     from clipfh.report import artifacts
+    from clipfh.storage import layout
 
     weights = checkpoint.load(args.path)
     if weights.experiment is None:
@@ -595,7 +598,7 @@ def export(args: argparse.Namespace) -> None:
     checked = f"{len(photos)} photos of {catalogue.path}" if catalogue else "noise, as its catalogue is not there"
     print(f"checked with {checked}: embeddings equal the checkpoint's")
     if args.onnx:
-        print(f"ONNX towers: {args.out}/{export.ONNX}")
+        print(f"ONNX towers: {args.out}/{layout.ONNX}")
     print(f'open_clip.create_model_and_transforms("local-dir:{args.out}") loads it; {args.out}/README.md tells more')
 
 

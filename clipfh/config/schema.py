@@ -163,7 +163,7 @@ def to_json(experiment: Experiment) -> str:
     return json.dumps(dataclasses.asdict(experiment), indent=2) + "\n"
 
 
-def from_json(text: str, where: str = "experiment.json") -> Experiment:
+def from_json(text: str, where: str = "the text") -> Experiment:
     """The experiment from `to_json`'s text.
 
     Raises:

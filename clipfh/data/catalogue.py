@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from clipfh import UserError
 from clipfh.data.splits import SPLITS
+from clipfh.storage import layout
 
 FORMAT, VERSION = "clipfh-catalogue", 2
 COLUMNS = ("item_id", "variant", "view", "gender", "category", "path", "split", "text", "color")
@@ -66,9 +67,9 @@ class Catalogue:
 def open_catalogue(path: str | Path) -> Catalogue:
     """Open what `prepare` wrote. Raises UserError where it is no catalogue, of another version, or not whole."""
     path = Path(path).absolute()  # workers of a cluster have another working directory
-    file = path / "catalogue.json"
+    file = path / layout.CATALOGUE
     if not file.is_file():
-        if partial_folder(path).exists() or (path / "plan.json").exists():
+        if partial_folder(path).exists() or (path / layout.PLAN).exists():
             raise UserError(f"{path}: half-written: run the same clipfh prepare again, it goes on where it stopped")
         raise UserError(f"{path}: not a catalogue (it has no catalogue.json): make one with clipfh prepare")
     try:

@@ -44,6 +44,7 @@ from clipfh.data.catalogue import (
 from clipfh.data.encode import encode_file, start_encoding
 from clipfh.data.sources import LeftOut, Photo
 from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, check_not_empty, digest
+from clipfh.storage import layout
 
 SHARD_IMAGES = 512  # a task of a process, and what a kill may cost; fewer where they would be few shards for the cores
 ROW_GROUP_IMAGES = 64  # all that a process has in memory
@@ -247,7 +248,7 @@ def _user_errors(folder: Path) -> Iterator[None]:
 def _claim(folder: Path, plan: str) -> None:
     """Make the folder ours for this plan: keep what the same plan left there, clear what another plan left."""
     folder.mkdir(parents=True, exist_ok=True)
-    file, content = folder / "plan.json", json.dumps({"plan": plan})
+    file, content = folder / layout.PLAN, json.dumps({"plan": plan})
     if file.is_file() and file.read_text() == content:
         return
     if file.is_file():
@@ -386,9 +387,9 @@ def _oddities(rows: pa.Table, items: pa.Table) -> list[str]:
 def _finish(folder: Path, out: Path, manifest: dict[str, Any]) -> None:
     for stale in folder.glob("*.tmp"):
         stale.unlink()
-    with (folder / "catalogue.json").open("w", encoding="utf-8") as file:
+    with (folder / layout.CATALOGUE).open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
     folder.rename(out)
-    (out / "plan.json").unlink()
+    (out / layout.PLAN).unlink()

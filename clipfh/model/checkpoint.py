@@ -17,8 +17,6 @@ from clipfh.config.experiment import Experiment
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
 
-RAW, AVERAGE, STATE = layout.RAW_WEIGHTS, layout.AVERAGE_WEIGHTS, layout.TRAINING_STATE
-
 
 @dataclass(frozen=True)
 class Weights:

@@ -31,9 +31,9 @@ from clipfh.model.clip import (
     weights_name,
 )
 from clipfh.storage import layout, store
+from clipfh.storage.store import Folder
 
 TOLERANCE = 1e-5
-ONNX = layout.ONNX
 TEXTS = ("a red dress", "Women's blouse. Cotton, with a V-neck and long sleeves.", "jeans")
 """Words that the export and the checkpoint must embed alike."""
 
@@ -64,7 +64,7 @@ def export(
         UserError: something is there already, or a library for ONNX is missing.
     """
     out, photos = Path(out), photos if len(photos) > 1 else _noise()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_file() or not Folder(out).is_empty():
         raise UserError(f"--out {out} is not empty: remove it, or name another folder")
     if with_onnx:
         onnx.require()

@@ -14,9 +14,7 @@ from clipfh import UserError
 from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
 
-SWEEP, EXPERIMENT, METRICS, SNAPSHOT = layout.SWEEP, layout.EXPERIMENT, layout.REPORTS, layout.SNAPSHOT
-
-FREED = layout.FREED
+SWEEP, EXPERIMENT = layout.SWEEP, layout.EXPERIMENT
 
 AWAY = 600
 """Seconds that a run or a sweep waits for its folder, as a share that is not mounted comes back."""

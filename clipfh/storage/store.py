@@ -56,6 +56,11 @@ class Folder:
         """Whether it is there, and not a file."""
         return bool(self._info("").type == pyarrow.fs.FileType.Directory)
 
+    def is_empty(self) -> bool:
+        """Whether nothing is in it, or it is not there."""
+        with _naming(self.path):
+            return not self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.path, allow_not_found=True))
+
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder is there."""
         return bool(self._info(name).type != pyarrow.fs.FileType.NotFound)

@@ -302,10 +302,10 @@ def outcome(summary: dict[str, Any], out: str | Path) -> str:
         lines.append("Tuning made nothing better: the zero-shot model is the winner.")
     lines.append(
         f"trials      {summary['trials']} ({summary['failed']} failed), winner {summary['best_trial']}: "
-        f"{out}/leaderboard.csv"
+        f"{out}/{layout.LEADERBOARD}"
     )
-    lines.append(f"export      {out}/best")
-    lines.append(f"report      {out}/report.html")
+    lines.append(f"export      {out}/{layout.BEST}")
+    lines.append(f"report      {out}/{layout.REPORT}")
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from clipfh import UserError, mendable
 from clipfh.cluster import resources as cluster
 from clipfh.config.experiment import Experiment
 from clipfh.config.schedule import make_schedule
+from clipfh.storage import store
 from clipfh.train.run_inputs import Inputs
 
 WORKER = "clipfh.train.ray_worker"
@@ -39,11 +40,8 @@ class _WholeLists(ControllerCallback):
 
 def _write_list(manager: Any) -> None:
     """CheckpointManager's method of that name, by way of a second file."""
-    store = manager._storage_context.storage_filesystem
-    path = manager._storage_context.checkpoint_manager_snapshot_path
-    with store.open_output_stream(f"{path}.new") as file:
-        file.write(manager._save_state().encode())
-    store.move(f"{path}.new", path)
+    place = manager._storage_context
+    store.write(place.checkpoint_manager_snapshot_path, manager._save_state(), place.storage_filesystem)
 
 
 class _Patience(DefaultFailurePolicy):

@@ -57,7 +57,7 @@ def open_run(
     folder, file = Folder(out), out / layout.EXPERIMENT
     if resume and not folder.exists(layout.RUN):
         raise UserError(f"--resume: {out} holds no run; leave --resume out to start one")
-    if not resume and out.exists() and any(out.iterdir()):
+    if not resume and not folder.is_empty():
         raise UserError(f"--out {out} is not empty: --resume goes on with its run, or name another folder")
     catalogue.require("train", "val_query", "val_gallery")
     warm_start = str(Path(warm_start).absolute()) if warm_start else None

@@ -21,6 +21,7 @@ from clipfh.learn.tally import Diverged, Tally
 from clipfh.model import checkpoint as checkpoint_module
 from clipfh.model.clip import build_model, load_initial_model
 from clipfh.model.devices import choose_device, explain_out_of_memory, precision_notes
+from clipfh.storage import layout
 from clipfh.storage.run_folder import History
 from clipfh.train.run_inputs import Inputs
 
@@ -223,7 +224,7 @@ def _write_events(out: str, values: dict[str, Any]) -> None:
     from tensorboardX import SummaryWriter
 
     if Path(out).is_dir():
-        with SummaryWriter(f"{out}/tensorboard", purge_step=values["step"]) as writer:
+        with SummaryWriter(f"{out}/{layout.TENSORBOARD}", purge_step=values["step"]) as writer:
             for name, value in values.items():
                 if isinstance(value, float):
                     writer.add_scalar(name, value, values["step"])

@@ -43,7 +43,7 @@ from clipfh.cluster import resources as cluster
 from clipfh.config import sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import SweepFile
-from clipfh.storage import run_folder
+from clipfh.storage import layout, run_folder
 from clipfh.sweep import searcher, tuner
 from clipfh.sweep import trial as trial_module
 from clipfh.sweep.leaderboard import Leaderboard
@@ -334,7 +334,7 @@ def _polling(out: Path) -> float:
     out.mkdir()
     keys = [f"loss_{number}" for number in range(20)]
     lines = [json.dumps({**_line(n, 0.5), "step": n, **dict.fromkeys(keys, 0.123456789)}) for n in range(REPORTS // 2)]
-    (out / run_folder.METRICS).write_text("\n".join(lines))
+    (out / layout.REPORTS).write_text("\n".join(lines))
     for number in range(NODES):
         cluster.queue(f"trial-{number}")
     read = _best(lambda: run_folder.read_metrics(out), 20)

@@ -12,6 +12,7 @@ from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import SweepFile
 from clipfh.model import checkpoint
 from clipfh.model.devices import choose_device
+from clipfh.storage import layout
 from clipfh.sweep import estimate
 from clipfh.train.inputs import tokenize_captions
 
@@ -102,7 +103,7 @@ def test_sizes_are_those_of_a_real_checkpoint(small_catalogue, tmp_path):
         folder.mkdir()
         checkpoint.save(folder, experiment, learner.clip.state_dict(), learner.average.weights, learner.state(), {})
         found = {file.name: file.stat().st_size for file in folder.iterdir()}
-        assert weights == pytest.approx(found[checkpoint.RAW] + found[checkpoint.AVERAGE], rel=0.02)
+        assert weights == pytest.approx(found[layout.RAW_WEIGHTS] + found[layout.AVERAGE_WEIGHTS], rel=0.02)
         assert whole == pytest.approx(sum(found.values()), rel=0.02)
 
 

@@ -12,7 +12,7 @@ from clipfh import UserError
 from clipfh.config import presets, schema, sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.model import checkpoint
-from clipfh.storage import run_folder
+from clipfh.storage import layout, run_folder
 from clipfh.sweep import finalists, retention, trial
 from clipfh.train import driver
 
@@ -22,9 +22,9 @@ EXPERIMENT = presets.resolve("image", None, {"model.name": SMALL_MODEL})
 def make_run(folder: Path, *scores: float, lr: float = 1e-3) -> Path:
     """A run with a report for each score, and the checkpoints that Ray Train would keep: the best and the latest."""
     folder.mkdir(parents=True)
-    (folder / run_folder.EXPERIMENT).write_text(schema.to_json(schema.replace(EXPERIMENT, {"optimizer.lr": lr})))
+    (folder / layout.EXPERIMENT).write_text(schema.to_json(schema.replace(EXPERIMENT, {"optimizer.lr": lr})))
     lines = [{"step": 4 * i, "images": 4 * i, "val_mAP": score} for i, score in enumerate(scores, 1)]
-    (folder / run_folder.METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (folder / layout.REPORTS).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     listed = sorted(lines, key=lambda line: line["val_mAP"])
     listed = [line for line in listed if line in (listed[-1], lines[-1])]
     results = [{"checkpoint_dir_name": f"checkpoint_{line['step']}", "metrics": line} for line in listed]
@@ -38,15 +38,15 @@ def make_run(folder: Path, *scores: float, lr: float = 1e-3) -> Path:
     for each in results:
         made = folder / "checkpoints" / each["checkpoint_dir_name"]
         made.mkdir(parents=True)
-        for name in (checkpoint.RAW, checkpoint.AVERAGE, checkpoint.STATE):
+        for name in (layout.RAW_WEIGHTS, layout.AVERAGE_WEIGHTS, layout.TRAINING_STATE):
             (made / name).write_bytes(bytes(1000))
-    (folder / "checkpoints" / run_folder.SNAPSHOT).write_text(state.json())
+    (folder / "checkpoints" / layout.SNAPSHOT).write_text(state.json())
     return folder
 
 
 def left(run: Path) -> list[str]:
     """Weights and state on disk, having checked that just the folders are there that the run is said to have."""
-    state = _CheckpointManagerState.parse_raw((run / "checkpoints" / run_folder.SNAPSHOT).read_text())
+    state = _CheckpointManagerState.parse_raw((run / "checkpoints" / layout.SNAPSHOT).read_text())
     freed = run_folder.read_freed(run)
     names = {freed["kept"]} - {""} if freed else {each.checkpoint_dir_name for each in state.checkpoint_results}
     assert names == {folder.name for folder in (run / "checkpoints").glob("checkpoint_*/")}
@@ -124,7 +124,7 @@ def test_a_trial_without_weights_says_why_and_stays_where_it_ended(make_keeper, 
         checkpoint.load(run)
     assert run_folder.latest_step(run) == 4 and run_folder.latest_step(tmp_path / "trials/0003") == 12
     assert run_folder.best_of(tmp_path / "trials/0003") == "checkpoint_8"
-    trial._clear_of_another(run, schema.load_experiment(run / run_folder.EXPERIMENT))
+    trial._clear_of_another(run, schema.load_experiment(run / layout.EXPERIMENT))
     assert not (run / "checkpoints").exists(), "trained anew, it begins anew"
 
 

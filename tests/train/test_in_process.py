@@ -10,7 +10,7 @@ from clipfh.cluster import resources as cluster
 from clipfh.config import cores
 from clipfh.config.experiment import Placement
 from clipfh.data import decoding, stream
-from clipfh.storage import run_folder
+from clipfh.storage import layout, run_folder
 from clipfh.train import in_process, worker
 
 
@@ -67,7 +67,7 @@ def test_the_best_checkpoint_and_the_latest_are_kept(tmp_path):
     with again.checkpoint() as latest:
         assert latest
     kept = sorted(folder.name for folder in (tmp_path / "checkpoints").glob("checkpoint_*-*"))
-    listed = json.loads((tmp_path / "checkpoints" / run_folder.SNAPSHOT).read_text())
+    listed = json.loads((tmp_path / "checkpoints" / layout.SNAPSHOT).read_text())
     assert sorted(each["checkpoint_dir_name"] for each in listed["checkpoint_results"]) == kept
     assert [each["metrics"]["step"] for each in listed["checkpoint_results"]] == [4, 2], "worst first"
     assert run_folder.best_of(tmp_path) == listed["checkpoint_results"][1]["checkpoint_dir_name"]

@@ -30,7 +30,7 @@ from clipfh.model import checkpoint
 from clipfh.model.clip import get_preprocess
 from clipfh.model.towers import embed_images
 from clipfh.retrieval import evaluate
-from clipfh.storage import run_folder
+from clipfh.storage import layout, run_folder
 from clipfh.train import driver, worker
 from clipfh.train import inputs as inputs_module
 from clipfh.train.inputs import (
@@ -68,8 +68,10 @@ def image_run(fitted, tiny):
 
 def final(run: Path) -> dict[str, torch.Tensor]:
     """Raw weights of the run's last checkpoint."""
-    snapshot = json.loads((run / "checkpoints" / run_folder.SNAPSHOT).read_text())
-    return load_file(run / "checkpoints" / snapshot["latest_checkpoint_result"]["checkpoint_dir_name"] / checkpoint.RAW)
+    snapshot = json.loads((run / "checkpoints" / layout.SNAPSHOT).read_text())
+    return load_file(
+        run / "checkpoints" / snapshot["latest_checkpoint_result"]["checkpoint_dir_name"] / layout.RAW_WEIGHTS
+    )
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
