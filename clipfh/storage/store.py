@@ -6,7 +6,6 @@ After a kill or on a full disk, what was there before is still there.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from clipfh import UserError
 
@@ -166,8 +164,13 @@ def write(path: str | Path, content: str | bytes, filesystem: pyarrow.fs.FileSys
 def replacing(path: str | Path, filesystem: pyarrow.fs.FileSystem | None = None) -> Iterator[IO[bytes]]:
     """A file to write, which takes its place at `path` when the block ends well; else what was there stays."""
     if filesystem is None or isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-        with _Replacing(str(path)) as local:
-            yield local
+        new = Path(f"{path}.new")
+        try:
+            with new.open("wb") as local:
+                yield local
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
         return
     with filesystem.open_output_stream(f"{path}.new") as file:
         yield file
@@ -189,63 +192,3 @@ def whole_folder(path: Path) -> Iterator[Path]:
         new.replace(path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def local_store() -> pyarrow.fs.FileSystem:
-    """The local file system, for Tune: where it copies its state to, the state before stays until the new one is whole.
-
-    Not for checkpoints: Ray Train reads these in place only through pyarrow's own.
-    """
-    return pyarrow.fs.PyFileSystem(_Whole(LocalFileSystem()))
-
-
-class _Whole(pyarrow.fs.FSSpecHandler):
-    """The local file system, of whole files."""
-
-    def open_output_stream(self, path: str, metadata: Any) -> pyarrow.PythonFile:
-        return pyarrow.PythonFile(_Replacing(path), mode="w")
-
-
-class _Replacing(io.BufferedWriter):
-    """Takes a file's place when it is closed, but not after an error, and not where nobody closed it."""
-
-    whole = False
-
-    def __init__(self, path: str) -> None:
-        self.path, self.new = Path(path), Path(f"{path}.new")
-        super().__init__(io.FileIO(self.new, "w"))
-        self.whole = True
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            self.discard()
-            raise
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        try:
-            super().close()
-        except OSError:
-            self.whole = False
-            raise
-        finally:
-            if self.whole:
-                self.new.replace(self.path)
-            else:
-                self.new.unlink()
-
-    def discard(self) -> None:
-        """Close, and leave what was there."""
-        self.whole = False
-        with contextlib.suppress(OSError):  # of what is still in the buffer
-            self.close()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.discard() if kind else self.close()
-
-    def __del__(self) -> None:
-        if self.whole:
-            self.discard()

@@ -95,20 +95,20 @@ def run(
         each_report: tell of each report of each trial.
 
     Raises:
-        UserError: a folder that holds another sweep, or nothing to resume; an empty split.
+        UserError: a folder that holds another sweep, one of an older version, or nothing to resume; an empty split.
     """
     out, started = Path(out).absolute(), time.monotonic()
     catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
     base = sweep.experiment(sweep.first)
     _begin(sweep, out, resume)
     _require_same(catalogue, base, out, tell)
+    study = open_study(sweep, out, retry_failed)
     resources = cluster.place(sweep.placement, alone=False, tell=tell)
     tell(f"{sweep.trials} trials, {cluster.at_once(sweep.placement, resources)} at once, each {resources}")
     texts = load_prompts_for(catalogue, base, *VALIDATION, "query", "gallery")
     context = _Context(sweep, catalogue, out, base, load_start(base), texts, resources, tell)
     zero_shot = _zero_shot(context)
     inputs = _inputs(context, zero_shot)
-    study = open_study(sweep, out, retry_failed)
     board, keeper = Leaderboard(out, sweep, study, zero_shot), retention.Keeper(sweep, out)
     searcher = StudySearcher(sweep, study, functools.partial(cluster.at_once, sweep.placement, resources))
     with cluster.asking(sweep.placement, resources) as ask:
