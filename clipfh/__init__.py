@@ -1,12 +1,63 @@
 """clipfh tunes CLIP to find the same item again in a catalogue of photos.
 
-Importing this package loads neither torch nor ray: the modules that need them import them when they run.
+What the commands do is here as functions: `prepare`, `open_catalogue`, `evaluate`, `train`, `sweep`, `export`, `embed`
+and `search`. Each is loaded when it is first used, so importing this package loads neither torch nor ray.
 """
 
+import importlib
 import re
+import sys
 from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipfh.data.catalogue import open_catalogue
+    from clipfh.data.prepare import prepare
+    from clipfh.retrieval.evaluate import evaluate
+    from clipfh.retrieval.lookup import embed, search
+    from clipfh.sweep.run import sweep
+    from clipfh.train.export import export
+    from clipfh.train.run import train
 
 __version__ = "0.1.0"
+__all__ = ["UserError", "embed", "evaluate", "export", "open_catalogue", "prepare", "search", "sweep", "train"]
+
+_MODULES = {
+    "embed": "clipfh.retrieval.lookup",
+    "evaluate": "clipfh.retrieval.evaluate",
+    "export": "clipfh.train.export",
+    "open_catalogue": "clipfh.data.catalogue",
+    "prepare": "clipfh.data.prepare",
+    "search": "clipfh.retrieval.lookup",
+    "sweep": "clipfh.sweep.run",
+    "train": "clipfh.train.run",
+}
+"""The module of each public function."""
+
+
+class _Package(ModuleType):
+    """This package, whose public functions are loaded when they are first used.
+
+    `train` and `sweep` are functions and wings at once. When a wing is first imported, the import system sets it as an
+    attribute of its package, which would hide the function of that name or not, depending on what came first. So that
+    assignment is ignored: `clipfh.train` is always the function, and `from clipfh.train import driver` finds the wing,
+    because the import system looks modules up in `sys.modules`.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 class UserError(ValueError):
@@ -21,7 +72,7 @@ LOST = (
     "OwnerDiedError",
     "RaySystemError",
 )
-"""Ray's errors, by name, of something that went away: to have them would load Ray."""
+"""Names of Ray's errors that say that something went away. The classes themselves would load Ray."""
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -35,13 +86,13 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def mendable(error: BaseException) -> str | None:
-    """What the UserError says that an error came of; None where it came of none.
+    """The message of the UserError that an error came from; None where it came from none.
 
-    Of errors in other processes Ray often keeps the text of the traceback alone.
+    For errors in other processes Ray often has only the text of the traceback.
     """
     for each in causes(error):
         if isinstance(each, UserError) and not hasattr(each, "cause"):
             return str(each)
-        if told := re.search(r"^clipfh\.UserError: (.+)", str(each), re.MULTILINE):
-            return told[1]
+        if line := re.search(r"^clipfh\.UserError: (.+)", str(each), re.MULTILINE):
+            return line[1]
     return None

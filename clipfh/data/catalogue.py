@@ -64,8 +64,14 @@ class Catalogue:
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table().select(columns)
 
 
-def open_catalogue(path: str | Path) -> Catalogue:
-    """Open what `prepare` wrote. Raises UserError where it is no catalogue, of another version, or not whole."""
+def open_catalogue(path: str | Path | Catalogue) -> Catalogue:
+    """Open what `prepare` wrote; a catalogue that is open comes back as it is.
+
+    Raises:
+        UserError: no catalogue, one of another version, or one that is not whole.
+    """
+    if isinstance(path, Catalogue):
+        return path
     path = Path(path).absolute()  # workers of a cluster have another working directory
     file = path / layout.CATALOGUE
     if not file.is_file():

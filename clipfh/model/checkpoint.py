@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipfh import UserError
-from clipfh.config import schema
+from clipfh.config import presets, schema
 from clipfh.config.experiment import Experiment
+from clipfh.model.clip import load_initial_model, load_weights
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
 
@@ -87,6 +89,28 @@ def load(path: str | Path) -> Weights:
 
 def _load_weights(folder: Folder, name: str) -> dict[str, Tensor]:
     return load_file(folder.local_path(name))
+
+
+def load_model(path: str | Path | None, settings: Mapping[str, Any]) -> tuple[nn.Module, Experiment, str]:
+    """A model to embed with, its experiment, and the path of its weights.
+
+    Models are measured in float32, as exports are, unless the settings name bfloat16: so a laptop's zero-shot model and
+    a GPU's tuned one are comparable.
+
+    Args:
+        path: what `load` takes; None for the pretrained model, whose path is empty.
+        settings: dotted settings, which override those of the weights' own experiment.
+
+    Raises:
+        UserError: no such weights, or a setting that does not fit them.
+    """
+    weights = load(path) if path else None
+    experiment = (weights.experiment if weights else None) or presets.resolve("image", None, settings)
+    precision = {} if settings.get("model.precision") == "bfloat16" else {"model.precision": "float32"}
+    experiment = schema.replace(experiment, {**settings, **precision})
+    if weights is None:
+        return load_initial_model(experiment.model, experiment.seed), experiment, ""
+    return load_weights(experiment.model, weights.state, str(path)), experiment, weights.path
 
 
 def files_of(path: str | Path) -> list[Path]:

@@ -42,7 +42,7 @@ Evidence = Mapping[str, Any]
 `zero_shot` (metrics), `val_mAP` and `start_val_mAP`, `warm_start`, `refit` (on train and validation items together)."""
 
 
-def export(
+def write_export(
     clip: nn.Module,
     experiment: Experiment,
     out: str | Path,

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -48,12 +49,16 @@ class Encoder(Protocol):
         """Unit embeddings of texts, (C, D) float32."""
 
 
-def wants_cluster(address: str | None) -> bool:
-    """Whether to embed over a cluster: where one is named, or where this machine has several GPUs.
+def connection(address: str | None, dashboard: bool = False) -> AbstractContextManager[None]:
+    """A connection to a cluster to embed over, where one is named or this machine has several GPUs; else nothing.
 
     All else is done sooner in this process than a cluster is up: it decodes and computes on all cores, and feeds a GPU.
     """
-    return bool(address or os.environ.get("RAY_ADDRESS")) or torch.cuda.device_count() > 1
+    if not address and not os.environ.get("RAY_ADDRESS") and torch.cuda.device_count() <= 1:
+        return contextlib.nullcontext()
+    from clipfh.cluster.session import connected
+
+    return connected(address, dashboard=dashboard)
 
 
 class InProcess:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,89 @@ import torch
 from torch import Tensor, nn
 
 from clipfh import UserError, __version__
-from clipfh.config.experiment import ModelSettings
-from clipfh.data.catalogue import Catalogue
+from clipfh.config import schema
+from clipfh.config.experiment import ModelSettings, require
+from clipfh.data.catalogue import Catalogue, open_catalogue
+from clipfh.model.checkpoint import load_model
 from clipfh.model.clip import model_fingerprint
+from clipfh.model.prompts import load_prompts_for
 from clipfh.retrieval import embed, embedding_file, metrics
 from clipfh.retrieval import rerank as reranking
 from clipfh.storage import layout
+from clipfh.storage.output import all_or_nothing, is_in_use
 from clipfh.storage.store import Folder
 
 TOP = 50
 """Gallery images that `predictions.parquet` lists for each query."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured and wrote."""
+
+    out: Path
+    metrics: dict[str, Any]
+    """what `metrics.json` holds"""
+    is_reused: bool
+    """whether the folder held the embeddings of the same model, images and prompts"""
+
+    @property
+    def predictions(self) -> pa.Table:
+        """The first TOP gallery images of each query: query, rank, gallery, similarity, match."""
+        return Folder(self.out).read_table(layout.PREDICTIONS)
+
+
+def evaluate(
+    catalogue: Catalogue | str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    split: str = "test",
+    random_splits: int = 10,
+    rerank: bool = False,
+    skip_unmatched: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    address: str | None = None,
+    dashboard: bool = False,
+    progress: embed.Progress | None = None,
+) -> Evaluation:
+    """Measure a model, or the pretrained one (zero-shot), as `clipfh evaluate` does.
+
+    Args:
+        catalogue: its path, or the opened catalogue.
+        out: folder to write; one that holds an evaluation is replaced.
+        checkpoint: a run, checkpoint, export or weights file; None for the pretrained model.
+        split: "test" or "val".
+        random_splits: how often a random image of each item is drawn as its query.
+        rerank: re-rank the gallery for each query (k-reciprocal).
+        skip_unmatched: leave out, and count, queries without another image of their item in the gallery.
+        settings: dotted settings of the model and the prompts, such as {"model.name": "clipfh-small"}.
+        address: Ray cluster to embed over.
+        dashboard: serve Ray's dashboard, where a cluster is started.
+        progress: called with the number of images embedded and of all images.
+
+    Raises:
+        UserError: the catalogue, the folder, the model or a setting does not fit.
+    """
+    opened, out = open_catalogue(catalogue), Path(out)
+    require(random_splits >= 0, "random-splits", "0 or more", random_splits)
+    if is_in_use(out) and not any((out / file).exists() for file in (layout.PREDICTIONS, layout.EMBEDDINGS)):
+        raise UserError(f"--out {out} is not empty, and holds no evaluation to replace: name another folder")
+    splits = splits_of(split)
+    opened.require(*splits)
+    clip, experiment, _ = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
+    prompts = load_prompts_for(opened, experiment, *splits)
+    mark = fingerprint(opened, splits, clip, experiment.model, prompts)
+    embedded = reused = kept(out, mark, opened, splits, prompts)
+    if embedded is None:
+        with all_or_nothing(out, layout.EMBEDDINGS), embed.connection(address, dashboard):
+            embedded = embed_splits(opened, splits, clip, experiment.model, prompts, progress)
+            keep(out, mark, embedded)
+    figures = measure(out, embedded, random_splits, skip_unmatched, rerank)
+    source = {"path": str(opened.path), "hash": opened.manifest["hash"]}
+    about = {"catalogue": source, "split": split, "model": experiment.model.name, "checkpoint": checkpoint}
+    Folder(out).write(layout.EVALUATION, json.dumps(about, indent=2, default=str) + "\n")
+    return Evaluation(out, figures, reused is not None)
 
 
 @dataclass(frozen=True)

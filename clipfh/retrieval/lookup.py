@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,19 @@ from torch import Tensor, nn
 
 from clipfh import UserError, __version__
 from clipfh.config import schema
-from clipfh.config.experiment import Experiment, ModelSettings
-from clipfh.data import catalogue, images
+from clipfh.config.experiment import Experiment, ModelSettings, require
+from clipfh.data import images
+from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.data.encode import encode_photo
-from clipfh.model import checkpoint
+from clipfh.data.splits import SPLITS
+from clipfh.model import checkpoint as checkpoint_module
+from clipfh.model.checkpoint import load_model
 from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer, load_weights, model_fingerprint
 from clipfh.model.devices import choose_device, resolve_precision
+from clipfh.model.prompts import load_prompts_for
 from clipfh.model.towers import Towers, embed_images, embed_texts
-from clipfh.retrieval import embedding_file, metrics
+from clipfh.retrieval import embedding_file, evaluate, metrics
+from clipfh.retrieval.embed import Progress, connection
 
 THUMBNAIL = (320, 440)
 """Pixels that a picture on the page fits into: about twice what a screen shows."""
@@ -50,7 +55,78 @@ class Find:
     path: str
 
 
-def mark(clip: nn.Module, experiment: Experiment, weights: str, of: catalogue.Catalogue) -> str:
+def embed(
+    catalogue: Catalogue | str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    address: str | None = None,
+    dashboard: bool = False,
+    progress: Progress | None = None,
+) -> Index:
+    """Embed all images of a catalogue into a file, to `search` in them, as `clipfh embed` does.
+
+    Args:
+        catalogue: its path, or the opened catalogue.
+        out: Parquet file to write; a file of embeddings that is there is replaced.
+        checkpoint: a run, sweep, checkpoint, export or weights file; None for the pretrained model.
+        settings: dotted settings of the model and the prompts.
+        address: Ray cluster to embed over.
+        dashboard: serve Ray's dashboard, where a cluster is started.
+        progress: called with the number of images embedded and of all images.
+
+    Raises:
+        UserError: the catalogue, the file, the model or a setting does not fit.
+    """
+    opened, out = open_catalogue(catalogue), Path(out)
+    if out.is_dir() or (out.exists() and embedding_file.mark_of(out) is None):
+        raise UserError(f"--out {out} is there, and holds no embeddings to replace: name another file")
+    clip, experiment, weights = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
+    splits = [split for split in SPLITS if opened.num_images(split)]
+    prompts = load_prompts_for(opened, experiment, *splits)
+    with connection(address, dashboard):
+        embedding = evaluate.choose_encoder(clip, experiment.model).images(opened, splits, progress)
+    rows, origin = evaluate.prompted(opened, splits, prompts), mark(clip, experiment, weights, opened)
+    embedding_file.write(out, rows, embedding, origin)
+    return Index(out, rows, embedding, json.loads(origin))
+
+
+def search(
+    embeddings: str | Path,
+    *,
+    image: str | Path | None = None,
+    text: str | None = None,
+    top: int = 10,
+    html: str | Path | None = None,
+    checkpoint: str | None = None,
+) -> list[Find]:
+    """Find the images that are nearest to a photo or to words, nearest first, as `clipfh search` does.
+
+    Args:
+        embeddings: file that `embed` wrote.
+        image: photo to look for.
+        text: words to look for, in place of a photo.
+        top: number of images.
+        html: page to write, with pictures of the photo and of the images.
+        checkpoint: where the model lies, if no longer where it was.
+
+    Raises:
+        UserError: the file, the photo or the model can't be read, or is not what it was.
+    """
+    require(top >= 1, "top", "1 or more", top)
+    if (image is None) == (text is None):
+        raise UserError("give a photo (image) or words (text) to look for, one of them")
+    index, photo = load(embeddings), Path(image) if image else None
+    clip, settings = model_of(index, checkpoint)
+    query = embed_photo(index, clip, settings, photo) if photo else embed_words(clip, settings, str(text))
+    nearest_images = nearest(index, query, top)
+    if html:
+        write_page(html, index, photo.name if photo else str(text), photo, nearest_images)
+    return nearest_images
+
+
+def mark(clip: nn.Module, experiment: Experiment, weights: str, of: Catalogue) -> str:
     """What a file of embeddings keeps of where it comes from, as JSON.
 
     Args:
@@ -102,7 +178,7 @@ def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, ModelSet
     if where and not Path(where).exists():
         raise UserError(f"the model of {index.file} is no longer at {where}: say where by --checkpoint, or embed again")
     clip = (
-        load_weights(experiment.model, checkpoint.load(where).state, where)
+        load_weights(experiment.model, checkpoint_module.load(where).state, where)
         if where
         else load_initial_model(experiment.model, experiment.seed)
     )
@@ -168,7 +244,7 @@ def write_page(out: str | Path, index: Index, asked: str, photo: Path | None, fo
     out.write_text(text, encoding="utf-8")
 
 
-def _catalogue_of(index: Index) -> catalogue.Catalogue:
+def _catalogue_of(index: Index) -> Catalogue:
     """The catalogue that was embedded, if it is still what it was."""
     source = index.made["catalogue"]
     if not Path(source["path"]).is_dir():
@@ -176,7 +252,7 @@ def _catalogue_of(index: Index) -> catalogue.Catalogue:
             f"the pictures are in the catalogue {source['path']}, which is gone: put it back, or embed it where it is "
             "now; without --html the search works as it is"
         )
-    opened = catalogue.open_catalogue(source["path"])
+    opened = open_catalogue(source["path"])
     if opened.manifest["hash"] != source["hash"]:
         raise UserError(f"{opened.path} has changed since {index.file} was made: run clipfh embed again")
     return opened

@@ -26,6 +26,7 @@ from clipfh.data.decoding import fetch
 from clipfh.data.sampler import make_sampler
 from clipfh.model import checkpoint, export
 from clipfh.model.clip import load_weights
+from clipfh.model.prompts import load_prompts_for
 from clipfh.report import artifacts, page
 from clipfh.retrieval import evaluate, metrics
 from clipfh.storage import layout, store
@@ -35,7 +36,7 @@ from clipfh.sweep.leaderboard import ZERO_SHOT, Leaderboard, Row
 from clipfh.sweep.searcher import StudySearcher, open_study
 from clipfh.sweep.tuner import Watch, run_trials
 from clipfh.train import provenance
-from clipfh.train.inputs import VALIDATION, load_prompts_for, load_start, notes_on_singles, prepare_inputs
+from clipfh.train.inputs import VALIDATION, load_start, notes_on_singles, prepare_inputs
 from clipfh.train.run_inputs import Inputs
 
 
@@ -240,7 +241,7 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
     shutil.rmtree(out / layout.BEST, ignore_errors=True)
     evidence = {"zero_shot": before, "test": after, "catalogue": artifacts.catalogue_account(context.catalogue)}
     photos = export.sample_photos(context.catalogue)
-    export.export(best, experiment, out / layout.BEST, {**evidence, "refit": winner.refit}, photos)
+    export.write_export(best, experiment, out / layout.BEST, {**evidence, "refit": winner.refit}, photos)
     summary = {
         "name": context.sweep.name,
         "best_trial": winner.trial,

@@ -13,7 +13,6 @@ from clipfh.config import schema
 from clipfh.config.experiment import Experiment, LossSettings
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Feed, fetch
-from clipfh.data.prompts import build_prompts, item_texts, load_prompts
 from clipfh.data.sampler import ItemIndex, make_sampler
 from clipfh.learn.learner import Captions
 from clipfh.model import checkpoint
@@ -28,6 +27,7 @@ from clipfh.model.clip import (
     plain_name,
     weights_name,
 )
+from clipfh.model.prompts import load_prompts_for
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
 from clipfh.train import provenance
@@ -185,13 +185,3 @@ def tokenize_captions(
     full, count = tokens[:, -1] != 0, make_token_counter(experiment.model)
     num_cut = sum(count(text) > tokens.shape[1] for text, i in distinct.items() if full[i])
     return Captions(tokens, of_item), num_cut
-
-
-def load_prompts_for(catalogue: Catalogue, experiment: Experiment, *splits: str) -> dict[str, str]:
-    """Item to prompt: from the experiment's file, or made from the texts of the items of some splits."""
-    if experiment.text.file:
-        return load_prompts(experiment.text.file)
-    counter = make_token_counter(experiment.model)
-    rows = (row for split in splits for row in catalogue.rows(split).to_pylist())
-    limit = load_tokenizer(experiment.model).context_length
-    return build_prompts(experiment.text.strategy, item_texts(rows), counter, limit)

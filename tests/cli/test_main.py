@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 
-from clipfh.cli import main
+from clipfh.cli import main, options
+from clipfh.model.checkpoint import load_model
 
 
 def refused(capsys, *words):
@@ -71,22 +73,35 @@ def test_a_lost_node_is_one_line_that_says_how_to_go_on(tmp_path):
     from ray.exceptions import ActorDiedError
 
     (tmp_path / "sweep.yaml").write_text("")
-    args = main.parse(["sweep", "file.yaml", "catalogue", "--out", str(tmp_path)])
+    args = options.parse(["sweep", "file.yaml", "catalogue", "--out", str(tmp_path)])
     try:
         try:
             raise ActorDiedError()
         except ActorDiedError as cause:
             raise RuntimeError("evaluation") from cause
     except RuntimeError as error:
-        line = main._mendable(error, args)
+        line = main.explain(error, args)
     assert line.startswith("Ray lost a process or a node (") and line.endswith(
         "--resume goes on from the last checkpoint"
     )
+
+
+def interrupted(_path):
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("path", ["none", "interrupted"])
+def test_a_program_that_calls_a_command_keeps_its_signal_handlers(path, monkeypatch, capsys):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    if path == "interrupted":
+        monkeypatch.setattr("clipfh.report.status.describe", interrupted)
+    assert main.main(["status", path]) == (130 if path == "interrupted" else 2)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.parametrize("given,computed", [([], "float32"), (["auto"], "float32"), (["bfloat16"], "bfloat16")])
 def test_models_are_measured_in_the_precision_of_exports(given, computed):
     """On any device: so a laptop's zero-shot and a GPU's tuned model are measured alike, and by a hash of one name."""
     precision = [f"--model.precision={value}" for value in given]
-    args = main.parse(["evaluate", "none", "--out", "x", "--model", "clipfh-small", *precision])
-    assert main._model(args, main._settings(args))[1].model.precision == computed
+    args = options.parse(["evaluate", "none", "--out", "x", "--model", "clipfh-small", *precision])
+    assert load_model(None, args.settings)[1].model.precision == computed

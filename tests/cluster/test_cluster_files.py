@@ -15,7 +15,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from clipfh.cli import main
+from clipfh.cli import commands as cli_commands
+from clipfh.cli import options
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -126,9 +127,9 @@ def test_the_readme_quotes_commands():
 
 @pytest.mark.parametrize("command", commands())
 def test_a_quoted_command_is_one(command):
-    args = main.parse(shlex.split(command, comments=True)[1:])
+    args = options.parse(shlex.split(command, comments=True)[1:])
     if args.command == "submit":
-        main._check_submission(args.words, ROOT)
+        cli_commands.check_submission(args.inner, ROOT)
 
 
 def test_every_pod_has_shared_memory_for_rays_object_store_within_its_limit():
@@ -147,7 +148,7 @@ def test_every_pod_has_shared_memory_for_rays_object_store_within_its_limit():
 def test_the_entrypoint_of_the_kubernetes_job_is_a_command():
     job = next(yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text()))
     program, *words = shlex.split(re.sub(r"\$\(.*\)", "--resume", job["spec"]["entrypoint"]))
-    args = main.parse(words)
+    args = options.parse(words)
     assert (program, args.command, args.out, args.resume) == ("clipfh", "sweep", "/shared/sweep", True)
 
 
@@ -172,6 +173,6 @@ def test_the_slurm_script_runs_a_sweep_or_goes_on_with_it(resumes, tmp_path):
     )
     words = ran.stdout.splitlines()
     assert words[: words.index("--")][:6] == ["ray", "symmetric-run", "--address", "127.0.0.1:6379", "--min-nodes", "2"]
-    args = main.parse(words[words.index("--") + 2 :])
+    args = options.parse(words[words.index("--") + 2 :])
     assert (args.command, args.file, args.trials) == ("sweep", "joint.yaml", 8)
     assert (args.out, args.address, args.resume) == (str(tmp_path), "127.0.0.1:6379", resumes)

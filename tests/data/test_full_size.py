@@ -56,7 +56,7 @@ def initial(settings: ModelSettings) -> torch.nn.Module:
 def exported(name: str, photos: list[bytes], out: Path) -> None:
     """An export with ONNX, which checks both with photos before it is done."""
     experiment = presets.resolve("joint", "recommended", {"model.name": name, "model.pretrained": "none"})
-    export.export(initial(experiment.model), experiment, out, {}, photos, with_onnx=True)
+    export.write_export(initial(experiment.model), experiment, out, {}, photos, with_onnx=True)
 
 
 def part(key: str) -> str:

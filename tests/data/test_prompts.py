@@ -14,7 +14,7 @@ from clipfh.config.experiment import SMALL_MODEL
 from clipfh.data.prompts import _OWED, ItemText, _telling, build_prompts, item_texts, load_prompts, save_prompts
 from clipfh.data.splits import SPLITS
 from clipfh.data.text_report import examine_texts
-from clipfh.train.inputs import load_prompts_for
+from clipfh.model.prompts import load_prompts_for
 
 
 def words_of(text: str) -> set[str]:

@@ -35,7 +35,9 @@ def photos(small_catalogue):
 
 @pytest.fixture(scope="module")
 def folder(clip, photos, tmp_path_factory):
-    return export.export(clip, EXPERIMENT, tmp_path_factory.mktemp("export") / "model", {}, photos, with_onnx=True)
+    return export.write_export(
+        clip, EXPERIMENT, tmp_path_factory.mktemp("export") / "model", {}, photos, with_onnx=True
+    )
 
 
 def embedded(clip, *photos):
@@ -93,14 +95,14 @@ def test_towers_that_differ_are_no_export(clip, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
     monkeypatch.setattr(onnx, "run", lambda file, batch: np.zeros((len(batch), 128), np.float32))
     with pytest.raises(RuntimeError, match="nothing was exported"):
-        export.export(clip, EXPERIMENT, tmp_path / "model", {}, photos, with_onnx=True)
+        export.write_export(clip, EXPERIMENT, tmp_path / "model", {}, photos, with_onnx=True)
     assert not any(tmp_path.iterdir())
 
 
 def test_without_the_libraries_one_line_says_how_to_get_them(clip, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--onnx needs .*: pip install onnx onnxscript onnxruntime"):
-        export.export(clip, EXPERIMENT, tmp_path / "model", with_onnx=True)
+        export.write_export(clip, EXPERIMENT, tmp_path / "model", with_onnx=True)
 
 
 def test_others_may_read_it(folder):
@@ -147,5 +149,5 @@ def test_no_value_on_the_card_is_taken_for_markup(clip):
 def test_a_model_that_came_out_otherwise_is_no_export(clip, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(RuntimeError, match="nothing was exported"):
-        export.export(clip, EXPERIMENT, tmp_path / "model", {}, photos)
+        export.write_export(clip, EXPERIMENT, tmp_path / "model", {}, photos)
     assert list(tmp_path.iterdir()) == []

@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from clipfh import UserError
-from clipfh.cli import main
+from clipfh.cli import console, main
 from clipfh.cluster import resources as cluster
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.data import images as images_module
 from clipfh.model.clip import build_model, get_preprocess, load_tokenizer
+from clipfh.model.prompts import load_prompts_for
 from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.retrieval import embed, embed_ray, evaluate, metrics
 from clipfh.storage import layout
-from clipfh.train.inputs import load_prompts_for, load_start
+from clipfh.train.inputs import load_start
 
 SPLITS = evaluate.splits_of("test")
 SETTINGS = ModelSettings(name=SMALL_MODEL, precision="float32")
@@ -168,4 +169,4 @@ def test_figures_of_one_item_without_prompts_are_null_where_there_is_nothing(emb
     assert (
         found["intervals"]["mAP"] is found["text_to_image"] is found["image_to_text"] is found["random_splits"] is None
     )
-    assert "none" in main._figures(found)
+    assert "none" in console.format_metrics(found)

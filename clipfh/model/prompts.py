@@ -1,0 +1,56 @@
+"""Prompts that fit a model's text tower: those of an experiment, and a review of what a catalogue's texts give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipfh.config.experiment import Experiment, ModelSettings
+from clipfh.data.catalogue import Catalogue, open_catalogue
+from clipfh.data.prompts import CountTokens, ItemText, Strategy, build_prompts, item_texts, load_prompts
+from clipfh.data.splits import SPLITS
+from clipfh.data.text_report import examine_texts
+from clipfh.model.clip import load_tokenizer, make_token_counter
+
+
+def load_prompts_for(catalogue: Catalogue, experiment: Experiment, *splits: str) -> dict[str, str]:
+    """Item to prompt: from the experiment's file, or made from the texts of the items of some splits."""
+    if experiment.text.file:
+        return load_prompts(experiment.text.file)
+    return build_prompts(experiment.text.strategy, _texts(catalogue, splits), *_tokens(experiment.model))
+
+
+@dataclass(frozen=True)
+class CatalogueTexts:
+    """All texts of a catalogue, beside a model whose tokenizer counts."""
+
+    texts: list[ItemText]
+    tokens: tuple[CountTokens, int]
+    """a function that counts the tokens of a text, and how many the model reads"""
+
+    def report(self) -> dict[str, Any]:
+        """Findings on consistency and length, as `examine_texts` has them."""
+        return examine_texts(self.texts, *self.tokens)
+
+    def prompts(self, strategy: Strategy) -> dict[str, str]:
+        """Item to prompt."""
+        return build_prompts(strategy, self.texts, *self.tokens)
+
+
+def read_texts(catalogue: Catalogue | str | Path, model: str) -> CatalogueTexts:
+    """Read the texts of a catalogue; `model` is the name of the model whose tokenizer counts.
+
+    Raises:
+        UserError: no such catalogue or model.
+    """
+    return CatalogueTexts(_texts(open_catalogue(catalogue), SPLITS), _tokens(ModelSettings(name=model)))
+
+
+def _texts(catalogue: Catalogue, splits: tuple[str, ...]) -> list[ItemText]:
+    return item_texts(row for split in splits for row in catalogue.rows(split).to_pylist())
+
+
+def _tokens(settings: ModelSettings) -> tuple[CountTokens, int]:
+    """A function that counts the tokens of a text, and how many tokens the model reads."""
+    return make_token_counter(settings), load_tokenizer(settings).context_length

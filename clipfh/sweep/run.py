@@ -1,0 +1,122 @@
+"""A sweep from its file to its summary, and what it would take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipfh import UserError
+from clipfh.cluster import resources as cluster
+from clipfh.cluster.session import connected
+from clipfh.config import sweep_file
+from clipfh.config.sweep_file import SweepFile
+from clipfh.data.catalogue import Catalogue, open_catalogue
+from clipfh.storage import layout
+from clipfh.storage.output import all_or_nothing
+from clipfh.sweep import estimate
+from clipfh.sweep import sweep as sweep_module
+from clipfh.train import track as tracking
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep that has come to its end. As a text it is what the command prints."""
+
+    out: Path
+    summary: dict[str, Any]
+    """what `summary.json` holds"""
+
+    @property
+    def best(self) -> Path:
+        """Folder of the winner's export."""
+        return self.out / layout.BEST
+
+    def __str__(self) -> str:
+        return sweep_module.outcome(self.summary, self.out)
+
+
+def sweep(
+    file: str | Path,
+    catalogue: Catalogue | str | Path,
+    out: str | Path,
+    *,
+    trials: int | None = None,
+    resume: bool = False,
+    retry_failed: bool = False,
+    track: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    address: str | None = None,
+    dashboard: bool = False,
+    log: Callable[[str], None] = print,
+    each_report: bool = True,
+) -> SweepResult:
+    """Search settings with Ray Tune and Optuna, and export the best model, as `clipfh sweep` does.
+
+    Args:
+        file: the sweep file (YAML).
+        catalogue: its path, or the opened catalogue.
+        out: folder of the sweep.
+        trials: number of trials, in place of the file's.
+        resume: go on with the sweep in `out`.
+        retry_failed: with `resume`, train the failed trials again too.
+        track: "mlflow" or "wandb", to send the reports there too.
+        settings: dotted settings, in place of the file's `base`.
+        address: Ray cluster to compute on.
+        dashboard: serve Ray's dashboard, where a cluster is started.
+        log: takes each line for a person.
+        each_report: log each report of each trial.
+
+    Raises:
+        UserError: the file, a setting, the catalogue or the folder does not fit.
+    """
+    if retry_failed and not resume:
+        raise UserError("--retry-failed trains failed trials of a sweep that is there: it goes with --resume")
+    loaded = sweep_file.load(file, settings, trials)
+    opened, out = open_catalogue(catalogue), Path(out)
+    tracking.require(track)
+    with all_or_nothing(out, f"{layout.TRIALS}/*/{layout.METRICS}"), connected(address, loaded.placement, dashboard):
+        log(f"Ray's logs: {cluster.logs()}")
+        with tracking.following(track, out):
+            how = {"resume": resume, "retry_failed": retry_failed}
+            return SweepResult(out, sweep_module.run(loaded, opened, out, **how, tell=log, each_report=each_report))
+
+
+def estimate_sweep(
+    file: str | Path,
+    catalogue: Catalogue | str | Path,
+    *,
+    trials: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    address: str | None = None,
+    dashboard: bool = False,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Log what `sweep` would do with the same arguments and what it would take, as `clipfh sweep --dry-run` does.
+
+    Raises:
+        UserError: the file, a setting or the catalogue does not fit.
+    """
+    loaded, opened = sweep_file.load(file, settings, trials), open_catalogue(catalogue)
+    log(sweep_file.to_yaml(loaded))
+    experiment = loaded.experiment(loaded.first)
+    if address or os.environ.get("RAY_ADDRESS"):
+        with connected(address, loaded.placement, dashboard):
+            measured, at_once = _measure_on_a_worker(loaded, opened)
+    else:
+        gpus, at_once = loaded.placement.gpus_per_worker, 1
+        measured = estimate.measure(opened, experiment, 0, None if gpus == "auto" else gpus, loaded.placement.workers)
+    log(estimate.told(loaded, measured, estimate.epoch(opened, experiment), at_once))
+
+
+def _measure_on_a_worker(loaded: SweepFile, opened: Catalogue) -> tuple[estimate.Measured, int]:
+    """What steps take on a worker of the connected cluster, and how many trials run there at once."""
+    import ray
+
+    resources = cluster.place(loaded.placement, alone=False)
+    task: Any = ray.remote(estimate.measure).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
+    given = resources.threads, resources.gpus, resources.workers
+    measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), *given))
+    return measured, cluster.at_once(loaded.placement, resources)
