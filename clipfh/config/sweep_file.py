@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from clipfh import UserError
 from clipfh.config import presets, schema
-from clipfh.config.experiment import LOSS_TERMS, SMALL_MODEL, Budget, Experiment, Placement, require
+from clipfh.config.experiment import (
+    LOSS_TERMS,
+    SMALL_MODEL,
+    Budget,
+    Experiment,
+    LossSettings,
+    Placement,
+    Stage,
+    require,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -24,7 +34,7 @@ SHARED = ("stage", "model.name", "model.pretrained")
 SWITCH = "?"
 """Ends the name of the parameter by which Optuna switches a setting between its range and its `or`."""
 
-KINDS = ("loguniform", "uniform", "int", "choice")
+Kind = Literal["loguniform", "uniform", "int", "choice"]
 
 TOGETHER = (
     ("batch.items", "batch.categories"),
@@ -38,8 +48,7 @@ TOGETHER = (
 class SearchRange:
     """How one setting is searched."""
 
-    kind: str
-    """one of KINDS"""
+    kind: Kind
     values: tuple[Any, ...]
     """low and high, or the choices"""
     off: Any = None
@@ -80,6 +89,11 @@ class SearchRange:
         inside = value in self.values if self.kind == "choice" else self.values[0] <= value <= self.values[1]
         return inside or (self.off is not None and value == self.off)
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The range as a sweep file has it."""
+        return {self.kind: list(self.values)} | ({"or": self.off} if self.off is not None else {})
+
     def point(self, name: str, value: Any) -> dict[str, Any]:
         """Optuna's parameters that give the value."""
         if self.off is None:
@@ -117,35 +131,39 @@ class Finalists:
         require(self.seeds >= 1, "seeds", "1 or more", self.seeds)
 
 
-SAMPLERS = ("tpe", "random", "grid")
 MANY = 2**31  # trials of a grid where nobody said how many: all of it
 
 
 @dataclass(frozen=True)
 class SweepFile:
-    """A sweep file, resolved and checked."""
+    """A sweep file, resolved and checked. Its fields are the file's keys, with their types and defaults."""
 
-    name: str
-    stage: str
-    preset: str
-    base: dict[str, Any]
-    """settings that all trials share, dotted"""
-    search: dict[str, SearchRange]
-    points: list[dict[str, Any]]
-    trials: int
-    halving: Halving
+    name: str = "sweep"
+    stage: Stage = "image"
+    base: dict[str, Any] = field(default_factory=dict)
+    """settings that all trials share, dotted, and their preset"""
+    search: dict[str, SearchRange] = field(default_factory=dict)
+    points: list[dict[str, Any]] = field(default_factory=list)
+    """settings to try first"""
+    trials: int = 16
+    budget: Halving = field(default_factory=Halving)
+    """in the file, beside the settings of `Budget`"""
     placement: Placement = field(default_factory=Placement)
     seed: int = 0
-    sampler: str = "tpe"
-    """one of SAMPLERS; grid tries every combination of choices"""
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """grid tries every combination of choices"""
     final: Finalists = field(default_factory=Finalists)
     earlier: str = ""
     """folder of another sweep, whose trials the search knows from the start"""
 
+    def __post_init__(self) -> None:
+        require(self.trials >= 1, "trials", "a whole number above 0", self.trials)
+        require(self.seed >= 0, "seed", "a whole number, 0 or more", self.seed)
+
     def experiment(self, sampled: Mapping[str, Any]) -> Experiment:
         """The experiment of a trial."""
-        drawn = {name: value for name, value in sampled.items() if not name.endswith(SWITCH)}
-        return presets.resolve(self.stage, self.preset, {**self.base, **drawn})
+        settings = {name: value for name, value in {**self.base, **sampled}.items() if not name.endswith(SWITCH)}
+        return presets.resolve(self.stage, settings.pop("preset"), settings)
 
     def sampled(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
         """A trial's settings. An option of a loss term is drawn only where the term is on."""
@@ -195,13 +213,16 @@ class SweepFile:
     @property
     def texted(self) -> dict[str, Any]:
         """Values by which a term learns from prompts; none where no trial has such a term."""
-        points = self.combinations(("loss.infonce", "loss.supcon", "loss.supcon_captions"))
-        return next((p for p in points if self.experiment({**self.first, **p}).loss.takes_text), {})
+        return self._terms_where(lambda loss: loss.takes_text)
 
     @property
-    def off(self) -> dict[str, Any]:
-        """What may be off, switched off."""
-        return {name: r.off for name, r in self.search.items() if r.off is not None}
+    def paired(self) -> dict[str, Any]:
+        """Values by which no term learns from an item's only photo; none where every trial has such a term."""
+        return self._terms_where(lambda loss: not loss.takes_singles)
+
+    def _terms_where(self, holds: Callable[[LossSettings], bool]) -> dict[str, Any]:
+        points = self.combinations((*(f"loss.{term}" for term in LOSS_TERMS), "loss.supcon_captions"))
+        return next((p for p in points if holds(self.experiment({**self.first, **p}).loss)), {})
 
 
 def _term_of(name: str) -> str:
@@ -210,9 +231,8 @@ def _term_of(name: str) -> str:
     return term if name.startswith("loss.") and option and term in LOSS_TERMS else ""
 
 
-KEYS = (
-    "name", "stage", "base", "search", "points", "trials", "budget", "placement", "seed", "sampler", "final", "earlier"
-)  # fmt: skip
+KEYS = [f.name for f in dataclasses.fields(SweepFile)]
+BUDGET_KEYS = [f.name for cls in (Budget, Halving) for f in dataclasses.fields(cls)]
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None, trials: int | None = None) -> SweepFile:
@@ -241,35 +261,40 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None, trials: i
 def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> SweepFile:
     tree = _mapping(tree, "the sweep file")
     _known(tree, KEYS)
-    base = {**_mapping(tree.get("base", {}), "base"), **overrides}
-    preset = base.pop("preset", None)
-    search = {name: _range(name, spec) for name, spec in _mapping(tree.get("search", {}), "search").items()}
-    if clash := set(search) & set(overrides):
+    budget = _mapping(tree.get("budget", {}), "budget")
+    _known(budget, BUDGET_KEYS, "budget.")
+    rungs = {name: budget[name] for name in budget if name not in {f.name for f in dataclasses.fields(Budget)}}
+    values = {name: _value(name, value) for name, value in {**tree, "budget": rungs}.items()}
+    values["search"] = {name: _range(name, spec) for name, spec in values.get("search", {}).items()}
+    if clash := set(values["search"]) & set(overrides):
         raise UserError(f"{sorted(clash)[0]} is searched: give another value in the file, not beside it")
-    budget = dict(_mapping(tree.get("budget", {}), "budget"))
-    _known(budget, [f.name for cls in (Budget, Halving) for f in dataclasses.fields(cls)], "budget.")
-    halving = _dataclass(Halving, {k: budget.pop(k) for k in ("first_rung", "reduction") if k in budget}, "budget")
-    for name, value in budget.items():
-        base.setdefault(f"budget.{name}", value)
-    if halving.first_rung:
-        base.setdefault("budget.report_every", halving.first_rung)
-    sweep = SweepFile(
-        name=str(tree.get("name", "sweep")),
-        stage=tree.get("stage", "image"),
-        preset=str(preset or ("scratch" if base.get("model.name") == SMALL_MODEL else "recommended")),
-        base=schema.with_absolute_paths({name: schema.check(name, value) for name, value in base.items()}),
-        search=search,
-        points=[dict(_mapping(point, "a point")) for point in _list(tree.get("points", []), "points")],
-        trials=trials if trials is not None else tree.get("trials", MANY if tree.get("sampler") == "grid" else 16),
-        halving=halving,
-        placement=_dataclass(Placement, _mapping(tree.get("placement", {}), "placement"), "placement"),
-        seed=tree.get("seed", 0),
-        sampler=str(tree.get("sampler", "tpe")),
-        final=_dataclass(Finalists, _mapping(tree.get("final", {}), "final"), "final"),
-        earlier=str(tree.get("earlier") or ""),
-    )
+    given = {f"budget.{name}": value for name, value in budget.items() if name not in rungs}
+    if values["budget"].first_rung:
+        given = {"budget.report_every": values["budget"].first_rung, **given}
+    values["base"] = _base({**given, **values.get("base", {}), **overrides})
+    if trials is not None or (values.get("sampler") == "grid" and "trials" not in values):
+        values["trials"] = MANY if trials is None else trials
+    sweep = SweepFile(**values)
     _check_values(sweep)
     return _with_grid(sweep) if sweep.sampler == "grid" else sweep
+
+
+def _value(key: str, value: Any) -> Any:
+    """The value of a key of the file, checked as the type of SweepFile's field wants it."""
+    hint = typing.get_type_hints(SweepFile)[key]
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint, _mapping(value, key), key)
+    if typing.get_origin(hint) is list:
+        return [_mapping(each, "a point") for each in _list(value, key)]
+    return _mapping(value, key) if typing.get_origin(hint) is dict else schema.check(key, value, SweepFile)
+
+
+def _base(settings: dict[str, Any]) -> dict[str, Any]:
+    """Checked settings, and their preset: the usual one for the model where none is named."""
+    usual = "scratch" if settings.get("model.name") == SMALL_MODEL else "recommended"
+    preset = str(settings.pop("preset", None) or usual)
+    checked = {name: schema.check(name, value) for name, value in settings.items()}
+    return {"preset": preset, **schema.with_absolute_paths(checked)}
 
 
 def _with_grid(sweep: SweepFile) -> SweepFile:
@@ -283,16 +308,11 @@ def _with_grid(sweep: SweepFile) -> SweepFile:
 
 def _check_values(sweep: SweepFile) -> None:
     """Build the experiments at the ends of every range and at every point."""
-    if type(sweep.trials) is not int or sweep.trials < 1:
-        raise UserError(f"trials must be a whole number above 0, not {sweep.trials!r}")
-    if sweep.sampler not in SAMPLERS:
-        raise UserError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sweep.sampler!r}")
-    if type(sweep.seed) is not int or sweep.seed < 0:
-        raise UserError(f"seed must be a whole number, 0 or more, not {sweep.seed!r}")
     for name in sweep.search:
         for corner in sweep.corners(name):
             sweep.experiment(corner)
-    sweep.experiment({**sweep.first, **sweep.off})
+    off = {name: searched.off for name, searched in sweep.search.items() if searched.off is not None}
+    sweep.experiment({**sweep.first, **off})
     _check_workers(sweep)
     for names in TOGETHER:
         _check_together(sweep, names)
@@ -334,10 +354,11 @@ def _range(name: str, spec: Any) -> SearchRange:
             f"search: {name} can't be searched: all trials share weights and prompts; make a sweep for each"
         )
     spec = _mapping(spec, f"search: {name}")
-    _known(spec, (*KINDS, "or"))
-    kinds = [kind for kind in KINDS if kind in spec]
+    all_kinds = typing.get_args(Kind)
+    _known(spec, (*all_kinds, "or"))
+    kinds = [kind for kind in all_kinds if kind in spec]
     if len(kinds) != 1:
-        raise UserError(f"search: {name} needs one of {', '.join(KINDS)}")
+        raise UserError(f"search: {name} needs one of {', '.join(all_kinds)}")
     kind = kinds[0]
     values = tuple(schema.check(name, value) for value in _list(spec[kind], f"search: {name}: {kind}"))
     if not values:
@@ -380,17 +401,9 @@ def _dataclass(cls: Any, values: Mapping[str, Any], where: str) -> Any:
 def to_yaml(sweep: SweepFile) -> str:
     """The sweep as YAML, all defaults filled in."""
     everything = schema.flatten(sweep.experiment(sweep.first))
-    base = {n: v for n, v in everything.items() if n not in sweep.search and n != "stage"}
-    search: dict[str, Any] = {
-        n: {r.kind: list(r.values)} | ({"or": r.off} if r.off is not None else {}) for n, r in sweep.search.items()
-    }
-    tree: dict[str, Any] = {
-        "name": sweep.name,
-        "stage": sweep.stage,
-        "base": {"preset": sweep.preset, **base},
-        "search": search,
-    }
-    tree |= {"points": sweep.points, "trials": sweep.trials, "budget": dataclasses.asdict(sweep.halving)}
-    tree |= {"placement": dataclasses.asdict(sweep.placement), "seed": sweep.seed, "sampler": sweep.sampler}
-    tree |= {"final": dataclasses.asdict(sweep.final), "earlier": sweep.earlier}
+    shared = {name: value for name, value in everything.items() if name not in sweep.search and name != "stage"}
+    parts = (Halving, Placement, Finalists)
+    tree = {key: dataclasses.asdict(v) if isinstance(v, parts) else v for key, v in vars(sweep).items()}
+    tree["base"] = {"preset": sweep.base["preset"], **shared}
+    tree["search"] = {name: searched.spec for name, searched in sweep.search.items()}
     return yaml.safe_dump(tree, sort_keys=False)

@@ -43,12 +43,17 @@ def split_towers(clip: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return towers
 
 
-def freeze(clip: nn.Module, stage: str, settings: ModelSettings, learn_scale: bool) -> None:
-    """Switch off the gradient of what the stage and the settings keep as it is."""
-    towers = split_towers(clip)
-    blocks = count_blocks(list(towers["image"]))
+def require_blocks(clip: nn.Module, settings: ModelSettings) -> int:
+    """Number of blocks of the image tower. UserError: more than those are to be frozen."""
+    blocks = count_blocks(list(split_towers(clip)["image"]))
     if settings.freeze_blocks > blocks:
         raise UserError(f"--model.freeze_blocks {settings.freeze_blocks}: {settings.name} has {blocks} blocks")
+    return blocks
+
+
+def freeze(clip: nn.Module, stage: str, settings: ModelSettings, learn_scale: bool) -> None:
+    """Switch off the gradient of what the stage and the settings keep as it is."""
+    towers, blocks = split_towers(clip), require_blocks(clip, settings)
     norms = {f"{prefix}.{leaf}" for prefix, module in clip.named_modules() if is_batch_norm(module) for leaf in _LEAVES}
     for name, parameter in towers["image"].items():
         at = layer_depth(name, blocks)

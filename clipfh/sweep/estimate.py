@@ -194,10 +194,10 @@ def told(sweep: SweepFile, measured: Measured, epoch: int, at_once: int = 1) -> 
 
 def images_of_a_trial(sweep: SweepFile, most: float) -> float:
     """Images that a trial sees on average: one in `reduction` goes on from each rung."""
-    rung, share, seen, before = float(sweep.halving.first_rung), 1.0, 0.0, 0.0
+    rung, share, seen, before = float(sweep.budget.first_rung), 1.0, 0.0, 0.0
     while rung and rung < most:
         seen, before = seen + share * (rung - before), rung
-        rung, share = rung * sweep.halving.reduction, share / sweep.halving.reduction
+        rung, share = rung * sweep.budget.reduction, share / sweep.budget.reduction
     return seen + share * (most - before)
 
 

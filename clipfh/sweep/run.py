@@ -14,6 +14,8 @@ from clipfh.cluster.session import connected
 from clipfh.config import sweep_file
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue, open_catalogue
+from clipfh.model.clip import build_model
+from clipfh.model.layers import require_blocks
 from clipfh.storage import layout
 from clipfh.storage.output import all_or_nothing
 from clipfh.sweep import estimate
@@ -74,7 +76,7 @@ def sweep(
     """
     if retry_failed and not resume:
         raise UserError("--retry-failed trains failed trials of a sweep that is there: it goes with --resume")
-    loaded = sweep_file.load(file, settings, trials)
+    loaded = _load(file, settings, trials)
     opened, out = open_catalogue(catalogue), Path(out)
     tracking.require(track)
     with all_or_nothing(out, f"{layout.TRIALS}/*/{layout.METRICS}"), connected(address, loaded.placement, dashboard):
@@ -99,7 +101,7 @@ def estimate_sweep(
     Raises:
         UserError: the file, a setting or the catalogue does not fit.
     """
-    loaded, opened = sweep_file.load(file, settings, trials), open_catalogue(catalogue)
+    loaded, opened = _load(file, settings, trials), open_catalogue(catalogue)
     log(sweep_file.to_yaml(loaded))
     experiment = loaded.experiment(loaded.first)
     if address or os.environ.get("RAY_ADDRESS"):
@@ -109,6 +111,16 @@ def estimate_sweep(
         gpus, at_once = loaded.placement.gpus_per_worker, 1
         measured = estimate.measure(opened, experiment, 0, None if gpus == "auto" else gpus, loaded.placement.workers)
     log(estimate.told(loaded, measured, estimate.epoch(opened, experiment), at_once))
+
+
+def _load(file: str | Path, settings: Mapping[str, Any] | None, trials: int | None) -> SweepFile:
+    """Read and check a sweep file, also against the blocks that its model has."""
+    sweep = sweep_file.load(file, settings, trials)
+    if "model.freeze_blocks" in sweep.search:
+        clip = build_model(sweep.experiment(sweep.first).model)
+        for corner in sweep.corners("model.freeze_blocks"):
+            require_blocks(clip, sweep.experiment(corner).model)
+    return sweep
 
 
 def _measure_on_a_worker(loaded: SweepFile, opened: Catalogue) -> tuple[estimate.Measured, int]:

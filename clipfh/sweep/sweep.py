@@ -191,7 +191,7 @@ def _inputs(context: _Context, zero_shot: float) -> Inputs:
     widest = max(corners, key=lambda point: context.sweep.experiment(point).batch.items)
     shared = context.sweep.experiment({**widest, **context.sweep.texted})
     inputs = prepare_inputs(context.catalogue, shared, context.clip, stream, context.sweep.placement.keep_gib)
-    fewest = context.sweep.experiment({**widest, **context.sweep.off})  # without the terms that take single photos
+    fewest = context.sweep.experiment({**widest, **context.sweep.paired})
     make_sampler(fetch(inputs.images.index), fewest.batch, fewest.seed, fewest.loss.takes_singles)
     for note in notes_on_singles(inputs, context.base.loss):
         context.tell(note)

@@ -116,7 +116,7 @@ class ResumedHalving(AsyncHyperBandScheduler):
     """
 
     def __init__(self, board: Leaderboard) -> None:
-        first, factor = board.sweep.halving.first_rung, board.sweep.halving.reduction
+        first, factor = board.sweep.budget.first_rung, board.sweep.budget.reduction
         endless = 10**12  # trials end by their own budget
         super().__init__("images", OBJECTIVE, "max", max_t=endless, grace_period=first, reduction_factor=factor)
         until = {row["trial"]: row["images"] for row in board.over()}
@@ -152,7 +152,7 @@ def run_trials(watch: Watch, inputs: Inputs, resources: cluster.Resources) -> No
             storage_path=folder,
             num_samples=watch.left,
             search_alg=watch.searcher,
-            scheduler=ResumedHalving(board) if board.sweep.halving.first_rung else FIFOScheduler(),
+            scheduler=ResumedHalving(board) if board.sweep.budget.first_rung else FIFOScheduler(),
             callbacks=[watch],
             max_failures=RETRIES,
             reuse_actors=True,

@@ -21,7 +21,7 @@ import optuna
 
 from clipfh.config import presets, sweep_file
 from clipfh.config.experiment import SMALL_MODEL
-from clipfh.config.sweep_file import Halving, SweepFile
+from clipfh.config.sweep_file import SweepFile
 from clipfh.data import catalogue as catalogues
 from clipfh.sweep.searcher import ask
 
@@ -60,7 +60,7 @@ def first_good(sampler: str, seed: int) -> int:
     surface = json.loads(SURFACE.read_text())
     good = float(np.quantile(list(surface.values()), 0.9))
     ranges = {name: sweep_file._range(name, spec) for name, spec in SEARCH.items()}
-    sweep = SweepFile("x", "image", "scratch", {}, ranges, [], TRIALS, Halving(), seed=seed, sampler=sampler)
+    sweep = SweepFile(base={"preset": "scratch"}, search=ranges, trials=TRIALS, seed=seed, sampler=sampler)
     study = optuna.create_study(direction="maximize")
     for number in range(1, TRIALS + 1):
         trial = ask(study, sweep)

@@ -61,6 +61,14 @@ def test_nobody_answers_at_the_address(small_catalogue, capsys, tmp_path, addres
     assert address in refused(capsys, *words)
 
 
+def test_a_sweep_that_may_freeze_more_blocks_than_there_are_starts_nothing(small_catalogue, capsys, tmp_path):
+    search = "{model.freeze_blocks: {choice: [0, 99]}}"
+    (tmp_path / "sweep.yaml").write_text(f"base: {{model.name: clipfh-small}}\nsearch: {search}\n")
+    line = refused(capsys, "sweep", tmp_path / "sweep.yaml", small_catalogue.path, "--out", tmp_path / "out")
+    assert "--model.freeze_blocks 99: clipfh-small has" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_out_in_use_and_nothing_to_resume(small_catalogue, capsys, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()

@@ -71,6 +71,10 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
             "at least one term above 0",
         ),
         ({"trials": 0}, "trials must be a whole number above 0, not 0"),
+        ({"trials": "many"}, "trials must be a whole number, not 'many'"),
+        ({"seed": -1}, "seed must be a whole number, 0 or more, not -1"),
+        ({"name": ["x"]}, "name must be a text, not ['x']"),
+        ({"points": ["x"]}, "a point must be a mapping"),
         ({"budget": {"first_rnug": 5}}, "unknown key budget.first_rnug, did you mean first_rung?"),
         ({"placement": {"worker": 2}}, "placement: unknown setting worker, did you mean workers?"),
         ({"placement": {"workers": 5}}, "batch.items 32 can't be shared by 5 workers"),
@@ -155,6 +159,20 @@ def test_a_sweep_knows_whether_any_trial_learns_from_prompts(tmp_path):
     on = {"loss.supcon": {"choice": [0.0, 1.0]}, "loss.supcon_captions": {"choice": [False, True]}}
     loaded = sweep_file.load(write(tmp_path, search=on, points=[], base={"model.name": "clipfh-small", "loss.ce": 1.0}))
     assert loaded.texted == {"loss.supcon": 1.0, "loss.supcon_captions": True}
+
+
+def test_a_sweep_knows_whether_any_trial_takes_pairs_alone(tmp_path):
+    """Items with a single photo are then not trained on, which may leave fewer than a batch wants."""
+    both = {"loss.supcon_captions": {"choice": [True, False]}, "loss.ce": {"uniform": [0.1, 1.0], "or": 0.0}}
+    loaded = sweep_file.load(write(tmp_path, search=both, points=[]))
+    assert loaded.paired == {"loss.supcon_captions": False, "loss.ce": 0.0}
+    captions = {"loss.supcon_captions": {"choice": [True]}}
+    assert sweep_file.load(write(tmp_path, search=captions, points=[])).paired == {}
+
+
+def test_a_resolved_file_has_every_key_of_its_class_in_order(tmp_path):
+    loaded = sweep_file.load(write(tmp_path))
+    assert list(yaml.safe_load(sweep_file.to_yaml(loaded))) == sweep_file.KEYS
 
 
 def test_files_are_named_from_the_root_on(tmp_path, monkeypatch):
