@@ -16,7 +16,7 @@ def run(out: Path, tell: Callable[[str], None] = print) -> None:
     Raises:
         UserError: `out` is in use, or the sweep file is not beside the package.
     """
-    from clipfh.cluster import resources as cluster
+    from clipfh.cluster.session import connected
     from clipfh.config import sweep_file
     from clipfh.data.prepare import prepare
     from clipfh.sweep import sweep
@@ -37,7 +37,6 @@ def run(out: Path, tell: Callable[[str], None] = print) -> None:
     )
     tell(f"3. clipfh sweep sweeps/demo.yaml {out}/catalogue --out {out}/sweep")
     loaded = sweep_file.load(SWEEP)
-    cluster.connect(placement=loaded.placement)
-    summary = sweep.run(loaded, made, out / "sweep", tell=lambda line: tell("   " + line))
-    cluster.disconnect()
+    with connected(placement=loaded.placement):
+        summary = sweep.run(loaded, made, out / "sweep", tell=lambda line: tell("   " + line))
     tell("\n" + sweep.outcome(summary, out / "sweep"))
