@@ -45,6 +45,8 @@ class Watch(tune.Callback):
         self.over, self.best = len(board.over()), float(board.rows()[0]["val_mAP"])
         self.ended: list[tuple[Any, str]] = []
         """trials that have ended in this step, and what they crashed of"""
+        self.has_failure = False
+        """whether a trial has crashed in this step"""
 
     @property
     def left(self) -> int:
@@ -74,16 +76,21 @@ class Watch(tune.Callback):
             self.log(f"trial {number}: warning: {warning}")
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.has_failure = True
         self.log(f"trial {trial.config['number']} failed and starts again: {_last_error(trial)}")
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.ended.append((trial, ""))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.has_failure = True
         self.ended.append((trial, _last_error(trial)))
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         """Enter the trials that have ended. A write that fails ends the sweep: before, Tune would catch the error."""
+        if self.has_failure:
+            self.board.write()  # first of all: of a full disk the sweep ends, and not one trial after the other
+            self.has_failure = False
         while self.ended:
             self._enter(*self.ended.pop(0))
 

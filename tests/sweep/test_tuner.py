@@ -1,5 +1,6 @@
 """Trials under Ray Tune without training: what is told, freed and stopped, and what a resumed search goes on with."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from test_searcher import open_searcher
 
 from clipfh import UserError
 from clipfh.cluster import resources as cluster
-from clipfh.storage import run_folder
+from clipfh.storage import run_folder, store
 from clipfh.sweep import tuner
 from clipfh.sweep.leaderboard import Leaderboard
 from clipfh.sweep.trial import Trial
@@ -92,6 +93,22 @@ def test_a_resumed_watch_counts_the_trials_of_before_and_their_best(tmp_path, fr
     trial, report = start(resumed, "b"), {"images": 64, "val_mAP": 0.5, "best_val_mAP": 0.5}
     resumed.on_trial_result(1, [trial], trial, report)
     assert left == [2] and lines == ["trial 0002: 64 images, val mAP 0.500, best so far 0.700"]
+
+
+@pytest.mark.parametrize("failure", ["on_trial_recover", "on_trial_error"])
+def test_a_full_disk_ends_the_sweep_before_it_fails_its_trials(tmp_path, freed, monkeypatch, failure):
+    """A journal may still have room for a line where nothing else can be written."""
+    watch = make_watch(tmp_path)
+    trial = start(watch, "a", images=64, best_val_mAP=0.2)
+
+    def write(path: Path, content: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "write", write)
+    getattr(watch, failure)(1, [trial], trial)
+    with pytest.raises(OSError, match="No space left"):
+        watch.on_step_end(1, [trial])
+    assert [each.state.name for each in watch.searcher.study.trials] == ["RUNNING"]
 
 
 def report(images: int, score: float) -> dict:
