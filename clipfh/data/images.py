@@ -27,7 +27,7 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
-class Kept:
+class DecodedPhoto:
     """A photo that is decoded already, at one of the scales at which a JPEG can be."""
 
     width: int
@@ -39,8 +39,8 @@ class Kept:
     """(h, w, 3) uint8"""
 
 
-def for_training(
-    encoded: bytes, size: int, crop_min: float, flip: bool, rng: np.random.Generator, kept: Kept | None = None
+def decode_for_training(
+    encoded: bytes, size: int, crop_min: float, flip: bool, rng: np.random.Generator, kept: DecodedPhoto | None = None
 ) -> np.ndarray:
     """A random crop of the image, mirrored every other time.
 
@@ -54,49 +54,49 @@ def for_training(
     photo = kept or Image.open(io.BytesIO(encoded))
     width, height = photo.width, photo.height
     left, top, w, h = _random_crop(width, height, crop_min, rng)
-    reduction = _reduction(width, height, size, w, h)
+    reduction = _strongest_reduction(width, height, size, w, h)
     if kept and kept.reduction != reduction:
         photo = Image.open(io.BytesIO(encoded))
-    pixels = photo.pixels if isinstance(photo, Kept) else _decoded(photo, reduction)
+    pixels = photo.pixels if isinstance(photo, DecodedPhoto) else _decode(photo, reduction)
     across, down = pixels.shape[1] / width, pixels.shape[0] / height
-    columns, rows = _span(left, w, across, pixels.shape[1]), _span(top, h, down, pixels.shape[0])
-    crop = _resized(pixels[rows, columns].copy(), size)
+    columns, rows = _whole_pixels(left, w, across, pixels.shape[1]), _whole_pixels(top, h, down, pixels.shape[0])
+    crop = _resize(pixels[rows, columns].copy(), size)
     return crop[:, ::-1] if flip and rng.random() < 0.5 else crop
 
 
-def decoded(encoded: bytes, reduction: int) -> np.ndarray:
+def decode(encoded: bytes, reduction: int) -> np.ndarray:
     """(h, w, 3) uint8 pixels; of a JPEG at a reduction of 1, 2, 4 or 8, of others in full."""
-    return _decoded(Image.open(io.BytesIO(encoded)), reduction)
+    return _decode(Image.open(io.BytesIO(encoded)), reduction)
 
 
-def _decoded(image: Image.Image, reduction: int) -> np.ndarray:
+def _decode(image: Image.Image, reduction: int) -> np.ndarray:
     image.draft("RGB", (image.width // reduction, image.height // reduction))
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy
 
 
-def usual(encoded: bytes, size: int, crop_min: float) -> tuple[int, int, int]:
+def usual_reduction(encoded: bytes, size: int, crop_min: float) -> tuple[int, int, int]:
     """Width and height of a photo, and the reduction that most of its crops ask for: that of a square of mean area."""
     image = Image.open(io.BytesIO(encoded))  # reads the head alone
     width, height = image.size
     side = math.sqrt(width * height * (1 + crop_min) / 2)
-    asked = _reduction(width, height, size, min(side, width), min(side, height))
+    asked = _strongest_reduction(width, height, size, min(side, width), min(side, height))
     return width, height, asked if image.format == "JPEG" else 1
 
 
-def _reduction(width: int, height: int, size: int, crop_width: float, crop_height: float) -> int:
+def _strongest_reduction(width: int, height: int, size: int, crop_width: float, crop_height: float) -> int:
     """The strongest of JPEG's reductions that leaves a crop the pixels that are asked for."""
     most = min(width // math.ceil(width * size / crop_width), height // math.ceil(height * size / crop_height))
     return next(reduction for reduction in (8, 4, 2, 1) if most >= reduction or reduction == 1)
 
 
-def _span(start: float, length: float, scale: float, limit: int) -> slice:
+def _whole_pixels(start: float, length: float, scale: float, limit: int) -> slice:
     """Whole pixels of a side."""
     count = min(max(1, round(length * scale)), limit)
     first = min(round(start * scale), limit - count)
     return slice(first, first + count)
 
 
-def _resized(pixels: np.ndarray, size: int) -> np.ndarray:
+def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
     """Bicubic with antialias, as Pillow's, by torch's kernel for bytes: a quarter of the time."""
     import torch  # here: preparing a catalogue needs this module, and not torch
 
@@ -119,7 +119,7 @@ def _random_crop(
     return 0, 0, width, height
 
 
-def for_evaluation(encoded: bytes, preprocess: Preprocess) -> np.ndarray:
+def decode_for_evaluation(encoded: bytes, preprocess: Preprocess) -> np.ndarray:
     """The image as open_clip's evaluation transform has it before normalisation, to the last bit.
 
     Returns:
@@ -134,11 +134,11 @@ def for_evaluation(encoded: bytes, preprocess: Preprocess) -> np.ndarray:
             resized = (
                 (size, int(size * long / short)) if image.width <= image.height else (int(size * long / short), size)
             )
-            return _middle(image.resize(resized, resampling), size)
-        return _middle(image, size)
+            return _crop_middle(image.resize(resized, resampling), size)
+        return _crop_middle(image, size)
 
 
-def _middle(image: Image.Image, size: int) -> np.ndarray:
+def _crop_middle(image: Image.Image, size: int) -> np.ndarray:
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB"))
 

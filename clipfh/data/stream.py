@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 from clipfh import UserError
 from clipfh.data import decoding
 from clipfh.data.catalogue import Catalogue
-from clipfh.data.decoding import BatchDecoder, Images, Recipe
+from clipfh.data.decoding import BatchDecoder, StreamPart, TrainImages
 from clipfh.data.images import Preprocess
 
 FIRST_TASKS, FIRST_IMAGES = 4, 256
@@ -40,16 +40,16 @@ else, and serves both. Ray compares environments as text, and writes alike only 
 driver's tasks name theirs too, though the job's is the same."""
 
 _read_shard = ray.remote(**TASK)(decoding.read_shard)
-_room = ray.remote(**TASK)(decoding.room)
-_keep_shard = ray.remote(**TASK)(decoding.keep_shard)
-_for_evaluation = ray.remote(**TASK)(decoding.for_evaluation)
+_decoded_bytes = ray.remote(**TASK)(decoding.decoded_bytes)
+_decode_shard = ray.remote(**TASK)(decoding.decode_shard)
+_decode_for_evaluation = ray.remote(**TASK)(decoding.decode_shard_for_evaluation)
 
 
-def share(catalogue: Catalogue, *splits: str) -> Images:
+def share(catalogue: Catalogue, *splits: str) -> TrainImages:
     """Put the encoded images of splits into the object store, one object a shard, read by tasks where there is room."""
     get_or_create_stats_actor()  # else the first worker's pipeline does, as a process with all that the worker's loads
     shards = [_read_shard.remote(str(path)) for split in splits for path in catalogue.shards(split)]
-    return Images(ray.put(decoding.index(catalogue, *splits)), shards, [None] * len(shards))
+    return TrainImages(ray.put(decoding.read_index(catalogue, *splits)), shards, [None] * len(shards))
 
 
 def put(value: Any) -> Any:
@@ -57,7 +57,7 @@ def put(value: Any) -> Any:
     return ray.put(value)
 
 
-def keep_decoded(shared: Images, gib: float, size: int, crop_min: float) -> Images:
+def cache_decoded(shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
     """Keep images decoded as well, as many shards of them as go into so much memory. It changes no pixel.
 
     Args:
@@ -75,41 +75,32 @@ def keep_decoded(shared: Images, gib: float, size: int, crop_min: float) -> Imag
             f"--keep-gib {gib:g} is more than the cluster's object store has, {store:.1f} GiB: take less, or give Ray "
             "more by ray start --object-store-memory"
         )
-    room, kept = gib * 2**30, list[Any]()
+    room, decoded = gib * 2**30, list[Any]()
     for shard, needed in zip(
-        shared.shards, ray.get([_room.remote(s, size, crop_min) for s in shared.shards]), strict=True
+        shared.shards, ray.get([_decoded_bytes.remote(s, size, crop_min) for s in shared.shards]), strict=True
     ):
-        kept.append(_keep_shard.remote(shard, size, crop_min) if needed <= room else None)
-        room -= needed if kept[-1] else 0
-    return dataclasses.replace(shared, kept=kept)
+        decoded.append(_decode_shard.remote(shard, size, crop_min) if needed <= room else None)
+        room -= needed if decoded[-1] else 0
+    return dataclasses.replace(shared, decoded=decoded)
 
 
-def batches(
-    shared: Images,
-    recipe: Recipe,
-    first: int,
-    last: int,
-    rank: int = 0,
-    world_size: int = 1,
-    tasks: int | None = None,
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """A worker's part of the steps from `first` to before `last`, in order: the step, the rows (W * B,) of its global
-    batch, and the images (B, size, size, 3) of the worker's part of that.
+def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The steps of a part, in order: step, rows (W * B,) of the global batch, images of the worker's part of it.
 
-    Rank r of W gets the r-th part of each global batch. Pixels, uint8, are drawn from (seed, step, place in the global
-    batch), so they depend neither on the number of workers nor on which task decodes. The pipeline runs from the worker
-    that reads it: it begins where that one's checkpoint ends, and no process stands between. At most so many `tasks`
-    decode at a time, None for as many as the cluster has CPUs for.
+    Images are (B, size, size, 3) uint8. Their crops are drawn from (seed, step, place in the global batch), so the
+    pixels depend neither on the number of workers nor on the task that decodes them. The worker that reads the batches
+    runs the pipeline itself, from the step of its checkpoint on; no process stands between. Without a limit on tasks,
+    as many decode at a time as the cluster has CPUs for.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    load = functools.partial(_load, shared=shared, recipe=recipe, rank=rank, world_size=world_size)
-    steps = _Steps(first, last, recipe.batch.images // world_size, recipe.size)
+    spec = part.spec
+    steps = _Steps(part.first, part.last, spec.batch.images // part.world_size, spec.size)
     # As many blocks as it has tasks: Ray Data would cut them further. And one kind of task, so that steps are counted
     # where they are decoded; processes of their own would hold CPUs to the end
-    kind = {"concurrency": tasks, **TASK}
+    kind = {"concurrency": part.tasks, **TASK}
     counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **kind)
-    decoded = counted.map_batches(load, batch_size=None, **kind)
+    decoded = counted.map_batches(functools.partial(_decode_steps, part=part), batch_size=None, **kind)
     decoded.context.execution_options.preserve_order = True
     for batch in decoded.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
         yield int(batch["step"][0]), batch["row"][0], batch["image"][0]
@@ -131,32 +122,32 @@ class _Steps(ray.data.Datasource):
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
         return [
-            ray.data.ReadTask(functools.partial(_counted, start, end), BlockMetadata(end - start, None, None, None))
+            ray.data.ReadTask(functools.partial(_step_table, start, end), BlockMetadata(end - start, None, None, None))
             for start, end in self.tasks
         ]
 
 
-def _counted(start: int, end: int) -> list[pa.Table]:
+def _step_table(start: int, end: int) -> list[pa.Table]:
     return [pa.table({"step": np.arange(start, end)})]
 
 
-def _load(block: dict[str, np.ndarray], shared: Images, recipe: Recipe, rank: int, world_size: int) -> dict[str, Any]:
-    """Decode a rank's part of some steps: step (S,), row (S, W * B), image (S, B, size, size, 3)."""
-    decoder = BatchDecoder(shared, recipe, rank, world_size)
+def _decode_steps(block: dict[str, np.ndarray], part: StreamPart) -> dict[str, Any]:
+    """Decode a worker's part of some steps: step (S,), row (S, W * B), image (S, B, size, size, 3)."""
+    decoder = BatchDecoder(part)
     rows, pixels = zip(*(decoder(int(step)) for step in block["step"]), strict=True)
     return {"step": block["step"], "row": np.stack(rows), "image": np.stack(pixels)}
 
 
 @ray.remote(**TASK)
-def _joined(*parts: np.ndarray) -> np.ndarray:
+def _concatenate(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def decoded(catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess) -> Any:
+def decode_for_evaluation(catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess) -> Any:
     """Splits decoded for evaluation, once for all workers and trials.
 
     Returns:
         ObjectRef of (N, size, size, 3) uint8, in the order of the splits' rows.
     """
     paths = [path for split in splits for path in catalogue.shards(split)]
-    return _joined.remote(*[_for_evaluation.remote(_read_shard.remote(str(p)), preprocess) for p in paths])
+    return _concatenate.remote(*[_decode_for_evaluation.remote(_read_shard.remote(str(p)), preprocess) for p in paths])

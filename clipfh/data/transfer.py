@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def sent(array: np.ndarray, on: torch.device) -> Tensor:
+def to_device(array: np.ndarray, on: torch.device) -> Tensor:
     """An array on the device: from pinned memory without waiting on a GPU, without a copy on the CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # read-only pages of the object store, which we only read
@@ -21,19 +21,19 @@ def sent(array: np.ndarray, on: torch.device) -> Tensor:
     return tensor.pin_memory().to(on, non_blocking=True) if on.type == "cuda" else tensor
 
 
-def images(array: np.ndarray, on: torch.device) -> Tensor:
+def images_to_device(array: np.ndarray, on: torch.device) -> Tensor:
     """The one way of images to the device: (B, H, W, 3) uint8 to (B, 3, H, W), channels last in memory."""
-    return sent(array, on).permute(0, 3, 1, 2)
+    return to_device(array, on).permute(0, 3, 1, 2)
 
 
-def together(arrays: Mapping[str, np.ndarray], on: torch.device) -> dict[str, Tensor]:
+def integers_to_device(arrays: Mapping[str, np.ndarray], on: torch.device) -> dict[str, Tensor]:
     """Arrays of whole numbers on the device, each as int64, in one transfer."""
     whole = np.concatenate([array.ravel() for array in arrays.values()]).astype(np.int64)
-    parts = sent(whole, on).split([math.prod(array.shape) for array in arrays.values()])
+    parts = to_device(whole, on).split([math.prod(array.shape) for array in arrays.values()])
     return {name: part.view(arrays[name].shape) for name, part in zip(arrays, parts, strict=True)}
 
 
-class Late:
+class PendingValue:
     """A number of the device, sent here at once and read later, when the device has long come so far."""
 
     def __init__(self, value: Tensor) -> None:
@@ -51,7 +51,7 @@ Step = tuple[int, np.ndarray, np.ndarray]
 """Number, rows of the global batch, images of this worker's part of it (B, H, W, 3) uint8."""
 
 
-def ahead(steps: Iterator[Step], on: torch.device) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+def prefetch(steps: Iterator[Step], on: torch.device) -> Iterator[tuple[int, np.ndarray, Tensor]]:
     """The steps with their `images` on the device. A thread fetches and sends each while the one before is computed.
 
     On a GPU they are copied on a stream of their own, beside the work in hand. On the CPU the thread only fetches.
@@ -63,7 +63,7 @@ def ahead(steps: Iterator[Step], on: torch.device) -> Iterator[tuple[int, np.nda
         if step is None:
             return None
         with torch.cuda.stream(beside) if beside else contextlib.nullcontext():  # of the device too, in this thread
-            return *step[:2], images(step[2], on), beside.record_event() if beside else None
+            return *step[:2], images_to_device(step[2], on), beside.record_event() if beside else None
 
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(fetch)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfh.data.transfer import sent, together
+from clipfh.data.transfer import integers_to_device, to_device
 
 NUM_OPERATIONS = 2
 """Operations that RandAugment draws for an image."""
@@ -59,8 +59,8 @@ def randaugment(
     codes = np.take_along_axis(codes, orders, axis=1)
     # From each order to the next, and at last back to the first
     moves = [orders[0], *(np.argsort(a)[b] for a, b in zip(orders, orders[1:], strict=False)), np.argsort(orders[-1])]
-    places = together({"moves": np.stack(moves)}, images.device)["moves"]
-    grids = sent(np.stack([_theta(int(code), strength, *shape) for code in codes.ravel()]), images.device)
+    places = integers_to_device({"moves": np.stack(moves)}, images.device)["moves"]
+    grids = to_device(np.stack([_theta(int(code), strength, *shape) for code in codes.ravel()]), images.device)
     for move, drawn, theta in zip(places, codes, grids.view(*codes.shape, 3, 2), strict=False):
         images = _changed(images[move], drawn, strength, theta, fill)
     return images[places[-1]]
@@ -175,7 +175,7 @@ def erase(
     area = (0.02 + 0.31 * area) * (hit < probability)
     high, wide = np.sqrt(area * aspect).clip(max=1), np.sqrt(area / aspect).clip(max=1)
     inside = np.concatenate([_between(height, top * (1 - high), high), _between(width, left * (1 - wide), wide)], 1)
-    inside_BH, inside_BW = sent(inside, images.device).split([height, width], 1)
+    inside_BH, inside_BW = to_device(inside, images.device).split([height, width], 1)
     inside_BHW = inside_BH[:, :, None] & inside_BW[:, None, :]
     return torch.where(inside_BHW[:, None], fill.view(1, 3, 1, 1), images)
 

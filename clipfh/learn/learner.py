@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from clipfh import UserError
 from clipfh.config.experiment import Experiment
 from clipfh.config.schedule import make_schedule
-from clipfh.data import transfer
 from clipfh.data.sampler import ItemIndex
+from clipfh.data.transfer import PendingValue, images_to_device, integers_to_device
 from clipfh.learn import augment, diagnostics, optimizer
 from clipfh.learn.all_gather import all_gather_with_gradient
 from clipfh.learn.objective import Labels, Objective
 from clipfh.learn.optimizer import ExponentialMovingAverage
-from clipfh.learn.tally import Made, Tally
+from clipfh.learn.tally import StepTally, UncheckedStep
 from clipfh.model.devices import resolve_precision
 from clipfh.model.layers import freeze
 from clipfh.model.towers import Towers, clamp_logit_scale, embed_images, recompute_blocks, text_features
@@ -87,7 +87,7 @@ class Learner:
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.fill = (self.towers.mean.flatten() * 255).round().to(torch.uint8)
         self.step = 0
-        self.unchecked: Made | None = None
+        self.unchecked: UncheckedStep | None = None
 
     def _wrapped(self) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
         towers: Any = torch.compile(self.towers) if self.experiment.model.compile else self.towers
@@ -113,7 +113,7 @@ class Learner:
 
         Args:
             rows: (W * B,) image rows of the global batch.
-            images: (B, size, size, 3) uint8, this rank's part; or what `transfer.images` made of them.
+            images: (B, size, size, 3) uint8, this rank's part; or their tensor on the device, by `images_to_device`.
 
         Returns:
             The losses of the global batch, on the device.
@@ -123,14 +123,14 @@ class Learner:
             UserError: the towers can't be compiled.
         """
         labels, tokens = self._labels(rows)
-        pixels = images if isinstance(images, Tensor) else transfer.images(images, self.device)
+        pixels = images if isinstance(images, Tensor) else images_to_device(images, self.device)
         features, text, log_scale = self._features(pixels, tokens, labels)
         total, terms = self.objective(features, text, log_scale, labels)
         grad_norm, lost = self._update(total)
         self.objective.move_centers(features, labels, self.experiment.optimizer.center_lr)
         self.seen = features.detach(), None if text is None else text.detach(), labels
         values = {term: value.detach() for term, value in terms.items()}
-        before, self.unchecked = self.unchecked, Made(self.step, values, rows, transfer.Late(lost))
+        before, self.unchecked = self.unchecked, UncheckedStep(self.step, values, rows, PendingValue(lost))
         self.step += 1
         if before:
             before.check()
@@ -195,7 +195,7 @@ class Learner:
         }
         if self.trains_text:
             arrays["tokens"] = self._own_tokens(captions)
-        sent = transfer.together(arrays, self.device)
+        sent = integers_to_device(arrays, self.device)
         tokens = sent.pop("tokens", None)
         return Labels(**sent), tokens
 
@@ -223,7 +223,7 @@ class Learner:
         query, gallery = torch.arange(num_query), torch.arange(num_query, len(codes))
         return metrics.mean_average_precision(rows.select(query), rows.select(gallery))
 
-    def report(self, tally: Tally, validation: Validation | None, start_val_mAP: float) -> dict[str, Any]:
+    def report(self, tally: StepTally, validation: Validation | None, start_val_mAP: float) -> dict[str, Any]:
         """All that a report carries: place, scores, means since the last one, each term's two ends, warnings.
 
         Args:

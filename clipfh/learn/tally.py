@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from clipfh.data.transfer import Late
+from clipfh.data.transfer import PendingValue
 
 
 class Diverged(Exception):
@@ -26,14 +26,14 @@ class Diverged(Exception):
 
 
 @dataclass(frozen=True)
-class Made:
+class UncheckedStep:
     """A step that was made, of which it isn't known yet whether it was of any use."""
 
     step: int
     terms: dict[str, Tensor]
     rows: np.ndarray
     """(B,) images of the global batch"""
-    lost: Late
+    lost: PendingValue
     """1 where loss or gradient were not finite, else 0"""
 
     def check(self) -> None:
@@ -43,7 +43,7 @@ class Made:
 
 
 @dataclass
-class Tally:
+class StepTally:
     """What happened since the last report."""
 
     start: float = field(default_factory=lambda: time.monotonic())

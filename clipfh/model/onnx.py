@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clipfh import UserError
 from clipfh.config.experiment import ModelSettings
 from clipfh.data import images
+from clipfh.data.images import Preprocess
 from clipfh.model.clip import get_preprocess, load_tokenizer
 from clipfh.storage import layout
 
@@ -130,14 +131,14 @@ def run(file: Path, batch: np.ndarray) -> np.ndarray:
     return session.run(None, {session.get_inputs()[0].name: batch})[0]
 
 
-def pixel_values(photos: Sequence[bytes], preprocess: images.Preprocess) -> Tensor:
+def pixel_values(photos: Sequence[bytes], preprocess: Preprocess) -> Tensor:
     """(N, 3, size, size) float32, normalised: what the image tower takes."""
-    pixels = np.stack([images.for_evaluation(photo, preprocess) for photo in photos])
+    pixels = np.stack([images.decode_for_evaluation(photo, preprocess) for photo in photos])
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def described(preprocess: images.Preprocess) -> dict[str, Any]:
+def described(preprocess: Preprocess) -> dict[str, Any]:
     """The preprocessing, as Hugging Face's CLIPImageProcessor has it in `preprocessor_config.json`."""
     side, squash = {"height": preprocess.size, "width": preprocess.size}, preprocess.resize_mode == "squash"
     return {

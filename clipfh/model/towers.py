@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipfh import UserError
-from clipfh.data import transfer
+from clipfh.data.transfer import images_to_device
 from clipfh.model.clip import MAX_LOG_SCALE, get_preprocess, load_open_clip
 from clipfh.model.layers import is_batch_norm
 
@@ -118,7 +118,7 @@ def embed_images(towers: Towers, images: np.ndarray, dtype: torch.dtype, batch: 
     parts = []
     with evaluating(towers), torch.autocast(on.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for start in range(0, len(images), batch):
-            parts.append(towers(transfer.images(images[start : start + batch], on))[0].float())
+            parts.append(towers(images_to_device(images[start : start + batch], on))[0].float())
     return F.normalize(torch.cat(parts))
 
 

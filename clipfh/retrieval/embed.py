@@ -20,6 +20,7 @@ from clipfh.config import cores
 from clipfh.config.experiment import ModelSettings
 from clipfh.data import images as images_module
 from clipfh.data.catalogue import Catalogue
+from clipfh.data.images import Preprocess
 from clipfh.model.clip import get_preprocess, load_tokenizer
 from clipfh.model.devices import choose_device, explain_out_of_memory, resolve_precision
 from clipfh.model.towers import Towers, embed_images, embed_texts
@@ -107,13 +108,11 @@ def read(shard: os.PathLike | str) -> Iterator[pa.Array]:
         yield part["image"]
 
 
-def _decoded(
-    pool: ThreadPoolExecutor, encoded: Iterable[pa.Array], preprocess: images_module.Preprocess
-) -> Iterator[np.ndarray]:
+def _decoded(pool: ThreadPoolExecutor, encoded: Iterable[pa.Array], preprocess: Preprocess) -> Iterator[np.ndarray]:
     """(n, size, size, 3) uint8 images of each batch, in order; one batch more is decoded while the caller works."""
     waiting: deque[list[Future[np.ndarray]]] = deque()
     for batch in encoded:
-        waiting.append([pool.submit(images_module.for_evaluation, each.as_py(), preprocess) for each in batch])
+        waiting.append([pool.submit(images_module.decode_for_evaluation, each.as_py(), preprocess) for each in batch])
         if len(waiting) > 1:
             yield np.stack([future.result() for future in waiting.popleft()])
     for last in waiting:

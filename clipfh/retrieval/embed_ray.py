@@ -17,6 +17,7 @@ from clipfh.cluster import resources as cluster
 from clipfh.config.experiment import ModelSettings
 from clipfh.data import images as images_module
 from clipfh.data.catalogue import Catalogue
+from clipfh.data.images import Preprocess
 from clipfh.model.clip import get_preprocess, load_tokenizer
 from clipfh.model.devices import choose_device, resolve_precision
 from clipfh.model.towers import Towers, embed_images, embed_texts
@@ -103,8 +104,10 @@ def _in_tasks(
     return rows.map_batches(function, batch_size=size, fn_kwargs=arguments, concurrency=at_once, **how)
 
 
-def _decode(batch: Any, preprocess: images_module.Preprocess) -> Any:
+def _decode(batch: Any, preprocess: Preprocess) -> Any:
     """The images of some shards, a part at a time."""
     for shard in batch["shard"]:
         for encoded in embed.read(shard):
-            yield {"image": np.stack([images_module.for_evaluation(each.as_py(), preprocess) for each in encoded])}
+            yield {
+                "image": np.stack([images_module.decode_for_evaluation(each.as_py(), preprocess) for each in encoded])
+            }

@@ -193,7 +193,7 @@ def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, ModelSet
 def embed_photo(index: Index, clip: nn.Module, settings: ModelSettings, file: str | Path) -> Tensor:
     """Unit embedding (D,) of a photo, taken in as the catalogue's own were. UserError: it can't be read."""
     photo = encode_photo(file, index.made["catalogue"]["image_size"])
-    pixels = images.for_evaluation(photo, get_preprocess(clip))
+    pixels = images.decode_for_evaluation(photo, get_preprocess(clip))
     return embed_images(_towers(clip), np.stack([pixels]), resolve_precision(settings.precision, choose_device()))[
         0
     ].cpu()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -25,7 +26,8 @@ from clipfh.config import cores
 from clipfh.config.experiment import Experiment, Placement
 from clipfh.data import decoding, images
 from clipfh.data.catalogue import Catalogue
-from clipfh.data.decoding import Images, Recipe
+from clipfh.data.decoding import BatchDecoder, StreamPart, TrainImages
+from clipfh.data.images import Preprocess
 from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
 from clipfh.train import worker
@@ -35,53 +37,47 @@ AHEAD = 2
 """Batches that are decoded beyond one for each core."""
 
 
-class Feed:
+class InProcessFeed:
     """The `decoding.Feed` that holds what a run reads in this process's memory."""
 
-    def share(self, catalogue: Catalogue, *splits: str) -> Images:
+    def share(self, catalogue: Catalogue, *splits: str) -> TrainImages:
         paths = [str(path) for split in splits for path in catalogue.shards(split)]
         with ThreadPoolExecutor(cores.available()) as pool:
             shards = list(pool.map(decoding.read_shard, paths))
-        return Images(decoding.index(catalogue, *splits), shards, [None] * len(shards))
+        return TrainImages(decoding.read_index(catalogue, *splits), shards, [None] * len(shards))
 
     def put(self, value: Any) -> Any:
         return value
 
-    def keep_decoded(self, shared: Images, gib: float, size: int, crop_min: float) -> Images:
-        room, kept = gib * 2**30, list[Any]()
+    def cache_decoded(self, shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
+        room, decoded = gib * 2**30, list[Any]()
         with ThreadPoolExecutor(cores.available()) as pool:
-            needed = list(pool.map(lambda shard: decoding.room(shard, size, crop_min), shared.shards))
+            needed = list(pool.map(lambda shard: decoding.decoded_bytes(shard, size, crop_min), shared.shards))
             for shard, bytes_needed in zip(shared.shards, needed, strict=True):
                 fits = bytes_needed <= room
-                kept.append(pool.submit(decoding.keep_shard, shard, size, crop_min) if fits else None)
+                decoded.append(pool.submit(decoding.decode_shard, shard, size, crop_min) if fits else None)
                 room -= bytes_needed if fits else 0
-        return dataclasses.replace(shared, kept=[future and future.result() for future in kept])
+        return dataclasses.replace(shared, decoded=[future and future.result() for future in decoded])
 
-    def decoded(self, catalogue: Catalogue, splits: tuple[str, ...], preprocess: images.Preprocess) -> np.ndarray:
+    def decode_for_evaluation(
+        self, catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess
+    ) -> np.ndarray:
         encoded = [photo for split in splits for photo in catalogue.images(split)["image"]]
+        decode = functools.partial(images.decode_for_evaluation, preprocess=preprocess)
         with ThreadPoolExecutor(cores.available()) as pool:
-            return np.stack(list(pool.map(lambda photo: images.for_evaluation(photo.as_py(), preprocess), encoded)))
+            return np.stack(list(pool.map(lambda photo: decode(photo.as_py()), encoded)))
 
-    def batches(
-        self,
-        shared: Images,
-        recipe: Recipe,
-        first: int,
-        last: int,
-        rank: int = 0,
-        world_size: int = 1,
-        tasks: int | None = None,
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        decoder = decoding.BatchDecoder(shared, recipe, rank, world_size)
-        count = tasks or cores.available()
+    def batches(self, part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        decoder = BatchDecoder(part)
+        count = part.tasks or cores.available()
         pool = ThreadPoolExecutor(count)
         try:
-            begun = range(first, min(first + count + AHEAD, last))
-            waiting = deque((step, pool.submit(decoder, step)) for step in begun)
+            steps = range(part.first, min(part.first + count + AHEAD, part.last))
+            waiting = deque((step, pool.submit(decoder, step)) for step in steps)
             while waiting:
                 step, future = waiting.popleft()
                 rows, pixels = future.result()
-                if (following := step + count + AHEAD) < last:
+                if (following := step + count + AHEAD) < part.last:
                     waiting.append((following, pool.submit(decoder, following)))
                 yield step, rows, pixels
         finally:
@@ -184,7 +180,7 @@ def fit(
     """
     session = _Session(out, "step" if inputs.validation is None else "val_mAP", tell)
     job = {"experiment": experiment, "inputs": inputs, "out": str(out.absolute()), "decoding": None, "followed": False}
-    worker.train(job | placed(placement) | {"gpus": 0}, session, Feed())
+    worker.train(job | placed(placement) | {"gpus": 0}, session, InProcessFeed())
 
 
 def placed(placement: Placement) -> dict[str, Any]:

@@ -143,14 +143,14 @@ def prepare_inputs(
     make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
     preprocess = get_preprocess(clip)
     if keep_gib:
-        images = feed.keep_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
+        images = feed.cache_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
     captions, num_cut = tokenize_captions(catalogue, index.names, experiment, *splits)
     weights = {name: tensor.numpy() for name, tensor in clip.state_dict().items()}
     return Inputs(
         images=images,
         captions=feed.put(captions),
         weights=feed.put(weights) if warm or weights_name(experiment.model) else None,
-        validation=None if with_validation else feed.decoded(catalogue, VALIDATION, preprocess),
+        validation=None if with_validation else feed.decode_for_evaluation(catalogue, VALIDATION, preprocess),
         items=feed.put(validation_codes(catalogue)),
         size=preprocess.size,
         num_images=len(index.item),

@@ -127,7 +127,7 @@ def _in_this_process(placement: Placement) -> tuple[str, Feed, Compute]:
         images = _count_images(experiment, inputs)
         in_process.fit(placement, experiment, inputs, out, lambda report: _log_report(report, images, log))
 
-    return f"in this process on CPU, {threads} thread{'s' * (threads > 1)}", in_process.Feed(), compute
+    return f"in this process on CPU, {threads} thread{'s' * (threads > 1)}", in_process.InProcessFeed(), compute
 
 
 def _over_the_cluster(placement: Placement) -> tuple[str, Feed, Compute]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from clipfh.data import decoding
+from clipfh.data.decoding import TrainImages
 
 
 @dataclass(frozen=True)
 class Inputs:
     """All that a run reads. Each part is an object or Ray's reference to one, as `decoding.fetch` takes."""
 
-    images: decoding.Images
+    images: TrainImages
     captions: Any
     """Captions"""
     weights: Any

@@ -14,10 +14,11 @@ import torch
 
 from clipfh.config import cores
 from clipfh.config.experiment import Experiment
-from clipfh.data import decoding, sampler, transfer
-from clipfh.data.decoding import fetch
+from clipfh.data import decoding, sampler
+from clipfh.data.decoding import BatchSpec, Feed, StreamPart, fetch
+from clipfh.data.transfer import prefetch
 from clipfh.learn.learner import Learner, Validation
-from clipfh.learn.tally import Diverged, Tally
+from clipfh.learn.tally import Diverged, StepTally
 from clipfh.model import checkpoint as checkpoint_module
 from clipfh.model.clip import build_model, load_initial_model
 from clipfh.model.devices import choose_device, explain_out_of_memory, precision_notes
@@ -52,19 +53,18 @@ class Session(Protocol):
     "give --batch.chunk 64, say, or --model.checkpointing true, which compute some of it again; or a smaller P x K "
     "(--batch.items, --batch.views)"
 )
-def train(job: dict[str, Any], session: Session, feed: decoding.Feed) -> None:
+def train(job: dict[str, Any], session: Session, feed: Feed) -> None:
     """Train on this worker's part of each batch, from the session's checkpoint to the end of the budget."""
     experiment, inputs = job["experiment"], job["inputs"]
     learner = learner_of(experiment, inputs, choose_device(job["gpus"]))
     validation = validation_of(inputs)
     found = _begin(learner, validation, inputs, session)
     history = History(job["out"], learner.step)
-    recipe = decoding.Recipe.of(experiment, inputs.size)
-    place = learner.rank, learner.world_size
+    spec, place = BatchSpec.of(experiment, inputs.size), (learner.rank, learner.world_size)
     last = learner.schedule.num_steps
-    decoded = feed.batches(inputs.images, recipe, learner.step, last, *place, tasks=job["decoding"])
-    batch_stream = transfer.ahead(decoded, learner.device)
-    tally, patience, notice, began = Tally(), experiment.budget.patience, _Notice(session), 0.0
+    decoded = feed.batches(StreamPart(inputs.images, spec, learner.step, last, *place, job["decoding"]))
+    batch_stream = prefetch(decoded, learner.device)
+    tally, patience, notice, began = StepTally(), experiment.budget.patience, _Notice(session), 0.0
     # Not sooner: other trials may still be starting here
     next_wanted = learner.step + learner.schedule.half_report_steps
     with _Threads(job["threads"], job["shares_cores"]) as threads:
@@ -82,7 +82,7 @@ def train(job: dict[str, Any], session: Session, feed: decoding.Feed) -> None:
                 history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
                 if learner.schedule.is_report(learner.step) or notice.is_new(learner.step):
                     found = _report(learner, validation, history, tally, {**found, "began": began}, session)
-                    tally = Tally()
+                    tally = StepTally()
             except Diverged as diverged:
                 _report_divergence(diverged, learner.rank, inputs, history, experiment.batch.images)
                 return
@@ -175,7 +175,7 @@ def _report(
     learner: Learner,
     validation: Validation | None,
     history: History,
-    tally: Tally,
+    tally: StepTally,
     before: dict[str, Any],
     session: Session,
 ) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _report_divergence(diverged: Diverged, rank: int, inputs: Inputs, history: H
     place = {"step": diverged.step + 1, "images": (diverged.step + 1) * batch}
     if rank == 0:
         values = ", ".join(f"{name} {value:g}" for name, value in diverged.terms.items())
-        paths = decoding.paths(inputs.images, diverged.rows)
+        paths = decoding.read_paths(inputs.images, diverged.rows)
         reason = (
             f"loss or gradient are not finite at step {diverged.step} ({values}; images {', '.join(paths[:4])} and "
             f"{max(0, len(paths) - 4)} more): try a lower optimizer.lr"

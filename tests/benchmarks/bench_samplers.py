@@ -124,7 +124,7 @@ def train_one(catalogue: str, point: tuple[float, ...]) -> float:
     learner = recipes._trained(opened, presets.resolve("image", "scratch", settings), "")
     preprocess = get_preprocess(learner.clip)
     tables = [opened.images(split) for split in VALIDATION]
-    pixels = np.concatenate([[images.for_evaluation(e.as_py(), preprocess) for e in t["image"]] for t in tables])
+    pixels = np.concatenate([[images.decode_for_evaluation(e.as_py(), preprocess) for e in t["image"]] for t in tables])
     return learner.validate(Validation(pixels, *validation_codes(opened)))
 
 

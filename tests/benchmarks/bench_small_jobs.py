@@ -84,6 +84,7 @@ import sys
 import numpy as np, torch
 from clipfh.config import experiment as config
 from clipfh.data import catalogue, decoding
+from clipfh.data.decoding import StreamPart
 from clipfh.model import clip as model
 from clipfh.train import in_process, inputs as train
 from clipfh.learner import Learner
@@ -91,11 +92,11 @@ from clipfh.learner import Learner
 experiment = config.resolve("image", None, {"model.name": config.SMALL, "budget.images": int(sys.argv[2])})
 opened = catalogue.open_catalogue(sys.argv[1])
 clip = model.initial(experiment.model, 0)
-index = decoding.index(opened, "train")
+index = decoding.read_index(opened, "train")
 captions, _ = train.captions_of(opened, index.names, experiment, "train")
 learner = Learner(experiment, clip, index, captions, torch.device("cpu"))
-feed, recipe = in_process.Feed(), decoding.Recipe.of(experiment, model.preprocess_of(clip).size)
-some = [(rows, images) for _, rows, images in feed.batches(feed.share(opened, "train"), recipe, 0, 8)]
+feed, recipe = in_process.InProcessFeed(), decoding.BatchSpec.of(experiment, model.preprocess_of(clip).size)
+some = [(rows, images) for _, rows, images in feed.batches(StreamPart(feed.share(opened, "train"), recipe, 0, 8))]
 while learner.step < learner.schedule.num_steps:
     rows, images = some[learner.step % len(some)]
     learner.train_step(rows, torch.from_numpy(images).permute(0, 3, 1, 2))

@@ -28,6 +28,7 @@ from clipfh.config import cores, presets, sweep_file
 from clipfh.config.experiment import SMALL_MODEL, Experiment, Placement
 from clipfh.data import decoding, stream
 from clipfh.data.catalogue import Catalogue
+from clipfh.data.decoding import BatchSpec, StreamPart
 from clipfh.data.prepare import prepare
 from clipfh.data.sampler import ItemIndex, make_sampler
 from clipfh.demo.source import write_source
@@ -78,7 +79,7 @@ def _stream_and_step(opened: Catalogue, folder: Path) -> list[dict]:
     experiment = presets.resolve("image", None, SETTINGS)
     resources = cluster.place(Placement())
     inputs = prepare_inputs(opened, experiment, load_start(experiment), stream)
-    images = stream.keep_decoded(inputs.images, 1.0, inputs.size, experiment.augment.crop_min)
+    images = stream.cache_decoded(inputs.images, 1.0, inputs.size, experiment.augment.crop_min)
     kept = dataclasses.replace(inputs, images=images)
     ingest, spared = [], []
     for number in range(3):
@@ -111,8 +112,8 @@ def _drained(experiment: Experiment, inputs: Inputs, out: Path, resources: clust
 
 def _drain(job: dict[str, Any]) -> None:
     experiment, inputs = job["experiment"], job["inputs"]
-    recipe = decoding.Recipe.of(experiment, inputs.size)
-    arriving = stream.batches(inputs.images, recipe, 0, IMAGES // experiment.batch.images)
+    recipe = BatchSpec.of(experiment, inputs.size)
+    arriving = stream.batches(StreamPart(inputs.images, recipe, 0, IMAGES // experiment.batch.images))
     begun, count = _after_the_first(arriving), 0
     for _, rows, _ in arriving:
         count += len(rows)
@@ -129,19 +130,21 @@ def _after_the_first(arriving: Iterator[Any]) -> float:
 class _Photos(torch.utils.data.Dataset):
     """What the stream decodes, for torch's own loader."""
 
-    def __init__(self, column: Any, recipe: decoding.Recipe) -> None:
+    def __init__(self, column: Any, recipe: BatchSpec) -> None:
         self.column, self.recipe = column, recipe
 
     def __getitem__(self, place: tuple[int, int, int]) -> torch.Tensor:
         step, position, image = place
-        pixels = decoding.decode(self.recipe, lambda at: self.column[at].as_py(), step, position, np.array([image]))
+        pixels = decoding.decode_batch(
+            self.recipe, lambda at: self.column[at].as_py(), step, position, np.array([image])
+        )
         return torch.from_numpy(pixels[0])
 
 
 def _loader(opened: Catalogue, inputs: Inputs) -> float:
     """Images per second of torch's DataLoader with a process a core, the first left out."""
     experiment = presets.resolve("image", None, SETTINGS)
-    recipe = decoding.Recipe.of(experiment, inputs.size)
+    recipe = BatchSpec.of(experiment, inputs.size)
     plan = make_sampler(ray.get(inputs.images.index), experiment.batch, 0, singles=False)
     column = opened.images("train")["image"].combine_chunks()
     count = IMAGES // experiment.batch.images
@@ -166,9 +169,9 @@ def _steps(opened: Catalogue, inputs: Inputs, resources: cluster.Resources, fold
     experiment = presets.resolve("image", None, {**SETTINGS, **budget})
     index: ItemIndex = ray.get(inputs.images.index)
     plan = make_sampler(index, experiment.batch, 0, singles=False)
-    recipe = decoding.Recipe.of(experiment, inputs.size)
+    recipe = BatchSpec.of(experiment, inputs.size)
     column = opened.images("train")["image"].combine_chunks()
-    some = [decoding.decode(recipe, lambda at: column[at].as_py(), s, 0, plan.batch(s)) for s in range(8)]
+    some = [decoding.decode_batch(recipe, lambda at: column[at].as_py(), s, 0, plan.batch(s)) for s in range(8)]
     state = experiment, index, ray.get(inputs.captions), some, resources.threads
     folder.mkdir()
     (folder / "plain.pickle").write_bytes(pickle.dumps(state))

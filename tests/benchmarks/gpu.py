@@ -36,8 +36,8 @@ import yaml
 
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, Experiment, Stage
-from clipfh.data import transfer
 from clipfh.data.sampler import ItemIndex
+from clipfh.data.transfer import images_to_device, prefetch
 from clipfh.demo.source import write_source
 from clipfh.learn.learner import Captions, Learner
 from clipfh.model.clip import get_preprocess, load_initial_model
@@ -184,7 +184,7 @@ def _steps(size: Size, stage: Stage, compile: bool) -> Steps:
     learner, rng = _learner(experiment), np.random.default_rng(0)
     side, rows = get_preprocess(learner.clip).size, np.arange(experiment.batch.images)
     images = rng.integers(0, 256, (len(rows), side, side, 3), np.uint8)
-    step = partial(learner.train_step, rows, transfer.images(images, learner.device))
+    step = partial(learner.train_step, rows, images_to_device(images, learner.device))
     first = _seconds(step)
     rate = len(rows) * _rate(step, size.seconds)
     precision = str(learner.precision).removeprefix("torch.")
@@ -219,7 +219,7 @@ def _waits(learner: Learner, images: np.ndarray) -> dict[str, float]:
     def calls(count: int) -> Counter[str]:
         batch = np.arange(len(images)), images
         with torch.profiler.profile(acc_events=True) as profile:
-            for _, rows, pixels in transfer.ahead(((number, *batch) for number in range(count)), learner.device):
+            for _, rows, pixels in prefetch(((number, *batch) for number in range(count)), learner.device):
                 learner.train_step(rows, pixels)
         return Counter({event.key: event.count for event in profile.key_averages()})
 

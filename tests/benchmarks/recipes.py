@@ -88,6 +88,7 @@ def _trained(opened: Any, experiment: Any, original: str) -> Any:
     import torch
 
     from clipfh.data import decoding
+    from clipfh.data.decoding import BatchSpec
     from clipfh.data.sampler import build_index, make_sampler
     from clipfh.learn.learner import Captions, Learner
     from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer
@@ -104,13 +105,13 @@ def _trained(opened: Any, experiment: Any, original: str) -> Any:
     if original:
         learner.objective = _Original(original)
     plan = make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
-    recipe = decoding.Recipe.of(experiment, get_preprocess(clip).size)
+    recipe = BatchSpec.of(experiment, get_preprocess(clip).size)
     column = table["image"].chunk(0)
     for step in range(learner.schedule.num_steps):
         rows = plan.batch(step)
         if original == "v1":  # its loader did not shuffle
             rows = (step * len(rows) + np.arange(len(rows))) % len(index.item)
-        pixels = decoding.decode(recipe, lambda row: column[row].as_py(), step, 0, rows)
+        pixels = decoding.decode_batch(recipe, lambda row: column[row].as_py(), step, 0, rows)
         learner.train_step(rows, pixels)
     return learner
 
@@ -127,7 +128,9 @@ def _score(opened: Any, learner: Any) -> dict[str, float]:
 
     tables = [opened.images(split) for split in ("query", "gallery")]
     preprocess = get_preprocess(learner.clip)
-    pixels = [np.stack([images_module.for_evaluation(e.as_py(), preprocess) for e in t["image"]]) for t in tables]
+    pixels = [
+        np.stack([images_module.decode_for_evaluation(e.as_py(), preprocess) for e in t["image"]]) for t in tables
+    ]
     with learner.average.applied():
         embeddings = [embed_images(learner.towers, p, learner.precision) for p in pixels]
     names = [table["item_id"].to_pylist() for table in tables]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipfh.data.images import Kept, Preprocess, decoded, for_evaluation, for_training, usual
+from clipfh.data import images
+from clipfh.data.images import Preprocess
 
 
 def photo(width, height, mode="RGB", format="JPEG", seed=0):
@@ -32,7 +33,7 @@ def test_evaluation_equals_open_clip(width, height, size, resize_mode):
         size, False, mean=preprocess.mean, std=preprocess.std, resize_mode=resize_mode, interpolation="bicubic"
     )
     expected = transform(Image.open(io.BytesIO(encoded)))
-    pixels = torch.from_numpy(for_evaluation(encoded, preprocess).copy()).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(images.decode_for_evaluation(encoded, preprocess).copy()).permute(2, 0, 1).float() / 255
     ours = (pixels - torch.tensor(preprocess.mean)[:, None, None]) / torch.tensor(preprocess.std)[:, None, None]
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
@@ -40,14 +41,14 @@ def test_evaluation_equals_open_clip(width, height, size, resize_mode):
 @pytest.mark.parametrize("mode,format", [("L", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG")])
 def test_any_mode_becomes_rgb(mode, format):
     encoded = photo(90, 120, mode, format)
-    assert for_evaluation(encoded, Preprocess(64, (0,) * 3, (1,) * 3)).shape == (64, 64, 3)
-    assert for_training(encoded, 64, 0.3, True, np.random.default_rng(0)).shape == (64, 64, 3)
+    assert images.decode_for_evaluation(encoded, Preprocess(64, (0,) * 3, (1,) * 3)).shape == (64, 64, 3)
+    assert images.decode_for_training(encoded, 64, 0.3, True, np.random.default_rng(0)).shape == (64, 64, 3)
 
 
 def test_training_crop_repeats_by_seed_and_covers_the_image():
     encoded = photo(256, 200)
-    crops = [for_training(encoded, 64, 0.2, True, np.random.default_rng(s)) for s in range(30)]
-    again = [for_training(encoded, 64, 0.2, True, np.random.default_rng(s)) for s in range(30)]
+    crops = [images.decode_for_training(encoded, 64, 0.2, True, np.random.default_rng(s)) for s in range(30)]
+    again = [images.decode_for_training(encoded, 64, 0.2, True, np.random.default_rng(s)) for s in range(30)]
     np.testing.assert_array_equal(crops, again)
     assert len({c.tobytes() for c in crops}) == 30
 
@@ -58,19 +59,20 @@ def test_training_crop_repeats_by_seed_and_covers_the_image():
 @settings(max_examples=60, deadline=None)
 def test_a_kept_photo_gives_the_same_crop(width, height, format, crop_min, seed):
     encoded = photo(width, height, format=format)
-    *shape, reduction = usual(encoded, 32, crop_min)
+    *shape, reduction = images.usual_reduction(encoded, 32, crop_min)
     assert shape == [width, height] and (reduction == 1 or format == "JPEG")
-    kept = Kept(width, height, reduction, decoded(encoded, reduction))
+    kept = images.DecodedPhoto(width, height, reduction, images.decode(encoded, reduction))
     assert kept.pixels.shape == (-(-height // reduction), -(-width // reduction), 3)
     plain, same = (
-        for_training(encoded, 32, crop_min, True, np.random.default_rng(seed), each) for each in (None, kept)
+        images.decode_for_training(encoded, 32, crop_min, True, np.random.default_rng(seed), each)
+        for each in (None, kept)
     )
     np.testing.assert_array_equal(plain, same)
 
 
 def test_whole_image_without_augmentation():
     encoded = photo(128, 128)
-    crop = for_training(encoded, 64, 1.0, False, np.random.default_rng(0)).astype(float)
+    crop = images.decode_for_training(encoded, 64, 1.0, False, np.random.default_rng(0)).astype(float)
     whole = np.asarray(Image.open(io.BytesIO(encoded)).resize((64, 64), Image.Resampling.BICUBIC)).astype(float)
     assert np.abs(crop - whole).mean() < 3, "a decoding short cut may round, not move"
     assert np.abs(crop[:, ::-1] - whole).mean() > 3

@@ -14,6 +14,7 @@ from clipfh import UserError
 from clipfh.cluster import resources as cluster
 from clipfh.data import decoding as decoding_module
 from clipfh.data import sampler, stream
+from clipfh.data.decoding import BatchSpec, StreamPart
 from clipfh.data.sampler import PKSampler, build_index
 
 
@@ -24,12 +25,12 @@ def shared(ray_cluster, small_catalogue):
 
 @pytest.fixture(scope="module")
 def recipe(tiny):
-    return decoding_module.Recipe(tiny.batch, tiny.augment, seed=3, size=64, singles=False)
+    return BatchSpec(tiny.batch, tiny.augment, seed=3, size=64, singles=False)
 
 
 def streamed(shared, recipe, first, last, workers):
     """Step to (rows, images) of the global batch; the images put together from what each rank got."""
-    parts = [list(stream.batches(shared, recipe, first, last, rank, workers)) for rank in range(workers)]
+    parts = [list(stream.batches(StreamPart(shared, recipe, first, last, rank, workers))) for rank in range(workers)]
     for part in parts:
         assert [step for step, _, _ in part] == list(range(first, last)), "every step once, in order"
     found = {}
@@ -46,17 +47,17 @@ def test_the_stream_is_the_plan_decoded(shared, recipe, small_catalogue):
     plan = PKSampler(index.item, recipe.batch.items, recipe.batch.views, recipe.seed, index.category, singles=False)
     for step, (rows, images) in found.items():
         np.testing.assert_array_equal(rows, plan.batch(step))
-        expected = decoding_module.decode(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
+        expected = decoding_module.decode_batch(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
         np.testing.assert_array_equal(images, expected)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 def test_kept_images_change_no_pixel_and_stay_within_their_memory(shared, recipe, share):
-    whole = stream.keep_decoded(shared, 1.0, recipe.size, recipe.augment.crop_min)
-    sizes = [ray.get(ref).pixels.nbytes for ref in whole.kept]
+    whole = stream.cache_decoded(shared, 1.0, recipe.size, recipe.augment.crop_min)
+    sizes = [ray.get(ref).pixels.nbytes for ref in whole.decoded]
     limit = share * sum(sizes) / 2**30
-    some = stream.keep_decoded(shared, limit, recipe.size, recipe.augment.crop_min)
-    kept = [size for size, ref in zip(sizes, some.kept, strict=True) if ref]
+    some = stream.cache_decoded(shared, limit, recipe.size, recipe.augment.crop_min)
+    kept = [size for size, ref in zip(sizes, some.decoded, strict=True) if ref]
     assert sum(kept) <= limit * 2**30 and bool(kept) == bool(share) and (len(kept) == len(sizes)) == (share == 1)
     plain, found = (streamed(each, recipe, 0, 3, 1) for each in (shared, some))
     for step in plain:
@@ -65,7 +66,7 @@ def test_kept_images_change_no_pixel_and_stay_within_their_memory(shared, recipe
 
 def test_more_than_the_object_store_is_refused(shared):
     with pytest.raises(UserError, match="--keep-gib 1000 is more"):
-        stream.keep_decoded(shared, 1000, 64, 0.5)
+        stream.cache_decoded(shared, 1000, 64, 0.5)
 
 
 def test_two_workers_get_the_same_batches_and_pixels(shared, recipe):
@@ -84,8 +85,8 @@ def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
 
     @ray.remote(runtime_env=cluster.first_calling("clipfh.train.ray_worker.load"))
     def worker(images):
-        stream._load = load
-        decoding = [bool(image) for _, _, image in stream.batches(images, recipe, 0, 2)]
+        stream._decode_steps = load
+        decoding = [bool(image) for _, _, image in stream.batches(StreamPart(images, recipe, 0, 2))]
         return "open_clip" in sys.modules, "wandb" in sys.modules, decoding
 
     for name in ray.util.list_named_actors(all_namespaces=True):
@@ -114,7 +115,7 @@ def test_a_workers_tasks_use_the_drivers_processes(ray_cluster):
 
 
 def test_a_restart_goes_on_where_it_was(shared, recipe):
-    assert not list(stream.batches(shared, recipe, 3, 3))
+    assert not list(stream.batches(StreamPart(shared, recipe, 3, 3)))
     whole, rest = streamed(shared, recipe, 0, 7, 1), streamed(shared, recipe, 4, 7, 1)
     for step in rest:
         np.testing.assert_array_equal(whole[step][1], rest[step][1])

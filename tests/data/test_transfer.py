@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipfh.data import transfer
+from clipfh.data.transfer import images_to_device, integers_to_device, prefetch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -23,15 +23,15 @@ def asked(monkeypatch) -> list:
 
 @pytest.mark.parametrize("on,expected", [(GPU, ["pinned", True]), (CPU, [])])
 def test_arrays_go_to_a_gpu_by_pinned_memory(asked, on, expected):
-    transfer.images(np.zeros((1, 2, 2, 3), np.uint8), on)
+    images_to_device(np.zeros((1, 2, 2, 3), np.uint8), on)
     assert asked == expected
-    transfer.together({"a": np.arange(3), "b": np.arange(4)}, on)
+    integers_to_device({"a": np.arange(3), "b": np.arange(4)}, on)
     assert asked == 2 * expected, "both in one"
 
 
 def test_whole_numbers_arrive_together_as_they_were():
     arrays = {"some": np.arange(6, dtype=np.int32).reshape(2, 3), "none": np.zeros(0, np.int64), "one": np.array([-1])}
-    found = transfer.together(arrays, CPU)
+    found = integers_to_device(arrays, CPU)
     assert list(found) == list(arrays)
     for name, array in arrays.items():
         assert found[name].dtype == torch.int64 and found[name].shape == array.shape
@@ -49,7 +49,7 @@ def steps(asked: list[threading.Event], end: Exception | None = None):
 
 def test_a_batch_is_fetched_while_the_one_before_is_computed():
     asked = [threading.Event() for _ in range(3)]
-    found = transfer.ahead(steps(asked), CPU)
+    found = prefetch(steps(asked), CPU)
     for number, rows, pixels in found:
         assert len(rows) == number and pixels.shape == (1, 3, 2, 2) and (pixels == number).all()
         assert all(event.wait(10) for event in asked[: number + 2]), "already asked for"
@@ -57,7 +57,7 @@ def test_a_batch_is_fetched_while_the_one_before_is_computed():
 
 
 def test_what_goes_wrong_with_a_batch_is_raised_where_it_is_taken():
-    found = transfer.ahead(steps([threading.Event()], OSError("no such photo")), CPU)
+    found = prefetch(steps([threading.Event()], OSError("no such photo")), CPU)
     next(found)
     with pytest.raises(OSError, match="no such photo"):
         next(found)
@@ -78,5 +78,5 @@ def test_a_gpu_computes_on_images_that_have_come_and_stay(asked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: asked.append("kept"))
-    assert len(list(transfer.ahead(steps([threading.Event()]), GPU))) == 1
+    assert len(list(prefetch(steps([threading.Event()]), GPU))) == 1
     assert asked == ["pinned", True, "sent", "wait for event", "kept"]

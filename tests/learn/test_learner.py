@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 from clipfh import UserError
 from clipfh.config import presets
 from clipfh.config.experiment import LOSS_TERMS, SMALL_MODEL, ModelSettings
-from clipfh.data import transfer
 from clipfh.data.sampler import ItemIndex, PKSampler, make_sampler
+from clipfh.data.transfer import images_to_device
 from clipfh.learn import learner, tally
+from clipfh.learn.tally import StepTally
 from clipfh.model.clip import load_initial_model, load_tokenizer
 from clipfh.model.towers import Towers, recompute_blocks
 
@@ -228,7 +229,7 @@ def test_no_image_is_trained_on_in_vain():
     for step in range(STEPS):
         rows = plan.batch(step)
         labels, tokens = one._labels(rows)
-        features, text, scale = one._features(transfer.images(IMAGES[rows], one.device), tokens, labels)
+        features, text, scale = one._features(images_to_device(IMAGES[rows], one.device), tokens, labels)
         features.retain_grad()
         one.objective(features, text, scale, labels)[0].backward()
         assert features.grad.abs().sum(1).all()
@@ -329,7 +330,7 @@ def test_no_report_is_made_of_a_step_that_was_not_finite():
     one = learner_of(**TERMS["supcon"])
     before = diverge(one)
     with pytest.raises(tally.Diverged, match="2"):
-        one.report(tally.Tally(), validation(), start_val_mAP=0.0)
+        one.report(StepTally(), validation(), start_val_mAP=0.0)
     assert_equal(weights(one), before, 0)
     assert_equal(one.average.weights, {n: t for n, t in one.average.weights.items() if t.isfinite().all()}, 0)
 
@@ -337,7 +338,7 @@ def test_no_report_is_made_of_a_step_that_was_not_finite():
 def test_the_speed_is_that_of_training_alone(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    one, since = learner_of(**TERMS["supcon"]), tally.Tally()
+    one, since = learner_of(**TERMS["supcon"]), StepTally()
     values = one.train_step(np.arange(8), IMAGES[:8])
     now[0] += 4.0
     since.add(8, 1.0, values)
@@ -366,7 +367,7 @@ def test_a_report_warns_of_a_collapse_only_after_the_warm_up():
     one.clip.visual.class_embedding.requires_grad_(True)
     for steps, warned in ((1, 0), (STEPS, 1)):
         while one.step < steps:
-            since = tally.Tally()
+            since = StepTally()
             since.add(8, 0.0, one.train_step(np.arange(8), IMAGES[:8]))
         report = one.report(since, validation(), start_val_mAP=0.0)
         assert len(report["warnings"]) == warned

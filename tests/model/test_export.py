@@ -41,7 +41,7 @@ def folder(clip, photos, tmp_path_factory):
 
 
 def embedded(clip, *photos):
-    pixels = np.stack([images.for_evaluation(photo, get_preprocess(clip)) for photo in photos])
+    pixels = np.stack([images.decode_for_evaluation(photo, get_preprocess(clip)) for photo in photos])
     return embed_images(Towers(clip), pixels, torch.float32)
 
 

@@ -94,7 +94,7 @@ def test_embeddings_are_those_of_each_image_and_prompt_alone(small_catalogue, cl
     towers, preprocess = Towers(clip), get_preprocess(clip)
     for split, part in zip(SPLITS, (embedded.query, embedded.gallery), strict=True):
         encoded = small_catalogue.images(split)["image"].to_pylist()
-        pixels = np.stack([images_module.for_evaluation(image, preprocess) for image in encoded])
+        pixels = np.stack([images_module.decode_for_evaluation(image, preprocess) for image in encoded])
         torch.testing.assert_close(part.embedding, embed_images(towers, pixels, torch.float32), rtol=0, atol=1e-5)
     first = embedded.query_rows["item_id"][0].as_py()
     code, row = embedded.query.item[0], embedded.prompts.index(prompts[first])

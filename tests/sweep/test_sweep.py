@@ -120,7 +120,7 @@ def test_the_export_embeds_photos_as_the_checkpoint_does(finished, small_catalog
     ours = load_weights(winner.experiment.model, winner.state, "winner")
     preprocess = get_preprocess(loaded)
     photos = [photo.as_py() for photo in small_catalogue.images("query")["image"][:8]]
-    pixels = torch.stack([torch.from_numpy(images.for_evaluation(p, preprocess).copy()) for p in photos])
+    pixels = torch.stack([torch.from_numpy(images.decode_for_evaluation(p, preprocess).copy()) for p in photos])
     theirs = embed_images(Towers(loaded), pixels.numpy(), torch.float32)
     expected = embed_images(Towers(ours), pixels.numpy(), torch.float32)
     torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)

@@ -11,22 +11,23 @@ from clipfh.config import cores
 from clipfh.config.experiment import Placement
 from clipfh.data import decoding, stream
 from clipfh.storage import layout, run_folder
+from clipfh.data.decoding import BatchSpec, StreamPart, fetch
 from clipfh.train import in_process, worker
 
 
 @pytest.fixture(scope="module")
 def shared(small_catalogue):
-    return in_process.Feed().share(small_catalogue, "train")
+    return in_process.InProcessFeed().share(small_catalogue, "train")
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny):
-    return decoding.Recipe(tiny.batch, tiny.augment, seed=3, size=64, singles=True)
+    return BatchSpec(tiny.batch, tiny.augment, seed=3, size=64, singles=True)
 
 
 def test_its_batches_are_those_of_ray_data(shared, recipe, small_catalogue, ray_cluster):
-    here = list(in_process.Feed().batches(shared, recipe, 2, 9))
-    over_ray = list(stream.batches(stream.share(small_catalogue, "train"), recipe, 2, 9))
+    here = list(in_process.InProcessFeed().batches(StreamPart(shared, recipe, 2, 9)))
+    over_ray = list(stream.batches(StreamPart(stream.share(small_catalogue, "train"), recipe, 2, 9)))
     assert [step for step, _, _ in here] == list(range(2, 9)) == [step for step, _, _ in over_ray]
     for one, other in zip(here, over_ray, strict=True):
         np.testing.assert_array_equal(one[1], other[1])
@@ -34,12 +35,13 @@ def test_its_batches_are_those_of_ray_data(shared, recipe, small_catalogue, ray_
 
 
 def test_kept_images_change_no_pixel_and_stay_within_their_memory(shared, recipe):
-    feed, size, crop_min = in_process.Feed(), recipe.size, recipe.augment.crop_min
-    sizes = [decoding.room(shard, size, crop_min) for shard in shared.shards]
-    some = feed.keep_decoded(shared, sum(sizes) / 2 / 2**30, size, crop_min)
-    kept = [each.pixels.nbytes for each in some.kept if each is not None]
+    feed, size, crop_min = in_process.InProcessFeed(), recipe.size, recipe.augment.crop_min
+    sizes = [decoding.decoded_bytes(shard, size, crop_min) for shard in shared.shards]
+    some = feed.cache_decoded(shared, sum(sizes) / 2 / 2**30, size, crop_min)
+    kept = [each.pixels.nbytes for each in some.decoded if each is not None]
     assert 0 < sum(kept) <= sum(sizes) / 2
-    for plain, found in zip(feed.batches(shared, recipe, 0, 3), feed.batches(some, recipe, 0, 3), strict=True):
+    plain_batches, cached_batches = (feed.batches(StreamPart(each, recipe, 0, 3)) for each in (shared, some))
+    for plain, found in zip(plain_batches, cached_batches, strict=True):
         np.testing.assert_array_equal(plain[2], found[2])
 
 
@@ -47,8 +49,8 @@ def test_validation_images_are_those_of_ray_data(small_catalogue, ray_cluster):
     from clipfh.data.images import Preprocess
 
     splits, preprocess = ("val_query", "val_gallery"), Preprocess(64, (0.5,) * 3, (0.5,) * 3)
-    here = in_process.Feed().decoded(small_catalogue, splits, preprocess)
-    np.testing.assert_array_equal(here, decoding.fetch(stream.decoded(small_catalogue, splits, preprocess)))
+    here = in_process.InProcessFeed().decode_for_evaluation(small_catalogue, splits, preprocess)
+    np.testing.assert_array_equal(here, fetch(stream.decode_for_evaluation(small_catalogue, splits, preprocess)))
 
 
 def test_the_best_checkpoint_and_the_latest_are_kept(tmp_path):

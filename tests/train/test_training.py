@@ -297,7 +297,7 @@ def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
     clip = load_start(tiny)
     preprocess = get_preprocess(clip)
     encoded = [photo.as_py() for split in VALIDATION for photo in made.images(split)["image"]]
-    pixels = np.stack([images.for_evaluation(photo, preprocess) for photo in encoded])
+    pixels = np.stack([images.decode_for_evaluation(photo, preprocess) for photo in encoded])
     index = build_index(made.rows("train"), np.array([6]))
     captions = learner.Captions(np.zeros((1, 77), np.int32), np.zeros(2, np.int32))
     one = learner.Learner(tiny, clip, index, captions, torch.device("cpu"))
