@@ -17,7 +17,7 @@ from torch import Tensor
 from clipfh.data.transfer import integers_to_device, to_device
 
 NUM_OPERATIONS = 2
-"""Operations that RandAugment draws for an image."""
+"""Number of operations that RandAugment draws for an image."""
 
 NAMES = (
     "identity",
@@ -30,8 +30,8 @@ NAMES = (
 FIRST_SHAPE, FIRST_COLOR, FIRST_PLAIN = 1, 6, 10
 
 
-def draws(seed: int, step: int) -> np.random.Generator:
-    """Of a step, and other ones than of any of its images, whose crops are drawn from (seed, step, place)."""
+def step_generator(seed: int, step: int) -> np.random.Generator:
+    """The generator of a step. Its draws differ from those of the crops, which come from (seed, step, place)."""
     return np.random.Generator(np.random.SFC64((seed, step, 0, 1)))  # numpy takes zeros at the end for nothing
 
 
@@ -45,10 +45,10 @@ def randaugment(
     Args:
         images: (B, 3, H, W) uint8, this worker's part of the global batch.
         magnitude: strength of the operations, 0 to 10; 9 is usual.
-        rng: draws for the whole global batch, so that an image gets the same on any number of workers.
-        batch: images in the global batch.
-        part: where in it these images stand.
-        fill: (3,) uint8 colour of what comes in at the edges, where the images are.
+        rng: generator. It draws for the whole global batch, so that an image's draw depends on no number of workers.
+        batch: number of images in the global batch.
+        part: places of these images in the global batch.
+        fill: (3,) uint8 colour that comes in at the edges, on the images' device.
 
     Returns:
         (B, 3, H, W) uint8.
@@ -60,39 +60,39 @@ def randaugment(
     # From each order to the next, and at last back to the first
     moves = [orders[0], *(np.argsort(a)[b] for a, b in zip(orders, orders[1:], strict=False)), np.argsort(orders[-1])]
     places = integers_to_device({"moves": np.stack(moves)}, images.device)["moves"]
-    grids = to_device(np.stack([_theta(int(code), strength, *shape) for code in codes.ravel()]), images.device)
+    grids = to_device(np.stack([_affine_matrix(int(code), strength, *shape) for code in codes.ravel()]), images.device)
     for move, drawn, theta in zip(places, codes, grids.view(*codes.shape, 3, 2), strict=False):
-        images = _changed(images[move], drawn, strength, theta, fill)
+        images = _apply(images[move], drawn, strength, theta, fill)
     return images[places[-1]]
 
 
 def _groups(codes: np.ndarray) -> np.ndarray:
-    """Codes of an operation and its direction, alike where they are done as one."""
+    """(2, B) codes of an operation and its direction, made equal where the operations are done as one."""
     kind = codes // 2
     shape, plain = (kind >= FIRST_SHAPE) & (kind < FIRST_COLOR), (kind == 0) | (kind >= FIRST_PLAIN)
     return np.where(shape, 2 * FIRST_SHAPE, np.where(plain, 2 * kind, codes))
 
 
-def _changed(images: Tensor, codes: np.ndarray, strength: float, theta: Tensor, fill: Tensor) -> Tensor:
-    """Each image by the operation of its code; those of one group stand side by side."""
+def _apply(images: Tensor, codes: np.ndarray, strength: float, theta: Tensor, fill: Tensor) -> Tensor:
+    """Apply to each image the operation of its code. Images of one group stand side by side."""
     ends = [*(np.flatnonzero(np.diff(_groups(codes))) + 1).tolist(), len(codes)]
-    found, start = [], 0
+    parts, start = [], 0
     for end in ends:
         kind, signed = codes[start] // 2, strength if codes[start] % 2 else -strength
         part = images[start:end]
         if FIRST_SHAPE <= kind < FIRST_COLOR:
-            found.append(_affine(part, theta[start:end], fill))
+            parts.append(_affine(part, theta[start:end], fill))
         else:
-            found.append(_color(NAMES[kind])(part, signed))
+            parts.append(_color(NAMES[kind])(part, signed))
         start = end
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
 @functools.lru_cache(maxsize=1024)
-def _theta(code: int, strength: float, height: int, width: int) -> np.ndarray:
-    """(3, 2) float32: from a place in the new image, in pixels from the middle, to where in the old one its colour is.
+def _affine_matrix(code: int, strength: float, height: int, width: int) -> np.ndarray:
+    """(3, 2) float32 matrix from a place in the new image, in pixels from the middle, to its source in the old image.
 
-    As torchvision's affine has it: the inverse of a shift after a turn after two shears, in halves of the image's size.
+    As in torchvision's affine: the inverse of a shift after a turn after two shears, in halves of the image's size.
     """
     name, s = NAMES[code // 2], strength if code % 2 else -strength
     x, y = (math.atan(0.3 * s) if name == f"shear {axis}" else 0.0 for axis in "xy")
@@ -157,14 +157,16 @@ def _autocontrast(images: Tensor) -> Tensor:
 def erase(
     images: Tensor, probability: float, rng: np.random.Generator, batch: int, part: slice, fill: Tensor
 ) -> Tensor:
-    """A rectangle of some images filled with one colour (Zhong et al., Random Erasing, 2020).
+    """Fill a rectangle of some images with one colour (Zhong et al., Random Erasing, 2020).
 
-    Its area is uniform in 2% to 33% of the image's, the logarithm of its aspect ratio uniform between 0.3 and 1 / 0.3.
+    The rectangle's area is uniform in 2% to 33% of the image's. The logarithm of its aspect ratio is uniform between
+    those of 0.3 and 1 / 0.3.
 
     Args:
         images: (B, 3, H, W) uint8, this worker's part of the global batch.
-        probability: of each image to lose a rectangle.
-        rng, batch, part, fill: as for `randaugment`; the colour here is that of the rectangle.
+        probability: probability that an image loses a rectangle.
+        rng, batch, part: as for `randaugment`.
+        fill: (3,) uint8 colour of the rectangle.
 
     Returns:
         (B, 3, H, W) uint8.
@@ -174,13 +176,13 @@ def erase(
     aspect = np.exp((2 * ratio - 1) * math.log(1 / 0.3))
     area = (0.02 + 0.31 * area) * (hit < probability)
     high, wide = np.sqrt(area * aspect).clip(max=1), np.sqrt(area / aspect).clip(max=1)
-    inside = np.concatenate([_between(height, top * (1 - high), high), _between(width, left * (1 - wide), wide)], 1)
+    inside = np.concatenate([_inside(height, top * (1 - high), high), _inside(width, left * (1 - wide), wide)], 1)
     inside_BH, inside_BW = to_device(inside, images.device).split([height, width], 1)
     inside_BHW = inside_BH[:, :, None] & inside_BW[:, None, :]
     return torch.where(inside_BHW[:, None], fill.view(1, 3, 1, 1), images)
 
 
-def _between(size: int, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+def _inside(size: int, start: np.ndarray, length: np.ndarray) -> np.ndarray:
     """(B, size) bool: the pixels of each row whose middle lies in [start, start + length), in shares of the size."""
     middle = (np.arange(size) + 0.5) / size
     inside: np.ndarray = (middle >= start[:, None]) & (middle < (start + length)[:, None])

@@ -1,31 +1,35 @@
-"""What a report's figures mean, in words: a loss that has collapsed or is used up, a model that gets no better."""
+"""What a report's metrics mean, in words: a loss that has collapsed or is used up, a model that gets no better."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
 ALIKE = 0.99
-"""Mean cosine of images of different items from which on all embeddings are alike."""
+"""Mean cosine of images of different items above which all embeddings count as alike."""
 
 NEAR = 0.02
 """Share of the way from collapse to floor that counts as being at either end."""
 
 FAIR_TRIAL = 1000
-"""Steps after which a model should be better than the one it started from."""
+"""Steps after which a model should be better than its start."""
 
 
-def warnings(report: Mapping[str, float], terms: list[str]) -> list[str]:
-    """Warnings about a report that comes after the warm-up; none where all is well.
+def find_warnings(report: Mapping[str, float], terms: list[str]) -> list[str]:
+    """Warnings about a report after the warm-up; an empty list where all is well.
 
     Args:
-        report: `loss_TERM`, and `floor_TERM` and `collapse_TERM` of those terms that have them; `image_cosine`, the
-            mean cosine of images of different items; `val_mAP`, `start_val_mAP`, `step`.
-        terms: those that are switched on.
+        report: `loss_TERM` of each term; `floor_TERM` and `collapse_TERM` of each term that has them; `image_cosine`,
+            the mean cosine of images of different items; `val_mAP`, `start_val_mAP`, `step`.
+        terms: the terms that are switched on.
     """
-    return [*_alike(report, terms), *(w for term in terms for w in _of_term(report, term)), *_no_better(report)]
+    return [
+        *_embeddings_alike(report, terms),
+        *(w for term in terms for w in _term_at_an_end(report, term)),
+        *_not_better(report),
+    ]
 
 
-def _alike(report: Mapping[str, float], terms: list[str]) -> Iterator[str]:
+def _embeddings_alike(report: Mapping[str, float], terms: list[str]) -> Iterator[str]:
     if report["image_cosine"] > ALIKE:
         other = "" if "supcon" in terms else ", or loss.supcon, which pushes items apart"
         yield (
@@ -34,7 +38,7 @@ def _alike(report: Mapping[str, float], terms: list[str]) -> Iterator[str]:
         )
 
 
-def _of_term(report: Mapping[str, float], term: str) -> Iterator[str]:
+def _term_at_an_end(report: Mapping[str, float], term: str) -> Iterator[str]:
     if f"floor_{term}" not in report:
         return
     loss, floor, collapse = (report[f"{of}_{term}"] for of in ("loss", "floor", "collapse"))
@@ -51,7 +55,7 @@ def _of_term(report: Mapping[str, float], term: str) -> Iterator[str]:
         )
 
 
-def _no_better(report: Mapping[str, float]) -> Iterator[str]:
+def _not_better(report: Mapping[str, float]) -> Iterator[str]:
     if report["step"] >= FAIR_TRIAL and "val_mAP" in report and report["val_mAP"] <= report["start_val_mAP"]:
         yield (
             f"val mAP {report['val_mAP']:.3f} is not above the {report['start_val_mAP']:.3f} it started from, after "

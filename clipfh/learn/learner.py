@@ -1,4 +1,4 @@
-"""What one worker learns with: towers, losses, optimizer, average of the weights. A step, a report; nothing of Ray."""
+"""What one worker computes: a training step, a validation, a report. Towers, losses, optimizer, EMA; nothing of Ray."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from clipfh.retrieval import metrics
 
 
 @dataclass(frozen=True)
-class Captions:
-    """Prompts of the train items; identical ones are one caption."""
+class ItemCaptions:
+    """Prompts of the train items. Identical prompts are one caption."""
 
     tokens: np.ndarray
     """(C, context) int32"""
@@ -43,14 +43,14 @@ class Captions:
 
 @dataclass(frozen=True)
 class Validation:
-    """Validation images, decoded: the queries, then the gallery."""
+    """Decoded validation images: the queries, then the gallery."""
 
     images: np.ndarray
     """(N, size, size, 3) uint8"""
     item: np.ndarray
     """(N,) item codes"""
     photo: np.ndarray
-    """(N,) codes of the paths: the same photo has the same code, and finds itself in no ranking"""
+    """(N,) codes of the paths. The same photo has the same code, and is left out of its own ranking."""
     num_query: int
 
 
@@ -58,15 +58,15 @@ class Learner:
     """One rank of a run.
 
     Args:
-        experiment: what to compute.
-        clip: the model that training starts from; it is trained in place, in the type that its weights have.
-        index: of the train images.
-        captions: of the train items.
+        experiment: the settings.
+        clip: the model that training starts from. It is trained in place, in the type of its weights.
+        index: items of the train images.
+        captions: captions of the train items.
         on: the device.
     """
 
     def __init__(
-        self, experiment: Experiment, clip: Any, index: ItemIndex, captions: Captions, on: torch.device
+        self, experiment: Experiment, clip: Any, index: ItemIndex, captions: ItemCaptions, on: torch.device
     ) -> None:
         torch.manual_seed(experiment.seed)
         self.experiment, self.clip, self.index, self.captions, self.device = experiment, clip, index, captions, on
@@ -79,7 +79,7 @@ class Learner:
         self.forward = self._wrapped()
         dtype = self.towers.mean.dtype
         self.objective = Objective(experiment.loss, clip.visual.output_dim, len(index.names)).to(on, dtype)
-        self.optimizer = optimizer.adamw(clip, self.objective, experiment.optimizer, on)
+        self.optimizer = optimizer.make_adamw(clip, self.objective, experiment.optimizer, on)
         self.lr_schedule = optimizer.cosine_schedule(
             self.optimizer, self.schedule.num_steps, experiment.optimizer.warmup
         )
@@ -103,13 +103,13 @@ class Learner:
     def caption_features(self) -> Tensor:
         """(C, D) features of all captions by the frozen text tower, which is run this once."""
         tokens = torch.from_numpy(self.captions.tokens).long()
-        return _precise(text_features(self.towers, tokens, self.precision))
+        return _to_float32(text_features(self.towers, tokens, self.precision))
 
     def train_step(self, rows: np.ndarray, images: np.ndarray | Tensor) -> dict[str, Tensor]:
         """One optimizer step on the global batch.
 
-        Nobody waits for the device here, but for the end of the step before: it always has work in hand. So a loss or
-        a gradient that is not finite is noticed a step late; the step itself changes no weight then.
+        The host waits only for the end of the step before, so the device always has work. A loss or gradient that is
+        not finite is therefore noticed one step late; the step with it changes no weight.
 
         Args:
             rows: (W * B,) image rows of the global batch.
@@ -126,11 +126,11 @@ class Learner:
         pixels = images if isinstance(images, Tensor) else images_to_device(images, self.device)
         features, text, log_scale = self._features(pixels, tokens, labels)
         total, terms = self.objective(features, text, log_scale, labels)
-        grad_norm, lost = self._update(total)
+        grad_norm, not_finite = self._update(total)
         self.objective.move_centers(features, labels, self.experiment.optimizer.center_lr)
         self.seen = features.detach(), None if text is None else text.detach(), labels
         values = {term: value.detach() for term, value in terms.items()}
-        before, self.unchecked = self.unchecked, UncheckedStep(self.step, values, rows, PendingValue(lost))
+        before, self.unchecked = self.unchecked, UncheckedStep(self.step, values, rows, PendingValue(not_finite))
         self.step += 1
         if before:
             before.check()
@@ -143,19 +143,22 @@ class Learner:
     def _features(self, pixels: Tensor, tokens: Tensor | None, labels: Labels) -> tuple[Tensor, Tensor | None, Tensor]:
         """Features of the global batch's images and distinct captions, and the log of the logit scale."""
         pixels = self._augmented(pixels)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16), _compiling():
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16),
+            _explain_compile_errors(),
+        ):
             image, text, log_scale = self.forward(pixels, tokens)
         if text is not None:
-            text = all_gather_with_gradient(_precise(text))[: len(labels.captions)]
+            text = all_gather_with_gradient(_to_float32(text))[: len(labels.captions)]
         elif self.experiment.loss.takes_text:
             text = self.caption_features[labels.captions]
-        return all_gather_with_gradient(_precise(image)), text, log_scale
+        return all_gather_with_gradient(_to_float32(image)), text, log_scale
 
     def _augmented(self, pixels: Tensor) -> Tensor:
-        """This rank's images changed as the settings ask, drawn from (seed, step) for the whole batch."""
+        """This rank's images, augmented as the settings ask. Draws come from (seed, step), for the whole batch."""
         settings, batch = self.experiment.augment, self.experiment.batch.images
         part = slice(self.rank * len(pixels), (self.rank + 1) * len(pixels))
-        rng = augment.draws(self.experiment.seed, self.step)
+        rng = augment.step_generator(self.experiment.seed, self.step)
         if settings.randaugment:
             pixels = augment.randaugment(pixels, settings.randaugment, rng, batch, part, self.fill)
         return augment.erase(pixels, settings.erase, rng, batch, part, self.fill) if settings.erase else pixels
@@ -167,20 +170,20 @@ class Learner:
             The gradient's norm before clipping, and 1.0 where it or the loss were not finite, else 0.0.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        with _compiling():
+        with _explain_compile_errors():
             total.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.trained, self.experiment.optimizer.clip or math.inf).detach()
-        lost = (~torch.isfinite(total.detach() + grad_norm)).float()
+        not_finite = (~torch.isfinite(total.detach() + grad_norm)).float()
         # As torch's own GradScaler tells a fused optimizer to leave all as it is
-        self.optimizer.found_inf = lost  # type: ignore[attr-defined]
+        self.optimizer.found_inf = not_finite  # type: ignore[attr-defined]
         self.optimizer.step()
         self.lr_schedule.step()
         clamp_logit_scale(self.clip)
         self.average.update(self.step)
-        return grad_norm, lost
+        return grad_norm, not_finite
 
     def _labels(self, rows: np.ndarray) -> tuple[Labels, Tensor | None]:
-        """What the losses know of the global batch and, where the text tower is trained, this rank's tokens."""
+        """Labels of the global batch and, where the text tower is trained, this rank's tokens."""
         item = self.index.item[rows]
         caption = self.captions.of_item[item]
         captioned = np.flatnonzero(caption >= 0)
@@ -200,7 +203,7 @@ class Learner:
         return Labels(**sent), tokens
 
     def _own_tokens(self, captions: np.ndarray) -> np.ndarray:
-        """This rank's share of the batch's captions: as many on each rank, the last repeated to fill up."""
+        """This rank's share of the batch's captions. The last caption is repeated to make all shares equally long."""
         if not len(captions):
             return self.captions.tokens[:1]
         share = math.ceil(len(captions) / self.world_size)
@@ -212,7 +215,7 @@ class Learner:
         images, item, num_query = validation.images, validation.item, validation.num_query
         share = math.ceil(len(images) / self.world_size)
         start = min(self.rank * share, len(images) - 1)  # the last ranks may have no part of few images
-        own = images[start : start + share]  # no copy: they lie in the object store
+        own = images[start : start + share]  # no copy: the images lie in the object store
         with self.average.applied():
             embedded = embed_images(self.towers, own, self.precision)
         embedding = all_gather_with_gradient(F.pad(embedded, (0, 0, 0, share - len(own))))[
@@ -224,11 +227,11 @@ class Learner:
         return metrics.mean_average_precision(rows.select(query), rows.select(gallery))
 
     def report(self, tally: StepTally, validation: Validation | None, start_val_mAP: float) -> dict[str, Any]:
-        """All that a report carries: place, scores, means since the last one, each term's two ends, warnings.
+        """Everything that a report holds: step, scores, means since the last report, bounds of each term, warnings.
 
         Args:
-            tally: since the last report.
-            validation: images to score on; None where they are trained on, and no score would mean anything.
+            tally: sums since the last report.
+            validation: images to score on; None where they are trained on, so that a score would mean nothing.
             start_val_mAP: score of the model that training started from.
 
         Raises:
@@ -236,25 +239,26 @@ class Learner:
         """
         assert self.unchecked, "a report before the first step"
         self.unchecked.check()
-        found: dict[str, Any] = tally.means()  # before all else: its clock is that of the training
+        means = tally.means()  # first, because it measures the time of training
         images = self.step * self.experiment.batch.images
-        found = {"step": self.step, "images": images, "epoch": images / self.schedule.epoch_images, **found}
+        report: dict[str, Any] = {"step": self.step, "images": images, "epoch": images / self.schedule.epoch_images}
+        report |= means
         if validation is not None:
-            found |= {"start_val_mAP": start_val_mAP, "val_mAP": self.validate(validation)}
-        found |= self._of_last_batch()
-        found |= {"lr": self.experiment.optimizer.lr * self.lr_schedule.lr_lambdas[0](self.step)}
+            report |= {"start_val_mAP": start_val_mAP, "val_mAP": self.validate(validation)}
+        report |= self._bounds_and_cosines()
+        report |= {"lr": self.experiment.optimizer.lr * self.lr_schedule.lr_lambdas[0](self.step)}
         warm = self.step > 2 * self.experiment.optimizer.warmup * self.schedule.num_steps
-        return {**found, "warnings": diagnostics.warnings(found, list(self.objective.weights)) if warm else []}
+        return {**report, "warnings": diagnostics.find_warnings(report, list(self.objective.weights)) if warm else []}
 
-    def _of_last_batch(self) -> dict[str, float]:
-        """Each active term's two ends, and cosines."""
+    def _bounds_and_cosines(self) -> dict[str, float]:
+        """Floor and collapse value of each active term, and mean cosines, on the last batch."""
         feature_BD, text_CD, labels = self.seen
         bounds = self.objective.bounds(labels, self.clip.logit_scale.detach())
         ends = {f"{end}_{term}": value for term, b in bounds.items() for end, value in b._asdict().items()}
         return {**ends, **_cosines(feature_BD, text_CD, labels)}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights."""
+        """State of a checkpoint besides the weights."""
         return {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
@@ -263,12 +267,12 @@ class Learner:
         }
 
     def restore(self, raw: dict[str, Tensor], average: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's raw weights, averaged weights and `state`.
+        """Restore a checkpoint: raw weights, averaged weights and `state`.
 
         Raises:
-            UserError: a checkpoint of a version with another optimizer.
+            UserError: the checkpoint is of a version with another optimizer.
         """
-        optimizer.load(self.optimizer, state["optimizer"])
+        optimizer.load_state(self.optimizer, state["optimizer"])
         self.clip.load_state_dict(raw)
         for name, weights in average.items():
             self.average.weights[name].copy_(weights)
@@ -278,7 +282,7 @@ class Learner:
 
 
 def _prepare(clip: Any, experiment: Experiment, trains_text: bool) -> None:
-    """Temperature, freezing and gradient checkpointing, as the settings ask."""
+    """Set temperature, freezing and gradient checkpointing as the settings ask."""
     if experiment.loss.infonce_temperature:
         clip.logit_scale.data.fill_(-math.log(experiment.loss.infonce_temperature))
     clamp_logit_scale(clip)
@@ -289,8 +293,8 @@ def _prepare(clip: Any, experiment: Experiment, trains_text: bool) -> None:
 
 
 @contextmanager
-def _compiling() -> Iterator[None]:
-    """What the compiler can't do, in the user's terms."""
+def _explain_compile_errors() -> Iterator[None]:
+    """Turn errors of the compiler into a UserError that says what to do."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:
@@ -303,7 +307,7 @@ def _compiling() -> Iterator[None]:
         ) from error
 
 
-def _precise(features: Tensor) -> Tensor:
+def _to_float32(features: Tensor) -> Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
@@ -311,8 +315,8 @@ def _cosines(feature_BD: Tensor, text_CD: Tensor | None, labels: Labels) -> dict
     """Mean cosine of images of different items, and of an image and its caption."""
     embedding_BD = F.normalize(feature_BD)
     others_BB = labels.item[:, None] != labels.item
-    found = {"image_cosine": (embedding_BD @ embedding_BD.T)[others_BB].mean().item()}
+    cosines = {"image_cosine": (embedding_BD @ embedding_BD.T)[others_BB].mean().item()}
     if text_CD is not None and len(labels.captioned):
         pairs = feature_BD[labels.captioned], text_CD[labels.caption]
-        found["image_text_cosine"] = F.cosine_similarity(*pairs).mean().item()
-    return found
+        cosines["image_text_cosine"] = F.cosine_similarity(*pairs).mean().item()
+    return cosines

@@ -1,4 +1,4 @@
-"""Parameter groups with layer-wise decay, warm-up and cosine per step, and the average of the weights."""
+"""The optimizer with layer-wise learning rates, their schedule by step, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ from clipfh.config.experiment import OptimizerSettings
 from clipfh.model.layers import count_blocks, layer_depth, split_towers
 
 
-def adamw(clip: nn.Module, heads: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over what is not frozen: each tower with layer-wise rates, the heads with their own.
+def make_adamw(
+    clip: nn.Module, heads: nn.Module, settings: OptimizerSettings, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW over the parameters that are not frozen, with layer-wise learning rates in each tower.
 
-    Parameters of equal rate and decay are one group: the optimizer's time in Python goes with the number of groups.
+    Parameters with equal learning rate and weight decay form one group, because the optimizer's time in Python grows
+    with the number of groups.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter, rate in _rates(clip, heads, settings):
+    for parameter, lr in _learning_rates(clip, heads, settings):
         if parameter.requires_grad:
             # Norms, biases and single vectors are not decayed
-            groups.setdefault((rate, settings.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-    of = [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-    return torch.optim.AdamW(of, betas=(0.9, 0.98), eps=1e-6, fused=device.type in ("cuda", "cpu"))
+            groups.setdefault((lr, settings.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    options = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    return torch.optim.AdamW(options, betas=(0.9, 0.98), eps=1e-6, fused=device.type in ("cuda", "cpu"))
 
 
-def _rates(clip: nn.Module, heads: nn.Module, settings: OptimizerSettings) -> Iterator[tuple[nn.Parameter, float]]:
+def _learning_rates(
+    clip: nn.Module, heads: nn.Module, settings: OptimizerSettings
+) -> Iterator[tuple[nn.Parameter, float]]:
     towers = split_towers(clip)
     for tower, multiple in (("image", 1.0), ("text", settings.text_lr)):
         blocks = count_blocks(list(towers[tower]))
@@ -41,11 +46,11 @@ def _rates(clip: nn.Module, heads: nn.Module, settings: OptimizerSettings) -> It
         yield parameter, settings.lr * settings.head_lr
 
 
-def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Go on from a state that `optimizer.state_dict()` gave.
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore the optimizer from a `state_dict`.
 
     Raises:
-        UserError: its parameters are in other groups.
+        UserError: the state has other groups of parameters.
     """
     theirs, ours = ([len(g["params"]) for g in s["param_groups"]] for s in (state, optimizer.state_dict()))
     if theirs != ours:
@@ -57,7 +62,7 @@ def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over a share of the steps, then half a cosine to 0 at the last."""
+    """Learning rates that rise linearly for a share `warmup` of the steps, then fall by half a cosine to 0."""
     rise = max(1, round(steps * warmup)) if warmup else 0
 
     def factor(step: int) -> float:
@@ -69,9 +74,9 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float)
 
 
 class ExponentialMovingAverage:
-    """Exponential moving average of a model's trained weights, which is what is evaluated and exported.
+    """Exponential moving average (EMA) of a model's trained weights. The average is evaluated and exported.
 
-    The decay rises as (1 + t) / (10 + t) to its value, so that a short run is not an average of its start.
+    The decay at step t is at most (1 + t) / (10 + t), so that the start of a short run weighs little.
     """
 
     def __init__(self, clip: nn.Module, decay: float) -> None:
@@ -81,13 +86,13 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step (counted from 0)."""
+        """Add the weights after a step (counted from 0) to the average."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.weights.values()), list(self.source.values()), 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model with the average for its weights; without an average, as it is."""
+        """Give the model the averaged weights while the block lasts. A decay of 0 means no average: nothing changes."""
         if self.decay:
             self._swap()
         try:
@@ -99,6 +104,6 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self.source.items():
-            kept = parameter.detach().clone()
+            current = parameter.detach().clone()
             parameter.copy_(self.weights[name])
-            self.weights[name].copy_(kept)
+            self.weights[name].copy_(current)

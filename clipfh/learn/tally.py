@@ -1,4 +1,4 @@
-"""What the steps since the last report came to: means, speed, and whether loss and gradient stayed finite."""
+"""The steps since the last report: mean losses, speed, and whether loss and gradient stayed finite."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Diverged(Exception):
     """Loss or gradient are no longer finite.
 
     Args:
-        step: at which it happened.
-        terms: the loss terms there.
+        step: the step at which it happened.
+        terms: the loss terms at this step.
         rows: (B,) images of the global batch.
     """
 
@@ -27,24 +27,24 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class UncheckedStep:
-    """A step that was made, of which it isn't known yet whether it was of any use."""
+    """A step whose loss and gradient have not been checked yet: the device may not have computed them."""
 
     step: int
     terms: dict[str, Tensor]
     rows: np.ndarray
     """(B,) images of the global batch"""
-    lost: PendingValue
-    """1 where loss or gradient were not finite, else 0"""
+    not_finite: PendingValue
+    """1 where loss or gradient were not finite, else 0."""
 
     def check(self) -> None:
         """Raise Diverged where loss or gradient were not finite."""
-        if self.lost.read():
+        if self.not_finite.read():
             raise Diverged(self.step, {name: value.item() for name, value in self.terms.items()}, self.rows)
 
 
 @dataclass
 class StepTally:
-    """What happened since the last report."""
+    """Sums over the steps since the last report."""
 
     start: float = field(default_factory=lambda: time.monotonic())
     images: int = 0
@@ -55,7 +55,7 @@ class StepTally:
     steps: int = 0
 
     def add(self, images: int, waited: float, values: dict[str, Tensor]) -> None:
-        """Take in a step. Tensors are summed where they are: no step waits for the device."""
+        """Add a step. Tensors are summed on their device, so that no step waits for it."""
         self.images += images
         self.waited += waited
         self.steps += 1
@@ -63,7 +63,7 @@ class StepTally:
             self.losses[name] = self.losses.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        """Mean losses, images per second, share of the time spent waiting for data, all of it until now."""
+        """Mean losses, images per second, and the share of the time that was spent waiting for images."""
         means = {name: float(total) / self.steps for name, total in self.losses.items()}
         seconds = time.monotonic() - self.start  # once the losses are here, the device has made all steps
         return {**means, "images_per_second": self.images / seconds, "data_wait": self.waited / seconds}

@@ -67,7 +67,7 @@ def write_export(
     if out.is_file() or not Folder(out).is_empty():
         raise UserError(f"--out {out} is not empty: remove it, or name another folder")
     if with_onnx:
-        onnx.require()
+        onnx.require_libraries()
     clip = clip.cpu().eval()
     with store.whole_folder(out) as folder:
         settings = experiment.model
@@ -79,7 +79,7 @@ def write_export(
         shutil.copymode(folder / layout.CARD, folder / layout.EXPORTED_WEIGHTS)  # safetensors makes it ours alone
         _check_parity(clip, folder, photos)
         if with_onnx:
-            onnx.write(clip, settings, folder / layout.ONNX, photos, TEXTS)
+            onnx.write_towers(clip, settings, folder / layout.ONNX, photos, TEXTS)
     return out
 
 

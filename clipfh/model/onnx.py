@@ -46,14 +46,14 @@ TOWERS = (
 )
 
 
-def require() -> None:
+def require_libraries() -> None:
     """Raise UserError where a library that this needs is missing."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def write(
+def write_towers(
     clip: nn.Module, settings: ModelSettings, folder: Path, photos: Sequence[bytes], texts: Sequence[str]
 ) -> None:
     """Write `image.onnx`, `text.onnx` and `preprocessor_config.json`; both batches may have any length.
@@ -68,10 +68,10 @@ def write(
     Raises:
         UserError: a library is missing.
     """
-    require()
+    require_libraries()
     folder.mkdir(parents=True)
     preprocess = get_preprocess(clip)
-    (folder / layout.PREPROCESSOR).write_text(json.dumps(described(preprocess), indent=2) + "\n")
+    (folder / layout.PREPROCESSOR).write_text(json.dumps(describe_preprocessing(preprocess), indent=2) + "\n")
     samples = (pixel_values(photos, preprocess), load_tokenizer(settings)(list(texts)))
     for tower, sample in zip(TOWERS, samples, strict=True):
         _write_tower(_Encoder(clip, tower.encode).eval(), tower, folder / tower.file, sample)
@@ -104,7 +104,7 @@ def _write_tower(encoder: _Encoder, tower: Tower, file: Path, sample: Tensor) ->
             verbose=False,
         )
     for batch in (sample, sample[:1]):
-        worst = np.abs(run(file, batch.numpy()) - encoder(batch).numpy()).max()
+        worst = np.abs(run_tower(file, batch.numpy()) - encoder(batch).numpy()).max()
         if not worst <= TOLERANCE:  # NaN too
             raise RuntimeError(f"nothing was exported: {file.name}'s embeddings would differ by {worst:g}")
 
@@ -123,7 +123,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def run(file: Path, batch: np.ndarray) -> np.ndarray:
+def run_tower(file: Path, batch: np.ndarray) -> np.ndarray:
     """Unit embeddings (N, D) of a batch, by onnxruntime on the CPU."""
     import onnxruntime
 
@@ -138,7 +138,7 @@ def pixel_values(photos: Sequence[bytes], preprocess: Preprocess) -> Tensor:
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def described(preprocess: Preprocess) -> dict[str, Any]:
+def describe_preprocessing(preprocess: Preprocess) -> dict[str, Any]:
     """The preprocessing, as Hugging Face's CLIPImageProcessor has it in `preprocessor_config.json`."""
     side, squash = {"height": preprocess.size, "width": preprocess.size}, preprocess.resize_mode == "squash"
     return {

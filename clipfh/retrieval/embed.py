@@ -26,15 +26,15 @@ from clipfh.model.devices import choose_device, explain_out_of_memory, resolve_p
 from clipfh.model.towers import Towers, embed_images, embed_texts
 
 BATCH = 128
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
-enough_memory = explain_out_of_memory("see by nvidia-smi what else computes on it, or take a smaller --model")
+explains_out_of_memory = explain_out_of_memory("see by nvidia-smi what else computes on it, or take a smaller --model")
 
 
 class Encoder(Protocol):
     """A model to embed with."""
 
-    def images(self, catalogue: Catalogue, splits: Sequence[str], progress: Progress | None = None) -> Tensor:
+    def images(self, catalogue: Catalogue, splits: Sequence[str], progress: OnProgress | None = None) -> Tensor:
         """Unit embeddings of all images of some splits, (N, D) float32, in the order of `catalogue.rows`.
 
         Args:
@@ -62,7 +62,7 @@ def connection(address: str | None, dashboard: bool = False) -> AbstractContextM
     return connected(address, dashboard=dashboard)
 
 
-class InProcess:
+class InProcessEncoder:
     """The encoder that embeds in this process. Threads decode the next images while the model embeds."""
 
     def __init__(self, clip: nn.Module, settings: ModelSettings) -> None:
@@ -71,13 +71,13 @@ class InProcess:
         self.towers = Towers(clip).to(device)
         self.precision = resolve_precision(settings.precision, device)
 
-    @enough_memory
-    def images(self, catalogue: Catalogue, splits: Sequence[str], progress: Progress | None = None) -> Tensor:
+    @explains_out_of_memory
+    def images(self, catalogue: Catalogue, splits: Sequence[str], progress: OnProgress | None = None) -> Tensor:
         catalogue.require(*splits)
         total, done, parts = sum(map(catalogue.num_images, splits)), 0, []
-        encoded = (batch for split in splits for path in catalogue.shards(split) for batch in read(path))
-        with _all_cores(), ThreadPoolExecutor(cores.available()) as pool:
-            for pixels in _decoded(pool, encoded, self.preprocess):
+        encoded = (batch for split in splits for path in catalogue.shards(split) for batch in read_batches(path))
+        with _with_share_of_cores(), ThreadPoolExecutor(cores.available()) as pool:
+            for pixels in _decode_ahead(pool, encoded, self.preprocess):
                 parts.append(embed_images(self.towers, pixels, self.precision).cpu())
                 done += len(pixels)
                 if progress:
@@ -86,12 +86,12 @@ class InProcess:
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         tokens = load_tokenizer(self.settings)(list(texts))
-        with _all_cores():
+        with _with_share_of_cores():
             return torch.cat([embed_texts(self.towers, part, self.precision).cpu() for part in tokens.split(BATCH)])
 
 
 @contextlib.contextmanager
-def _all_cores() -> Iterator[None]:
+def _with_share_of_cores() -> Iterator[None]:
     """torch computes with this process's share of the cores, and then as before."""
     before = torch.get_num_threads()
     with cores.Share() as share:
@@ -102,13 +102,15 @@ def _all_cores() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def read(shard: os.PathLike | str) -> Iterator[pa.Array]:
+def read_batches(shard: os.PathLike | str) -> Iterator[pa.Array]:
     """The encoded images of a shard, BATCH at a time."""
     for part in pq.ParquetFile(shard).iter_batches(BATCH, columns=["image"]):
         yield part["image"]
 
 
-def _decoded(pool: ThreadPoolExecutor, encoded: Iterable[pa.Array], preprocess: Preprocess) -> Iterator[np.ndarray]:
+def _decode_ahead(
+    pool: ThreadPoolExecutor, encoded: Iterable[pa.Array], preprocess: Preprocess
+) -> Iterator[np.ndarray]:
     """(n, size, size, 3) uint8 images of each batch, in order; one batch more is decoded while the caller works."""
     waiting: deque[list[Future[np.ndarray]]] = deque()
     for batch in encoded:

@@ -30,13 +30,13 @@ IMAGES_A_PROCESS = 512
 class _Embedder:
     """A copy of the model, fed with batches of images or of tokens by Ray Data."""
 
-    @embed.enough_memory
+    @embed.explains_out_of_memory
     def __init__(self, clip: Any, precision: str, gpus: int = 0) -> None:
         device = choose_device(gpus)
         self.towers = Towers(ray.get(clip)).to(device).eval()
         self.precision = resolve_precision(precision, device)
 
-    @embed.enough_memory
+    @embed.explains_out_of_memory
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if "image" in batch:
             embedding = embed_images(self.towers, batch["image"], self.precision)
@@ -53,21 +53,21 @@ def _embed_on_cpu(batch: Any, clip: Any, precision: str) -> Any:
     return _embedder(clip, precision)(batch)
 
 
-class Encoder:
+class RayEncoder:
     """The `embed.Encoder` whose model lies in Ray's object store, for all processes that embed."""
 
     def __init__(self, clip: nn.Module, settings: ModelSettings) -> None:
         self.settings, self.preprocess = settings, get_preprocess(clip)
         self.clip = ray.put(clip)  # Ray copies what it holds: the caller's model stays as it is
 
-    def images(self, catalogue: Catalogue, splits: Sequence[str], progress: embed.Progress | None = None) -> Tensor:
+    def images(self, catalogue: Catalogue, splits: Sequence[str], progress: embed.OnProgress | None = None) -> Tensor:
         catalogue.require(*splits)
         paths = [str(path) for split in splits for path in catalogue.shards(split)]
         total = sum(map(catalogue.num_images, splits))
         at_once = min(len(paths), cluster.at_work(), math.ceil(total / IMAGES_A_PROCESS))
         # Not `read_parquet`, which starts some ten processes more to look into a handful of files
         shards = ray.data.from_items([{"shard": path} for path in paths], override_num_blocks=len(paths))
-        decoded = _in_tasks(shards, _decode, None, 0.5, at_once, preprocess=self.preprocess)
+        decoded = _map_in_tasks(shards, _decode, None, 0.5, at_once, preprocess=self.preprocess)
         done, parts = 0, []
         for part in self._run(decoded, at_once):
             parts.append(part)
@@ -91,12 +91,12 @@ class Encoder:
             how: dict[str, Any] = {"fn_constructor_kwargs": {**arguments, "gpus": 1}, "compute": pool, "num_gpus": 1}
             embedded = rows.map_batches(_Embedder, batch_size=embed.BATCH, **how)
         else:
-            embedded = _in_tasks(rows, _embed_on_cpu, embed.BATCH, 1, at_once, **arguments)
+            embedded = _map_in_tasks(rows, _embed_on_cpu, embed.BATCH, 1, at_once, **arguments)
         for batch in embedded.iter_batches(batch_format="numpy"):
             yield torch.from_numpy(batch["embedding"].copy())
 
 
-def _in_tasks(
+def _map_in_tasks(
     rows: ray.data.Dataset, function: Any, size: int | None, cpus: float, at_once: int, **arguments: Any
 ) -> ray.data.Dataset:
     """Batches of so many rows, or blocks, mapped by tasks, so many at once, whose processes serve other tasks too."""
@@ -107,7 +107,7 @@ def _in_tasks(
 def _decode(batch: Any, preprocess: Preprocess) -> Any:
     """The images of some shards, a part at a time."""
     for shard in batch["shard"]:
-        for encoded in embed.read(shard):
+        for encoded in embed.read_batches(shard):
             yield {
                 "image": np.stack([images_module.decode_for_evaluation(each.as_py(), preprocess) for each in encoded])
             }

@@ -60,7 +60,7 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     address: str | None = None,
     dashboard: bool = False,
-    progress: embed.Progress | None = None,
+    progress: embed.OnProgress | None = None,
 ) -> Evaluation:
     """Measure a model, or the pretrained one (zero-shot), as `clipfh evaluate` does.
 
@@ -109,7 +109,7 @@ class Embedded:
     gallery: metrics.Embeddings
     query_rows: pa.Table
     gallery_rows: pa.Table
-    captions: metrics.Captions | None
+    captions: metrics.CaptionEmbeddings | None
     """of the items that have a prompt"""
     prompts: list[str]
     """the captions, in their order"""
@@ -126,7 +126,7 @@ def embed_splits(
     clip: nn.Module,
     settings: ModelSettings,
     prompts: dict[str, str],
-    progress: embed.Progress | None = None,
+    progress: embed.OnProgress | None = None,
 ) -> Embedded:
     """Embed a query and a gallery split, and the prompts of their items, by the encoder of `choose_encoder`.
 
@@ -154,8 +154,8 @@ def choose_encoder(clip: nn.Module, settings: ModelSettings) -> embed.Encoder:
         from clipfh.retrieval import embed_ray
 
         if not cluster.is_this_machines_cpus():
-            return embed_ray.Encoder(clip, settings)
-    return embed.InProcess(clip, settings)
+            return embed_ray.RayEncoder(clip, settings)
+    return embed.InProcessEncoder(clip, settings)
 
 
 def _assembled(
@@ -171,7 +171,7 @@ def _assembled(
         code_of = dict(zip(_column(tables, "item_id"), codes[0].tolist(), strict=True))
         row_of = {text: row for row, text in enumerate(distinct)}
         pairs = [(code, row_of[prompts[name]]) for name, code in code_of.items() if name in prompts]
-        captions = metrics.Captions(texts, *torch.tensor(pairs).T)
+        captions = metrics.CaptionEmbeddings(texts, *torch.tensor(pairs).T)
     return Embedded(rows.select(query), rows.select(gallery), tables[0], tables[1], captions, distinct)
 
 
@@ -235,7 +235,7 @@ def measure(
     out: str | Path, embedded: Embedded, random_splits: int, skip_unmatched: bool = False, rerank: bool = False
 ) -> dict[str, Any]:
     """Work out the `figures`, re-ranked if asked, and `write` them; returns them. UserError: as `figures`."""
-    similarity = reranking.reranked(embedded.query, embedded.gallery) if rerank else None
+    similarity = reranking.rerank(embedded.query, embedded.gallery) if rerank else None
     found, scores = judge(embedded, random_splits, skip_unmatched, similarity)
     found["rerank"] = {"k1": reranking.K1, "k2": reranking.K2, "lambda": reranking.LAMBDA} if rerank else None
     write(out, found, embedded, scores, similarity)

@@ -27,28 +27,28 @@ from clipfh.model.devices import choose_device, resolve_precision
 from clipfh.model.prompts import load_prompts_for
 from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.retrieval import embedding_file, evaluate, metrics
-from clipfh.retrieval.embed import Progress, connection
+from clipfh.retrieval.embed import OnProgress, connection
 
 THUMBNAIL = (320, 440)
 """Pixels that a picture on the page fits into: about twice what a screen shows."""
 
 
 @dataclass(frozen=True)
-class Index:
+class SearchIndex:
     """An opened file of embeddings."""
 
     file: Path
     rows: pa.Table
-    """item_id, path, split and prompt of N images"""
+    """item_id, path, split and prompt of N images."""
     embedding: Tensor
-    """(N, D) float32, unit norm"""
-    made: dict[str, Any]
-    """of which model and catalogue, as `mark` has it"""
+    """(N, D) float32, of unit norm."""
+    provenance: dict[str, Any]
+    """The model and the catalogue, as `describe_provenance` writes them."""
 
 
 @dataclass(frozen=True)
-class Find:
-    """An image that was found."""
+class SearchHit:
+    """An image that a search returned."""
 
     similarity: float
     item_id: str
@@ -63,8 +63,8 @@ def embed(
     settings: Mapping[str, Any] | None = None,
     address: str | None = None,
     dashboard: bool = False,
-    progress: Progress | None = None,
-) -> Index:
+    progress: OnProgress | None = None,
+) -> SearchIndex:
     """Embed all images of a catalogue into a file, to `search` in them, as `clipfh embed` does.
 
     Args:
@@ -87,9 +87,9 @@ def embed(
     prompts = load_prompts_for(opened, experiment, *splits)
     with connection(address, dashboard):
         embedding = evaluate.choose_encoder(clip, experiment.model).images(opened, splits, progress)
-    rows, origin = evaluate.prompted(opened, splits, prompts), mark(clip, experiment, weights, opened)
+    rows, origin = evaluate.prompted(opened, splits, prompts), describe_provenance(clip, experiment, weights, opened)
     embedding_file.write(out, rows, embedding, origin)
-    return Index(out, rows, embedding, json.loads(origin))
+    return SearchIndex(out, rows, embedding, json.loads(origin))
 
 
 def search(
@@ -100,7 +100,7 @@ def search(
     top: int = 10,
     html: str | Path | None = None,
     checkpoint: str | None = None,
-) -> list[Find]:
+) -> list[SearchHit]:
     """Find the images that are nearest to a photo or to words, nearest first, as `clipfh search` does.
 
     Args:
@@ -117,16 +117,16 @@ def search(
     require(top >= 1, "top", "1 or more", top)
     if (image is None) == (text is None):
         raise UserError("give a photo (image) or words (text) to look for, one of them")
-    index, photo = load(embeddings), Path(image) if image else None
-    clip, settings = model_of(index, checkpoint)
+    index, photo = open_index(embeddings), Path(image) if image else None
+    clip, settings = load_embedding_model(index, checkpoint)
     query = embed_photo(index, clip, settings, photo) if photo else embed_words(clip, settings, str(text))
-    nearest_images = nearest(index, query, top)
+    nearest_images = find_nearest(index, query, top)
     if html:
         write_page(html, index, photo.name if photo else str(text), photo, nearest_images)
     return nearest_images
 
 
-def mark(clip: nn.Module, experiment: Experiment, weights: str, of: Catalogue) -> str:
+def describe_provenance(clip: nn.Module, experiment: Experiment, weights: str, of: Catalogue) -> str:
     """What a file of embeddings keeps of where it comes from, as JSON.
 
     Args:
@@ -147,23 +147,23 @@ def mark(clip: nn.Module, experiment: Experiment, weights: str, of: Catalogue) -
     )
 
 
-def load(file: str | Path) -> Index:
+def open_index(file: str | Path) -> SearchIndex:
     """Open what `clipfh embed` wrote. UserError: it is not there, or something else."""
     file = Path(file)
     if not file.is_file():
         raise UserError(f"--embeddings {file}: no such file: make one with clipfh embed CATALOGUE --out {file.name}")
-    made = _made(embedding_file.mark_of(file))
+    made = _parse_provenance(embedding_file.mark_of(file))
     if made is None:
         raise UserError(f"{file} is no file of clipfh embed: make one with clipfh embed CATALOGUE --out {file.name}")
-    return Index(file, *embedding_file.read(file), made)
+    return SearchIndex(file, *embedding_file.read(file), made)
 
 
-def _made(mark: str | None) -> dict[str, Any] | None:
+def _parse_provenance(mark: str | None) -> dict[str, Any] | None:
     """The parsed mark; None where it is another's, such as the fingerprint that an evaluation leaves."""
     return json.loads(mark) if mark and mark.startswith("{") else None
 
 
-def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, ModelSettings]:
+def load_embedding_model(index: SearchIndex, path: str | None = None) -> tuple[nn.Module, ModelSettings]:
     """The model that made the embeddings, and its settings.
 
     Args:
@@ -173,8 +173,8 @@ def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, ModelSet
     Raises:
         UserError: it is gone, or is not the same any more.
     """
-    experiment = schema.from_json(index.made["experiment"], str(index.file))
-    where = path or index.made["weights"]
+    experiment = schema.from_json(index.provenance["experiment"], str(index.file))
+    where = path or index.provenance["weights"]
     if where and not Path(where).exists():
         raise UserError(f"the model of {index.file} is no longer at {where}: say where by --checkpoint, or embed again")
     clip = (
@@ -182,7 +182,7 @@ def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, ModelSet
         if where
         else load_initial_model(experiment.model, experiment.seed)
     )
-    if model_fingerprint(clip, experiment.model) != index.made["model"]:
+    if model_fingerprint(clip, experiment.model) != index.provenance["model"]:
         raise UserError(
             f"{index.file} was embedded with another model than {where or experiment.model.name}: give that one by "
             "--checkpoint, or embed again"
@@ -190,35 +190,36 @@ def model_of(index: Index, path: str | None = None) -> tuple[nn.Module, ModelSet
     return clip, experiment.model
 
 
-def embed_photo(index: Index, clip: nn.Module, settings: ModelSettings, file: str | Path) -> Tensor:
+def embed_photo(index: SearchIndex, clip: nn.Module, settings: ModelSettings, file: str | Path) -> Tensor:
     """Unit embedding (D,) of a photo, taken in as the catalogue's own were. UserError: it can't be read."""
-    photo = encode_photo(file, index.made["catalogue"]["image_size"])
+    photo = encode_photo(file, index.provenance["catalogue"]["image_size"])
     pixels = images.decode_for_evaluation(photo, get_preprocess(clip))
-    return embed_images(_towers(clip), np.stack([pixels]), resolve_precision(settings.precision, choose_device()))[
-        0
-    ].cpu()
+    return embed_images(
+        _towers_on_device(clip), np.stack([pixels]), resolve_precision(settings.precision, choose_device())
+    )[0].cpu()
 
 
 def embed_words(clip: nn.Module, settings: ModelSettings, words: str) -> Tensor:
     """Unit embedding (D,) of some words."""
     tokens = load_tokenizer(settings)([words])
-    return embed_texts(_towers(clip), tokens, resolve_precision(settings.precision, choose_device()))[0].cpu()
+    return embed_texts(_towers_on_device(clip), tokens, resolve_precision(settings.precision, choose_device()))[0].cpu()
 
 
-def _towers(clip: nn.Module) -> Towers:
+def _towers_on_device(clip: nn.Module) -> Towers:
     return Towers(clip).to(choose_device()).eval()
 
 
-def nearest(index: Index, query: Tensor, top: int) -> list[Find]:
+def find_nearest(index: SearchIndex, query: Tensor, top: int) -> list[SearchHit]:
     """The `top` images of greatest cosine with the query (D,), nearest first; of equal ones the earlier first."""
     row, similarity = (part[0].tolist() for part in metrics.largest((index.embedding @ query)[None], top))
     found = index.rows.take(row)
     return [
-        Find(*each) for each in zip(similarity, found["item_id"].to_pylist(), found["path"].to_pylist(), strict=True)
+        SearchHit(*each)
+        for each in zip(similarity, found["item_id"].to_pylist(), found["path"].to_pylist(), strict=True)
     ]
 
 
-def write_page(out: str | Path, index: Index, asked: str, photo: Path | None, found: Sequence[Find]) -> None:
+def write_page(out: str | Path, index: SearchIndex, asked: str, photo: Path | None, found: Sequence[SearchHit]) -> None:
     """One HTML file, without network or script: what was asked for, and pictures of what was found.
 
     Args:
@@ -231,8 +232,8 @@ def write_page(out: str | Path, index: Index, asked: str, photo: Path | None, fo
     Raises:
         UserError: the catalogue is gone or has changed.
     """
-    source = index.made["catalogue"]
-    pictures = _catalogue_of(index).images_at([find.path for find in found])
+    source = index.provenance["catalogue"]
+    pictures = _open_source(index).images_at([find.path for find in found])
     shown = [(find, images.thumbnail(pictures[find.path], *THUMBNAIL)) for find in found]
     query = images.thumbnail(encode_photo(photo, source["image_size"]), *THUMBNAIL) if photo else None
     pages = Environment(loader=PackageLoader("clipfh.retrieval", ""), autoescape=True)
@@ -244,9 +245,9 @@ def write_page(out: str | Path, index: Index, asked: str, photo: Path | None, fo
     out.write_text(text, encoding="utf-8")
 
 
-def _catalogue_of(index: Index) -> Catalogue:
+def _open_source(index: SearchIndex) -> Catalogue:
     """The catalogue that was embedded, if it is still what it was."""
-    source = index.made["catalogue"]
+    source = index.provenance["catalogue"]
     if not Path(source["path"]).is_dir():
         raise UserError(
             f"the pictures are in the catalogue {source['path']}, which is gone: put it back, or embed it where it is "

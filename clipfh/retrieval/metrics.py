@@ -4,7 +4,7 @@ Similarity is the cosine of unit embeddings. The rank of a positive is 1 + the g
 similarity + those earlier in the gallery with an equal one. Among a query's positives that order is a short sort; what
 remains is to count the images of *other* items ahead of each positive. A query has few positives, so counting what
 passes each one's similarity, in a block of the similarity matrix that is still in the cache, costs a fraction of the
-product that made the block. Same-variant, cross-variant and random-split figures follow from the same counts.
+product that made the block. Same-variant, cross-variant and random-split metrics follow from the same counts.
 """
 
 import math
@@ -25,7 +25,7 @@ from clipfh.report import bootstrap
 RANKS = (1, 5, 10, 20, 30, 40, 50)
 KEYS = ("mAP", *(f"rank{k}" for k in RANKS), "mAP_at_R", "mINP")
 CURVE = 50  # length of the CMC curve
-BLOCK = 2**23  # similarities held at once: they bound the memory and change no figure
+BLOCK = 2**23  # similarities held at once: they bound the memory and change no metric
 PART = 2**20  # similarities looked at again and again while they are in the cache
 TILE = 64  # rows and columns of a product come in multiples of this
 
@@ -38,7 +38,7 @@ The caller owns the result and may overwrite it.
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Images that ask or answer: N unit vectors (float32 or float64, on any device) and codes of what they show.
+    """Queries or gallery: N unit vectors (float32 or float64, on any device) and codes of what the images show.
 
     UserError: an embedding is not finite (it would lose, or win, every comparison).
     """
@@ -67,7 +67,7 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
-class Captions:
+class CaptionEmbeddings:
     """C distinct captions (unit vectors) and the M pairs (item, caption) that say who carries which; pairs may repeat.
 
     Captions that read alike are one row here, however many items carry them. UserError: as `Embeddings`.
@@ -104,10 +104,10 @@ def score(
     """
     tables = _empty_table(3, len(query))
     own, theirs = query.variant.cpu(), gallery.variant.cpu()
-    for block in _blocks(query, gallery, _Index.of(gallery.item), similarity):
-        found, ahead = block.column >= 0, block.ahead()
+    for block in _blocks(query, gallery, _RowsByCode.of(gallery.item), similarity):
+        positive, ahead = block.column >= 0, block.ahead()
         same = theirs[block.column] == own[block.rows, None]
-        for table, relevant in zip(tables, (found, found & same, found & ~same), strict=True):
+        for table, relevant in zip(tables, (positive, positive & same, positive & ~same), strict=True):
             table[block.rows] = _values(relevant, ahead)
     unmatched = tables[0, :, 0].isnan().nonzero().flatten()
     if len(unmatched) and not skip_unmatched:
@@ -146,12 +146,12 @@ def nearest(
 
     Both (Q, top at most), on the CPU; after the last row, since a query's own photo is left out, -1 and -inf.
     """
-    similarity, twins, found = similarity or cosine(query, gallery), _Index.of(gallery.image), []
+    similarity, twins, parts = similarity or cosine(query, gallery), _RowsByCode.of(gallery.image), []
     for rows in blocks_of_rows(len(query), len(gallery)):
         block = similarity(rows)
         _drop(block, twins.rows(query.image.cpu()[rows]))
-        found.append([part.cpu() for part in largest(block, top)])
-    column, level = (torch.cat(parts) for parts in zip(*found, strict=True))
+        parts.append([part.cpu() for part in largest(block, top)])
+    column, level = (torch.cat(each) for each in zip(*parts, strict=True))
     return column.masked_fill_(level == -math.inf, -1), level
 
 
@@ -218,15 +218,16 @@ def by_group(scores: Scores, labels: Sequence[str]) -> dict[str, dict[str, Any]]
 
 
 def random_splits(images: Embeddings, num_splits: int = 10, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Mean, sample standard deviation and values over random splits: one image of each item asks, all others answer.
+    """Mean, sample standard deviation and values over random splits: one image of each item is a query, all others are
+    the gallery.
 
-    An image ranks all others once, however many splits it asks in: a split only takes away the other images that ask
-    in it, so their share of each count is taken off. Items with a single image are left out of the means.
+    An image ranks all others once, in however many splits it is a query. A split only removes the other queries from
+    the gallery, so their share of each count is subtracted. Items with a single image are left out of the means.
     """
     splits = list(_draw(images.item.cpu(), num_splits, seed))
     asking = torch.stack(splits).any(0).nonzero().flatten()
     tables = _empty_table(num_splits, len(asking))
-    for block in _blocks(images.select(asking), images, _Index.of(images.item)):
+    for block in _blocks(images.select(asking), images, _RowsByCode.of(images.item)):
         ahead = block.ahead()
         for drawn, table in zip(splits, tables, strict=True):
             mine = drawn[asking[block.rows]].nonzero().flatten()
@@ -236,24 +237,35 @@ def random_splits(images: Embeddings, num_splits: int = 10, seed: int = 0) -> di
     return {key: _spread([mean[key] for mean in means]) for key in KEYS}
 
 
-def text_to_image(captions: Captions, images: Embeddings) -> dict[str, Any]:
+def text_to_image(captions: CaptionEmbeddings, images: Embeddings) -> dict[str, Any]:
     """`summary` with each distinct caption as a query: right are the images of every item that carries it."""
-    carried = _Index.of(captions.item, captions.caption).rows(images.item.cpu())
+    carried = _RowsByCode.of(captions.item, captions.caption).rows(images.item.cpu())
     image, slot = (carried >= 0).nonzero(as_tuple=True)
-    return summary(_score_text(_as_embeddings(captions), images, _Index.of(carried[image, slot], image)))
+    return summary(_score_text(_as_embeddings(captions), images, _RowsByCode.of(carried[image, slot], image)))
 
 
-def image_to_text(images: Embeddings, captions: Captions) -> dict[str, Any]:
+def image_to_text(images: Embeddings, captions: CaptionEmbeddings) -> dict[str, Any]:
     """`summary` with each image as a query, over the distinct captions: right are those that its item carries."""
-    return summary(_score_text(images, _as_embeddings(captions), _Index.of(captions.item, captions.caption)))
+    return summary(_score_text(images, _as_embeddings(captions), _RowsByCode.of(captions.item, captions.caption)))
 
 
 def count_ahead(similarity: Tensor, order: Tensor, column: Tensor, level: Tensor) -> Tensor:
-    """How many entries of a row stand ahead of each of its thresholds, (B, P): the core of every figure.
+    """Number of entries of a row ahead of each of its thresholds, (B, P): the core of every metric.
 
-    Ahead are entries greater than the threshold, and those equal to it in an earlier column.
-    similarity: (B, N). order: (N,), the numbers of its columns. column, level: (B, P), the column and the height of
-    each threshold; +inf after the last of a row. Rows with most thresholds are best put first.
+    An entry is ahead where it is greater than the threshold, or equal to it in an earlier column. An example: query q
+    has its item's images in the columns 1 and 4 of a gallery of six. They are the thresholds, and are -inf in the row:
+
+        column            0    1    2    3    4    5
+        similarity of q  .9   .8   .5   .8   .5   .1    threshold .8 in column 1: ahead is .9; .8 in column 3 is later
+        as given         .9  -inf  .5   .8  -inf  .1    threshold .5 in column 4: ahead are .9, .8 and .5 in column 2
+        ahead                 1              3          ranks: 1 + 0 positives + 1 = 2, and 1 + 1 positive + 3 = 5
+
+    Args:
+        similarity: (B, N), with -inf where an entry does not compete.
+        order: (N,) numbers of its columns.
+        column: (B, P) column of each threshold.
+        level: (B, P) value of each threshold; +inf after the last of a row. Rows with most thresholds come first, which
+            is not required, but saves time.
     """
     few = max(1, PART // similarity.shape[1])
     parts = zip(similarity.split(few), column.split(few), level.split(few), strict=True)
@@ -278,14 +290,14 @@ def _count_part(similarity: Tensor, order: Tensor, column: Tensor, level: Tensor
 
 
 @dataclass(frozen=True)
-class _Index:
-    """Pairs of a code and a row that bears it, sorted, each once, on the CPU."""
+class _RowsByCode:
+    """For each code the rows that bear it: pairs (code, row), sorted, without repeats, on the CPU."""
 
     code: Tensor  # (M,)
     row: Tensor  # (M + 1,), -1 at the end
 
     @classmethod
-    def of(cls, code: Tensor, row: Tensor | None = None) -> "_Index":
+    def of(cls, code: Tensor, row: Tensor | None = None) -> "_RowsByCode":
         code, row = code.cpu(), torch.arange(len(code)) if row is None else row.cpu()
         order = torch.from_numpy(np.lexsort((row.numpy(), code.numpy())))
         code, row = code[order], row[order]
@@ -294,7 +306,7 @@ class _Index:
         return cls(code[new], pad(row[new], (0, 1), value=-1))
 
     def count(self, wanted: Tensor) -> Tensor:
-        """How many rows bear each wanted code."""
+        """Number of rows that bear each wanted code."""
         return torch.searchsorted(self.code, wanted, right=True) - torch.searchsorted(self.code, wanted)
 
     def rows(self, wanted: Tensor) -> Tensor:
@@ -307,7 +319,7 @@ class _Index:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some queries before the whole gallery."""
+    """A block of queries with the whole gallery."""
 
     rows: Tensor  # (B,), which queries, on the CPU
     column: Tensor  # (B, P), their positives from the nearest down, in gallery order if equal, then -1; on the CPU
@@ -315,12 +327,12 @@ class _Block:
     similarity: Tensor  # (B, N), -inf at the positives and at the query's own image: here they compete with nobody
 
     def ahead(self) -> Tensor:
-        """How many images of other items are ahead of each positive, (B, P), on the CPU."""
+        """Number of images of other items ahead of each positive, (B, P), on the CPU."""
         order = torch.arange(self.similarity.shape[1], device=self.level.device)
         return count_ahead(self.similarity, order, self.column.to(self.level.device), self.level).cpu()
 
     def ahead_among(self, mine: Tensor, columns: Tensor) -> Tensor:
-        """The same for some rows of the block, counting only some columns of the gallery, (len(mine), P)."""
+        """`ahead` for the rows `mine` of the block, with only the gallery's `columns` counted: (len(mine), P)."""
         device = self.level.device
         here, among = mine.to(device), columns.to(device)
         part = self.similarity.index_select(0, here).index_select(1, among)
@@ -328,12 +340,12 @@ class _Block:
 
 
 def _blocks(
-    query: Embeddings, gallery: Embeddings, kin: _Index, similarity: Similarity | None = None
+    query: Embeddings, gallery: Embeddings, kin: _RowsByCode, similarity: Similarity | None = None
 ) -> Iterator[_Block]:
     """The similarity matrix block by block. kin: the gallery rows of each item."""
     assert len(query) and 0 < len(gallery) < 2**24
     similarity = similarity or cosine(query, gallery)
-    item, photo, photos, twins = query.item.cpu(), query.image.cpu(), gallery.image.cpu(), _Index.of(gallery.image)
+    item, photo, photos, twins = query.item.cpu(), query.image.cpu(), gallery.image.cpu(), _RowsByCode.of(gallery.image)
     # Queries with as many positives stand together, so that each slot of `count_ahead` is about full or empty.
     for rows in kin.count(item).argsort(descending=True, stable=True).split(_height(len(gallery))):
         block = similarity(rows)
@@ -426,14 +438,14 @@ def _as_scores(table: Tensor, query: Embeddings, gallery: Embeddings) -> Scores:
     return Scores(table[:, :-1], table[:, -1], query.item.cpu(), len(gallery))
 
 
-def _score_text(query: Embeddings, gallery: Embeddings, kin: _Index) -> Scores:
+def _score_text(query: Embeddings, gallery: Embeddings, kin: _RowsByCode) -> Scores:
     table = _empty_table(len(query))
     for block in _blocks(query, gallery, kin):
         table[block.rows] = _values(block.column >= 0, block.ahead())
     return _as_scores(table, query, gallery)
 
 
-def _as_embeddings(captions: Captions) -> Embeddings:
+def _as_embeddings(captions: CaptionEmbeddings) -> Embeddings:
     """Each caption as an item of its own, and no photo."""
     none = torch.full((len(captions.embedding),), -1)
     return Embeddings(captions.embedding, torch.arange(len(none)), none, none)

@@ -21,7 +21,7 @@ from clipfh.config.schedule import make_schedule
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.sampler import ItemIndex, build_index, make_sampler
-from clipfh.learn.learner import Captions, Learner
+from clipfh.learn.learner import ItemCaptions, Learner
 from clipfh.model.clip import get_preprocess
 from clipfh.model.devices import choose_device
 from clipfh.retrieval import embed
@@ -60,7 +60,7 @@ class Measured:
         return max(0, int((self.memory - self.rest) / self.image))
 
 
-@embed.enough_memory
+@embed.explains_out_of_memory
 def measure(
     catalogue: Catalogue,
     experiment: Experiment,
@@ -113,7 +113,7 @@ def epoch(catalogue: Catalogue, experiment: Experiment) -> int:
 def _learner(
     experiment: Experiment,
     index: ItemIndex,
-    captions: Captions,
+    captions: ItemCaptions,
     device: torch.device,
     images: int,
     chunk: int,

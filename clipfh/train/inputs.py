@@ -14,7 +14,7 @@ from clipfh.config.experiment import Experiment, LossSettings
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Feed, fetch
 from clipfh.data.sampler import ItemIndex, make_sampler
-from clipfh.learn.learner import Captions
+from clipfh.learn.learner import ItemCaptions
 from clipfh.model import checkpoint
 from clipfh.model.clip import (
     build_model,
@@ -169,13 +169,13 @@ def validation_codes(catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray, int]
 
 def tokenize_captions(
     catalogue: Catalogue, names: list[str], experiment: Experiment, *splits: str
-) -> tuple[Captions, int]:
+) -> tuple[ItemCaptions, int]:
     """The prompts of some splits' items, tokenized, and how many of them are longer than the model reads.
 
     None where no term takes them: for half a million items they take half an hour.
     """
     if not experiment.loss.takes_text:
-        return Captions(np.zeros((0, 0), np.int32), np.full(len(names), -1, np.int32)), 0
+        return ItemCaptions(np.zeros((0, 0), np.int32), np.full(len(names), -1, np.int32)), 0
     prompt_of = load_prompts_for(catalogue, experiment, *splits)
     if not set(names) & set(prompt_of):
         raise UserError(f"--text.file {experiment.text.file} names none of the train items, e.g. {names[0]}")
@@ -184,4 +184,4 @@ def tokenize_captions(
     tokens = load_tokenizer(experiment.model)(list(distinct)).numpy().astype(np.int32)
     full, count = tokens[:, -1] != 0, make_token_counter(experiment.model)
     num_cut = sum(count(text) > tokens.shape[1] for text, i in distinct.items() if full[i])
-    return Captions(tokens, of_item), num_cut
+    return ItemCaptions(tokens, of_item), num_cut

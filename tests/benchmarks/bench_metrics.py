@@ -42,7 +42,7 @@ def rows() -> list[dict]:
     theirs = [metric_learning(query, gallery), original_algorithm(few, gallery)]
     per_query = evaluation / len(query)
     above = memory(lambda: metrics.score(query, gallery))
-    reranking = memory(lambda: metrics.score(query, gallery, similarity=rerank.reranked(query, gallery)))
+    reranking = memory(lambda: metrics.score(query, gallery, similarity=rerank.rerank(query, gallery)))
     return [
         row("metrics: Rank-k + mAP, time of the matrix product", evaluation / product, at_most=1.5),
         row("metrics: pytorch-metric-learning, our time", learning / evaluation, at_least=10),

@@ -29,7 +29,7 @@ def rows() -> list[dict]:
 def share(stage: str) -> float:
     """Time of a step with our groups by that with a group for each weight. The two take turns, the best of each counts:
     what else the machine does is not ours."""
-    ours = optimizer.adamw(tiny(stage), torch.nn.Module(), OptimizerSettings(), torch.device("cpu"))
+    ours = optimizer.make_adamw(tiny(stage), torch.nn.Module(), OptimizerSettings(), torch.device("cpu"))
     each = [{**group, "params": [p]} for group in ours.param_groups for p in group["params"]]
     singly = torch.optim.AdamW(each, fused=True)
     turns = [(timed(ours), timed(singly)) for _ in range(TURNS)]

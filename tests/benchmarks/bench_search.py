@@ -21,14 +21,14 @@ def rows() -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "embeddings.parquet"
         embedding_file.write(file, table, vectors, "{}")
-        index = lookup.load(file)
+        index = lookup.open_index(file)
         best = min(timed(index, vectors[i]) for i in range(30))  # what else the machine does is not ours
     return [row("search: ms a query among 100,000 images", 1000 * best, 100)]
 
 
-def timed(index: lookup.Index, query: torch.Tensor) -> float:
+def timed(index: lookup.SearchIndex, query: torch.Tensor) -> float:
     begun = time.perf_counter()
-    found = lookup.nearest(index, query, TOP)
+    found = lookup.find_nearest(index, query, TOP)
     assert len(found) == TOP and found[0].similarity > 0.999
     return time.perf_counter() - begun
 

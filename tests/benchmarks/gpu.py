@@ -39,7 +39,7 @@ from clipfh.config.experiment import SMALL_MODEL, Experiment, Stage
 from clipfh.data.sampler import ItemIndex
 from clipfh.data.transfer import images_to_device, prefetch
 from clipfh.demo.source import write_source
-from clipfh.learn.learner import Captions, Learner
+from clipfh.learn.learner import ItemCaptions, Learner
 from clipfh.model.clip import get_preprocess, load_initial_model
 from clipfh.storage import run_folder
 
@@ -199,7 +199,7 @@ def _learner(experiment: Experiment) -> Learner:
         items.repeat(VIEWS), np.zeros(count, int), [str(number) for number in items], np.array([count * VIEWS])
     )
     tokens = np.random.default_rng(0).integers(1, clip.vocab_size, (count, clip.context_length), np.int32)
-    return Learner(experiment, clip, index, Captions(tokens, items), _device())
+    return Learner(experiment, clip, index, ItemCaptions(tokens, items), _device())
 
 
 def _device() -> torch.device:

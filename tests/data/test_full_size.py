@@ -19,6 +19,7 @@ from clipfh.config import presets
 from clipfh.config.experiment import ModelSettings
 from clipfh.data.sampler import ItemIndex
 from clipfh.learn import learner
+from clipfh.learn.learner import ItemCaptions
 from clipfh.model import export
 from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer
 from clipfh.model.layers import layer_depth
@@ -34,7 +35,7 @@ def step(name: str, stage: str) -> tuple[Counter, Counter, float]:
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     index = ItemIndex(np.arange(P).repeat(K), np.zeros(P, int), list("abcd"), np.array([P * K]))
     tokens = load_tokenizer(experiment.model)([f"item {i}" for i in range(P)]).numpy()
-    one = learner.Learner(experiment, clip, index, learner.Captions(tokens, np.arange(P)), torch.device("cpu"))
+    one = learner.Learner(experiment, clip, index, ItemCaptions(tokens, np.arange(P)), torch.device("cpu"))
     size = get_preprocess(clip).size
     images = np.random.default_rng(0).integers(0, 255, (P * K, size, size, 3), dtype=np.uint8)
     one.train_step(np.arange(P * K), images)

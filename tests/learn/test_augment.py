@@ -29,7 +29,7 @@ def test_workers_change_their_part_as_one_changes_the_whole(change, strength):
 
 
 def test_a_steps_draws_are_not_those_of_its_images():
-    drawn = {int(augment.draws(3, step).integers(2**62)) for step in range(9)}
+    drawn = {int(augment.step_generator(3, step).integers(2**62)) for step in range(9)}
     images = {int(np.random.Generator(np.random.SFC64((3, s, i))).integers(2**62)) for s in range(9) for i in range(9)}
     assert len(drawn) == 9 and not drawn & images
 

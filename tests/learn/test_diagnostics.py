@@ -28,10 +28,10 @@ WELL = {
     ],
 )
 def test_warnings(change: dict, words: list[str]):
-    found = diagnostics.warnings({**WELL, **change}, ["supcon"])
+    found = diagnostics.find_warnings({**WELL, **change}, ["supcon"])
     assert len(found) == len(words) and all(word in warning for word, warning in zip(words, found, strict=True))
 
 
 def test_a_term_without_ends_collapses_too():
     figures = {"step": 10, "loss_center": 0.0, "image_cosine": 1.0, "val_mAP": 0.1, "start_val_mAP": 0.4}
-    assert diagnostics.warnings(figures, ["center"])[0].startswith("center has collapsed: all embeddings alike")
+    assert diagnostics.find_warnings(figures, ["center"])[0].startswith("center has collapsed: all embeddings alike")

@@ -21,6 +21,7 @@ from clipfh.config.experiment import LOSS_TERMS, SMALL_MODEL, ModelSettings
 from clipfh.data.sampler import ItemIndex, PKSampler, make_sampler
 from clipfh.data.transfer import images_to_device
 from clipfh.learn import learner, tally
+from clipfh.learn.learner import ItemCaptions
 from clipfh.learn.tally import StepTally
 from clipfh.model.clip import load_initial_model, load_tokenizer
 from clipfh.model.towers import Towers, recompute_blocks
@@ -60,10 +61,10 @@ TERMS = {
 }
 
 
-def captions() -> learner.Captions:
+def captions() -> ItemCaptions:
     """Items 0 and 1 share a caption, item 5 has none."""
     tokens = load_tokenizer(ModelSettings(name=SMALL_MODEL))([f"a garment of kind {i}" for i in range(5)])
-    return learner.Captions(tokens.numpy().astype(np.int32), np.array([0, 0, 1, 2, 3, -1, 4], np.int32))
+    return ItemCaptions(tokens.numpy().astype(np.int32), np.array([0, 0, 1, 2, 3, -1, 4], np.int32))
 
 
 def learner_of(stage: str = "image", dtype: torch.dtype = torch.float64, **settings) -> learner.Learner:

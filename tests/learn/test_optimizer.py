@@ -25,7 +25,7 @@ def test_rates_by_depth_tower_and_head():
     clip, heads = build_model(SMALL), objective.Objective(LOSS, 128, 5)
     freeze(clip, "joint", SMALL, learn_scale=True)
     settings = OptimizerSettings(lr=1.0, text_lr=0.1, head_lr=10.0, layer_decay=0.5, weight_decay=0.3)
-    of = rates(optimizer.adamw(clip, heads, settings, torch.device("cpu")))
+    of = rates(optimizer.make_adamw(clip, heads, settings, torch.device("cpu")))
     found = {n: of[id(p)] for n, p in [*clip.named_parameters(), *heads.named_parameters()] if p.requires_grad}
     assert found["visual.proj"] == (1.0, 0.3)
     assert found["visual.transformer.resblocks.3.mlp.c_fc.weight"] == (0.5, 0.3)
@@ -55,7 +55,7 @@ def test_weights_of_equal_rate_and_decay_are_one_group(stage: str, most: int):
         clip = load_open_clip().CLIP(**load_open_clip().get_model_config("ViT-B-16"), quick_gelu=True)
     freeze(clip, stage, ModelSettings(), learn_scale=stage == "joint")
     settings = OptimizerSettings(weight_decay=0.1)
-    grouped = optimizer.adamw(clip, torch.nn.Module(), settings, torch.device("meta"))
+    grouped = optimizer.make_adamw(clip, torch.nn.Module(), settings, torch.device("meta"))
     assert len(grouped.param_groups) <= most
     trained = {name: p for name, p in clip.named_parameters() if p.requires_grad}
     of = rates(grouped)
@@ -68,11 +68,11 @@ def test_weights_of_equal_rate_and_decay_are_one_group(stage: str, most: int):
 def test_the_state_of_an_optimizer_with_other_groups_is_refused_in_a_line():
     clip = build_model(SMALL)
     freeze(clip, "image", SMALL, learn_scale=False)
-    grouped = optimizer.adamw(clip, torch.nn.Module(), OptimizerSettings(), torch.device("cpu"))
+    grouped = optimizer.make_adamw(clip, torch.nn.Module(), OptimizerSettings(), torch.device("cpu"))
     singly = torch.optim.AdamW([{"params": [p]} for g in grouped.param_groups for p in g["params"]])
     with pytest.raises(UserError, match=r"--resume: .* groups of parameters.* --warm-start RUN$"):
-        optimizer.load(grouped, singly.state_dict())
-    optimizer.load(grouped, grouped.state_dict())
+        optimizer.load_state(grouped, singly.state_dict())
+    optimizer.load_state(grouped, grouped.state_dict())
 
 
 def test_warm_up_then_cosine_to_zero():

@@ -137,7 +137,7 @@ def preprocessings(settings) -> list[dict]:
     found = [asdict(get_preprocess(each)) for each in (zero_shot, built, loaded)]
     exported = json.loads(open_clip_config(settings, get_preprocess(loaded)))
     size = exported["model_cfg"]["vision_cfg"].get("image_size", 224)
-    processor = onnx.described(get_preprocess(loaded))
+    processor = onnx.describe_preprocessing(get_preprocess(loaded))
     towers = {key: tuple(getattr(Towers(built), key).double().flatten().tolist()) for key in ("mean", "std")}
     return [
         *found,

@@ -65,7 +65,7 @@ def test_the_lines_of_the_card_give_the_checkpoints_embeddings(folder, clip, pho
     torch.testing.assert_close(scope["words"], told, rtol=0, atol=1e-5)
     exec(by_onnx, scope)
     np.testing.assert_allclose(scope["embedding"], expected, rtol=0, atol=1e-4)
-    by_text_tower = onnx.run(folder / "onnx" / "text.onnx", tokens.numpy())
+    by_text_tower = onnx.run_tower(folder / "onnx" / "text.onnx", tokens.numpy())
     np.testing.assert_allclose(by_text_tower, told, rtol=0, atol=1e-4)
 
 
@@ -73,7 +73,7 @@ def test_onnx_takes_batches_of_any_length(folder, clip, photos):
     many = photos * 3
     pixels, expected = onnx.pixel_values(many, get_preprocess(clip)), embedded(clip, *many)
     for length in (1, 2, 19):
-        found = onnx.run(folder / "onnx" / "image.onnx", pixels[:length].numpy())
+        found = onnx.run_tower(folder / "onnx" / "image.onnx", pixels[:length].numpy())
         np.testing.assert_allclose(found, expected[:length], rtol=0, atol=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_pixels_made_as_the_description_says_are_the_models(folder, clip, photos
 
 def test_towers_that_differ_are_no_export(clip, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
-    monkeypatch.setattr(onnx, "run", lambda file, batch: np.zeros((len(batch), 128), np.float32))
+    monkeypatch.setattr(onnx, "run_tower", lambda file, batch: np.zeros((len(batch), 128), np.float32))
     with pytest.raises(RuntimeError, match="nothing was exported"):
         export.write_export(clip, EXPERIMENT, tmp_path / "model", {}, photos, with_onnx=True)
     assert not any(tmp_path.iterdir())

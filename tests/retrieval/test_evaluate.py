@@ -66,8 +66,8 @@ def folder(tmp_path, small_catalogue, clip, prompts, embedded):
 
 
 def test_a_cluster_embeds_as_this_process_does(small_catalogue, clip, prompts, embedded, told, ray_cluster):
-    here = embed.InProcess(clip, SETTINGS)
-    over = embed_ray.Encoder(clip, SETTINGS)
+    here = embed.InProcessEncoder(clip, SETTINGS)
+    over = embed_ray.RayEncoder(clip, SETTINGS)
     counted = []
     images = over.images(small_catalogue, SPLITS, lambda *at: counted.append(at))
     torch.testing.assert_close(images, here.images(small_catalogue, SPLITS), rtol=0, atol=1e-5)

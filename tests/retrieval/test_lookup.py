@@ -125,10 +125,10 @@ def test_another_model_is_refused_and_one_that_was_moved_is_taken(file, export, 
     )
     line = refused(capsys, "--embeddings", file, "--text", "a dress", "--checkpoint", other)
     assert "another model" in line and "embed again" in line
-    gone = lookup.load(file)
+    gone = lookup.open_index(file)
     gone.made["weights"] = str(tmp_path / "gone")
     with pytest.raises(UserError, match="--checkpoint"):
-        lookup.model_of(gone)
+        lookup.load_embedding_model(gone)
 
 
 def test_what_is_no_file_of_embeddings_or_no_photo(file, tmp_path, capsys):
@@ -149,8 +149,8 @@ def test_a_photo_is_taken_in_as_prepare_does(file, tmp_path):
     exif[274] = 6
     noise.save(upright)
     noise.rotate(90, expand=True).save(turned, exif=exif)
-    index = lookup.load(file)
-    clip, settings = lookup.model_of(index)
+    index = lookup.open_index(file)
+    clip, settings = lookup.load_embedding_model(index)
     one, other = (lookup.embed_photo(index, clip, settings, photo) for photo in (upright, turned))
     assert one @ other > 0.99
     assert images.decode_for_evaluation(encode_photo(turned, 256), get_preprocess(clip)).shape == (64, 64, 3)

@@ -15,7 +15,7 @@ from torchmetrics.functional.retrieval import retrieval_average_precision, retri
 
 from clipfh import UserError
 from clipfh.retrieval import metrics
-from clipfh.retrieval.metrics import KEYS, RANKS, Captions, Embeddings, Scores
+from clipfh.retrieval.metrics import KEYS, RANKS, Embeddings, Scores
 
 # Unit vectors with exact products: equal similarities abound, and are equal however they are computed.
 AXES = torch.cat([torch.eye(4), -torch.eye(4)])
@@ -162,7 +162,7 @@ def test_text_and_image_rank_each_other_by_the_captions_that_items_carry(catalog
     items = st.sampled_from(images.item.unique().tolist())
     pairs = data.draw(st.lists(st.tuples(items, st.integers(0, 4)), min_size=1, max_size=12))
     carried = set(pairs)
-    captions = Captions(EXACT[[8, 3, 17, 3, 21]].to(images.embedding), *torch.tensor(pairs).T)
+    captions = metrics.CaptionEmbeddings(EXACT[[8, 3, 17, 3, 21]].to(images.embedding), *torch.tensor(pairs).T)
     right = torch.tensor([[(item, caption) in carried for item in images.item.tolist()] for caption in range(5)])
     similarity = captions.embedding @ images.embedding.T
     with small_blocks(data.draw):

@@ -66,7 +66,7 @@ def test_reranked_equals_the_papers_definitions(data):
     query, gallery = images.select(asks), images.select(answers)
     sizes = {"K1": data.draw(st.sampled_from([5, 6, 20])), "K2": data.draw(st.integers(1, 6))}
     with mock.patch.multiple(rerank, ROWS=data.draw(st.integers(1, 50)), **sizes):
-        similarity = rerank.reranked(query, gallery)
+        similarity = rerank.rerank(query, gallery)
         found = torch.cat([similarity(rows).clone() for rows in torch.arange(len(query)).split(7)])
         torch.testing.assert_close(found, slow_similarity(query, gallery), rtol=0, atol=1e-9)
 
@@ -77,7 +77,7 @@ def test_reranking_finds_more_where_items_are_clusters():
     vectors = torch.randn(60, 64, generator=generator)[item] + 1.6 * torch.randn(720, 64, generator=generator)
     images = Embeddings(torch.nn.functional.normalize(vectors), item, item, torch.arange(720))
     query, gallery = images.select(torch.arange(240)), images.select(torch.arange(240, 720))
-    similarity = rerank.reranked(query, gallery)
+    similarity = rerank.rerank(query, gallery)
     found = metrics.summary(metrics.score(query, gallery, similarity=similarity)[0])
     assert found["mAP"] > metrics.mean_average_precision(query, gallery) + 0.03
     column, _ = metrics.nearest(query, gallery, 3, similarity)

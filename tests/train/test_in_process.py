@@ -10,8 +10,8 @@ from clipfh.cluster import resources as cluster
 from clipfh.config import cores
 from clipfh.config.experiment import Placement
 from clipfh.data import decoding, stream
-from clipfh.storage import layout, run_folder
 from clipfh.data.decoding import BatchSpec, StreamPart, fetch
+from clipfh.storage import layout, run_folder
 from clipfh.train import in_process, worker
 
 

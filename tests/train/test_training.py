@@ -26,6 +26,7 @@ from clipfh.data import images, stream
 from clipfh.data.prepare import prepare
 from clipfh.data.sampler import ItemIndex, build_index, make_sampler
 from clipfh.learn import learner
+from clipfh.learn.learner import ItemCaptions
 from clipfh.model import checkpoint
 from clipfh.model.clip import get_preprocess
 from clipfh.model.towers import embed_images
@@ -299,7 +300,7 @@ def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
     encoded = [photo.as_py() for split in VALIDATION for photo in made.images(split)["image"]]
     pixels = np.stack([images.decode_for_evaluation(photo, preprocess) for photo in encoded])
     index = build_index(made.rows("train"), np.array([6]))
-    captions = learner.Captions(np.zeros((1, 77), np.int32), np.zeros(2, np.int32))
+    captions = ItemCaptions(np.zeros((1, 77), np.int32), np.zeros(2, np.int32))
     one = learner.Learner(tiny, clip, index, captions, torch.device("cpu"))
     found = one.validate(learner.Validation(pixels, *validation_codes(made)))
     embedding = embed_images(one.towers, pixels, torch.float32)
@@ -320,7 +321,7 @@ def test_prompts_are_made_only_where_a_term_takes_them(small_catalogue, tiny, mo
 
 def test_random_weights_are_drawn_by_each_runs_seed(tiny):
     index = ItemIndex(np.array([0, 0, 1, 1], np.int32), np.zeros(2, np.int32), ["a", "b"], np.array([4]))
-    captions = learner.Captions(np.zeros((0, 0), np.int32), np.full(2, -1))
+    captions = ItemCaptions(np.zeros((0, 0), np.int32), np.full(2, -1))
     kept = {name: tensor.numpy() for name, tensor in load_start(tiny).state_dict().items()}
 
     def first(seed: int, weights) -> torch.Tensor:
