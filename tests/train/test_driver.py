@@ -1,8 +1,5 @@
 """What the driver of a run writes."""
 
-import contextlib
-import errno
-from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.fs
@@ -17,19 +14,18 @@ from clipfh.train import driver
 
 
 def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
-    class Full(pyarrow.fs.LocalFileSystem):
-        def open_output_stream(self, path):
-            Path(path).write_text('{"half')
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    (tmp_path / "list.json").write_text("whole")
-    for store, expected in ((Full(), "whole"), (pyarrow.fs.LocalFileSystem(), "new")):
-        context = SimpleNamespace(
-            storage_filesystem=store, checkpoint_manager_snapshot_path=str(tmp_path / "list.json")
-        )
-        with contextlib.suppress(OSError):
-            driver._write_list(SimpleNamespace(_storage_context=context, _save_state=lambda: "new"))
-        assert (tmp_path / "list.json").read_text() == expected
+    file = tmp_path / "list.json"
+    file.write_text("whole")
+    context = SimpleNamespace(
+        storage_filesystem=pyarrow.fs.LocalFileSystem(), checkpoint_manager_snapshot_path=str(file)
+    )
+    manager = SimpleNamespace(_storage_context=context, _save_state=lambda: "new")
+    (tmp_path / "list.json.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        driver._write_list(manager)
+    assert file.read_text() == "whole"
+    driver._write_list(manager)
+    assert file.read_text() == "new"
 
 
 @pytest.mark.parametrize(
