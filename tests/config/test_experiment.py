@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,6 +112,7 @@ def test_a_worker_takes_no_more_than_the_gpu_it_computes_on(gpus):
         Placement(gpus_per_worker=gpus)
 
 
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.too_slow])  # on a busy machine
 @given(
     st.dictionaries(
         st.sampled_from(["optimizer.lr", "batch.items", "budget.images"]), st.integers(2, 10**6), max_size=3
