@@ -31,18 +31,18 @@ class Catalogue:
         return [self.path / name for name in self.manifest["shards"][split]]
 
     def rows(self, split: str) -> pa.Table:
-        """A row an image, without the image."""
+        """The rows of a split, one an image, without the images."""
         return self._read(split, COLUMNS)
 
     def images(self, split: str) -> pa.Table:
-        """A row an image with its encoded bytes: the whole split in memory."""
+        """The rows of a split, one an image, with the encoded images: the whole split in memory."""
         return self._read(split, SCHEMA.names)
 
     def images_at(self, paths: Sequence[str]) -> dict[str, bytes]:
         """Encoded images by their paths. Only the row groups that may hold one of them are read."""
         shards = ds.dataset([str(path) for split in SPLITS for path in self.shards(split)], partitioning=None)
-        found = shards.to_table(columns=["path", "image"], filter=ds.field("path").isin(list(paths)))
-        return dict(zip(found["path"].to_pylist(), found["image"].to_pylist(), strict=True))
+        rows = shards.to_table(columns=["path", "image"], filter=ds.field("path").isin(list(paths)))
+        return dict(zip(rows["path"].to_pylist(), rows["image"].to_pylist(), strict=True))
 
     def num_images(self, split: str) -> int:
         return self.manifest["counts"][split]["images"]
@@ -51,12 +51,16 @@ class Catalogue:
         return self.manifest["counts"][split]["items"]
 
     def require(self, *splits: str) -> None:
-        """Raise UserError where one of these splits has no image."""
+        """Check that each of these splits has an image.
+
+        Raises:
+            UserError: one of them has none.
+        """
         for split in splits:
             if not self.num_images(split):
-                found = ", ".join(f"{self.num_images(name)} {name}" for name in SPLITS)
+                counts = ", ".join(f"{self.num_images(name)} {name}" for name in SPLITS)
                 raise UserError(
-                    f"{self.path}: no {split} images (it has {found}): prepare it from a source with more items"
+                    f"{self.path}: no {split} images (it has {counts}): prepare it from a source with more items"
                 )
 
     def _read(self, split: str, columns: Sequence[str]) -> pa.Table:

@@ -14,7 +14,7 @@ from clipfh import UserError
 from clipfh.data.sources import OUTSIDE
 
 MAX_PIXELS, MAX_JPEG_PIXELS = 100_000_000, 250_000_000  # a JPEG decodes at a half, quarter or eighth of its sides
-ALONE_PIXELS = 16_000_000  # of more to decode only one is at a time: a pixel takes 9 to 20 bytes, on each core
+ALONE_PIXELS = 16_000_000  # larger images are decoded one at a time: a pixel takes 9 to 20 bytes, on each core
 
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels, or {MAX_JPEG_PIXELS:,} of a JPEG"
 NO_RANGE = "pixels without a known range"
@@ -28,7 +28,7 @@ class _Refused(Exception):
 
 
 _alone: AbstractContextManager[object] = nullcontext()
-"""What a process holds while it decodes a large image: a lock of all processes."""
+"""Lock of all processes, held while one of them decodes a large image."""
 
 
 def start_encoding(alone: AbstractContextManager[object]) -> None:
@@ -40,6 +40,7 @@ def start_encoding(alone: AbstractContextManager[object]) -> None:
 
 
 def encode_file(store: fs.SubTreeFileSystem, file: str, image_size: int) -> bytes | str:
+    """The photo as a catalogue holds it, or the reason for leaving it out."""
     try:
         return shrink(_read_inside(store, file), image_size)
     except _Refused as refused:
@@ -60,7 +61,11 @@ def _read_inside(store: fs.SubTreeFileSystem, file: str) -> bytes:
 
 
 def encode_photo(path: str | Path, image_size: int) -> bytes:
-    """A photo as `prepare` would put it into a catalogue. Raises UserError where it can't be read as an image."""
+    """The photo as `prepare` would put it into a catalogue.
+
+    Raises:
+        UserError: the file can't be read as an image.
+    """
     data = Path(path).read_bytes()
     Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
     try:
@@ -76,9 +81,9 @@ def _is_inside(path: str, root: str) -> bool:
 
 
 def shrink(data: bytes, image_size: int) -> bytes:
-    """The image as JPEG with a short side of `image_size`; its own bytes where it is no larger and needs no care.
+    """The image as JPEG with a short side of `image_size`; its own bytes if it is no larger, plain and upright.
 
-    Either way it is decoded to its end, so that a cut file is found here and not in training.
+    It is decoded to its end in both cases, so that a cut file is found here and not in training.
     """
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
         width, height = opened.size
@@ -88,12 +93,12 @@ def shrink(data: bytes, image_size: int) -> bytes:
         excess = min(width, height) / image_size
         if excess <= 1 and not is_turned and _is_plain(opened):
             opened.draft("L", (1, 1))  # reads a JPEG to its end, but makes few pixels of it
-            with _room_for(opened, width * height):
+            with _memory_lock(opened, width * height):
                 opened.load()
             return data
         # A JPEG may decode to a half, quarter or eighth; from twice the wanted size that costs no visible quality
         opened.draft("RGB", (int(2 * width / excess), int(2 * height / excess)))
-        with _room_for(opened, width * height):
+        with _memory_lock(opened, width * height):
             image = _as_rgb(ImageOps.exif_transpose(opened) if is_turned else opened)
             if excess > 1:
                 long = round(max(width, height) / excess)
@@ -104,21 +109,21 @@ def shrink(data: bytes, image_size: int) -> bytes:
         return encoded.getvalue()
 
 
-def _room_for(opened: Image.Image, pixels: int) -> AbstractContextManager[object]:
-    """Waits where the image, of so many pixels in its file, takes much memory: only one such is decoded at a time."""
+def _memory_lock(opened: Image.Image, pixels: int) -> AbstractContextManager[object]:
+    """Lock to hold while decoding an image with this number of pixels in its file: one large image at a time."""
     if not opened.info.get("progressive"):  # all of such a JPEG is in memory, at whatever size it is decoded
         pixels = opened.width * opened.height
     return _alone if pixels > ALONE_PIXELS else nullcontext()
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Whether all readers make the same of it: one opaque picture of eight bits a channel."""
+    """Whether the image is one opaque picture of eight bits a channel, which all readers show alike."""
     deep = image.mode.startswith(("I", "F"))
     return not deep and not image.has_transparency_data and getattr(image, "n_frames", 1) == 1
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel, what is transparent on white, of several frames the first."""
+    """Convert to eight bits a channel: transparent parts on white, the first of several frames."""
     if image.mode in ("I", "F"):
         raise _Refused(NO_RANGE)
     if image.mode.startswith("I;16"):

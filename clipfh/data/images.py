@@ -18,44 +18,44 @@ class Preprocess:
     """How a model wants its images: the part of open_clip's preprocessing that this module reproduces."""
 
     size: int
-    """side of the square input, pixels"""
+    """Side of the square input, pixels."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
-    """shortest: short side to size, then the middle; squash: both sides to size"""
+    """shortest: short side to size, then the middle; squash: both sides to size."""
 
 
 @dataclass(frozen=True)
 class DecodedPhoto:
-    """A photo that is decoded already, at one of the scales at which a JPEG can be."""
+    """A photo decoded at one of the scales of a JPEG decoder."""
 
     width: int
-    """of the photo, pixels"""
+    """Width of the photo, pixels."""
     height: int
     reduction: int
-    """1, 2, 4 or 8: the sides of `pixels` are those of the photo by so much"""
+    """1, 2, 4 or 8: how many times smaller the sides of `pixels` are than those of the photo."""
     pixels: np.ndarray
-    """(h, w, 3) uint8"""
+    """(h, w, 3) uint8."""
 
 
 def decode_for_training(
-    encoded: bytes, size: int, crop_min: float, flip: bool, rng: np.random.Generator, kept: DecodedPhoto | None = None
+    encoded: bytes, size: int, crop_min: float, flip: bool, rng: np.random.Generator, cached: DecodedPhoto | None = None
 ) -> np.ndarray:
-    """A random crop of the image, mirrored every other time.
+    """Decode a random crop of the image, mirrored with probability 1/2.
 
     The crop is that of RandomResizedCrop: its area is uniform in [crop_min, 1] of the image's, the logarithm of its
-    aspect ratio uniform between 3/4 and 4/3. A JPEG is decoded straight to the smallest scale that still has the
-    crop's pixels. What is kept of it spares that, and changes no pixel.
+    aspect ratio uniform between those of 3/4 and 4/3. A JPEG is decoded straight to the smallest scale that still has
+    the crop's pixels. `cached`, the photo decoded before, spares the decoding and changes no pixel.
 
     Returns:
         (size, size, 3) uint8.
     """
-    photo = kept or Image.open(io.BytesIO(encoded))
+    photo = cached or Image.open(io.BytesIO(encoded))
     width, height = photo.width, photo.height
     left, top, w, h = _random_crop(width, height, crop_min, rng)
     reduction = _strongest_reduction(width, height, size, w, h)
-    if kept and kept.reduction != reduction:
+    if cached and cached.reduction != reduction:
         photo = Image.open(io.BytesIO(encoded))
     pixels = photo.pixels if isinstance(photo, DecodedPhoto) else _decode(photo, reduction)
     across, down = pixels.shape[1] / width, pixels.shape[0] / height
@@ -65,7 +65,7 @@ def decode_for_training(
 
 
 def decode(encoded: bytes, reduction: int) -> np.ndarray:
-    """(h, w, 3) uint8 pixels; of a JPEG at a reduction of 1, 2, 4 or 8, of others in full."""
+    """Decode to (h, w, 3) uint8 pixels: a JPEG at a reduction of 1, 2, 4 or 8, other formats in full."""
     return _decode(Image.open(io.BytesIO(encoded)), reduction)
 
 
@@ -75,29 +75,29 @@ def _decode(image: Image.Image, reduction: int) -> np.ndarray:
 
 
 def usual_reduction(encoded: bytes, size: int, crop_min: float) -> tuple[int, int, int]:
-    """Width and height of a photo, and the reduction that most of its crops ask for: that of a square of mean area."""
+    """Width and height of a photo, and the reduction that most of its crops need: that of a square of mean area."""
     image = Image.open(io.BytesIO(encoded))  # reads the head alone
     width, height = image.size
     side = math.sqrt(width * height * (1 + crop_min) / 2)
-    asked = _strongest_reduction(width, height, size, min(side, width), min(side, height))
-    return width, height, asked if image.format == "JPEG" else 1
+    reduction = _strongest_reduction(width, height, size, min(side, width), min(side, height))
+    return width, height, reduction if image.format == "JPEG" else 1
 
 
 def _strongest_reduction(width: int, height: int, size: int, crop_width: float, crop_height: float) -> int:
-    """The strongest of JPEG's reductions that leaves a crop the pixels that are asked for."""
+    """The strongest JPEG reduction at which a crop still has `size` pixels a side."""
     most = min(width // math.ceil(width * size / crop_width), height // math.ceil(height * size / crop_height))
     return next(reduction for reduction in (8, 4, 2, 1) if most >= reduction or reduction == 1)
 
 
 def _whole_pixels(start: float, length: float, scale: float, limit: int) -> slice:
-    """Whole pixels of a side."""
+    """The whole pixels of a stretch of a side, at a scale, within `limit` pixels."""
     count = min(max(1, round(length * scale)), limit)
     first = min(round(start * scale), limit - count)
     return slice(first, first + count)
 
 
 def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic with antialias, as Pillow's, by torch's kernel for bytes: a quarter of the time."""
+    """Resize bicubically with antialias, as Pillow does, in a quarter of its time by torch's byte kernel."""
     import torch  # here: preparing a catalogue needs this module, and not torch
 
     # Taken as channels-last, as which the whole lies in memory, it comes out so too; [None] at the end would hide that
@@ -109,7 +109,7 @@ def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
 def _random_crop(
     width: int, height: int, crop_min: float, rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """Left, top, width, height of the crop; the whole image when ten draws do not fit, or crop_min is 1."""
+    """Left, top, width and height of a random crop: the whole image if ten draws do not fit, or if crop_min is 1."""
     for _ in range(10 if crop_min < 1 else 0):
         area = width * height * rng.uniform(crop_min, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -120,7 +120,7 @@ def _random_crop(
 
 
 def decode_for_evaluation(encoded: bytes, preprocess: Preprocess) -> np.ndarray:
-    """The image as open_clip's evaluation transform has it before normalisation, to the last bit.
+    """Decode an image as open_clip's evaluation transform does before normalisation, to the last bit.
 
     Returns:
         (size, size, 3) uint8.
@@ -144,7 +144,7 @@ def _crop_middle(image: Image.Image, size: int) -> np.ndarray:
 
 
 def thumbnail(encoded: bytes, width: int, height: int, quality: int = 75) -> str:
-    """The image, shrunk to fit into so many pixels, as a data URI for a page that is one file."""
+    """The image shrunk to fit into `width` x `height` pixels, as a data URI for a page that is one file."""
     with Image.open(io.BytesIO(encoded)) as image:
         image.draft("RGB", (width, height))
         small = image.convert("RGB")

@@ -46,8 +46,10 @@ from clipfh.data.sources import LeftOut, Photo
 from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, check_not_empty, digest
 from clipfh.storage import layout
 
-SHARD_IMAGES = 512  # a task of a process, and what a kill may cost; fewer where they would be few shards for the cores
-ROW_GROUP_IMAGES = 64  # all that a process has in memory
+SHARD_IMAGES = (
+    512  # size of a process's task, which a kill may lose; smaller where there would be too few shards for the cores
+)
+ROW_GROUP_IMAGES = 64  # number of images that a process has in memory
 LEFT_OUT_LISTED = 1000
 # Encoded images are all different, and zstd makes nothing of them
 _STORED = {
@@ -70,21 +72,22 @@ def prepare(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Catalogue:
-    """Make the catalogue `out` of `source` on all cores; where it is there already and up to date, keep it.
+    """Make the catalogue `out` of `source` on all cores. A catalogue that is there and up to date is reused.
 
-    Works in `<out>.partial` and renames that at the end. Killed and started again, it goes on behind its last finished
-    shard. The manifest's `hash` (rows and image bytes) depends neither on that nor on the number of cores.
+    The work is done in `<out>.partial`, which is renamed at the end. After a kill, the next start continues behind the
+    last finished shard. The manifest's `hash` (rows and image bytes) does not depend on kills or cores.
 
     Args:
-        source: path or URI of anything that `sources.read` takes.
-        val_fraction: share of the train items held out for validation, though at least 50 of them or a fifth.
+        source: path or URI of a source in any form that `sources.read` takes.
+        val_fraction: share of the train items held out for validation, but at least 50 items, or a fifth if that is
+            fewer.
         image_size: pixels of the short side; larger images are shrunk to it, others keep their bytes.
         max_bad: share of the listed images that may be left out (missing, unreadable, refused).
-        seed: of the drawing of items and of query images.
+        seed: seed that items and query images are drawn with.
         progress: called with the number of images done and of all images.
 
     Raises:
-        UserError: the source, a setting or the disk needs mending.
+        UserError: the source, a setting or the disk needs the user's help.
     """
     if not (0 <= val_fraction < 1 and 0 <= max_bad <= 1 and image_size > 0):
         raise UserError("--val-fraction must be in [0, 1), --max-bad in [0, 1], --image-size above 0: change it")
@@ -99,14 +102,14 @@ def prepare(
         settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed}
         plan = digest(json.dumps([FORMAT, VERSION, settings]), *(digest(json.dumps(shard.photos)) for shard in shards))
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            return _keep_up_to_date(out, plan, tally)
+            return _reuse_up_to_date(out, plan, tally)
 
         folder = partial_folder(out)
         with _user_errors(folder):
             _claim(folder, plan)
             _write_shards(pool, folder, shards, listing.store, image_size, tally)
             pool.shutdown()  # what follows needs memory, the processes none any more
-            contents = _contents(folder, shards)
+            contents = _describe_contents(folder, shards)
             check_not_empty({split: counts["images"] for split, counts in contents["counts"].items()}, source)
             manifest = {
                 "format": FORMAT,
@@ -129,7 +132,7 @@ class _Shard:
 
 
 def _cut_into_shards(photos: list[Photo]) -> list[_Shard]:
-    """Photos by split and item, in shards of about as many or, for the end of an item, somewhat fewer."""
+    """Cut the photos, sorted by split and item, into shards of nearly equal size. No item is in two shards."""
     size = min(SHARD_IMAGES, max(64, len(photos) // 32))
     ordered = sorted(photos, key=lambda photo: (SPLITS.index(photo.split), photo.item_id, photo.path))
     shards = []
@@ -146,7 +149,7 @@ def _cut_into_shards(photos: list[Photo]) -> list[_Shard]:
 
 @contextmanager
 def _processes() -> Iterator[ProcessPoolExecutor]:
-    """A process a core, started at once; what has not begun when the block fails is dropped."""
+    """A pool with one process for each core, started at once. If the block fails, waiting tasks are dropped."""
     # Spawned, not forked: the caller may have threads
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(cores.available(), mp_context=spawn, initializer=_start_worker, initargs=(spawn.Lock(),))
@@ -190,7 +193,7 @@ def _die_with_parent() -> None:
 
 @dataclass
 class _PhotoCount:
-    """What was done and what was left out so far; more than `max_bad` left out stops everything."""
+    """Counts the photos written and left out. Leaving out more than the share `max_bad` stops the work."""
 
     total: int
     max_bad: float
@@ -199,7 +202,7 @@ class _PhotoCount:
     left_out: list[LeftOut] = field(default_factory=list)
 
     def add(self, images: int, left_out: Sequence[LeftOut]) -> None:
-        """Count images that were written, and photos, each a path and a reason, that were left out."""
+        """Count written images, and photos that were left out, each given as path and reason."""
         self.left_out += left_out
         self.done += images + len(left_out)
         if self.progress:
@@ -207,7 +210,11 @@ class _PhotoCount:
         self.check(len(self.left_out), self.left_out)
 
     def check(self, count: int, listed: Sequence[Sequence[str]]) -> None:
-        """Raise where `count` left out is too many; `listed` are the first of them."""
+        """Check that `count` photos left out are not too many; `listed` are the first of them.
+
+        Raises:
+            UserError: there are too many.
+        """
         if count > self.max_bad * self.total:
             first = ", ".join(f"{path} ({why})" for path, why in listed[:3])
             raise UserError(
@@ -216,13 +223,13 @@ class _PhotoCount:
             )
 
     def summary(self) -> dict[str, Any]:
-        """For the manifest: all counted, the first listed."""
+        """The manifest's account of photos left out: counts, and a list of the first."""
         listed = sorted(map(tuple, self.left_out))
         reasons = dict(sorted(Counter(why for _, why in listed).items()))
         return {"count": len(listed), "reasons": reasons, "list": listed[:LEFT_OUT_LISTED]}
 
 
-def _keep_up_to_date(out: Path, plan: str, tally: _PhotoCount) -> Catalogue:
+def _reuse_up_to_date(out: Path, plan: str, tally: _PhotoCount) -> Catalogue:
     try:
         catalogue = open_catalogue(out)
     except UserError as error:
@@ -235,7 +242,7 @@ def _keep_up_to_date(out: Path, plan: str, tally: _PhotoCount) -> Catalogue:
 
 @contextmanager
 def _user_errors(folder: Path) -> Iterator[None]:
-    """What the machine can do to us while writing, in the user's terms."""
+    """Turn failures of the machine during the work into a UserError that says what to do."""
     again = "then run the same command again, it goes on where it stopped"
     try:
         yield
@@ -246,7 +253,7 @@ def _user_errors(folder: Path) -> Iterator[None]:
 
 
 def _claim(folder: Path, plan: str) -> None:
-    """Make the folder ours for this plan: keep what the same plan left there, clear what another plan left."""
+    """Claim the folder for this plan: reuse what the same plan left there, clear what another plan left."""
     folder.mkdir(parents=True, exist_ok=True)
     file, content = folder / layout.PLAN, json.dumps({"plan": plan})
     if file.is_file() and file.read_text() == content:
@@ -267,11 +274,13 @@ def _write_shards(
     image_size: int,
     tally: _PhotoCount,
 ) -> None:
-    """Write all shards that are not there yet, each in one process; those of queries when their gallery is known."""
-    for asks in (False, True):
-        matched = {q: _item_ids(folder, [s for s in shards if s.split == g]) for q, g in GALLERY_OF.items() if asks}
+    """Write the missing shards, each in one process: first all others, then those of queries, which need a gallery."""
+    for of_queries in (False, True):
+        matched = {
+            q: _item_ids(folder, [s for s in shards if s.split == g]) for q, g in GALLERY_OF.items() if of_queries
+        }
         under_way = []
-        for shard in (shard for shard in shards if (shard.split in GALLERY_OF) == asks):
+        for shard in (shard for shard in shards if (shard.split in GALLERY_OF) == of_queries):
             if footer := _footer(folder / shard.name):
                 tally.add(footer["images"], footer["left_out"])
                 continue
@@ -284,7 +293,7 @@ def _write_shards(
 def _write_shard(
     path: Path, photos: list[Photo], store: fs.SubTreeFileSystem, image_size: int, matched: set[str] | None
 ) -> tuple[int, list[LeftOut]]:
-    """Write a shard under a temporary name, then rename: a shard with its name is whole.
+    """Write a shard under a temporary name and rename it at the end, so that a shard with its name is whole.
 
     Its footer holds the hash of its rows and what was left out, for a later run that finds it finished. Returns the
     number of images and what was left out: also a query whose item is not in `matched`.
@@ -327,7 +336,7 @@ def _rows(
 
 
 def _footer(path: Path) -> dict[str, Any] | None:
-    """A shard's hash, number of images and left-out photos; None where it is not there or not whole."""
+    """A shard's hash, number of images and left-out photos, or None where the shard is not there or not whole."""
     try:
         metadata = pq.read_metadata(path)
     except (OSError, pa.ArrowException):
@@ -340,11 +349,11 @@ def _item_ids(folder: Path, shards: Iterable[_Shard]) -> set[str]:
     return {item for table in tables for item in table["item_id"].unique().to_pylist()}
 
 
-def _contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
-    """The manifest's account of the shards in `folder`, from what they hold."""
+def _describe_contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
+    """The manifest's account of the shards in `folder`: hash, counts, notes, sizes."""
     footers = {shard.name: _footer(folder / shard.name) or {} for shard in shards}
     filled = {split: [s for s in shards if s.split == split and footers[s.name]["images"]] for split in SPLITS}
-    names = ["item_id", "split", *_TOLD]
+    names = ["item_id", "split", *_NOTED]
     rows = pa.concat_tables(read_columns(folder / shard.name, names) for its in filled.values() for shard in its)
     items = rows.group_by(["item_id", "split"]).aggregate([("item_id", "count")])
     return {
@@ -356,21 +365,21 @@ def _contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
             }
             for split, its in filled.items()
         },
-        "notes": _oddities(rows, items),
+        "notes": _note_oddities(rows, items),
         "shards": {split: {s.name: (folder / s.name).stat().st_size for s in its} for split, its in filled.items()},
     }
 
 
-_TOLD = ("category", "variant", "color", "text")
+_NOTED = ("category", "variant", "color", "text")
 
 
-def _oddities(rows: pa.Table, items: pa.Table) -> list[str]:
-    """What a reader of figures from these rows should know; `items` has the number of images by item and split."""
-    for name in _TOLD:
-        known = pc.if_else(pc.equal(rows[name], ""), pa.scalar(None, pa.string()), rows[name])
-        rows = rows.set_column(rows.column_names.index(name), name, known)
-    of_item = rows.group_by("item_id").aggregate([(name, "count_distinct") for name in _TOLD])
-    category, variant, color, text = (of_item[f"{name}_count_distinct"].to_numpy() for name in _TOLD)
+def _note_oddities(rows: pa.Table, items: pa.Table) -> list[str]:
+    """Notes for readers of metrics on these rows; `items` has the number of images by item and split."""
+    for name in _NOTED:
+        values = pc.if_else(pc.equal(rows[name], ""), pa.scalar(None, pa.string()), rows[name])
+        rows = rows.set_column(rows.column_names.index(name), name, values)
+    of_item = rows.group_by("item_id").aggregate([(name, "count_distinct") for name in _NOTED])
+    category, variant, color, text = (of_item[f"{name}_count_distinct"].to_numpy() for name in _NOTED)
     single = pc.and_(pc.equal(items["split"], "train"), pc.equal(items["item_id_count"], 1))
     counts = {
         "train items have one image: terms that need a positive leave them out": pc.sum(single).as_py() or 0,

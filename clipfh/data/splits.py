@@ -7,14 +7,24 @@ from collections.abc import Callable, Iterable, Mapping
 from clipfh import UserError
 from clipfh.data.sources import Photo
 
-SPLITS = ("train", "val_gallery", "val_query", "gallery", "query")  # the order of writing: a gallery before its queries
+SPLITS = (
+    "train",
+    "val_gallery",
+    "val_query",
+    "gallery",
+    "query",
+)  # in the order of writing: a gallery before its queries
 GALLERY_OF = {"val_query": "val_gallery", "query": "gallery"}
 
 
 def assign_splits(photos: list[Photo], val_fraction: float, seed: int) -> list[Photo]:
     """Give every photo one of SPLITS. No item is in two of train, validation and test.
 
-    Without any split, a tenth of the items is test; without validation, items are held out of train for it.
+    If the source has no splits, a tenth of the items is test. If it has no validation items, items are held out of
+    train for it.
+
+    Raises:
+        UserError: some photos have a split and others none, or an item or a photo is in two splits.
     """
     given = {photo.split for photo in photos}
     if "" in given and len(given) > 1:
@@ -34,7 +44,7 @@ def assign_splits(photos: list[Photo], val_fraction: float, seed: int) -> list[P
 def _hold_out(photos: list[Photo], name: str, count: Callable[[int], int], seed: int) -> list[Photo]:
     """Move `count(number of train items)` items with two images or more from train to the split `name`.
 
-    At most half of such items go, so that train keeps some where there are hardly any.
+    At most half of these items move, so that train keeps some where there are few.
     """
     images = Counter(photo.item_id for photo in photos if photo.split == "train")
     paired = _shuffled((item for item, number in images.items() if number > 1), f"{seed} {name}")
@@ -43,7 +53,7 @@ def _hold_out(photos: list[Photo], name: str, count: Callable[[int], int], seed:
 
 
 def _halve(photos: list[Photo], split: str, query: str, gallery: str, seed: int) -> list[Photo]:
-    """Of each item's images in `split`, half (rounded down) become queries and the rest gallery."""
+    """Make half of each item's images in `split` (rounded down) queries, and the others gallery."""
     paths = defaultdict(list)
     for photo in photos:
         if photo.split == split:
@@ -55,7 +65,7 @@ def _halve(photos: list[Photo], split: str, query: str, gallery: str, seed: int)
 
 
 def _shuffled(names: Iterable[str], seed: str) -> list[str]:
-    """Names in an order that depends on the seed and on each name alone: not on where or how they were listed."""
+    """Names in an order that depends on the seed and on each name, but not on the order in which they were listed."""
     return sorted(names, key=lambda name: digest(seed, name))
 
 
@@ -78,12 +88,14 @@ def _check_disjoint(photos: list[Photo]) -> None:
 def check_not_empty(images: Mapping[str, int], source: str) -> None:
     for split in ("train", "query", "gallery"):
         if not images.get(split):
-            found = ", ".join(f"{images.get(name, 0)} {name}" for name in SPLITS)
-            raise UserError(f"{source}: no {split} images ({found}): a catalogue needs train, query and gallery images")
+            counts = ", ".join(f"{images.get(name, 0)} {name}" for name in SPLITS)
+            raise UserError(
+                f"{source}: no {split} images ({counts}): a catalogue needs train, query and gallery images"
+            )
 
 
 def digest(*parts: str | bytes) -> str:
-    """SHA-256 of the parts, each with its length, so that no two lists of parts have the same one."""
+    """SHA-256 of the parts, each with its length, so that different lists of parts have different digests."""
     sha = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

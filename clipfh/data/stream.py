@@ -1,4 +1,14 @@
-"""The plan's batches, decoded, to each training worker: Ray Data over images that the object store holds once."""
+"""The sampler's batches, decoded, for each training worker: Ray Data over images that the object store holds once.
+
+Who does what for steps 0 to 99 of a run with two workers and 16 images a step (each worker decodes 8 of them):
+
+    driver        share: one object a shard in the object store, the index beside them
+    worker 0      batches(part with rank 0)  ->  tasks of rank 0: steps 0-31 | 32-63 | 64-95 | 96-99, in this order
+    worker 1      batches(part with rank 1)  ->  tasks of rank 1: steps 0-31 | 32-63 | 64-95 | 96-99
+    a task        counts its steps, draws their rows, fetches the shards that they need, decodes 8 images a step
+
+No process stands between a worker and its tasks. `decoding` shows how rows become images.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +33,10 @@ from clipfh.data.decoding import BatchDecoder, StreamPart, TrainImages
 from clipfh.data.images import Preprocess
 
 FIRST_TASKS, FIRST_IMAGES = 4, 256
-"""The first tasks of a stream, and what each takes: few images, so that the first batch comes soon."""
+"""Number of first tasks of a stream, and images that each decodes: few, so that the first batch comes soon."""
 
 TASK_IMAGES, TASK_MIB = 1024, 64
-"""What each of the others takes at most: many, so that Ray's own work for a task counts little."""
+"""Upper limits for every other task: many images, so that Ray's own work for a task counts little."""
 
 TASK_CPUS = 0.5
 """As many to a core as `cluster.TASKS_A_CORE`, which isn't imported here: it would load Ray Train where we decode."""
@@ -46,28 +56,28 @@ _decode_for_evaluation = ray.remote(**TASK)(decoding.decode_shard_for_evaluation
 
 
 def share(catalogue: Catalogue, *splits: str) -> TrainImages:
-    """Put the encoded images of splits into the object store, one object a shard, read by tasks where there is room."""
+    """Put the encoded images of splits into the object store, one object a shard. Tasks read the shards."""
     get_or_create_stats_actor()  # else the first worker's pipeline does, as a process with all that the worker's loads
     shards = [_read_shard.remote(str(path)) for split in splits for path in catalogue.shards(split)]
     return TrainImages(ray.put(decoding.read_index(catalogue, *splits)), shards, [None] * len(shards))
 
 
 def put(value: Any) -> Any:
-    """A value in the object store; returns the reference."""
+    """Put a value into the object store; returns its reference."""
     return ray.put(value)
 
 
 def cache_decoded(shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
-    """Keep images decoded as well, as many shards of them as go into so much memory. It changes no pixel.
+    """Cache images decoded too, as many shards of them as fit into the memory given. It changes no pixel.
 
     Args:
-        shared: what they are decoded from.
-        gib: GiB of the object store that they may take.
+        shared: the encoded images.
+        gib: memory of the object store for decoded images, GiB.
         size: side of the model's input, pixels.
-        crop_min: of the crops that are to be made of them.
+        crop_min: smallest share of a photo's area that a crop takes.
 
     Raises:
-        UserError: the cluster's object store has not so much.
+        UserError: the cluster's object store is smaller than that.
     """
     store = ray.cluster_resources().get("object_store_memory", 0) / 2**30
     if gib > store:
@@ -107,10 +117,16 @@ def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
 
 
 class _Steps(ray.data.Datasource):
-    """Some steps, in order, as rows with the column `step`, cut into the tasks that are to decode them."""
+    """Steps in order, as rows with the column `step`, cut into the tasks that decode them.
+
+    Args:
+        first: first step.
+        last: step after the last.
+        images: number of images in a step.
+        size: side of an image, pixels.
+    """
 
     def __init__(self, first: int, last: int, images: int, size: int) -> None:
-        """Of so many images each, whose side has so many pixels."""
         small = max(1, FIRST_IMAGES // images)
         large = max(1, min(TASK_IMAGES, TASK_MIB * 2**20 // (3 * size**2)) // images)
         then = min(first + FIRST_TASKS * small, last)
@@ -144,7 +160,7 @@ def _concatenate(*parts: np.ndarray) -> np.ndarray:
 
 
 def decode_for_evaluation(catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess) -> Any:
-    """Splits decoded for evaluation, once for all workers and trials.
+    """Decode splits for evaluation, once for all workers and trials.
 
     Returns:
         ObjectRef of (N, size, size, 3) uint8, in the order of the splits' rows.

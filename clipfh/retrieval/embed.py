@@ -38,12 +38,12 @@ class Encoder(Protocol):
         """Unit embeddings of all images of some splits, (N, D) float32, in the order of `catalogue.rows`.
 
         Args:
-            catalogue: to read; its images stream through memory.
+            catalogue: the catalogue to read. Its images stream through memory.
             splits: names of the splits.
-            progress: called with the number of images done and of all images.
+            progress: called with the number of images done and the number of all images.
 
         Raises:
-            UserError: an empty split.
+            UserError: a split is empty.
         """
 
     def texts(self, texts: Sequence[str]) -> Tensor:
