@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from clipfh import UserError
 from clipfh.demo.drawing import VIEWS, draw
 from clipfh.demo.garments import describe, make_garment, make_rng
+from clipfh.storage import store
 
 
 def _write_photos(task: tuple[Path, int, int, int]) -> list[str]:
@@ -56,17 +56,15 @@ def write_source(out: Path, *, items: int, seed: int, size: int = 96, train_shar
     """
     if out.exists():
         raise UserError(f"{out} is there already: remove it, or choose another folder")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder in ("Eval", "Anno"):
-        (partial / folder).mkdir(parents=True)
-    numbers = range(1, items + 1)
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        photos = list(pool.map(_write_photos, [(partial, seed, i, size) for i in numbers], chunksize=4))
-    rows = _partition(photos, train_share, seed)
-    lines = [str(len(rows)), "image_name item_id evaluation_status", *(" ".join(row) for row in rows)]
-    (partial / "Eval/list_eval_partition.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    garments = [make_garment(seed, i) for i in numbers]
-    texts = [{"item": g.item_id, "color": g.colors[0].name, "description": describe(g)} for g in garments]
-    (partial / "Anno/list_description_inshop.json").write_text(json.dumps(texts, indent=1), encoding="utf-8")
-    partial.rename(out)
+    with store.whole_folder(out) as folder:
+        for name in ("Eval", "Anno"):
+            (folder / name).mkdir()
+        numbers = range(1, items + 1)
+        with ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+            photos = list(pool.map(_write_photos, [(folder, seed, i, size) for i in numbers], chunksize=4))
+        rows = _partition(photos, train_share, seed)
+        lines = [str(len(rows)), "image_name item_id evaluation_status", *(" ".join(row) for row in rows)]
+        (folder / "Eval/list_eval_partition.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        garments = [make_garment(seed, i) for i in numbers]
+        texts = [{"item": g.item_id, "color": g.colors[0].name, "description": describe(g)} for g in garments]
+        (folder / "Anno/list_description_inshop.json").write_text(json.dumps(texts, indent=1), encoding="utf-8")
