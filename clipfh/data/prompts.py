@@ -24,33 +24,33 @@ CountTokens = Callable[[str], int]
 
 @dataclass(frozen=True)
 class ItemText:
-    """The text of one item, as its catalogue gives it. Any field of text may be empty."""
+    """The text of one item in its catalogue. Any field of text may be empty."""
 
     item: str
     text: str
-    """Description: paragraphs, one a line."""
+    """Description: one paragraph a line."""
     color: str
     category: str
     gender: str
     num_variants: int
-    """Colour variants with images: the one colour of the text holds only where there is one."""
+    """Number of colour variants with images. The colour of the text holds only where there is one variant."""
     num_views: int
-    """Images of the item."""
+    """Number of images of the item."""
 
 
 def item_texts(rows: Iterable[Mapping[str, Any]]) -> list[ItemText]:
     """The texts of the items of a catalogue, from its rows: an ItemText for each text and colour that an item has."""
-    found: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+    first_rows: dict[tuple[str, str, str], Mapping[str, Any]] = {}
     variants: dict[str, set[str]] = defaultdict(set)
     views: Counter[str] = Counter()
     for row in rows:
         item = row["item_id"]
-        found.setdefault((item, row["text"], row["color"]), row)
+        first_rows.setdefault((item, row["text"], row["color"]), row)
         variants[item].add(row["variant"])
         views[item] += 1
     return [
         ItemText(item, text, color, row["category"], row["gender"], len(variants[item]), views[item])
-        for (item, text, color), row in found.items()
+        for (item, text, color), row in first_rows.items()
     ]
 
 
@@ -78,7 +78,11 @@ def build_prompts(
 
 
 def load_prompts(path: str | Path) -> dict[str, str]:
-    """Item to prompt from a JSON file as `save_prompts` writes it; UserError where it is anything else."""
+    """Item to prompt, from a JSON file as `save_prompts` writes it.
+
+    Raises:
+        UserError: the file is anything else.
+    """
     try:
         pairs = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_Pairs)
     except FileNotFoundError:
@@ -102,7 +106,11 @@ def load_prompts(path: str | Path) -> dict[str, str]:
 
 
 def save_prompts(path: str | Path, prompts: Mapping[str, str]) -> None:
-    """Writes the prompts as UTF-8 JSON, one item a line, sorted by item; never over a file that holds other prompts."""
+    """Write the prompts as UTF-8 JSON, one item a line, sorted by item.
+
+    Raises:
+        UserError: the file can't be written, or holds other prompts.
+    """
     if Path(path).is_file() and load_prompts(path) != prompts:
         raise UserError(f"{path}: holds other prompts, perhaps edited by hand; name another file or delete it")
     write_json(path, dict(sorted(prompts.items())))
@@ -121,7 +129,7 @@ class _Pairs(list[tuple[str, Any]]):
 
 
 def merge_items(items: Iterable[ItemText]) -> list[ItemText]:
-    """One ItemText an item: its first with a description; several colours count as so many variants."""
+    """One ItemText an item: its first with a description. Each colour counts as a variant."""
     rows: dict[str, list[ItemText]] = {}
     for item in items:
         rows.setdefault(item.item, []).append(item)
@@ -188,28 +196,28 @@ _CLAUSE_END = re.compile(r"(?<=[,;])\s+|(?<=[，；、])(?!$)")
 
 
 def _structured(item: ItemText, count_tokens: CountTokens, limit: int) -> str:
-    """The lead, then sentences by how many new telling words they add a token; those chosen stay in their order.
+    """The lead, then the sentences with most new telling words a token. The chosen sentences stay in their order.
 
-    First comes what is owed: a sentence about the material, and one about the shape.
+    One sentence about the material and one about the shape are chosen before any others.
     """
     prompt = lead = next(lead for lead in _leads(item) if count_tokens(lead) <= limit)
     room = limit + 2 - count_tokens(lead)  # each count has its own start and end
     pool = _sentences(item, fits=lambda sentence: count_tokens(sentence) <= room)
     words = {sentence: _telling(sentence) for sentence in pool}
-    left, chosen, told, owed = list(pool), set[str](), _telling(lead), set(_OWED)
+    left, chosen, said, owed = list(pool), set[str](), _telling(lead), set(_OWED)
     while left:
         best = max(
             left,
             key=lambda s: (
                 any(words[s] & kind for kind in owed),
-                len(words[s] - told) / count_tokens(s),
+                len(words[s] - said) / count_tokens(s),
                 len(words[s]),
             ),
         )
         left.remove(best)
         longer = " ".join([lead, *(sentence for sentence in pool if sentence in chosen or sentence == best)])
         if count_tokens(best) <= room and count_tokens(longer) <= limit:
-            prompt, chosen, told = longer, chosen | {best}, told | words[best]
+            prompt, chosen, said = longer, chosen | {best}, said | words[best]
             owed = {kind for kind in owed if not words[best] & kind}
             room = limit + 2 - count_tokens(longer)
     return prompt

@@ -30,7 +30,7 @@ LeftOut = tuple[str, str]  # path and why
 
 
 class Photo(NamedTuple):
-    """One listed image: what the source says of it, and where it was found. What is not known is empty."""
+    """One listed image: what the source says of it, and where its file is. An unknown field is empty."""
 
     path: str
     """As the source writes it."""
@@ -52,13 +52,13 @@ class Photo(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds. Every image is to be read from `store`, which is a folder, and from nowhere outside it."""
+    """The photos of a source. Images are read from the folder `store`, and from nowhere outside it."""
 
     store: fs.SubTreeFileSystem
     photos: list[Photo]
-    """Those whose file is there, without repeats, in no particular order."""
+    """Photos whose file is there, without repeats, in no particular order."""
     left_out: list[LeftOut]
-    """Those whose file is not there, or would be outside."""
+    """Photos whose file is not there, or would be outside."""
     notes: list[str]
     """What a person should know about the source."""
 
@@ -66,9 +66,11 @@ class Listing:
 def read(source: str | Path) -> Listing:
     """List the photos of a source: a path or a URI.
 
-    A CSV or Parquet file has the columns image_path (relative to the file), item_id and, where it likes, text, split,
-    variant, view, gender, category and color. Raises UserError where the source can't be read, contradicts its form,
-    or none of its images is there.
+    A CSV or Parquet file has the columns image_path (relative to the file) and item_id. It may have text, split,
+    variant, view, gender, category and color.
+
+    Raises:
+        UserError: the source can't be read or contradicts its form, or none of its images is there.
     """
     try:
         store, file = _open(str(source))
@@ -104,7 +106,7 @@ def _read_file(store: fs.SubTreeFileSystem, name: str) -> Listing:
 
 
 def _read_folder(store: fs.SubTreeFileSystem) -> Listing:
-    """In-Shop may lie one folder deeper, as its archive unpacks."""
+    """List a folder by its form. In-Shop may lie one folder deeper, as its archive unpacks."""
     inside = store.get_file_info(fs.FileSelector(""))
     folders = ["", *sorted(f"{info.path}/" for info in inside if info.type == fs.FileType.Directory)]
     places = list(product(folders, ("Eval/list_eval_partition.txt", "list_eval_partition.txt")))
@@ -136,7 +138,7 @@ def _read_csv(store: fs.SubTreeFileSystem, name: str) -> Listing:
             photos.append(_photo(row, f"{where} line {reader.line_num}"))
     except csv.Error as error:
         raise UserError(f"{where} line {reader.reader.line_num}: malformed ({error}): mend the line") from error
-    return _find(store, photos, notes)
+    return _locate_files(store, photos, notes)
 
 
 def _read_parquet(store: fs.SubTreeFileSystem, name: str) -> Listing:
@@ -147,22 +149,26 @@ def _read_parquet(store: fs.SubTreeFileSystem, name: str) -> Listing:
         columns = [field.name for field in table.schema_arrow if _is_used(field, where)]
         rows = (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
         photos = [_photo(row, f"{where} row {number}") for number, row in enumerate(rows, start=1)]
-    return _find(store, photos, notes)
+    return _locate_files(store, photos, notes)
 
 
 def _check_columns(names: Sequence[str], where: str) -> list[str]:
-    """Raise where a column that must be there is not, or is there twice; note those that are not used."""
+    """Notes on columns that are not used.
+
+    Raises:
+        UserError: a column that must be there is not, or a column is there twice.
+    """
     if twice := [name for name in _COLUMNS if names.count(name) > 1]:
         raise UserError(f"{where}: several columns are called {twice[0]}: keep one of them")
     if missing := {"image_path", "item_id"} - set(names):
-        found = ", ".join(names)[:200]
-        raise UserError(f"{where}: no column {' or '.join(sorted(missing))} (found: {found}): rename it")
+        shown = ", ".join(names)[:200]
+        raise UserError(f"{where}: no column {' or '.join(sorted(missing))} (found: {shown}): rename it")
     unused = [name for name in names if name not in _COLUMNS]
     return [f"columns that were not used: {', '.join(unused)}"] if unused else []
 
 
 def _is_used(field: pa.Field, where: str) -> bool:
-    """Whether a column is one of ours; raise where it is and holds neither text nor numbers."""
+    """Whether a column is used. A used column must hold text or numbers."""
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     is_plain = any(is_a(kind) for is_a in (*text, pa.types.is_integer, pa.types.is_floating, pa.types.is_null))
@@ -189,7 +195,7 @@ def _read_item_folders(store: fs.SubTreeFileSystem) -> Listing:
         ):
             category = posixpath.basename(posixpath.dirname(folder))
             photos.append(_photo({"image_path": info.path, "item_id": folder, "category": category}, info.path))
-    return _find(store, photos)
+    return _locate_files(store, photos)
 
 
 # In-Shop
@@ -218,16 +224,16 @@ def _read_inshop(store: fs.SubTreeFileSystem, partition: str) -> Listing:
     if unlisted := len(texts.keys() - {photo.item_id for photo in photos}):
         notes.append(f"{unlisted:,} descriptions are of items that are not listed")
     tree = _inshop_tree(store, photos)
-    return _find(store, photos, [*notes, _official_note(photos), *_tree_notes(store, tree)], [tree + "{inner}"])
+    return _locate_files(store, photos, [*notes, _official_note(photos), *_tree_notes(store, tree)], [tree + "{inner}"])
 
 
 def _partition(store: fs.SubTreeFileSystem, file: str) -> Iterator[tuple[str, str, str, str]]:
     """Rows as (where it stands, path, item, status). A first line with a number counts them."""
-    said, rows = None, 0
+    stated, rows = None, 0
     for number, line in enumerate(io.StringIO(_text(store, file), newline=None), start=1):
         columns = line.rsplit(None, 2)
         if number == 1 and len(columns) == 1 and columns[0].isdecimal():
-            said = int(columns[0])
+            stated = int(columns[0])
         elif columns and (rows or columns[0] != "image_name"):
             where, rows = f"{store.base_path}{file} line {number}", rows + 1
             if len(columns) != 3:
@@ -235,9 +241,9 @@ def _partition(store: fs.SubTreeFileSystem, file: str) -> Iterator[tuple[str, st
                 raise UserError(f"{where}: {shown} is not 'image_name item_id evaluation_status': mend it")
             path, item, status = columns
             yield where, path, item, status
-    if said not in (None, rows):
+    if stated not in (None, rows):
         raise UserError(
-            f"{store.base_path}{file}: line 1 says {said:,} images and {rows:,} are listed: "
+            f"{store.base_path}{file}: line 1 says {stated:,} images and {rows:,} are listed: "
             "get the whole file, or correct line 1"
         )
 
@@ -272,17 +278,18 @@ def _inshop_texts(store: fs.SubTreeFileSystem) -> tuple[dict[str, tuple[str, str
     file = _first_file(store, *names)
     if not file:
         return {}, [f"{names[0]} is not there: the items have no text"]
-    found: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
+    descriptions: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
     for number, entry in enumerate(_json(store, file, list)):
         where = f"{store.base_path}{file}: entry {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("item"), str):
             raise UserError(f"{where} has no 'item': mend the file or take it away")
         paragraphs = [text for text in _texts(entry.get("description"), where) if text.strip()]
-        found[entry["item"]]["\n".join(paragraphs), " ".join(_texts(entry.get("color"), where))] = None
+        descriptions[entry["item"]]["\n".join(paragraphs), " ".join(_texts(entry.get("color"), where))] = None
     texts = {
-        item: next((own for own in described if own[0]), next(iter(described))) for item, described in found.items()
+        item: next((own for own in described if own[0]), next(iter(described)))
+        for item, described in descriptions.items()
     }
-    several = sum(len(described) > 1 for described in found.values())
+    several = sum(len(described) > 1 for described in descriptions.values())
     return texts, [f"{several:,} items are described more than once: the first text is used"] if several else []
 
 
@@ -290,8 +297,8 @@ def _official_note(photos: list[Photo]) -> str:
     images = Counter(photo.split for photo in photos)
     train = {photo.item_id for photo in photos if photo.split == "train"}
     test = {photo.item_id for photo in photos if photo.split in ("query", "gallery")}
-    found = (len(photos), images["train"], len(train), images["query"], images["gallery"], len(test))
-    pairs = zip(_OFFICIAL_COUNTS.items(), found, strict=True)
+    counts = (len(photos), images["train"], len(train), images["query"], images["gallery"], len(test))
+    pairs = zip(_OFFICIAL_COUNTS.items(), counts, strict=True)
     differing = [f"{number:,} {what} ({official:,})" for (what, official), number in pairs if number != official]
     if not differing:
         return "the counts are those of the official In-Shop split"
@@ -317,15 +324,15 @@ def _read_processed(store: fs.SubTreeFileSystem, folder: str) -> Listing:
     photos = []
     for key, entry in _json(store, f"{folder}image_paths.json", dict).items():
         where = f"{store.base_path}{folder}image_paths.json, {key!r}"
-        known = entry if isinstance(entry, dict) else {}
+        fields = entry if isinstance(entry, dict) else {}
         for path in [key] if isinstance(entry, dict) else _texts(entry, where):
-            item_id = known.get("item_id") or next(iter(re.findall(r"id_\d{8}", path)), "")
-            split = known.get("split") or splits.get(path) or splits.get(key)
+            item_id = fields.get("item_id") or next(iter(re.findall(r"id_\d{8}", path)), "")
+            split = fields.get("split") or splits.get(path) or splits.get(key)
             text, color = prompts.get(str(item_id)) or prompts.get(path) or ("", "")
             row = {"image_path": path, "item_id": item_id, "text": text, "color": color}
             row |= {"split": "train" if split == "val" else split, **_inshop_folders(path)}
             photos.append(_photo(row, where))
-    return _find(store, photos, layouts=("splits/{split}/{path}", "splits/val/{path}", "{path}"))
+    return _locate_files(store, photos, layouts=("splits/{split}/{path}", "splits/val/{path}", "{path}"))
 
 
 def _processed_splits(store: fs.SubTreeFileSystem, folder: str) -> dict[str, str]:
@@ -389,10 +396,10 @@ def _plain(value: Any, where: str) -> str:
     return sys.intern(text if text.isascii() else text.encode("utf-8", "replace").decode())
 
 
-def _find(
+def _locate_files(
     store: fs.SubTreeFileSystem, photos: list[Photo], notes: Iterable[str] = (), layouts: Sequence[str] = ("{path}",)
 ) -> Listing:
-    """The photos with their files: of each the one in the first of `layouts` that has it, or it is left out.
+    """Locate the file of each photo in the first of `layouts` that has it. Photos without a file are left out.
 
     In a layout, `inner` stands for a photo's path without a leading `img/`.
     """
@@ -400,20 +407,20 @@ def _find(
     notes = [*notes, *_repeats(photos, unique)]
     missing = [photo for photo in unique if not _climbs(photo)]
     outside = [(photo.path, OUTSIDE) for photo in unique if _climbs(photo)]
-    found: list[Photo] = []
+    present: list[Photo] = []
     for layout in layouts:
-        num_before, absent = len(found), list[Photo]()
+        num_before, absent = len(present), list[Photo]()
         for photo, at in zip(missing, _look(store, missing, layout), strict=True):
             if at.is_file:
-                found.append(photo._replace(file=at.path, stamp=f"{at.size} {at.mtime_ns}"))
+                present.append(photo._replace(file=at.path, stamp=f"{at.size} {at.mtime_ns}"))
             else:
                 absent.append(photo)
-        missing, hits = absent, len(found) - num_before
+        missing, hits = absent, len(present) - num_before
         if hits and len(layouts) > 1:
             notes.append(f"{hits:,} images were found as {layout.format(path='*', inner='*', split='*')}")
-    if not found:
+    if not present:
         raise UserError(_nothing_found(store, len(unique), len(outside)))
-    return Listing(store, found, outside + [(photo.path, MISSING) for photo in missing], notes)
+    return Listing(store, present, outside + [(photo.path, MISSING) for photo in missing], notes)
 
 
 def _repeats(photos: list[Photo], unique: list[Photo]) -> list[str]:
@@ -450,8 +457,8 @@ def _nothing_found(store: fs.SubTreeFileSystem, listed: int, outside: int) -> st
     archives = sorted(info.path for info in infos if info.is_file and info.path.lower().endswith(_ARCHIVE_SUFFIXES))
     more = f" and {len(archives) - 5} more" if len(archives) > 5 else ""
     remedy = f"unpack {', '.join(archives[:5])}{more} there" if archives else "put images there"
-    found = f"{listed:,} images are listed, none is there" if listed else "no images are found or listed"
-    return f"{store.base_path}: {found}: {remedy}, or check --source"
+    count = f"{listed:,} images are listed, none is there" if listed else "no images are found or listed"
+    return f"{store.base_path}: {count}: {remedy}, or check --source"
 
 
 # Files of a source

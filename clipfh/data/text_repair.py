@@ -17,7 +17,7 @@ _NUMERALS = re.compile(r"[°¼½¾]")
 
 
 def repair(text: str) -> str:
-    """Encodings and white space set right; lines stay lines, but a carriage return is only a blank."""
+    """Repair encodings and white space. Lines stay lines, but a carriage return is only a blank."""
     return "\n".join(line for line in (" ".join(line.split()) for line in _lines(_decode(text))) if line)
 
 
@@ -36,7 +36,7 @@ def _decode(text: str) -> str:
 
 
 def _from_gbk(run: str) -> str:
-    """The UTF-8 that GBK would show as this run of hanzi; empty if there is none."""
+    """The text whose UTF-8 bytes read as this run of hanzi in GBK; empty if there is none."""
     try:
         return run.encode("gbk").decode("utf-8")
     except UnicodeError:

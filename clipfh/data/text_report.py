@@ -76,9 +76,9 @@ def format_findings(findings: Mapping[str, Any], examples: int = 3) -> str:
     """The findings of `examine_texts` for a terminal: a line each with its count and the first `examples`."""
     lines = [f"Texts of {findings['items']:,} items"]
     for key, label in _FINDINGS.items():
-        found = findings[key]
-        shown = [_example(name, found) for name in list(found)[:examples]]
-        lines.append(_finding_line(label, len(found), shown))
+        items = findings[key]
+        shown = [_example(name, items) for name in list(items)[:examples]]
+        lines.append(_finding_line(label, len(items), shown))
     owners = [group["items"] for group in findings["shared"][:examples]]
     shown = [" = ".join(own[:3] + ["..."] * (len(own) > 3)) for own in owners]
     lines.append(_finding_line("texts shared by several items", len(findings["shared"]), shown))
@@ -95,10 +95,10 @@ def _finding_line(label: str, count: int, shown: Sequence[str]) -> str:
     return f"  {label:<36}{count:>8,}   {', '.join(shown)}{rest}".rstrip()
 
 
-def _example(name: str, found: Sequence[str] | Mapping[str, Any]) -> str:
-    if not isinstance(found, Mapping):
+def _example(name: str, items: Sequence[str] | Mapping[str, Any]) -> str:
+    if not isinstance(items, Mapping):
         return name
-    detail = found[name] if isinstance(found[name], str) else "; ".join(found[name])
+    detail = items[name] if isinstance(items[name], str) else "; ".join(items[name])
     return f"{name} ({shorten(detail, 40, placeholder=' ...')})"
 
 

@@ -145,10 +145,10 @@ def center(feature_BD: Tensor, item_B: Tensor, centers_ID: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def move_centers(centers_ID: Tensor, feature_BD: Tensor, item_B: Tensor, item_P: Tensor, rate: float) -> None:
-    """Move the batch's centers towards their features, in place (Wen et al., 2016, equation 4; their rate is 0.5).
+def move_centers(centers_ID: Tensor, feature_BD: Tensor, item_B: Tensor, item_P: Tensor, lr: float) -> None:
+    """Move the batch's centers towards their features, in place (Wen et al., 2016, equation 4, with lr 0.5).
 
-    The step of a center is `rate` n / (1 + n) of the way to the mean of its n features. It depends neither on the
+    The step of a center is `lr` n / (1 + n) of the way to the mean of its n features. It depends neither on the
     weight of the loss nor on the batch size, as the gradient does, so centers need no optimiser of their own. Every
     worker makes the same step from the same global batch, to the bit: sums are products, not scattered additions,
     whose order a GPU leaves open.
@@ -157,14 +157,14 @@ def move_centers(centers_ID: Tensor, feature_BD: Tensor, item_B: Tensor, item_P:
         centers_ID: centers of all items of the catalogue.
         feature_BD: features, of any norm.
         item_B: row in `centers_ID` of each feature's item.
-        item_P: the same of each item of the batch, once: a GPU would wait to find out how many they are.
-        rate: of the step.
+        item_P: row in `centers_ID` of each item of the batch, once. Working them out on a GPU would make the host wait.
+        lr: learning rate of the centers.
     """
     member_PB = (item_P[:, None] == item_B).to(centers_ID.dtype)
     num_views_P1 = member_PB.sum(1, keepdim=True)
     with torch.autocast(centers_ID.device.type, enabled=False):
         sum_PD = member_PB @ feature_BD.to(centers_ID.dtype)
-    centers_ID[item_P] -= rate * (num_views_P1 * centers_ID[item_P] - sum_PD) / (1 + num_views_P1)
+    centers_ID[item_P] -= lr * (num_views_P1 * centers_ID[item_P] - sum_PD) / (1 + num_views_P1)
 
 
 def cross_entropy(cosine_BI: Tensor, item_B: Tensor, scale: float, margin: float, smoothing: float) -> Tensor:

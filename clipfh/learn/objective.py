@@ -16,8 +16,11 @@ from clipfh.learn import losses
 
 @dataclass(frozen=True)
 class Labels:
-    """What the losses know of the B images of a global batch. Images are chosen by their places, which were worked out
-    before they went to the device: what a mask chooses a GPU would have to be asked, and waited for."""
+    """Labels of the B images of a global batch.
+
+    Losses choose images by their places, which the host works out. A mask would make the host wait for the GPU, to find
+    out how many images it chooses.
+    """
 
     item: Tensor
     """(B,) int64 item code of each image"""
@@ -74,7 +77,7 @@ class Objective(nn.Module):
             "ce": lambda: self._ce(self._cosine(feature_BD), item_B),
             "triplet": lambda: self._triplet(embedding_BD[paired], item_B[paired]),
             "center": lambda: losses.center(feature_BD, item_B, self.centers),
-            "supcon": lambda: self._supcon_of(embedding_BD, text_CD, labels),
+            "supcon": lambda: self._supcon_of_batch(embedding_BD, text_CD, labels),
             "infonce": lambda: self._infonce(embedding_BD[labels.captioned], _unit(text_CD), labels, log_scale),
         }
         # Of all that it could depend on: DistributedDataParallel waits for each weight's gradient
@@ -82,10 +85,10 @@ class Objective(nn.Module):
         terms = {term: of_term[term]() if self._concerns(term, labels) else nothing for term in self.weights}
         return torch.stack([self.weights[term] * value for term, value in terms.items()]).sum(), terms
 
-    def move_centers(self, feature_BD: Tensor, labels: Labels, rate: float) -> None:
-        """The centers' own optimizer step; nothing where the term is off."""
+    def move_centers(self, feature_BD: Tensor, labels: Labels, lr: float) -> None:
+        """Move the centers towards their features. Does nothing where the center term is off."""
         if self.loss.center:
-            losses.move_centers(self.centers, feature_BD.detach(), labels.item, labels.items, rate)
+            losses.move_centers(self.centers, feature_BD.detach(), labels.item, labels.items, lr)
 
     def bounds(self, labels: Labels, log_scale: Tensor) -> dict[str, losses.Bounds]:
         """Floor and collapse value of each active term on these labels; the center term has neither."""
@@ -119,7 +122,7 @@ class Objective(nn.Module):
     def _triplet(self, embedding_BD: Tensor, item_B: Tensor) -> Tensor:
         return losses.triplet(embedding_BD, item_B, None if self.loss.triplet_margin < 0 else self.loss.triplet_margin)
 
-    def _supcon_of(self, embedding_BD: Tensor, text_CD: Tensor | None, labels: Labels) -> Tensor:
+    def _supcon_of_batch(self, embedding_BD: Tensor, text_CD: Tensor | None, labels: Labels) -> Tensor:
         """Within the images that have a second view or, with captions, within captioned images and captions."""
         if self.loss.supcon_captions:
             captioned = labels.captioned

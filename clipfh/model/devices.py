@@ -12,17 +12,18 @@ from clipfh import UserError
 
 
 def choose_device(gpus: float | None = None) -> torch.device:
-    """Where a process computes. What it was given decides, not what torch sees: Ray hides no GPU from those given none.
+    """The device that a process computes on. Its share of GPUs decides, not what torch sees, because Ray hides no GPU
+    from a process that was given none.
 
-    From here on float32 means float32: no TF32, neither in products of matrices nor in convolutions, where torch's own
-    default would take it. Who wants speed has bfloat16.
+    From then on float32 means float32: no TF32, neither in matrix products nor in convolutions, where torch takes it by
+    default. The setting for speed is bfloat16.
 
     Args:
-        gpus: how many the process was given, or which share of one. None where nobody shares them out: the GPU of this
-            machine if it works, else the CPU.
+        gpus: number of GPUs that the process was given, or its share of one. None takes the machine's GPU if it works,
+            else the CPU.
 
     Raises:
-        UserError: it was given a GPU that torch can't compute on.
+        UserError: torch can't compute on the GPU that the process was given.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -37,7 +38,7 @@ def choose_device(gpus: float | None = None) -> torch.device:
 
 
 def _gpu_trouble() -> str:
-    """Why torch can't compute on the GPU, in its own words: no driver or an old one, no kernels; empty where it can."""
+    """The reason why torch can't compute on the GPU, in torch's words; empty where it can."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they say the same, at length
@@ -51,7 +52,7 @@ def _gpu_trouble() -> str:
 
 @contextlib.contextmanager
 def explain_out_of_memory(remedy: str) -> Iterator[None]:
-    """Say what to do where a GPU has no memory for what the block computes; UserError in place of torch's error."""
+    """Turn torch's error of a GPU out of memory into a UserError that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -74,7 +75,7 @@ def _has_bfloat16() -> bool:
 
 
 def precision_notes(setting: str, on: torch.device) -> list[str]:
-    """What to tell people of the precision: a GPU that `auto` can't take bfloat16 on."""
+    """Notes for people on the precision: a GPU on which `auto` can't take bfloat16."""
     if setting == "auto" and on.type == "cuda" and not _has_bfloat16():
         return [f"{torch.cuda.get_device_name(on)} has no bfloat16, so --model.precision auto computes in float32"]
     return []

@@ -19,7 +19,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def layer_depth(name: str, blocks: int) -> int:
-    """How deep a parameter of a tower lies: 0 for the stem, i + 1 for block i, blocks + 1 for what follows."""
+    """Depth of a tower's parameter: 0 for the stem, i + 1 for block i, blocks + 1 for what follows the blocks."""
     block = re.search(r"\b(?:resblocks|blocks|layers)\.(\d+)\.|\blayer(\d)\.", name)
     if block:
         return int(block[1]) + 1 if block[1] else int(block[2])
@@ -30,7 +30,7 @@ def layer_depth(name: str, blocks: int) -> int:
 
 
 def count_blocks(names: Mapping[str, Any] | list[str]) -> int:
-    """Blocks of the tower whose parameters these are."""
+    """Number of blocks of the tower with these parameter names."""
     return max((d for d in (layer_depth(n, -1) for n in names)), default=0)
 
 
@@ -52,7 +52,11 @@ def require_blocks(clip: nn.Module, settings: ModelSettings) -> int:
 
 
 def freeze(clip: nn.Module, stage: str, settings: ModelSettings, learn_scale: bool) -> None:
-    """Switch off the gradient of what the stage and the settings keep as it is."""
+    """Switch off the gradients of the parameters that stage and settings freeze.
+
+    Raises:
+        UserError: more blocks are to be frozen than the image tower has.
+    """
     towers, blocks = split_towers(clip), require_blocks(clip, settings)
     norms = {f"{prefix}.{leaf}" for prefix, module in clip.named_modules() if is_batch_norm(module) for leaf in _LEAVES}
     for name, parameter in towers["image"].items():

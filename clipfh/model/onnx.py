@@ -1,4 +1,4 @@
-"""Both towers as ONNX files, checked in onnxruntime before they count as made."""
+"""Both towers as ONNX files, each checked in onnxruntime against the model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LARGEST = 2**31 - 2**24
 
 @dataclass(frozen=True)
 class Tower:
-    """What an ONNX file is of, with the names that Hugging Face's models have."""
+    """A tower of the model and its ONNX file. Names of inputs and outputs are those of Hugging Face's models."""
 
     file: str
     encode: str
@@ -47,7 +47,11 @@ TOWERS = (
 
 
 def require_libraries() -> None:
-    """Raise UserError where a library that this needs is missing."""
+    """Check that the libraries for ONNX are installed.
+
+    Raises:
+        UserError: a library is missing.
+    """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -60,13 +64,14 @@ def write_towers(
 
     Args:
         clip: the model, on the CPU.
-        settings: of the model.
-        folder: to write into.
-        photos: encoded images, two or more, that both must embed alike.
-        texts: the same.
+        settings: settings of the model.
+        folder: folder to make and write into.
+        photos: two or more encoded images, which ONNX file and model must embed alike.
+        texts: two or more texts, which ONNX file and model must embed alike.
 
     Raises:
         UserError: a library is missing.
+        RuntimeError: an ONNX file embeds otherwise than the model.
     """
     require_libraries()
     folder.mkdir(parents=True)
@@ -78,7 +83,7 @@ def write_towers(
 
 
 class _Encoder(nn.Module):
-    """One tower, to unit embeddings."""
+    """One tower with its output normalised to unit embeddings."""
 
     def __init__(self, clip: nn.Module, encode: str) -> None:
         super().__init__()
@@ -111,7 +116,7 @@ def _write_tower(encoder: _Encoder, tower: Tower, file: Path, sample: Tensor) ->
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter remarks on its own workings."""
+    """Silence the exporter's remarks on its own workings."""
     logger = logging.getLogger("onnxscript")
     before = logger.level
     logger.setLevel(logging.ERROR)

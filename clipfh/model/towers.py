@@ -24,9 +24,9 @@ class Towers(nn.Module):
 
     Args:
         clip: open_clip's model.
-        chunk: images, and prompts, that pass at a time where gradients are wanted; 0: all. Each chunk's activations
-            are dropped and computed again when its gradient is due (gradient caching: Gao et al., 2021), so memory
-            goes with the chunk and the gradient is that of the whole batch.
+        chunk: number of images, and of prompts, that pass at a time where gradients are wanted; 0 for all. A chunk's
+            activations are dropped and computed again when its gradient is due (gradient caching: Gao et al., 2021):
+            memory grows with the chunk, and the gradient is that of the whole batch.
     """
 
     mean: Tensor
@@ -47,7 +47,7 @@ class Towers(nn.Module):
 
         Args:
             images: (B, 3, H, W) uint8.
-            tokens: (C, context) int64, or None: the text tower is not run.
+            tokens: (C, context) int64, or None to leave the text tower out.
 
         Returns:
             (B, D) image features, (C, D) text features or None, scalar log of the logit scale.
@@ -64,7 +64,7 @@ class Towers(nn.Module):
         return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in rows.split(self.chunk)])
 
     def train(self, mode: bool = True) -> Towers:
-        """Batch norm stays in eval mode: its statistics are those of pretraining, not of a batch."""
+        """Set the mode. Batch norm stays in eval mode, with the statistics of pretraining and not of a batch."""
         super().train(mode)
         for module in self.modules():
             if is_batch_norm(module):
@@ -78,7 +78,7 @@ def recompute_blocks(clip: Any, name: str) -> None:
     open_clip does nothing for its own ResNets when asked, and only logs where a tower of timm's can't.
 
     Raises:
-        UserError: the image tower can't.
+        UserError: the image tower can't do it.
     """
     if isinstance(clip.visual, load_open_clip().modified_resnet.ModifiedResNet):
         for number in range(1, 5):
@@ -102,7 +102,7 @@ def clamp_logit_scale(clip: Any) -> None:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in eval mode and without gradients; afterwards in the mode it was in."""
+    """Put a module into eval mode, without gradients, while the block lasts."""
     before = module.training
     module.eval()
     try:
@@ -128,7 +128,7 @@ def embed_texts(towers: Towers, tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def text_features(towers: Towers, tokens: Tensor, dtype: torch.dtype, batch: int = 256) -> Tensor:
-    """(C, D) features of (C, context) tokens, as the towers that compute in a type give them."""
+    """(C, D) features of (C, context) tokens, computed in the type `dtype`."""
     on = towers.mean.device
     with evaluating(towers), torch.autocast(on.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         return torch.cat([towers.clip.encode_text(part.to(on)) for part in tokens.split(batch)])
