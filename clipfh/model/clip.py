@@ -62,12 +62,12 @@ def architecture_name(settings: ModelSettings) -> str:
         UserError: open_clip has no such model.
     """
     name, tag = settings.name.replace("/", "-"), settings.pretrained
-    known = load_open_clip().list_models()
-    if name not in known:
-        raise UserError(f"--model.name {settings.name}: no such model{schema.nearest(name, known)}")
+    models = load_open_clip().list_models()
+    if name not in models:
+        raise UserError(f"--model.name {settings.name}: no such model{schema.nearest(name, models)}")
     trained = load_open_clip().get_pretrained_cfg(name, tag) if tag else {}
     quick = trained.get("quick_gelu", False) if trained else is_openai_name(settings.name)
-    return f"{name}-quickgelu" if quick and f"{name}-quickgelu" in known else name
+    return f"{name}-quickgelu" if quick and f"{name}-quickgelu" in models else name
 
 
 def plain_name(name: str) -> str:
@@ -111,7 +111,7 @@ def input_pixels(settings: ModelSettings) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without open_clip's remarks on random weights, which are what we asked for."""
+    """Silence open_clip's remarks on random weights, which are wanted here."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -139,10 +139,10 @@ def load_initial_model(settings: ModelSettings, seed: int) -> nn.Module:
 
 
 def load_weights(settings: ModelSettings, state: Mapping[str, Tensor], where: str) -> nn.Module:
-    """The architecture with these weights.
+    """Build the architecture with these weights.
 
     Raises:
-        UserError: they are those of another one.
+        UserError: the weights are those of another architecture.
     """
     clip = build_model(settings)
     try:
@@ -200,9 +200,9 @@ def get_preprocess(model: nn.Module) -> Preprocess:
 
 
 def model_fingerprint(clip: nn.Module, settings: ModelSettings) -> str:
-    """A hash of all that an embedding depends on beside its image: architecture, weights, preprocessing, precision."""
-    of = [architecture_name(settings), settings.precision, asdict(get_preprocess(clip))]
-    sha = hashlib.sha256(json.dumps(of).encode())
+    """A hash of all that an embedding depends on besides its image: architecture, weights, preprocessing, precision."""
+    parts = [architecture_name(settings), settings.precision, asdict(get_preprocess(clip))]
+    sha = hashlib.sha256(json.dumps(parts).encode())
     for name, tensor in sorted(clip.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -148,18 +148,22 @@ def describe_provenance(clip: nn.Module, experiment: Experiment, weights: str, o
 
 
 def open_index(file: str | Path) -> SearchIndex:
-    """Open what `clipfh embed` wrote. UserError: it is not there, or something else."""
+    """Open a file that `clipfh embed` wrote.
+
+    Raises:
+        UserError: there is no such file, or it is something else.
+    """
     file = Path(file)
     if not file.is_file():
         raise UserError(f"--embeddings {file}: no such file: make one with clipfh embed CATALOGUE --out {file.name}")
-    made = _parse_provenance(embedding_file.mark_of(file))
-    if made is None:
+    provenance = _parse_provenance(embedding_file.mark_of(file))
+    if provenance is None:
         raise UserError(f"{file} is no file of clipfh embed: make one with clipfh embed CATALOGUE --out {file.name}")
-    return SearchIndex(file, *embedding_file.read(file), made)
+    return SearchIndex(file, *embedding_file.read(file), provenance)
 
 
 def _parse_provenance(mark: str | None) -> dict[str, Any] | None:
-    """The parsed mark; None where it is another's, such as the fingerprint that an evaluation leaves."""
+    """The provenance as JSON; None for another command's, such as the fingerprint that an evaluation leaves."""
     return json.loads(mark) if mark and mark.startswith("{") else None
 
 
@@ -212,10 +216,9 @@ def _towers_on_device(clip: nn.Module) -> Towers:
 def find_nearest(index: SearchIndex, query: Tensor, top: int) -> list[SearchHit]:
     """The `top` images of greatest cosine with the query (D,), nearest first; of equal ones the earlier first."""
     row, similarity = (part[0].tolist() for part in metrics.largest((index.embedding @ query)[None], top))
-    found = index.rows.take(row)
+    rows = index.rows.take(row)
     return [
-        SearchHit(*each)
-        for each in zip(similarity, found["item_id"].to_pylist(), found["path"].to_pylist(), strict=True)
+        SearchHit(*each) for each in zip(similarity, rows["item_id"].to_pylist(), rows["path"].to_pylist(), strict=True)
     ]
 
 

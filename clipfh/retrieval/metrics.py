@@ -468,9 +468,9 @@ def _means(values: Tensor) -> dict[str, Any]:
 
 
 def _spread(values: list[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None]
-    mean = statistics.fmean(known) if known else None
-    return {"mean": mean, "std": statistics.stdev(known) if len(known) > 1 else None, "values": values}
+    numbers = [value for value in values if value is not None]
+    mean = statistics.fmean(numbers) if numbers else None
+    return {"mean": mean, "std": statistics.stdev(numbers) if len(numbers) > 1 else None, "values": values}
 
 
 def _intervals(values: np.ndarray, item: np.ndarray, resamples: int, seed: int) -> dict[str, list[float] | None]:
