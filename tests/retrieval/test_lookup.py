@@ -126,7 +126,7 @@ def test_another_model_is_refused_and_one_that_was_moved_is_taken(file, export, 
     line = refused(capsys, "--embeddings", file, "--text", "a dress", "--checkpoint", other)
     assert "another model" in line and "embed again" in line
     gone = lookup.open_index(file)
-    gone.made["weights"] = str(tmp_path / "gone")
+    gone.provenance["weights"] = str(tmp_path / "gone")
     with pytest.raises(UserError, match="--checkpoint"):
         lookup.load_embedding_model(gone)
 
