@@ -49,10 +49,10 @@ def ray_cluster(tmp_path_factory):
     """The suite's own cluster, its files out of the way of any other."""
     import ray
 
-    from clipfh.cluster import resources as cluster
+    from clipfh.cluster import connect
 
     os.environ["RAY_TMPDIR"] = "/tmp/clipfh-tests"  # a socket's path has room for no more than about 100 letters
-    cluster.connect("local", Placement(workers=2))
+    connect.connect("local", Placement(workers=2))
     yield
     ray.shutdown()
 

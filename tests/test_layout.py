@@ -4,6 +4,7 @@ All of it by syntax tree, in whatever way a thing is imported.
 """
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 import clipfh
 from clipfh.storage import layout
 
-LEVELS = [{"storage", "config"}, {"data", "cluster"}, {"model", "report"}]
+LEVELS = [{"storage", "config"}, {"cluster"}, {"data"}, {"model", "report"}]
 LEVELS += [{wing} for wing in ("retrieval", "learn", "train", "sweep", "demo", "cli")]
 LEVEL = {wing: level for level, wings in enumerate(LEVELS) for wing in wings}
 WITHOUT_RAY = {"retrieval.metrics", "retrieval.rerank", "data.sampler"}
@@ -109,6 +110,66 @@ def test_what_reads_and_writes_below_out_does_so_by_the_store(module):
     assert [func.id for func in called if isinstance(func, ast.Name) and func.id == "open"] == []
     assert [func.attr for func in called if isinstance(func, ast.Attribute) and func.attr in PATH_METHODS] == []
     assert {"os", "shutil", "tempfile"} & {*imported(TREES[module])} <= {"os"}  # its environment
+
+
+def private(module: str) -> Iterator[str]:
+    """What a module takes of Ray beyond its public API: modules, names and attributes that say so themselves."""
+    tree, words = TREES[module], ("_internal", "core.generated", "internal_kv", "train.v2")
+    for name in imported(tree):
+        if name.startswith("ray.") and (any(w in name for w in words) or any(p[0] == "_" for p in name.split("."))):
+            yield name
+    rays = {name.asname or name.name.split(".")[0] for name in names_from_ray(tree)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and root(node) in rays:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "__internal" in node.value:
+            yield node.value
+        elif rays and isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+            yield from (word for word in (ast.unparse(node.args[1]),) if word.startswith("'_"))
+
+
+def names_from_ray(tree: ast.AST) -> Iterator[ast.alias]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name for name in node.names if name.name.split(".")[0] == "ray")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ray":
+            yield from node.names
+
+
+def root(node: ast.expr) -> str:
+    """The name that a chain of attributes, calls and subscripts begins with."""
+    while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.mark.parametrize("module", sorted(TREES))
+def test_what_is_private_to_ray_is_in_one_module(module):
+    assert set(private(module)) == set() or module == "cluster.ray_private"
+
+
+def test_no_class_overrides_what_is_private_to_ray():
+    def of_ray(module: str) -> Iterator[type]:
+        rays = {name.asname or name.name.split(".")[0] for name in names_from_ray(TREES[module])}
+        for node in TREES[module].body:
+            if isinstance(node, ast.ClassDef) and any(root(base) in rays for base in node.bases):
+                yield getattr(importlib.import_module(f"clipfh.{module}"), node.name)
+
+    classes = [each for module in TREES for each in of_ray(module)]
+    assert {"Trial", "Watch", "_Steps"} <= {each.__name__ for each in classes}
+    assert [(each, name) for each in classes for name in overridden(each)] == []
+
+
+def overridden(cls: type) -> list[str]:
+    """Private names of a class that its base has too."""
+    names = [name for name in vars(cls) if name.startswith("_") and not name.endswith("__")]
+    return [name for name in names if name not in ("_abc_impl",) and hasattr(cls.__base__, name)]
+
+
+def test_what_is_private_to_ray_is_seen():
+    seen = set(private("cluster.ray_private"))
+    assert {"ray.experimental.internal_kv._internal_kv_put", "node:__internal_head__"} <= seen
+    assert {"ray.train.v2._internal.execution.controller.TrainController", "ray._private"} <= seen
 
 
 def test_the_command_line_loads_neither_torch_nor_ray():

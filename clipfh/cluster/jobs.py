@@ -1,4 +1,4 @@
-"""A command as a Ray job: sent to a cluster from anywhere, its log followed, its exit code brought home."""
+"""A command as a Ray job: send it to a cluster from anywhere, follow its log, and return its exit code."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 PATIENCE = 60
-"""Seconds for which a job is followed although its cluster doesn't answer."""
+"""Seconds for which a job is followed while its cluster doesn't answer."""
 
-KEPT_HERE = (
+EXCLUDED = (
     *(".env*", "*.pem", "*.key", ".netrc", "id_rsa*", "id_ed25519*", ".aws/", ".ssh/", ".kube/", ".ray/"),
     *("wandb/", "mlruns/", "mlartifacts/", "mlflow.db", "/catalogue/", "/runs/", "/demo/", "/out/"),
 )
-"""What of the folder is not sent, as .gitignore would name it: secrets, and what commands write."""
+"""What is not sent with the folder, as .gitignore would name it: secrets, and what commands write."""
 
 
 def run(address: str, working_dir: Path, words: list[str]) -> int:
     """Run `clipfh WORDS` on the head of a cluster, and print its log as it grows.
 
     Args:
-        address: of the cluster's dashboard, http://HEAD:8265.
-        working_dir: packed and sent, without what .gitignore and KEPT_HERE name; the command runs in a copy of it.
+        address: the address of the cluster's dashboard, http://HEAD:8265.
+        working_dir: the folder to send, without what .gitignore and EXCLUDED name; the command runs in a copy of it.
         words: the command and its arguments.
 
     Returns:
@@ -40,12 +40,12 @@ def run(address: str, working_dir: Path, words: list[str]) -> int:
         UserError: the cluster doesn't answer or refuses.
     """
     client = connect(address)
-    for chatter in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{chatter}").setLevel(logging.WARNING)
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.WARNING)
     entrypoint = shlex.join(["python", "-m", "clipfh", *words])
-    print(f"sends {working_dir} without what .gitignore names, and without {' '.join(KEPT_HERE)}", flush=True)
+    print(f"sends {working_dir} without what .gitignore names, and without {' '.join(EXCLUDED)}", flush=True)
     try:
-        environment = {"working_dir": str(working_dir), "excludes": list(KEPT_HERE)}
+        environment = {"working_dir": str(working_dir), "excludes": list(EXCLUDED)}
         job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -65,10 +65,10 @@ def run(address: str, working_dir: Path, words: list[str]) -> int:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the cluster whose dashboard is at the address.
+    """Return a client of the cluster whose dashboard is at the address.
 
     Raises:
-        UserError: nobody answers, or the token is missing or wrong.
+        UserError: no dashboard answers, or the token is missing or wrong.
     """
     import requests
     from ray.exceptions import AuthenticationError
@@ -96,20 +96,20 @@ def _refused(address: str, error: Exception) -> NoReturn:
 
 
 def follow(client: JobSubmissionClient, job: str, address: str) -> int:
-    """Print the job's log until it ends; returns its exit code. A broken connection is taken up again."""
+    """Print the job's log until it ends, and return its exit code. A broken connection is made again."""
     import aiohttp
 
-    log, lost = _Log(client, job), None
+    log, silent_since = _Log(client, job), None
     while True:
         try:
             asyncio.run(log.follow())
             details = client.get_job_info(job)
             if details.status.is_terminal():
                 break
-            lost = None
+            silent_since = None
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
-            lost = lost or time.monotonic()
-            if time.monotonic() - lost > PATIENCE:
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > PATIENCE:
                 raise UserError(
                     f"the cluster at {address} no longer answers ({_first_line(error)}): if its head was lost, so was "
                     "the job; submit the command again with --resume"
@@ -122,17 +122,17 @@ def follow(client: JobSubmissionClient, job: str, address: str) -> int:
 
 
 class _Log:
-    """A job's log. The cluster tells it from its start at each connection: what was printed is not printed again."""
+    """A job's log. At each connection the cluster sends it from its start: what was printed is not printed again."""
 
     def __init__(self, client: JobSubmissionClient, job: str) -> None:
         self.client, self.job, self.printed = client, job, 0
 
     async def follow(self) -> None:
-        come = 0
+        received = 0
         async for text in self.client.tail_job_logs(self.job):
-            print(text[max(0, self.printed - come) :], end="", flush=True)
-            come += len(text)
-            self.printed = max(self.printed, come)
+            print(text[max(0, self.printed - received) :], end="", flush=True)
+            received += len(text)
+            self.printed = max(self.printed, received)
 
 
 def _first_line(error: Exception) -> str:

@@ -22,11 +22,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
-from ray.data._internal.stats import get_or_create_stats_actor
 from ray.data.block import BlockMetadata
 
 from clipfh import UserError
+from clipfh.cluster import ray_private
 from clipfh.data import decoding
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import BatchDecoder, StreamPart, TrainImages
@@ -39,15 +38,12 @@ TASK_IMAGES, TASK_MIB = 1024, 64
 """Upper limits for every other task: many images, so that Ray's own work for a task counts little."""
 
 TASK_CPUS = 0.5
-"""As many to a core as `cluster.TASKS_A_CORE`, which isn't imported here: it would load Ray Train where we decode."""
+"""CPUs of a task: tasks wait for memory as well as computing, and two to a core keep it busy."""
 
-TASK: dict[str, Any] = {
-    "num_cpus": TASK_CPUS,
-    "runtime_env": {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: ""}},
-}
-"""A task, asked for by the driver or by a training worker: its process loads none of what a worker's does before all
-else, and serves both. Ray compares environments as text, and writes alike only those that it has merged: hence the
-driver's tasks name theirs too, though the job's is the same."""
+TASK: dict[str, Any] = {"num_cpus": TASK_CPUS, "runtime_env": ray_private.setup_hook_env("")}
+"""How the driver and the training workers ask for a task, so that its process serves both and loads nothing that only a
+training worker needs. The job's environment is the same as this one; tasks of the driver name it all the same, since
+Ray compares environments as text, and writes alike only those that it has merged."""
 
 _read_shard = ray.remote(**TASK)(decoding.read_shard)
 _decoded_bytes = ray.remote(**TASK)(decoding.decoded_bytes)
@@ -57,7 +53,7 @@ _decode_for_evaluation = ray.remote(**TASK)(decoding.decode_shard_for_evaluation
 
 def share(catalogue: Catalogue, *splits: str) -> TrainImages:
     """Put the encoded images of splits into the object store, one object a shard. Tasks read the shards."""
-    get_or_create_stats_actor()  # else the first worker's pipeline does, as a process with all that the worker's loads
+    ray_private.start_data_statistics()  # else a worker's pipeline does, in a process with all that the worker loads
     shards = [_read_shard.remote(str(path)) for split in splits for path in catalogue.shards(split)]
     return TrainImages(ray.put(decoding.read_index(catalogue, *splits)), shards, [None] * len(shards))
 

@@ -16,7 +16,7 @@ def run(out: Path, tell: Callable[[str], None] = print) -> None:
     Raises:
         UserError: `out` is in use, or the sweep file is not beside the package.
     """
-    from clipfh.cluster.session import connected
+    from clipfh.cluster.connect import connected
     from clipfh.config import sweep_file
     from clipfh.data.prepare import prepare
     from clipfh.sweep import sweep

@@ -57,7 +57,7 @@ def connection(address: str | None, dashboard: bool = False) -> AbstractContextM
     """
     if not address and not os.environ.get("RAY_ADDRESS") and torch.cuda.device_count() <= 1:
         return contextlib.nullcontext()
-    from clipfh.cluster.session import connected
+    from clipfh.cluster.connect import connected
 
     return connected(address, dashboard=dashboard)
 

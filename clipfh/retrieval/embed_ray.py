@@ -13,7 +13,7 @@ import ray.data
 import torch
 from torch import Tensor, nn
 
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import ray_private, resources
 from clipfh.config.experiment import ModelSettings
 from clipfh.data import images as images_module
 from clipfh.data.catalogue import Catalogue
@@ -24,7 +24,7 @@ from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.retrieval import embed
 
 IMAGES_A_PROCESS = 512
-"""Fewer are embedded before another process has loaded torch and the model."""
+"""Images that are worth a process: fewer are embedded before it has loaded torch and the model."""
 
 
 class _Embedder:
@@ -49,7 +49,7 @@ _embedder = functools.lru_cache(maxsize=1)(_Embedder)
 
 
 def _embed_on_cpu(batch: Any, clip: Any, precision: str) -> Any:
-    """The same in a task: processes that have torch loaded serve one dataset after another."""
+    """Embed a batch in a task, whose process, with torch loaded, serves one dataset after another."""
     return _embedder(clip, precision)(batch)
 
 
@@ -64,7 +64,7 @@ class RayEncoder:
         catalogue.require(*splits)
         paths = [str(path) for split in splits for path in catalogue.shards(split)]
         total = sum(map(catalogue.num_images, splits))
-        at_once = min(len(paths), cluster.at_work(), math.ceil(total / IMAGES_A_PROCESS))
+        at_once = min(len(paths), resources.compute_slots(), math.ceil(total / IMAGES_A_PROCESS))
         # Not `read_parquet`, which starts some ten processes more to look into a handful of files
         shards = ray.data.from_items([{"shard": path} for path in paths], override_num_blocks=len(paths))
         decoded = _map_in_tasks(shards, _decode, None, 0.5, at_once, preprocess=self.preprocess)
@@ -81,11 +81,11 @@ class RayEncoder:
         return torch.cat(list(self._run(ray.data.from_numpy(tokens).rename_columns({"data": "tokens"}), at_once=1)))
 
     def _run(self, rows: ray.data.Dataset, at_once: int) -> Iterator[Tensor]:
-        """Embeddings of the dataset's rows, in its order. On CPUs so many processes take part."""
+        """Yield the embeddings of the dataset's rows, in its order. On CPUs `at_once` processes take part."""
         rows.context.execution_options.preserve_order = True
         rows.context.enable_progress_bars = False
         arguments = {"clip": self.clip, "precision": self.settings.precision}
-        gpus = int(cluster.most().get("GPU", 0))
+        gpus = int(resources.capacity().get("GPU", 0))
         if gpus:
             pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)
             how: dict[str, Any] = {"fn_constructor_kwargs": {**arguments, "gpus": 1}, "compute": pool, "num_gpus": 1}
@@ -99,13 +99,13 @@ class RayEncoder:
 def _map_in_tasks(
     rows: ray.data.Dataset, function: Any, size: int | None, cpus: float, at_once: int, **arguments: Any
 ) -> ray.data.Dataset:
-    """Batches of so many rows, or blocks, mapped by tasks, so many at once, whose processes serve other tasks too."""
-    how: dict[str, Any] = {"num_cpus": cpus, "runtime_env": cluster.first_calling("")}
+    """Map batches of `size` rows (None for whole blocks) by tasks, `at_once` at a time, in processes for any task."""
+    how: dict[str, Any] = {"num_cpus": cpus, "runtime_env": ray_private.setup_hook_env("")}
     return rows.map_batches(function, batch_size=size, fn_kwargs=arguments, concurrency=at_once, **how)
 
 
 def _decode(batch: Any, preprocess: Preprocess) -> Any:
-    """The images of some shards, a part at a time."""
+    """Yield the images of some shards, decoded, a part at a time."""
     for shard in batch["shard"]:
         for encoded in embed.read_batches(shard):
             yield {

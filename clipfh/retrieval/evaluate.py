@@ -150,10 +150,10 @@ def choose_encoder(clip: nn.Module, settings: ModelSettings) -> embed.Encoder:
     """An encoder of this process, or over the cluster that it is connected to, unless that is this machine's CPUs."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        from clipfh.cluster import resources as cluster
+        from clipfh.cluster import resources
         from clipfh.retrieval import embed_ray
 
-        if not cluster.is_this_machines_cpus():
+        if not resources.is_this_machines_cpus():
             return embed_ray.RayEncoder(clip, settings)
     return embed.InProcessEncoder(clip, settings)
 

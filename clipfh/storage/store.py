@@ -192,3 +192,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
         new.replace(path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+class WholeFiles(pyarrow.fs.LocalFileSystem):
+    """The local file system, where a file that Python writes takes its place only once it is whole.
+
+    To Ray Train it is pyarrow's own: checkpoints are read in place, and copied by pyarrow.
+    """
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return WholeFiles, ()
+
+    def open_output_stream(self, path: str, *_: Any, **__: Any) -> contextlib.AbstractContextManager[IO[bytes]]:
+        """Open a file to write in a `with` block."""
+        return replacing(path)

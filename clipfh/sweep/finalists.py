@@ -11,12 +11,14 @@ from statistics import mean
 from typing import Any
 
 from clipfh import mendable
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import ray_private
+from clipfh.cluster.resources import Resources, autoscaler_request
+from clipfh.cluster.run_queue import RunQueue
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import SweepFile
 from clipfh.storage import layout, run_folder, store
-from clipfh.sweep.trial import last_line
+from clipfh.sweep.run_thread import last_line
 from clipfh.train import driver
 from clipfh.train.run_inputs import Inputs
 
@@ -40,7 +42,7 @@ def retrain(
     sweep: SweepFile,
     inputs: Inputs,
     folder: Path,
-    resources: cluster.Resources,
+    resources: Resources,
     tell: Callable[[str], None],
 ) -> dict[str, list[float]]:
     """Train leading settings with several seeds each; returns each trial's validation mAPs, seed by seed.
@@ -88,7 +90,7 @@ def refit(
     sweep: SweepFile,
     inputs: Inputs,
     folder: Path,
-    resources: cluster.Resources,
+    resources: Resources,
     tell: Callable[[str], None],
 ) -> Path:
     """Train on inputs that hold the validation items too, to the end of the budget; returns the run's folder."""
@@ -102,7 +104,7 @@ def _train_all(
     jobs: Mapping[Path, Experiment],
     sweep: SweepFile,
     inputs: Inputs,
-    resources: cluster.Resources,
+    resources: Resources,
     tell: Callable[[str], None],
 ) -> None:
     """Train each experiment in its folder, as many at a time as trials run; an autoscaler is asked for their room."""
@@ -110,7 +112,7 @@ def _train_all(
     pool = ThreadPoolExecutor(len(jobs) if sweep.placement.concurrent == "auto" else sweep.placement.concurrent)
     running = {pool.submit(_train, experiment, inputs, out, resources, over): out for out, experiment in jobs.items()}
     try:
-        with cluster.asking(sweep.placement, resources) as ask:
+        with autoscaler_request(sweep.placement, resources) as ask:
             ask(len(jobs))
             for number, run in enumerate(as_completed(running), 1):
                 tell(_outcome(running[run], run))
@@ -120,7 +122,7 @@ def _train_all(
         over.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for out in jobs:
-            cluster.end(str(out))
+            ray_private.release(str(out))
 
 
 def _outcome(out: Path, run: Future[None]) -> str:
@@ -133,23 +135,22 @@ def _outcome(out: Path, run: Future[None]) -> str:
     return f"{out.name}: val mAP {last['best_val_mAP']:.3f}" if "best_val_mAP" in last else f"{out.name} is done"
 
 
-def _train(
-    experiment: Experiment, inputs: Inputs, out: Path, resources: cluster.Resources, over: threading.Event
-) -> None:
+def _train(experiment: Experiment, inputs: Inputs, out: Path, resources: Resources, over: threading.Event) -> None:
     """Train when it is this run's turn, as trials do: more runs at once than a cluster holds could all stand still."""
     lines = run_folder.read_metrics(out)
     is_saved = lines and ("diverged" in lines[-1] or run_folder.latest_step(out) >= lines[-1]["step"])
     if is_saved and driver.is_over(experiment, inputs, lines[-1]):
         return
-    cluster.end(str(out))  # what an attempt that was killed may have left
+    ray_private.release(str(out))  # what an attempt that was killed may have left
     run_folder.wait_for(out.parents[1] / layout.SWEEP)
     out.mkdir(parents=True, exist_ok=True)
     store.write(out / layout.EXPERIMENT, schema.to_json(experiment))
-    cluster.queue(str(out))
+    queue = RunQueue()
+    queue.join(str(out))
     try:
-        while not cluster.is_turn_of(str(out), resources):
+        while not queue.is_turn_of(str(out), resources):
             if over.wait(1):
                 return
-        driver.fit(experiment, inputs, out, resources, name=str(out), retries=RETRIES)
+        driver.run_training(experiment, inputs, out, resources, retries=RETRIES)
     finally:
-        cluster.leave(str(out))
+        queue.leave(str(out))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from clipfh import UserError
-from clipfh.cluster import resources as cluster
-from clipfh.cluster.session import connected
+from clipfh.cluster import connect
+from clipfh.cluster.connect import connected
+from clipfh.cluster.resources import max_concurrent_runs, resolve_placement
 from clipfh.config import sweep_file
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue, open_catalogue
@@ -80,7 +81,7 @@ def sweep(
     opened, out = open_catalogue(catalogue), Path(out)
     tracking.require(track)
     with all_or_nothing(out, f"{layout.TRIALS}/*/{layout.METRICS}"), connected(address, loaded.placement, dashboard):
-        log(f"Ray's logs: {cluster.logs()}")
+        log(f"Ray's logs: {connect.logs()}")
         with tracking.following(track, out):
             how = {"resume": resume, "retry_failed": retry_failed}
             return SweepResult(out, sweep_module.run(loaded, opened, out, **how, tell=log, each_report=each_report))
@@ -127,8 +128,8 @@ def _measure_on_a_worker(loaded: SweepFile, opened: Catalogue) -> tuple[estimate
     """What steps take on a worker of the connected cluster, and how many trials run there at once."""
     import ray
 
-    resources = cluster.place(loaded.placement, alone=False)
+    resources = resolve_placement(loaded.placement, alone=False)
     task: Any = ray.remote(estimate.measure).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
     given = resources.threads, resources.gpus, resources.workers
     measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), *given))
-    return measured, cluster.at_once(loaded.placement, resources)
+    return measured, max_concurrent_runs(loaded.placement, resources)

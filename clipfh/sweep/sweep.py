@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from clipfh import UserError
-from clipfh.cluster import resources as cluster
+from clipfh.cluster.interruptions import repeat_interrupted
+from clipfh.cluster.resources import Resources, autoscaler_request, max_concurrent_runs, resolve_placement
 from clipfh.config import schema, sweep_file
 from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import SweepFile
@@ -53,7 +54,7 @@ class _Context:
     """before any tuning"""
     texts: dict[str, str]
     """item to prompt, of the items that are not trained on"""
-    resources: cluster.Resources
+    resources: Resources
     tell: Callable[[str], None]
 
 
@@ -104,15 +105,15 @@ def run(
     _begin(sweep, out, resume)
     _require_same(catalogue, base, out, tell)
     study = open_study(sweep, out, retry_failed)
-    resources = cluster.place(sweep.placement, alone=False, tell=tell)
-    tell(f"{sweep.trials} trials, {cluster.at_once(sweep.placement, resources)} at once, each {resources}")
+    resources = resolve_placement(sweep.placement, alone=False, log=tell)
+    tell(f"{sweep.trials} trials, {max_concurrent_runs(sweep.placement, resources)} at once, each {resources}")
     texts = load_prompts_for(catalogue, base, *VALIDATION, "query", "gallery")
     context = _Context(sweep, catalogue, out, base, load_start(base), texts, resources, tell)
     zero_shot = _zero_shot(context)
     inputs = _inputs(context, zero_shot)
     board, keeper = Leaderboard(out, sweep, study, zero_shot), retention.Keeper(sweep, out)
-    searcher = StudySearcher(sweep, study, functools.partial(cluster.at_once, sweep.placement, resources))
-    with cluster.asking(sweep.placement, resources) as ask:
+    searcher = StudySearcher(sweep, study, functools.partial(max_concurrent_runs, sweep.placement, resources))
+    with autoscaler_request(sweep.placement, resources) as ask:
         run_trials(Watch(searcher, board, tell, each_report, keeper.trials, ask), inputs, resources)
     rows = board.write()
     keeper.trials(rows)
@@ -280,7 +281,7 @@ def _embedded(context: _Context, split: str, clip: nn.Module) -> evaluate.Embedd
         evaluate.splits_of(split),
         dataclasses.replace(context.base.model, precision="float32"),
     )  # as exported
-    return cluster.through_losses(lambda: evaluate.embed_splits(context.catalogue, splits, clip, exact, context.texts))
+    return repeat_interrupted(lambda: evaluate.embed_splits(context.catalogue, splits, clip, exact, context.texts))
 
 
 def _tested(context: _Context, key: str, clip: nn.Module) -> tuple[dict[str, Any], metrics.Scores]:

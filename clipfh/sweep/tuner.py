@@ -12,11 +12,14 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import ray_private
+from clipfh.cluster.resources import Resources
+from clipfh.cluster.run_queue import RunQueue
 from clipfh.storage import layout, run_folder
 from clipfh.sweep.leaderboard import Leaderboard, Row
+from clipfh.sweep.run_thread import last_line
 from clipfh.sweep.searcher import StudySearcher, own_trials
-from clipfh.sweep.trial import OBJECTIVE, Trial, last_line
+from clipfh.sweep.trial import OBJECTIVE, Trial
 from clipfh.train.run_inputs import Inputs
 
 RETRIES = 2
@@ -99,8 +102,8 @@ class Watch(tune.Callback):
         row = self.board.row(number, trial.config["settings"], last, error)
         self.searcher.finish(trial.trial_id, row, None if error else last.get(OBJECTIVE))
         run = str(self.board.out / layout.TRIALS / number)
-        cluster.leave(run)
-        cluster.end(run)
+        RunQueue().leave(run)
+        ray_private.release(run)
         self.over = len(self.board.over())
         self.free(self.board.write())
         self.log(f"trial {number} {row['status']} ({self.over} of {self.board.sweep.trials} trials over)")
@@ -140,7 +143,7 @@ class ResumedHalving(AsyncHyperBandScheduler):
             super().on_trial_result(tune_controller, trial, report)
 
 
-def run_trials(watch: Watch, inputs: Inputs, resources: cluster.Resources) -> None:
+def run_trials(watch: Watch, inputs: Inputs, resources: Resources) -> None:
     """Run the trials that are left of a sweep: those that wait in its study, then new ones."""
     board = watch.board
     if failed := [row["trial"] for row in board.over() if row["status"] == "failed"]:
@@ -149,7 +152,7 @@ def run_trials(watch: Watch, inputs: Inputs, resources: cluster.Resources) -> No
         return
     trainable = tune.with_resources(
         tune.with_parameters(Trial, sweep=board.sweep, inputs=inputs, out=str(board.out), resources=resources),
-        {cluster.HEAD: 0.001},
+        {ray_private.HEAD: 0.001},
     )
     with tempfile.TemporaryDirectory(prefix="clipfh-tune-", ignore_cleanup_errors=True) as folder:
         # Not tune.Tuner, which would pickle the callback and the searcher

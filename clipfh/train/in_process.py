@@ -31,7 +31,7 @@ from clipfh.data.images import Preprocess
 from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
 from clipfh.train import worker
-from clipfh.train.run_inputs import Inputs
+from clipfh.train.run_inputs import Inputs, Job
 
 AHEAD = 2
 """Batches that are decoded beyond one for each core."""
@@ -162,29 +162,25 @@ def wanted(placement: Placement, address: str | None, out: str) -> bool:
     return not elsewhere and placement.workers == 1 and not has_gpu
 
 
-def fit(
-    placement: Placement,
-    experiment: Experiment,
-    inputs: Inputs,
-    out: Path,
-    tell: Callable[[dict[str, Any]], None],
+def run_training(
+    placement: Placement, experiment: Experiment, inputs: Inputs, out: Path, tell: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Train in this thread, or go on training what `out` holds; as `fit.fit` does over a cluster.
+    """Train in this thread, or go on training what `out` holds; as `driver.run_training` does over a cluster.
 
     Args:
-        placement: of which the CPUs count.
+        placement: what was asked for, of which the CPUs count.
         experiment: what to compute.
-        inputs: of this experiment's model, prompts and catalogue, held by a `Feed`.
+        inputs: what the run reads, of this experiment's model, prompts and catalogue, held by a `Feed`.
         out: the run's folder, which holds its `experiment.json`.
         tell: takes each report.
     """
     session = _Session(out, "step" if inputs.validation is None else "val_mAP", tell)
-    job = {"experiment": experiment, "inputs": inputs, "out": str(out.absolute()), "decoding": None, "followed": False}
-    worker.train(job | placed(placement) | {"gpus": 0}, session, InProcessFeed())
+    threads, shares_cores = choose_threads(placement)
+    worker.train_loop(Job(experiment, inputs, str(out.absolute()), 0, threads, shares_cores), session, InProcessFeed())
 
 
-def placed(placement: Placement) -> dict[str, Any]:
-    """Threads of a run alone: as many as were asked for, or its share of the cores."""
+def choose_threads(placement: Placement) -> tuple[int, bool]:
+    """The threads of a run alone: as many as were asked for, or its share of the cores; and whether it is a share."""
     if placement.cpus_per_worker == "auto":
-        return {"threads": cores.available(), "shares_cores": True}
-    return {"threads": max(1, int(placement.cpus_per_worker)), "shares_cores": False}
+        return cores.available(), True
+    return max(1, int(placement.cpus_per_worker)), False

@@ -1,4 +1,4 @@
-"""A worker of a run under Ray Train: what its process loads, and its loop's session."""
+"""A worker of a run under Ray Train: what its process loads, and the session of its loop."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import Any
 import ray
 import ray.train
 
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import ray_private
 from clipfh.data import stream
 from clipfh.model.clip import load_open_clip
 from clipfh.train import worker
+from clipfh.train.run_inputs import Job
 
 
 def load() -> None:
-    """Import the libraries that take longest. A worker's process does it before it knows of which run it is."""
+    """Import the libraries that take longest. A worker's process does so before it knows its run."""
     import tensorboardX  # noqa: F401
 
     load_open_clip()
 
 
-def loop(job: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker."""
-    worker.train(job, _Session(), stream)
+def loop(job: Job) -> None:
+    """Train under Ray Train, on each worker."""
+    worker.train_loop(job, _Session(), stream)
 
 
 class _Session:
@@ -53,4 +54,4 @@ class _Session:
         return ray.train.get_preemption_info() is not None
 
     def prepare_next(self) -> None:
-        cluster.start_another()
+        ray_private.prestart_worker()

@@ -110,7 +110,7 @@ def train(
 
 
 def _connection(address: str | None, placement: Placement, dashboard: bool) -> AbstractContextManager[None]:
-    from clipfh.cluster.session import connected  # loads Ray, which a run in this process does without
+    from clipfh.cluster.connect import connected  # loads Ray, which a run in this process does without
 
     return connected(address, placement, dashboard)
 
@@ -121,27 +121,27 @@ Compute = Callable[[Experiment, Inputs, Path, Log], None]
 
 def _in_this_process(placement: Placement) -> tuple[str, Feed, Compute]:
     """Where and how a run trains in this process: in its main thread, where Ctrl-C reaches it."""
-    threads = in_process.placed(placement)["threads"]
+    threads, _ = in_process.choose_threads(placement)
 
     def compute(experiment: Experiment, inputs: Inputs, out: Path, log: Log) -> None:
         images = _count_images(experiment, inputs)
-        in_process.fit(placement, experiment, inputs, out, lambda report: _log_report(report, images, log))
+        in_process.run_training(placement, experiment, inputs, out, lambda report: _log_report(report, images, log))
 
     return f"in this process on CPU, {threads} thread{'s' * (threads > 1)}", in_process.InProcessFeed(), compute
 
 
 def _over_the_cluster(placement: Placement) -> tuple[str, Feed, Compute]:
     """Where and how a run trains on the cluster that this process is connected to."""
-    from clipfh.cluster import resources as cluster
+    from clipfh.cluster.resources import resolve_placement
     from clipfh.data import stream
     from clipfh.train import driver
 
-    resources = cluster.place(placement)
+    resources = resolve_placement(placement)
 
     def compute(experiment: Experiment, inputs: Inputs, out: Path, log: Log) -> None:
         images = _count_images(experiment, inputs)
         _follow(
-            lambda: driver.fit(experiment, inputs, out, resources, retries=3),
+            lambda: driver.run_training(experiment, inputs, out, resources, retries=3),
             out,
             lambda report: _log_report(report, images, log),
         )

@@ -1,10 +1,11 @@
-"""All that a run reads, once it is prepared. It loads neither torch nor Ray."""
+"""What a run and its workers are given, once it is prepared. It loads neither torch nor Ray."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from clipfh.config.experiment import Experiment
 from clipfh.data.decoding import TrainImages
 
 
@@ -31,3 +32,23 @@ class Inputs:
     """prompts of train items that are longer than the model reads"""
     start_val_mAP: float | None = None
     """validation mAP of the weights, where it is known; else each run measures it"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What each worker of a run is given."""
+
+    experiment: Experiment
+    inputs: Inputs
+    out: str
+    """the run's folder, absolute or a URI"""
+    gpus: float
+    """GPUs of the worker"""
+    threads: int
+    """torch threads of the worker"""
+    shares_cores: bool
+    """whether its threads are its share of the cores, and follow the other runs on its machine"""
+    decoding_tasks: int | None = None
+    """how many tasks decode for it at a time; None for as many as there are CPUs for"""
+    prestart_next: bool = False
+    """whether processes for a next run are to be started while it trains"""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from clipfh.config import cores
@@ -24,7 +27,7 @@ from clipfh.model.clip import build_model, load_initial_model
 from clipfh.model.devices import choose_device, explain_out_of_memory, precision_notes
 from clipfh.storage import layout
 from clipfh.storage.run_folder import History
-from clipfh.train.run_inputs import Inputs
+from clipfh.train.run_inputs import Inputs, Job
 
 Save = Callable[[Path], None]
 """Writes a checkpoint into an empty folder."""
@@ -53,52 +56,82 @@ class Session(Protocol):
     "give --batch.chunk 64, say, or --model.checkpointing true, which compute some of it again; or a smaller P x K "
     "(--batch.items, --batch.views)"
 )
-def train(job: dict[str, Any], session: Session, feed: Feed) -> None:
+def train_loop(job: Job, session: Session, feed: Feed) -> None:
     """Train on this worker's part of each batch, from the session's checkpoint to the end of the budget."""
-    experiment, inputs = job["experiment"], job["inputs"]
-    learner = learner_of(experiment, inputs, choose_device(job["gpus"]))
-    validation = validation_of(inputs)
-    found = _begin(learner, validation, inputs, session)
-    history = History(job["out"], learner.step)
+    experiment, inputs = job.experiment, job.inputs
+    learner = make_learner(experiment, inputs, choose_device(job.gpus))
+    validation = fetch_validation(inputs)
+    progress = _begin(learner, validation, inputs, session)
+    reports = _Reports(learner, validation, History(job.out, learner.step), session)
     spec, place = BatchSpec.of(experiment, inputs.size), (learner.rank, learner.world_size)
     last = learner.schedule.num_steps
-    decoded = feed.batches(StreamPart(inputs.images, spec, learner.step, last, *place, job["decoding"]))
+    decoded = feed.batches(StreamPart(inputs.images, spec, learner.step, last, *place, job.decoding_tasks))
     batch_stream = prefetch(decoded, learner.device)
-    tally, patience, notice, began = StepTally(), experiment.budget.patience, _Notice(session), 0.0
+    tally, patience, notice, first_step_time = StepTally(), experiment.budget.patience, _Notice(session), 0.0
     # Not sooner: other trials may still be starting here
-    next_wanted = learner.step + learner.schedule.half_report_steps
-    with _Threads(job["threads"], job["shares_cores"]) as threads:
-        while learner.step < last and not (patience and found["reports_since_best"] >= patience):
+    prestart_step = learner.step + learner.schedule.half_report_steps
+    with _Threads(job.threads, job.shares_cores) as threads:
+        while learner.step < last and not (patience and progress.reports_since_best >= patience):
             threads.adjust()
-            waiting = time.monotonic()
+            waiting_since = time.monotonic()
             step, rows, images = next(batch_stream)
-            waited = time.monotonic() - waiting
-            began = began or time.time()
-            if job["followed"] and learner.step == next_wanted:
+            waited = time.monotonic() - waiting_since
+            first_step_time = first_step_time or time.time()
+            if job.prestart_next and learner.step == prestart_step:
                 session.prepare_next()
             try:
                 tally.add(len(rows), waited, learner.train_step(rows, images))
-                found["stream"] = sampler.digest(found["stream"], step, rows)
-                history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
+                progress = reports.add_step(step, rows, progress)
                 if learner.schedule.is_report(learner.step) or notice.is_new(learner.step):
-                    found = _report(learner, validation, history, tally, {**found, "began": began}, session)
+                    progress = reports.make(tally, progress, first_step_time)
                     tally = StepTally()
             except Diverged as diverged:
-                _report_divergence(diverged, learner.rank, inputs, history, experiment.batch.images)
+                reports.make_last(diverged, inputs)
                 return
 
 
-def _begin(learner: Learner, validation: Validation | None, inputs: Inputs, session: Session) -> dict[str, Any]:
-    """What the last report left, restored; or the score that training starts from."""
-    found: dict[str, Any] = {"stream": "", "reports_since_best": 0}
+@dataclass(frozen=True)
+class Progress:
+    """What a run carries from one report to the next, and over a restart. The fields are keys of its reports."""
+
+    stream: str = ""
+    """digest of all its batches"""
+    start_val_mAP: float = 0.0
+    """validation mAP of the weights that training started from"""
+    best_val_mAP: float = 0.0
+    """highest validation mAP of its reports"""
+    reports_since_best: int = 0
+    step: int = 0
+    """at which the last report was made; 0 before the first"""
+
+    @classmethod
+    def from_report(cls, metrics: Mapping[str, Any]) -> Progress:
+        """Return how a run stood at a report, which its checkpoint holds too."""
+        return cls(**{field.name: metrics[field.name] for field in dataclasses.fields(cls) if field.name in metrics})
+
+    def with_score(self, val_mAP: float | None) -> dict[str, Any]:
+        """The keys that a report takes from here, whose validation mAP is `val_mAP`; None without validation."""
+        if val_mAP is None:
+            return {"stream": self.stream, "reports_since_best": self.reports_since_best}
+        is_better = not self.step or val_mAP > self.best_val_mAP
+        return {
+            "stream": self.stream,
+            "reports_since_best": 0 if is_better else self.reports_since_best + 1,
+            "best_val_mAP": max(val_mAP, self.best_val_mAP),
+        }
+
+
+def _begin(learner: Learner, validation: Validation | None, inputs: Inputs, session: Session) -> Progress:
+    """Restore what the checkpoint holds; without one, measure the model that training starts from."""
     with session.checkpoint() as folder:
         if folder:
-            raw, average, state, found = checkpoint_module.load_training(folder)
+            raw, average, state, metrics = checkpoint_module.load_training(folder)
             learner.restore(raw, average, state)
-        elif validation is not None:
-            known = inputs.start_val_mAP
-            found |= {"start_val_mAP": learner.validate(validation) if known is None else known, "best_val_mAP": 0.0}
-    return found
+            return Progress.from_report(metrics)
+    if validation is None:
+        return Progress()
+    start = inputs.start_val_mAP
+    return Progress(start_val_mAP=learner.validate(validation) if start is None else start)
 
 
 class _Threads:
@@ -152,8 +185,8 @@ class _Notice:
         return self.given
 
 
-def learner_of(experiment: Experiment, inputs: Inputs, on: torch.device) -> Learner:
-    """A rank's learner, from what lies in the object store."""
+def make_learner(experiment: Experiment, inputs: Inputs, on: torch.device) -> Learner:
+    """Make a rank's learner, of what lies in the object store."""
     weights = fetch(inputs.weights)
     if weights is None:
         clip = load_initial_model(experiment.model, experiment.seed)
@@ -164,59 +197,74 @@ def learner_of(experiment: Experiment, inputs: Inputs, on: torch.device) -> Lear
     return Learner(experiment, clip, index, captions, on)
 
 
-def validation_of(inputs: Inputs) -> Validation | None:
-    """The validation images, from the object store; None where the run trains on them."""
+def fetch_validation(inputs: Inputs) -> Validation | None:
+    """Fetch the validation images from the object store; None where the run trains on them."""
     if inputs.validation is None:
         return None
     return Validation(fetch(inputs.validation), *fetch(inputs.items))
 
 
-def _report(
-    learner: Learner,
-    validation: Validation | None,
-    history: History,
-    tally: StepTally,
-    before: dict[str, Any],
-    session: Session,
-) -> dict[str, Any]:
-    """Evaluate, write the history, report with a checkpoint; all ranks take part."""
-    now = learner.report(tally, validation, before.get("start_val_mAP", 0.0))
-    now |= {name: before[name] for name in ("stream", "reports_since_best")}
-    if "step" not in before:
-        now["warnings"] = [*precision_notes(learner.experiment.model.precision, learner.device), *now["warnings"]]
-    if validation is not None:
-        better = now["val_mAP"] > before["best_val_mAP"] or "val_mAP" not in before
-        now["best_val_mAP"] = max(now["val_mAP"], before["best_val_mAP"])
-        now["reports_since_best"] = 0 if better else before["reports_since_best"] + 1
-    if learner.rank:
-        session.report(now, None)
-        return now
-    now |= {"node": session.node, "began": before["began"], "time": time.time()}
-    history.metrics.append(json.dumps(now))
-    history.write()
-    _write_events(history.out, now)
-    session.report(now, functools.partial(_save, learner, now))
-    return now
+class _Reports:
+    """What a run tells of itself: its history, its events, and to the session metrics and checkpoints.
 
+    All ranks make the reports, as each evaluates its part; the first one alone writes them.
+    """
 
-def _save(learner: Learner, metrics: dict[str, Any], folder: Path) -> None:
-    average = learner.average.weights if learner.experiment.optimizer.ema else {}
-    checkpoint_module.save(folder, learner.experiment, learner.clip.state_dict(), average, learner.state(), metrics)
+    def __init__(self, learner: Learner, validation: Validation | None, history: History, session: Session) -> None:
+        self.learner, self.validation, self.history, self.session = learner, validation, history, session
 
+    def add_step(self, step: int, rows: np.ndarray, progress: Progress) -> Progress:
+        """Note the images of a step; returns how the run stands after it."""
+        self.history.stream.append(json.dumps({"step": step, "images": rows.tolist()}))
+        return dataclasses.replace(progress, stream=sampler.digest(progress.stream, step, rows))
 
-def _report_divergence(diverged: Diverged, rank: int, inputs: Inputs, history: History, batch: int) -> None:
-    """A last line that says why the run ends; its score is the worst there is, for the search to learn from."""
-    place = {"step": diverged.step + 1, "images": (diverged.step + 1) * batch}
-    if rank == 0:
+    def make(self, tally: StepTally, progress: Progress, began: float) -> Progress:
+        """Evaluate, write the history, report with a checkpoint; returns how the run stands after it.
+
+        Args:
+            tally: of the steps since the last report.
+            progress: how the run stood before it.
+            began: time of the first step since the run was started, or started again.
+        """
+        metrics = self.learner.report(tally, self.validation, progress.start_val_mAP)
+        if not progress.step:
+            notes = precision_notes(self.learner.experiment.model.precision, self.learner.device)
+            metrics["warnings"] = [*notes, *metrics["warnings"]]
+        metrics |= progress.with_score(metrics.get("val_mAP"))
+        if self.learner.rank:
+            self.session.report(metrics, None)
+        else:
+            metrics |= {"node": self.session.node, "began": began, "time": time.time()}
+            self._write(metrics)
+            _write_events(self.history.out, metrics)
+            self.session.report(metrics, functools.partial(self._save, metrics))
+        return Progress.from_report(metrics)
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        self.history.metrics.append(json.dumps(metrics))
+        self.history.write()
+
+    def _save(self, metrics: dict[str, Any], folder: Path) -> None:
+        learner = self.learner
+        average = learner.average.weights if learner.experiment.optimizer.ema else {}
+        checkpoint_module.save(folder, learner.experiment, learner.clip.state_dict(), average, learner.state(), metrics)
+
+    def make_last(self, diverged: Diverged, inputs: Inputs) -> None:
+        """Write a last line that says why the run ends; its score is the worst there is, for the search to learn from.
+
+        It has no checkpoint.
+        """
+        if self.learner.rank:
+            return
         values = ", ".join(f"{name} {value:g}" for name, value in diverged.terms.items())
         paths = decoding.read_paths(inputs.images, diverged.rows)
         reason = (
             f"loss or gradient are not finite at step {diverged.step} ({values}; images {', '.join(paths[:4])} and "
             f"{max(0, len(paths) - 4)} more): try a lower optimizer.lr"
         )
-        line = {"val_mAP": 0.0, "best_val_mAP": 0.0, "diverged": reason, "diverged_images": paths}
-        history.metrics.append(json.dumps({**place, **line}))
-        history.write()
+        steps = diverged.step + 1
+        place = {"step": steps, "images": steps * self.learner.experiment.batch.images}
+        self._write({**place, "val_mAP": 0.0, "best_val_mAP": 0.0, "diverged": reason, "diverged_images": paths})
 
 
 def _write_events(out: str, values: dict[str, Any]) -> None:

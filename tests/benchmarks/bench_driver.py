@@ -39,7 +39,9 @@ from ray.tune.experiment import Experiment
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import SearchGenerator
 
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import connect, resources
+from clipfh.cluster.resources import Resources
+from clipfh.cluster.run_queue import RunQueue
 from clipfh.config import sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import SweepFile
@@ -56,7 +58,7 @@ NEEDED = NODES / REPORT_S
 """reports a second"""
 PROBES, ENDS, REAL_TRIALS = 7, 4, 8
 IMAGES = 2_000_000
-RESOURCES = cluster.Resources(1, 1.0, 0.0, 1)
+RESOURCES = Resources(1, 1.0, 0.0, 1)
 SEARCH: dict[str, Any] = {
     "optimizer.lr": {"loguniform": [2e-6, 5e-5]},
     "optimizer.layer_decay": {"uniform": [0.6, 1.0]},
@@ -104,14 +106,14 @@ def rows(count: int = TRIALS) -> list[dict]:
     """All measurements, as {name, value, target, ok}."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file
     with tempfile.TemporaryDirectory() as made:
-        cluster.connect("local")
+        connect.connect("local")
         try:
             *_, costs = _simulated(_sweep(Path(made) / "simulated", count), Path(made) / "simulated")
             begin, report = _real(Path(made) / "real")
             process = _best(_process, 3)
             polling = _polling(Path(made) / "polled")
         finally:
-            cluster.disconnect()
+            connect.disconnect()
     can = costs.capacity(report)
     _note(f"needed: {NEEDED:.2f} reports/s, can take {can:.0f}")
     _note(
@@ -203,7 +205,7 @@ class Controller(TuneController):
 
 def _room() -> int:
     """Trials that there is room for, by way of the cluster's nodes: this one, as often as there would be."""
-    return min(NODES, cluster._room([node["Resources"] for node in ray.nodes()] * NODES, RESOURCES))
+    return min(NODES, resources._room([node["Resources"] for node in ray.nodes()] * NODES, RESOURCES))
 
 
 def _simulated(sweep: SweepFile, out: Path) -> Iterator[Costs]:
@@ -336,11 +338,11 @@ def _polling(out: Path) -> float:
     lines = [json.dumps({**_line(n, 0.5), "step": n, **dict.fromkeys(keys, 0.123456789)}) for n in range(REPORTS // 2)]
     (out / layout.REPORTS).write_text("\n".join(lines))
     for number in range(NODES):
-        cluster.queue(f"trial-{number}")
+        RunQueue().join(f"trial-{number}")
     read = _best(lambda: run_folder.read_metrics(out), 20)
-    turn = _best(lambda: cluster.is_turn_of("trial-0", RESOURCES), 20)
+    turn = _best(lambda: RunQueue().is_turn_of("trial-0", RESOURCES), 20)
     for number in range(NODES):
-        cluster.leave(f"trial-{number}")
+        RunQueue().leave(f"trial-{number}")
     _note(f"a look for reports {1000 * read:.2f} ms, for its turn {1000 * turn:.2f} ms")
     return NODES * (10 * read + turn)
 

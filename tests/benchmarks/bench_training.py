@@ -23,7 +23,8 @@ import psutil
 import ray
 import torch
 
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import connect
+from clipfh.cluster.resources import Resources, max_concurrent_runs, resolve_placement
 from clipfh.config import cores, presets, sweep_file
 from clipfh.config.experiment import SMALL_MODEL, Experiment, Placement
 from clipfh.data import decoding, stream
@@ -63,11 +64,11 @@ def rows() -> list[dict]:
         write_source(folder / "photos", items=ITEMS, seed=0, size=SIDE)
         opened = prepare(folder / "photos", folder / "catalogue")
         (folder / "sweep.yaml").write_text(SWEEP)
-        cluster.connect("local")
+        connect.connect("local")
         try:
             return [*_stream_and_step(opened, folder), *_sweep(opened, folder), *_plan()]
         finally:
-            cluster.disconnect()
+            connect.disconnect()
 
 
 def row(name: str, value: float, at_least: float | None = None, at_most: float | None = None) -> dict:
@@ -77,7 +78,7 @@ def row(name: str, value: float, at_least: float | None = None, at_most: float |
 
 def _stream_and_step(opened: Catalogue, folder: Path) -> list[dict]:
     experiment = presets.resolve("image", None, SETTINGS)
-    resources = cluster.place(Placement())
+    resources = resolve_placement(Placement())
     inputs = prepare_inputs(opened, experiment, load_start(experiment), stream)
     images = stream.cache_decoded(inputs.images, 1.0, inputs.size, experiment.augment.crop_min)
     kept = dataclasses.replace(inputs, images=images)
@@ -99,12 +100,12 @@ def _stream_and_step(opened: Catalogue, folder: Path) -> list[dict]:
     ]
 
 
-def _drained(experiment: Experiment, inputs: Inputs, out: Path, resources: cluster.Resources) -> float:
+def _drained(experiment: Experiment, inputs: Inputs, out: Path, resources: Resources) -> float:
     """Images per second that arrive at a worker which does nothing with them, the first left out."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file
     usual, driver.loop = driver.loop, _drain
     try:
-        driver.fit(experiment, inputs, out, resources, name=str(out))
+        driver.run_training(experiment, inputs, out, resources)
     finally:
         driver.loop = usual
     return float(json.loads((out / "drained.json").read_text()))
@@ -159,7 +160,7 @@ def _loader(opened: Catalogue, inputs: Inputs) -> float:
     return images / (time.perf_counter() - begun)
 
 
-def _steps(opened: Catalogue, inputs: Inputs, resources: cluster.Resources, folder: Path) -> tuple[float, float]:
+def _steps(opened: Catalogue, inputs: Inputs, resources: Resources, folder: Path) -> tuple[float, float]:
     """Images per second in the loop by those of the same steps on tensors in memory, and the loop's time between steps.
 
     The two run beside each other and take turns: the machine itself may be a tenth faster in one minute than in the
@@ -183,7 +184,7 @@ def _steps(opened: Catalogue, inputs: Inputs, resources: cluster.Resources, fold
         taking = threading.Thread(target=_take_turns, args=(plain, folder / "run", turns), daemon=True)
         taking.start()
         open_run(folder / "run", experiment, opened)
-        driver.fit(experiment, inputs, folder / "run", resources, name=folder.name)
+        driver.run_training(experiment, inputs, folder / "run", resources)
         taking.join()
     finally:
         driver.loop = usual
@@ -266,11 +267,11 @@ def _plain(folder: Path) -> None:
         step(plan.batch(number % STEPS), some[number % 8])
 
 
-def _evaluation(inputs: Inputs, resources: cluster.Resources) -> float:
+def _evaluation(inputs: Inputs, resources: Resources) -> float:
     """Share of a trial's time that scoring takes, with the preset's budget and a report each tenth of it."""
     torch.set_num_threads(resources.threads)
     experiment = presets.resolve("image", None, SETTINGS)
-    learner, validation = worker.learner_of(experiment, inputs, choose_device()), worker.validation_of(inputs)
+    learner, validation = worker.make_learner(experiment, inputs, choose_device()), worker.fetch_validation(inputs)
     assert validation is not None
     learner.validate(validation)
     begun = time.perf_counter()
@@ -301,7 +302,7 @@ def _sweep(opened: Catalogue, folder: Path) -> list[dict]:
     trials = [run_folder.read_metrics(run) for run in sorted((folder / "sweep/trials").glob("*")) if run.name != "0000"]
     waits = [lines[0]["began"] - start for lines, start in zip(trials, starts, strict=True)]
     trained = sum(lines[-1]["time"] - lines[0]["began"] for lines in trials)
-    at_once = cluster.at_once(Placement(), cluster.place(Placement(), alone=False))
+    at_once = max_concurrent_runs(Placement(), resolve_placement(Placement(), alone=False))
     wall = end - starts[0]
     idle = wall * at_once - trained
     print(

@@ -32,7 +32,7 @@ placement: {{concurrent: {trials}, cpus_per_worker: 1}}
 
 def search(catalogue: str, at_once: int, folder: Path) -> None:
     """As many trials as go at once, and no test split."""
-    from clipfh.cluster import resources as cluster
+    from clipfh.cluster import connect
     from clipfh.config import sweep_file
     from clipfh.config.experiment import Placement
 
@@ -40,12 +40,12 @@ def search(catalogue: str, at_once: int, folder: Path) -> None:
     from clipfh.sweep import sweep
 
     (folder / "sweep.yaml").write_text(SWEEP.format(trials=at_once))
-    cluster.connect("local", Placement(workers=TRIALS // 2))  # for as many at once, whatever the machine
+    connect.connect("local", Placement(workers=TRIALS // 2))  # for as many at once, whatever the machine
 
     def tell(line: str) -> None:
         print(line, flush=True)
         if line.startswith("winner"):
-            cluster.disconnect()
+            connect.disconnect()
             sys.exit()
 
     sweep.run(sweep_file.load(folder / "sweep.yaml"), catalogues.open_catalogue(catalogue), folder / "sweep", tell=tell)

@@ -11,7 +11,7 @@ from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
 
 from clipfh import UserError
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import ray_private
 from clipfh.data import decoding as decoding_module
 from clipfh.data import sampler, stream
 from clipfh.data.decoding import BatchSpec, StreamPart
@@ -83,7 +83,7 @@ def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
         step = block["step"]
         return {"step": step, "row": step, "image": np.full(len(step), "open_clip" in sys.modules)}
 
-    @ray.remote(runtime_env=cluster.first_calling("clipfh.train.ray_worker.load"))
+    @ray.remote(runtime_env=ray_private.setup_hook_env("clipfh.train.ray_worker.load"))
     def worker(images):
         stream._decode_steps = load
         decoding = [bool(image) for _, _, image in stream.batches(StreamPart(images, recipe, 0, 2))]
@@ -110,7 +110,7 @@ def test_a_workers_tasks_use_the_drivers_processes(ray_cluster):
     def of_a_task():
         return ray.get(environment.remote())
 
-    train = {**DEFAULT_ENV_VARS, **get_env_vars_to_propagate(), **cluster.first_calling("gc.collect")["env_vars"]}
+    train = {**DEFAULT_ENV_VARS, **get_env_vars_to_propagate(), **ray_private.setup_hook_env("gc.collect")["env_vars"]}
     assert ray.get(of_a_task.options(runtime_env={"env_vars": train}).remote()) == ray.get(environment.remote())
 
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import connect
 from clipfh.config import sweep_file
 from clipfh.data import catalogue
 from clipfh.data.prepare import prepare
@@ -39,7 +39,7 @@ def one(folder: Path, number: int, trials: int, dashboard: bool) -> None:
     import ray
 
     (folder / "soak.yaml").write_text(SWEEP.format(trials=trials))
-    cluster.connect("local", dashboard=dashboard)
+    connect.connect("local", dashboard=dashboard)
     total = ray.cluster_resources()["CPU"]
     started = time.monotonic()
     opened = catalogue.open_catalogue(folder / "catalogue")

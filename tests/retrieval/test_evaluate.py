@@ -13,7 +13,7 @@ import torch
 
 from clipfh import UserError
 from clipfh.cli import console, main
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import connect
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.data import images as images_module
@@ -133,7 +133,7 @@ def test_kept_embeddings_come_back_and_nothing_else_does(small_catalogue, clip, 
 @pytest.mark.parametrize("options", [[], ["--rerank"]])
 def test_a_second_evaluation_embeds_nothing(small_catalogue, folder, options, capsys, monkeypatch):
     """It does not even start Ray. The predictions are in the order of the figures, re-ranked or not."""
-    monkeypatch.setattr(cluster, "connect", lambda *_: pytest.fail("Ray is started"))
+    monkeypatch.setattr(connect, "connect", lambda *_: pytest.fail("Ray is started"))
     command = ["evaluate", str(small_catalogue.path), "--out", str(folder), "--model", SMALL_MODEL]
     assert main.main([*command, "--random-splits", "3", *options]) == 0
     said = capsys.readouterr().out

@@ -14,7 +14,7 @@ import torch
 
 from clipfh import UserError
 from clipfh.cli import main
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import connect
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.data import images
@@ -42,7 +42,7 @@ def export(tmp_path_factory) -> Path:
 def file(export, small_catalogue, ray_cluster, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("embeddings") / "all.parquet"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "disconnect", lambda: None)  # the suite's cluster stays
+        patch.setattr(connect, "disconnect", lambda: None)  # the suite's cluster stays
         words = ["embed", str(small_catalogue.path), "--checkpoint", str(export), "--out", str(out)]
         assert main.main(words) == 0
     return out

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from clipfh import UserError
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import ray_private
+from clipfh.cluster.resources import Resources
 from clipfh.config.experiment import Placement
 from clipfh.sweep import finalists
 
@@ -18,13 +19,13 @@ def trained(monkeypatch, tmp_path, tiny):
     """Train three runs on a cluster with room for one; fit is a stand-in. What was told, asked for and run at once."""
     (tmp_path / "sweep.yaml").touch()
     waiting, lock, seen = [], threading.Lock(), SimpleNamespace(told=[], asked=[], at_once=0, most=0, ended=[])
-    monkeypatch.setattr(cluster, "queue", waiting.append)
-    monkeypatch.setattr(cluster, "leave", waiting.remove)
-    monkeypatch.setattr(cluster, "end", seen.ended.append)
-    monkeypatch.setattr(cluster, "is_turn_of", lambda run, resources: run == waiting[0])
-    monkeypatch.setattr(
-        cluster, "asking", lambda placement, resources: contextlib.nullcontext(lambda left: seen.asked.append(left))
+    queue = SimpleNamespace(
+        join=waiting.append, leave=waiting.remove, is_turn_of=lambda run, resources: run == waiting[0]
     )
+    monkeypatch.setattr(finalists, "RunQueue", lambda: queue)
+    monkeypatch.setattr(ray_private, "release", seen.ended.append)
+    request = contextlib.nullcontext(lambda left: seen.asked.append(left))
+    monkeypatch.setattr(finalists, "autoscaler_request", lambda placement, resources: request)
 
     def run(fails: str = "") -> SimpleNamespace:
         def fit(experiment, inputs, out, resources, **how):
@@ -37,10 +38,10 @@ def trained(monkeypatch, tmp_path, tiny):
             with lock:
                 seen.at_once -= 1
 
-        monkeypatch.setattr(finalists.driver, "fit", fit)
+        monkeypatch.setattr(finalists.driver, "run_training", fit)
         jobs = {tmp_path / "final" / name: tiny for name in ("a", "b", "c")}
         sweep = SimpleNamespace(placement=Placement())
-        finalists._train_all(jobs, sweep, None, cluster.Resources(1, 1, 0, 1), seen.told.append)
+        finalists._train_all(jobs, sweep, None, Resources(1, 1, 0, 1), seen.told.append)
         return seen
 
     return SimpleNamespace(run=run, seen=seen)

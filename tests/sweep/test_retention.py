@@ -148,6 +148,6 @@ def test_the_run_that_was_exported_keeps_its_weights_and_is_not_trained_again(ma
     keeper.finals(second)
     assert (left(first), left(second)) == ([], BEST)
     monkeypatch.setattr(driver, "is_over", lambda *_: True)
-    monkeypatch.setattr(driver, "fit", lambda *_, **__: pytest.fail("was trained again"))
+    monkeypatch.setattr(driver, "run_training", lambda *_, **__: pytest.fail("was trained again"))
     for run in (first, second):
         finalists._train(EXPERIMENT, None, run, None, threading.Event())

