@@ -223,7 +223,8 @@ class _Controller:
 
     @staticmethod
     def key(run: str) -> str:
-        return f"clipfh:controller:{run}"
+        """The key of a run of this job. What another job left holds nothing, and its handles can't be read here."""
+        return f"clipfh:controller:{ray.get_runtime_context().get_job_id()}:{run}"
 
 
 _CANCEL: dict[str, Callable[[], Any]] = {}

@@ -82,20 +82,21 @@ np.save(sys.argv[3], embedded([row["path"] for row in rows]).numpy())
 TRAIN = """
 import sys
 import numpy as np, torch
-from clipfh.config import experiment as config
+from clipfh.config import presets
 from clipfh.data import catalogue, decoding
 from clipfh.data.decoding import StreamPart
-from clipfh.model import clip as model
-from clipfh.train import in_process, inputs as train
-from clipfh.learner import Learner
+from clipfh.learn.learner import Learner
+from clipfh.model.clip import get_preprocess, load_initial_model
+from clipfh.train import in_process
+from clipfh.train.inputs import tokenize_captions
 
-experiment = config.resolve("image", None, {"model.name": config.SMALL, "budget.images": int(sys.argv[2])})
+experiment = presets.resolve("image", None, {"model.name": "clipfh-small", "budget.images": int(sys.argv[2])})
 opened = catalogue.open_catalogue(sys.argv[1])
-clip = model.initial(experiment.model, 0)
+clip = load_initial_model(experiment.model, 0)
 index = decoding.read_index(opened, "train")
-captions, _ = train.captions_of(opened, index.names, experiment, "train")
+captions, _ = tokenize_captions(opened, index.names, experiment, "train")
 learner = Learner(experiment, clip, index, captions, torch.device("cpu"))
-feed, recipe = in_process.InProcessFeed(), decoding.BatchSpec.of(experiment, model.preprocess_of(clip).size)
+feed, recipe = in_process.InProcessFeed(), decoding.BatchSpec.of(experiment, get_preprocess(clip).size)
 some = [(rows, images) for _, rows, images in feed.batches(StreamPart(feed.share(opened, "train"), recipe, 0, 8))]
 while learner.step < learner.schedule.num_steps:
     rows, images = some[learner.step % len(some)]

@@ -1,6 +1,7 @@
 """What is taken from Ray beyond its public API is there, and Ray calls it: a new name there fails a test here."""
 
 import logging
+import subprocess
 import sys
 import threading
 import time
@@ -227,6 +228,23 @@ def test_what_a_killed_process_held_is_free_when_its_run_is_released(ray_cluster
     assert groups() == 1, "an actor's groups outlive it"
     ray_private.release("test")
     until(lambda: groups() == 0, 10)
+
+
+LEAVES_A_CONTROLLER = """
+import sys, ray
+from clipfh.cluster import ray_private
+ray.init(sys.argv[1], log_to_driver=False)
+actor = ray.remote(num_cpus=0)(ray_private._Host).remote()
+entry = ray_private._Controller(actor, actor._actor_id.hex(), True)
+ray_private.write_key(ray_private._Controller.key("test"), ray.cloudpickle.dumps(entry))
+"""
+
+
+def test_what_another_job_left_keeps_no_run_from_its_start(ray_cluster):
+    """A sweep that goes on after a kill releases its runs first, and can't read the handles of the job before."""
+    words = [sys.executable, "-c", LEAVES_A_CONTROLLER, ray.get_runtime_context().gcs_address]
+    subprocess.run(words, check=True)
+    ray_private.release("test")
 
 
 def test_what_the_user_must_mend_ends_a_run_at_once_and_leaves_nothing(ray_cluster, tmp_path):
