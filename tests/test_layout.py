@@ -16,11 +16,11 @@ import pytest
 import clipfh
 from clipfh.storage import layout
 
-LEVELS = [{"storage", "config"}, {"cluster"}, {"data"}, {"model", "report"}]
+LEVELS = [{"storage", "config"}, {"data", "cluster"}, {"model", "report"}]
 LEVELS += [{wing} for wing in ("retrieval", "learn", "train", "sweep", "demo", "cli")]
 LEVEL = {wing: level for level, wings in enumerate(LEVELS) for wing in wings}
-WITHOUT_RAY = {"retrieval.metrics", "retrieval.rerank", "data.sampler"}
-WINGS_WITHOUT_RAY = {"storage", "config", "learn"}
+WITHOUT_RAY = {"retrieval.metrics", "retrieval.rerank"}
+WINGS_WITHOUT_RAY = {"storage", "config", "data", "learn"}
 PACKAGE = Path(clipfh.__file__).parent
 TREES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts): ast.parse(file.read_text())

@@ -21,7 +21,6 @@ from clipfh.cluster.resources import Resources, autoscaler_request, max_concurre
 from clipfh.config import schema, sweep_file
 from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import SweepFile
-from clipfh.data import stream
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import fetch
 from clipfh.data.sampler import make_sampler
@@ -36,7 +35,7 @@ from clipfh.sweep import finalists, retention
 from clipfh.sweep.leaderboard import ZERO_SHOT, Leaderboard, Row
 from clipfh.sweep.searcher import StudySearcher, open_study
 from clipfh.sweep.tuner import Watch, run_trials
-from clipfh.train import provenance
+from clipfh.train import provenance, stream
 from clipfh.train.inputs import VALIDATION, load_start, notes_on_singles, prepare_inputs
 from clipfh.train.run_inputs import Inputs
 

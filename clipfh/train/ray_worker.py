@@ -12,9 +12,8 @@ import ray
 import ray.train
 
 from clipfh.cluster import ray_private
-from clipfh.data import stream
 from clipfh.model.clip import load_open_clip
-from clipfh.train import worker
+from clipfh.train import stream, worker
 from clipfh.train.run_inputs import Job
 
 

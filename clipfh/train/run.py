@@ -133,8 +133,7 @@ def _in_this_process(placement: Placement) -> tuple[str, Feed, Compute]:
 def _over_the_cluster(placement: Placement) -> tuple[str, Feed, Compute]:
     """Where and how a run trains on the cluster that this process is connected to."""
     from clipfh.cluster.resources import resolve_placement
-    from clipfh.data import stream
-    from clipfh.train import driver
+    from clipfh.train import driver, stream
 
     resources = resolve_placement(placement)
 

@@ -27,7 +27,7 @@ from clipfh.cluster import connect
 from clipfh.cluster.resources import Resources, max_concurrent_runs, resolve_placement
 from clipfh.config import cores, presets, sweep_file
 from clipfh.config.experiment import SMALL_MODEL, Experiment, Placement
-from clipfh.data import decoding, stream
+from clipfh.data import decoding
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import BatchSpec, StreamPart
 from clipfh.data.prepare import prepare
@@ -37,7 +37,7 @@ from clipfh.learn.learner import Learner
 from clipfh.model.devices import choose_device
 from clipfh.storage import run_folder
 from clipfh.sweep import sweep
-from clipfh.train import driver, worker
+from clipfh.train import driver, stream, worker
 from clipfh.train.inputs import load_start, open_run, prepare_inputs
 from clipfh.train.run_inputs import Inputs
 

@@ -9,10 +9,10 @@ import pytest
 from clipfh.cluster.resources import resolve_placement
 from clipfh.config import cores
 from clipfh.config.experiment import Placement
-from clipfh.data import decoding, stream
+from clipfh.data import decoding
 from clipfh.data.decoding import BatchSpec, StreamPart, fetch
 from clipfh.storage import layout, run_folder
-from clipfh.train import in_process, worker
+from clipfh.train import in_process, stream, worker
 
 
 @pytest.fixture(scope="module")

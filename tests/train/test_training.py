@@ -22,7 +22,7 @@ from clipfh import UserError
 from clipfh.cluster.resources import Resources
 from clipfh.config import presets, schema
 from clipfh.config.experiment import LOSS_TERMS
-from clipfh.data import images, stream
+from clipfh.data import images
 from clipfh.data.prepare import prepare
 from clipfh.data.sampler import ItemIndex, build_index, make_sampler
 from clipfh.learn import learner
@@ -32,7 +32,7 @@ from clipfh.model.clip import get_preprocess
 from clipfh.model.towers import embed_images
 from clipfh.retrieval import evaluate
 from clipfh.storage import layout, run_folder
-from clipfh.train import driver, worker
+from clipfh.train import driver, stream, worker
 from clipfh.train import inputs as inputs_module
 from clipfh.train.inputs import (
     VALIDATION,

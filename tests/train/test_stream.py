@@ -13,9 +13,10 @@ from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
 from clipfh import UserError
 from clipfh.cluster import ray_private
 from clipfh.data import decoding as decoding_module
-from clipfh.data import sampler, stream
+from clipfh.data import sampler
 from clipfh.data.decoding import BatchSpec, StreamPart
 from clipfh.data.sampler import PKSampler, build_index
+from clipfh.train import stream
 
 
 @pytest.fixture(scope="module")
