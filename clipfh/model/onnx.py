@@ -79,10 +79,10 @@ def write_towers(
     (folder / layout.PREPROCESSOR).write_text(json.dumps(describe_preprocessing(preprocess), indent=2) + "\n")
     samples = (pixel_values(photos, preprocess), load_tokenizer(settings)(list(texts)))
     for tower, sample in zip(TOWERS, samples, strict=True):
-        _write_tower(_Encoder(clip, tower.encode).eval(), tower, folder / tower.file, sample)
+        _write_tower(_NormalizedTower(clip, tower.encode).eval(), tower, folder / tower.file, sample)
 
 
-class _Encoder(nn.Module):
+class _NormalizedTower(nn.Module):
     """One tower with its output normalised to unit embeddings."""
 
     def __init__(self, clip: nn.Module, encode: str) -> None:
@@ -94,7 +94,7 @@ class _Encoder(nn.Module):
 
 
 @torch.no_grad()
-def _write_tower(encoder: _Encoder, tower: Tower, file: Path, sample: Tensor) -> None:
+def _write_tower(encoder: _NormalizedTower, tower: Tower, file: Path, sample: Tensor) -> None:
     size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
     with _quiet():
         torch.onnx.export(

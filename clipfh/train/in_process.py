@@ -84,7 +84,7 @@ class InProcessFeed:
             pool.shutdown(cancel_futures=True)
 
 
-class _Session:
+class _LocalSession:
     """The `worker.Session` of a run alone. It keeps the best checkpoint and the latest, and Ray Train's list of them.
 
     Args:
@@ -174,7 +174,7 @@ def run_training(
         out: the run's folder, which holds its `experiment.json`.
         tell: takes each report.
     """
-    session = _Session(out, "step" if inputs.validation is None else "val_mAP", tell)
+    session = _LocalSession(out, "step" if inputs.validation is None else "val_mAP", tell)
     threads, shares_cores = choose_threads(placement)
     worker.train_loop(Job(experiment, inputs, str(out.absolute()), 0, threads, shares_cores), session, InProcessFeed())
 

@@ -26,10 +26,10 @@ def load() -> None:
 
 def loop(job: Job) -> None:
     """Train under Ray Train, on each worker."""
-    worker.train_loop(job, _Session(), stream)
+    worker.train_loop(job, _RaySession(), stream)
 
 
-class _Session:
+class _RaySession:
     """The `worker.Session` of Ray Train, which keeps the checkpoints and their list."""
 
     def __init__(self) -> None:

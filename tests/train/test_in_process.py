@@ -58,14 +58,14 @@ def test_the_best_checkpoint_and_the_latest_are_kept(tmp_path):
         (folder / "weights").write_text("")
 
     told = []
-    session = in_process._Session(tmp_path, "val_mAP", told.append)
+    session = in_process._LocalSession(tmp_path, "val_mAP", told.append)
     with session.checkpoint() as begun:
         assert begun is None
     for step, score in enumerate([0.2, 0.5, 0.4, 0.3], 1):
         session.report({"step": step, "val_mAP": score}, save)
     half = tmp_path / "checkpoints" / "checkpoint_half.new"
     half.mkdir()  # as a kill leaves it
-    again = in_process._Session(tmp_path, "val_mAP", told.append)
+    again = in_process._LocalSession(tmp_path, "val_mAP", told.append)
     with again.checkpoint() as latest:
         assert latest
     kept = sorted(folder.name for folder in (tmp_path / "checkpoints").glob("checkpoint_*-*"))
