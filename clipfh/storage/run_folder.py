@@ -14,8 +14,6 @@ from clipfh import UserError
 from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
 
-SWEEP, EXPERIMENT = layout.SWEEP, layout.EXPERIMENT
-
 AWAY = 600
 """Seconds that a run or a sweep waits for its folder, as a share that is not mounted comes back."""
 
@@ -24,7 +22,7 @@ def wait_for(file: str | Path, tell: Callable[[str], None] = lambda line: None) 
     """Return when a file is there that was written at the start: else its folder is away, and writing makes another.
 
     Args:
-        file: of a run (`EXPERIMENT`) or a sweep (`SWEEP`), absolute or a URI.
+        file: of a run (`layout.EXPERIMENT`) or a sweep (`layout.SWEEP`), absolute or a URI.
         tell: takes a line where it is away.
 
     Raises:
