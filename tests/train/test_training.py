@@ -340,7 +340,7 @@ class Held:
     """A feed that holds nothing but what it is given."""
 
     put = staticmethod(lambda value: value)
-    decoded = staticmethod(lambda *asked: None)
+    decode_for_evaluation = staticmethod(lambda *args: None)
 
     @staticmethod
     def share(catalogue, *splits):
