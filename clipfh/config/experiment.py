@@ -25,9 +25,12 @@ class ModelSettings:
     """The CLIP towers."""
 
     name: str = "ViT-B/16"
-    """ViT-B/16, RN50 (OpenAI's weights), clipfh-small (64 pixels, random weights) or any open_clip name"""
+    """ViT-B/16, RN50 (OpenAI's weights), clipfh-small (64 pixels, random weights), any open_clip name, hf-hub:ORG/NAME
+    (with @REVISION for another than the newest) or local-dir:FOLDER"""
     pretrained: str = ""
     """open_clip tag, local weights file, or 'none' for random weights; empty: the usual ones of the name"""
+    image_size: int = 0
+    """side of the model's images, pixels; position embeddings are interpolated; 0: the model's own"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on GPUs that have it, else float32. Evaluation and embeddings: float32, as exports are"""
     freeze_patch: bool = True
@@ -43,6 +46,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "model.name", "a name", "empty")
+        require(self.image_size >= 0, "model.image_size", "0 or more", self.image_size)
         require(self.freeze_blocks >= 0, "model.freeze_blocks", "0 or more", self.freeze_blocks)
 
 
@@ -125,7 +129,7 @@ class OptimizerSettings:
     """AdamW with layer-wise rates, warm-up and cosine per step, and an average of the weights."""
 
     lr: float = 1e-5
-    """learning rate of the image tower's last block"""
+    """learning rate of what follows the image tower's last block"""
     text_lr: float = 0.1
     """rate of the text tower, as a multiple of lr (joint stage)"""
     head_lr: float = 10.0

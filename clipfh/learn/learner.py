@@ -25,6 +25,7 @@ from clipfh.learn.all_gather import all_gather_with_gradient
 from clipfh.learn.objective import Labels, Objective
 from clipfh.learn.optimizer import ExponentialMovingAverage
 from clipfh.learn.tally import StepTally, UncheckedStep
+from clipfh.model.clip import architecture_of
 from clipfh.model.devices import resolve_precision
 from clipfh.model.layers import freeze
 from clipfh.model.towers import Towers, clamp_logit_scale, embed_images, recompute_blocks, text_features
@@ -78,7 +79,7 @@ class Learner:
         self.towers = Towers(clip, experiment.batch.chunk).to(on).train()
         self.forward = self._wrapped()
         dtype = self.towers.mean.dtype
-        self.objective = Objective(experiment.loss, clip.visual.output_dim, len(index.names)).to(on, dtype)
+        self.objective = Objective(experiment.loss, architecture_of(clip).embed_dim, len(index.names)).to(on, dtype)
         self.optimizer = optimizer.make_adamw(clip, self.objective, experiment.optimizer, on)
         self.lr_schedule = optimizer.cosine_schedule(
             self.optimizer, self.schedule.num_steps, experiment.optimizer.warmup

@@ -12,7 +12,7 @@ from torch import nn
 
 from clipfh import UserError
 from clipfh.config.experiment import OptimizerSettings
-from clipfh.model.layers import count_blocks, layer_depth, split_towers
+from clipfh.model.layers import split_towers
 
 
 def make_adamw(
@@ -35,12 +35,12 @@ def make_adamw(
 def _learning_rates(
     clip: nn.Module, heads: nn.Module, settings: OptimizerSettings
 ) -> Iterator[tuple[nn.Parameter, float]]:
-    towers = split_towers(clip)
-    for tower, multiple in (("image", 1.0), ("text", settings.text_lr)):
-        blocks = count_blocks(list(towers[tower]))
-        for name, parameter in towers[tower].items():
-            yield parameter, settings.lr * multiple * settings.layer_decay ** (blocks + 1 - layer_depth(name, blocks))
-    for parameter in towers["scale"].values():
+    image, text, scale = split_towers(clip)
+    for tower, multiple in ((image, 1.0), (text, settings.text_lr)):
+        for name, parameter in tower.parameters.items():
+            above = tower.blocks + 1 - tower.depth[name]
+            yield parameter, settings.lr * multiple * settings.layer_decay**above
+    for parameter in scale.values():
         yield parameter, settings.lr * settings.text_lr
     for parameter in heads.parameters():
         yield parameter, settings.lr * settings.head_lr

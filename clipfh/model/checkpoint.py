@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from clipfh import UserError
 from clipfh.config import presets, schema
-from clipfh.config.experiment import Experiment
-from clipfh.model.clip import load_initial_model, load_weights
+from clipfh.config.experiment import Experiment, ModelSettings
+from clipfh.model import architecture as architectures
+from clipfh.model.architecture import Architecture
+from clipfh.model.clip import load_initial_model, load_weights, resize
+from clipfh.model.state_dicts import read_state
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
 
@@ -32,11 +35,18 @@ class Weights:
     path: str
     model_name: str = ""
     """architecture that a bare weights file names; often it names none"""
+    own_architecture: Architecture | None = None
+    """None for a bare weights file, and for checkpoints of old versions"""
+
+    def architecture(self, settings: ModelSettings) -> Architecture:
+        """The weights' own architecture, else that of the settings, with its own size of images."""
+        return self.own_architecture or architectures.find(replace(settings, image_size=0))
 
 
 def save(
     folder: Path,
     experiment: Experiment,
+    architecture: Architecture,
     raw: dict[str, Tensor],
     average: dict[str, Tensor],
     training: dict[str, Any],
@@ -47,6 +57,7 @@ def save(
     Args:
         folder: to fill; whoever keeps checkpoints puts it in its place whole.
         experiment: settings of the run.
+        architecture: of its model.
         raw: weights as they are trained, by open_clip's names.
         average: their average, only of those that are trained; empty where the run keeps none.
         training: state of the optimizer and of what else goes on.
@@ -57,6 +68,7 @@ def save(
         save_file({n: t.detach().cpu().contiguous() for n, t in average.items()}, folder / layout.AVERAGE_WEIGHTS)
     torch.save(training, folder / layout.TRAINING_STATE)
     (folder / layout.EXPERIMENT).write_text(schema.to_json(experiment))
+    (folder / layout.ARCHITECTURE).write_text(architecture.to_json())
     (folder / layout.METRICS).write_text(json.dumps(metrics))
 
 
@@ -76,7 +88,8 @@ def load(path: str | Path) -> Weights:
     """
     place = find(path)
     if place.is_file():
-        return _load_file(place)
+        state, name = read_state(place)
+        return Weights(state, None, {}, str(place), name)
     folder = Folder(place)
     experiment = schema.from_json(folder.read_text(layout.EXPERIMENT), f"{folder}/{layout.EXPERIMENT}")
     state = _load_weights(
@@ -84,7 +97,21 @@ def load(path: str | Path) -> Weights:
     )
     if folder.exists(layout.AVERAGE_WEIGHTS):
         state |= _load_weights(folder, layout.AVERAGE_WEIGHTS)
-    return Weights(state, experiment, folder.read_json(layout.METRICS), str(folder))
+    metrics = folder.read_json(layout.METRICS)
+    return Weights(state, experiment, metrics, str(folder), own_architecture=read_architecture(place))
+
+
+def read_architecture(path: str | Path) -> Architecture | None:
+    """The architecture that a checkpoint or an export keeps; those of old versions keep none."""
+    folder = Folder(path)
+    if folder.exists(layout.ARCHITECTURE):
+        return architectures.parse(folder.read_text(layout.ARCHITECTURE), f"{folder}/{layout.ARCHITECTURE}")
+    return architectures.read_folder(folder.local_path()) if folder.exists(layout.OPEN_CLIP_CONFIG) else None
+
+
+def build(weights: Weights, settings: ModelSettings) -> nn.Module:
+    """A model with the weights, for images of the settings' size. UserError: they do not fit."""
+    return resize(load_weights(weights.architecture(settings), weights.state, weights.path), settings)
 
 
 def _load_weights(folder: Folder, name: str) -> dict[str, Tensor]:
@@ -105,12 +132,27 @@ def load_model(path: str | Path | None, settings: Mapping[str, Any]) -> tuple[nn
         UserError: no such weights, or a setting that does not fit them.
     """
     weights = load(path) if path else None
+    if weights:
+        _require_model(weights, settings)
     experiment = (weights.experiment if weights else None) or presets.resolve("image", None, settings)
     precision = {} if settings.get("model.precision") == "bfloat16" else {"model.precision": "float32"}
     experiment = schema.replace(experiment, {**settings, **precision})
     if weights is None:
         return load_initial_model(experiment.model, experiment.seed), experiment, ""
-    return load_weights(experiment.model, weights.state, str(path)), experiment, weights.path
+    return build(weights, experiment.model), experiment, weights.path
+
+
+def _require_model(weights: Weights, settings: Mapping[str, Any]) -> None:
+    """Raise UserError where the settings name another model than the weights' own."""
+    name = settings.get("model.name")
+    if not weights.experiment or name in (None, own := weights.experiment.model.name):
+        return
+    theirs = weights.architecture(weights.experiment.model)
+    asked = architectures.find(ModelSettings(name=name, pretrained=settings.get("model.pretrained", "")))
+    if not asked.takes_weights_of(theirs):
+        raise UserError(
+            f"{weights.path} holds {own} ({theirs.activation}), not {name} ({asked.activation}): leave --model out"
+        )
 
 
 def files_of(path: str | Path) -> list[Path]:
@@ -134,47 +176,3 @@ def find(path: str | Path) -> Path:
     if folder.exists(layout.CHECKPOINTS):
         return (folder / layout.CHECKPOINTS).local_path(run_folder.best_of(path))
     raise UserError(f"{path} holds no weights: give a run, a checkpoint, an export or a weights file")
-
-
-STATES = ("model_state_dict", "state_dict", "model")
-"""Keys under which training scripts keep a state dict: the original pipeline's, open_clip's, and others'."""
-
-NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
-"""What OpenAI's state dicts hold beside weights."""
-
-
-def _load_file(file: Path) -> Weights:
-    """A bare weights file: a state dict with open_clip's or OpenAI's names, or a mapping with one in it."""
-    tree = _read(file)
-    state = next((tree[key] for key in STATES if isinstance(tree, dict) and isinstance(tree.get(key), dict)), tree)
-    tensors = isinstance(state, dict) and {
-        str(name).removeprefix("module."): tensor for name, tensor in state.items() if name not in NO_WEIGHTS
-    }
-    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"{file} holds no state dict (tensors by name): give a file with one, or under {STATES[0]}")
-    name = tree.get("model_name", "")
-    return Weights(tensors, None, {}, str(file), name if isinstance(name, str) else "")
-
-
-def _read(file: Path) -> Any:
-    """What the file holds, without running any code from it."""
-    try:
-        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error)
-        if "TorchScript" in reason:
-            raise UserError(_convert(file, "a TorchScript archive", "torch.jit.load({0}).state_dict()")) from error
-        if "Unsupported global" in reason or "Unsupported class" in reason:
-            pickled = "torch.load({0}, weights_only=False)['model'].state_dict()"
-            raise UserError(_convert(file, "a pickled module, which could run any code", pickled)) from error
-        first = " ".join(reason.split())[:160]
-        raise UserError(
-            f"{file} can't be read as weights ({first}): give a safetensors file or a state dict"
-        ) from error
-
-
-def _convert(file: Path, what: str, state: str) -> str:
-    return (
-        f"{file} holds {what}, and is not loaded: where you trust it, make a file of its weights with "
-        f"torch.save({state.format(repr(str(file)))}, 'weights.pth') and give that"
-    )

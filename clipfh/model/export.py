@@ -23,13 +23,8 @@ from clipfh.config.experiment import Experiment
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.splits import SPLITS
 from clipfh.model import onnx
-from clipfh.model.clip import (
-    get_preprocess,
-    load_open_clip,
-    load_tokenizer,
-    open_clip_config,
-    weights_name,
-)
+from clipfh.model.architecture import load_open_clip, weights_name
+from clipfh.model.clip import architecture_of, get_preprocess, load_tokenizer
 from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
 
@@ -70,16 +65,18 @@ def write_export(
         onnx.require_libraries()
     clip = clip.cpu().eval()
     with store.whole_folder(out) as folder:
-        settings = experiment.model
+        architecture = architecture_of(clip)
         weights = {name: tensor.detach().contiguous() for name, tensor in clip.state_dict().items()}
         save_file(weights, folder / layout.EXPORTED_WEIGHTS)
-        (folder / layout.OPEN_CLIP_CONFIG).write_text(open_clip_config(settings, get_preprocess(clip)))
+        (folder / layout.OPEN_CLIP_CONFIG).write_text(architecture.to_open_clip())
         (folder / layout.EXPERIMENT).write_text(schema.to_json(experiment))
         (folder / layout.CARD).write_text(card(experiment, evidence or {}, clip, with_onnx))
+        if hasattr(tokenizer := load_tokenizer(architecture), "save_pretrained"):
+            tokenizer.save_pretrained(str(folder))
         shutil.copymode(folder / layout.CARD, folder / layout.EXPORTED_WEIGHTS)  # safetensors makes it ours alone
         _check_parity(clip, folder, photos)
         if with_onnx:
-            onnx.write_towers(clip, settings, folder / layout.ONNX, photos, TEXTS)
+            onnx.write_towers(clip, folder / layout.ONNX, photos, TEXTS)
     return out
 
 
@@ -133,7 +130,7 @@ def card(experiment: Experiment, evidence: Evidence, clip: nn.Module, with_onnx:
         start=f"the weights {plain(start)}" if start else "random weights",
         is_untuned="test" in evidence and evidence["test"] == evidence["zero_shot"],
         size=get_preprocess(clip).size,
-        context=load_tokenizer(experiment.model).context_length,
+        context=load_tokenizer(architecture_of(clip)).context_length,
         onnx={tower.encode.removeprefix("encode_"): tower for tower in onnx.TOWERS} if with_onnx else None,
         catalogue=_data(evidence.get("catalogue") or {}),
         refit=evidence.get("refit", False),

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfh import UserError
-from clipfh.config.experiment import ModelSettings
 from clipfh.data import images
 from clipfh.data.images import Preprocess
-from clipfh.model.clip import get_preprocess, load_tokenizer
+from clipfh.model.clip import architecture_of, get_preprocess, load_tokenizer
 from clipfh.storage import layout
 
 TOLERANCE = 1e-4
@@ -57,9 +56,7 @@ def require_libraries() -> None:
         raise UserError(f"--onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def write_towers(
-    clip: nn.Module, settings: ModelSettings, folder: Path, photos: Sequence[bytes], texts: Sequence[str]
-) -> None:
+def write_towers(clip: nn.Module, folder: Path, photos: Sequence[bytes], texts: Sequence[str]) -> None:
     """Write `image.onnx`, `text.onnx` and `preprocessor_config.json`; both batches may have any length.
 
     Args:
@@ -77,7 +74,7 @@ def write_towers(
     folder.mkdir(parents=True)
     preprocess = get_preprocess(clip)
     (folder / layout.PREPROCESSOR).write_text(json.dumps(describe_preprocessing(preprocess), indent=2) + "\n")
-    samples = (pixel_values(photos, preprocess), load_tokenizer(settings)(list(texts)))
+    samples = (pixel_values(photos, preprocess), load_tokenizer(architecture_of(clip))(list(texts)))
     for tower, sample in zip(TOWERS, samples, strict=True):
         _write_tower(_NormalizedTower(clip, tower.encode).eval(), tower, folder / tower.file, sample)
 

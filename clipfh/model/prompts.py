@@ -11,14 +11,18 @@ from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.data.prompts import CountTokens, ItemText, Strategy, build_prompts, item_texts, load_prompts
 from clipfh.data.splits import SPLITS
 from clipfh.data.text_report import examine_texts
+from clipfh.model import architecture as architectures
 from clipfh.model.clip import load_tokenizer, make_token_counter
 
 
-def load_prompts_for(catalogue: Catalogue, experiment: Experiment, *splits: str) -> dict[str, str]:
-    """Item to prompt: from the experiment's file, or made from the texts of the items of some splits."""
+def load_prompts_for(catalogue: Catalogue, experiment: Experiment, tokenizer: Any, *splits: str) -> dict[str, str]:
+    """Item to prompt: from the experiment's file, or made from the texts of the items of some splits.
+
+    The model's `tokenizer` counts how long they are.
+    """
     if experiment.text.file:
         return load_prompts(experiment.text.file)
-    return build_prompts(experiment.text.strategy, _texts(catalogue, splits), *_tokens(experiment.model))
+    return build_prompts(experiment.text.strategy, _texts(catalogue, splits), *_tokens(tokenizer))
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,14 @@ def read_texts(catalogue: Catalogue | str | Path, model: str) -> CatalogueTexts:
     Raises:
         UserError: no such catalogue or model.
     """
-    return CatalogueTexts(_texts(open_catalogue(catalogue), SPLITS), _tokens(ModelSettings(name=model)))
+    tokenizer = load_tokenizer(architectures.find(ModelSettings(name=model)))
+    return CatalogueTexts(_texts(open_catalogue(catalogue), SPLITS), _tokens(tokenizer))
 
 
 def _texts(catalogue: Catalogue, splits: tuple[str, ...]) -> list[ItemText]:
     return item_texts(row for split in splits for row in catalogue.rows(split).to_pylist())
 
 
-def _tokens(settings: ModelSettings) -> tuple[CountTokens, int]:
+def _tokens(tokenizer: Any) -> tuple[CountTokens, int]:
     """A function that counts the tokens of a text, and how many tokens the model reads."""
-    return make_token_counter(settings), load_tokenizer(settings).context_length
+    return make_token_counter(tokenizer), tokenizer.context_length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from clipfh import UserError
 from clipfh.data.transfer import images_to_device
-from clipfh.model.clip import MAX_LOG_SCALE, get_preprocess, load_open_clip
+from clipfh.model.architecture import load_open_clip
+from clipfh.model.clip import get_preprocess
 from clipfh.model.layers import is_batch_norm
 
 
@@ -92,6 +94,9 @@ def recompute_blocks(clip: Any, name: str) -> None:
                 f"--model.checkpointing: the image tower of {name} can't ({error}): --batch.chunk saves memory too"
             ) from error
     clip.set_grad_checkpointing(True)
+
+
+MAX_LOG_SCALE = math.log(100)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from clipfh.config import schema
 from clipfh.config.experiment import ModelSettings, require
 from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.model.checkpoint import load_model
-from clipfh.model.clip import model_fingerprint
+from clipfh.model.clip import architecture_of, load_tokenizer, model_fingerprint
 from clipfh.model.prompts import load_prompts_for
 from clipfh.retrieval import embed, embedding_file, metrics
 from clipfh.retrieval import rerank as reranking
@@ -87,7 +87,7 @@ def evaluate(
     splits = splits_of(split)
     opened.require(*splits)
     clip, experiment, _ = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
-    prompts = load_prompts_for(opened, experiment, *splits)
+    prompts = load_prompts_for(opened, experiment, load_tokenizer(architecture_of(clip)), *splits)
     mark = fingerprint(opened, splits, clip, experiment.model, prompts)
     embedded = reused = kept(out, mark, opened, splits, prompts)
     if embedded is None:

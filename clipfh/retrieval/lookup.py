@@ -22,7 +22,12 @@ from clipfh.data.encode import encode_photo
 from clipfh.data.splits import SPLITS
 from clipfh.model import checkpoint as checkpoint_module
 from clipfh.model.checkpoint import load_model
-from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer, load_weights, model_fingerprint
+from clipfh.model.clip import (
+    architecture_of,
+    get_preprocess,
+    load_tokenizer,
+    model_fingerprint,
+)
 from clipfh.model.devices import choose_device, resolve_precision
 from clipfh.model.prompts import load_prompts_for
 from clipfh.model.towers import Towers, embed_images, embed_texts
@@ -84,7 +89,7 @@ def embed(
         raise UserError(f"--out {out} is there, and holds no embeddings to replace: name another file")
     clip, experiment, weights = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
     splits = [split for split in SPLITS if opened.num_images(split)]
-    prompts = load_prompts_for(opened, experiment, *splits)
+    prompts = load_prompts_for(opened, experiment, load_tokenizer(architecture_of(clip)), *splits)
     with connection(address, dashboard):
         embedding = evaluate.choose_encoder(clip, experiment.model).images(opened, splits, progress)
     rows, origin = evaluate.prompted(opened, splits, prompts), describe_provenance(clip, experiment, weights, opened)
@@ -181,11 +186,7 @@ def load_embedding_model(index: SearchIndex, path: str | None = None) -> tuple[n
     where = path or index.provenance["weights"]
     if where and not Path(where).exists():
         raise UserError(f"the model of {index.file} is no longer at {where}: say where by --checkpoint, or embed again")
-    clip = (
-        load_weights(experiment.model, checkpoint_module.load(where).state, where)
-        if where
-        else load_initial_model(experiment.model, experiment.seed)
-    )
+    clip, _, _ = checkpoint_module.load_model(where or None, schema.flatten(experiment))
     if model_fingerprint(clip, experiment.model) != index.provenance["model"]:
         raise UserError(
             f"{index.file} was embedded with another model than {where or experiment.model.name}: give that one by "
@@ -205,7 +206,7 @@ def embed_photo(index: SearchIndex, clip: nn.Module, settings: ModelSettings, fi
 
 def embed_words(clip: nn.Module, settings: ModelSettings, words: str) -> Tensor:
     """Unit embedding (D,) of some words."""
-    tokens = load_tokenizer(settings)([words])
+    tokens = load_tokenizer(architecture_of(clip))([words])
     return embed_texts(_towers_on_device(clip), tokens, resolve_precision(settings.precision, choose_device()))[0].cpu()
 
 

@@ -13,6 +13,7 @@ the one whose weights are kept, or ''."""
 TENSORBOARD, TRACK = "tensorboard", "track.json"
 
 # A checkpoint, beside `EXPERIMENT` and `METRICS`
+ARCHITECTURE = "architecture.json"
 RAW_WEIGHTS, AVERAGE_WEIGHTS, TRAINING_STATE = "model.safetensors", "ema.safetensors", "training.pt"
 
 # An evaluation
@@ -26,4 +27,13 @@ SUMMARY, REPORT = "summary.json", "report.html"
 
 # An export, beside `EXPERIMENT`: names that open_clip and Hugging Face look for, and a folder for ONNX
 EXPORTED_WEIGHTS, OPEN_CLIP_CONFIG, CARD = "open_clip_model.safetensors", "open_clip_config.json", "README.md"
+OPEN_CLIP_WEIGHTS = (
+    EXPORTED_WEIGHTS,
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+"""Files of weights of a model's folder, in open_clip's order of preference"""
 ONNX, IMAGE_ONNX, TEXT_ONNX, PREPROCESSOR = "onnx", "image.onnx", "text.onnx", "preprocessor_config.json"

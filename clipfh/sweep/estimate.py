@@ -22,6 +22,7 @@ from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.sampler import ItemIndex, build_index, make_sampler
 from clipfh.learn.learner import ItemCaptions, Learner
+from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import get_preprocess
 from clipfh.model.devices import choose_device
 from clipfh.retrieval import embed
@@ -82,7 +83,7 @@ def measure(
         torch.set_num_threads(threads)
     device, index = choose_device(gpus), _index(catalogue)
     make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)  # says what does not fit
-    captions, _ = tokenize_captions(catalogue, index.names, experiment, "train")
+    captions, _ = tokenize_captions(catalogue, index.names, experiment, find_architecture(experiment.model), "train")
     make = functools.partial(_learner, experiment, index, captions, device)
     memory, peaks, seconds = _memory(device, gpus), [], 0.0
     for images in (SMALL, LARGE):

@@ -15,7 +15,8 @@ from clipfh.cluster.resources import max_concurrent_runs, resolve_placement
 from clipfh.config import sweep_file
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue, open_catalogue
-from clipfh.model.clip import build_model
+from clipfh.model.architecture import find as find_architecture
+from clipfh.model.clip import build
 from clipfh.model.layers import require_blocks
 from clipfh.storage import layout
 from clipfh.storage.output import all_or_nothing
@@ -118,7 +119,7 @@ def _load(file: str | Path, settings: Mapping[str, Any] | None, trials: int | No
     """Read and check a sweep file, also against the blocks that its model has."""
     sweep = sweep_file.load(file, settings, trials)
     if "model.freeze_blocks" in sweep.search:
-        clip = build_model(sweep.experiment(sweep.first).model)
+        clip = build(find_architecture(sweep.experiment(sweep.first).model), "meta")
         for corner in sweep.corners("model.freeze_blocks"):
             require_blocks(clip, sweep.experiment(corner).model)
     return sweep

@@ -25,7 +25,7 @@ from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import fetch
 from clipfh.data.sampler import make_sampler
 from clipfh.model import checkpoint, export
-from clipfh.model.clip import load_weights
+from clipfh.model.clip import architecture_of, load_tokenizer
 from clipfh.model.prompts import load_prompts_for
 from clipfh.report import artifacts, page
 from clipfh.retrieval import evaluate, metrics
@@ -106,8 +106,9 @@ def run(
     study = open_study(sweep, out, retry_failed)
     resources = resolve_placement(sweep.placement, alone=False, log=tell)
     tell(f"{sweep.trials} trials, {max_concurrent_runs(sweep.placement, resources)} at once, each {resources}")
-    texts = load_prompts_for(catalogue, base, *VALIDATION, "query", "gallery")
-    context = _Context(sweep, catalogue, out, base, load_start(base), texts, resources, tell)
+    clip = load_start(base)
+    texts = load_prompts_for(catalogue, base, load_tokenizer(architecture_of(clip)), *VALIDATION, "query", "gallery")
+    context = _Context(sweep, catalogue, out, base, clip, texts, resources, tell)
     zero_shot = _zero_shot(context)
     inputs = _inputs(context, zero_shot)
     board, keeper = Leaderboard(out, sweep, study, zero_shot), retention.Keeper(sweep, out)
@@ -236,7 +237,7 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
     if winner.run:
         weights = checkpoint.load(winner.run)
         assert weights.experiment is not None
-        experiment, best = weights.experiment, load_weights(weights.experiment.model, weights.state, weights.path)
+        experiment, best = weights.experiment, checkpoint.build(weights, weights.experiment.model)
     (before, old), (after, new) = _tested(context, "zero_shot", context.clip), _tested(context, "test", best)
     shutil.rmtree(out / layout.BEST, ignore_errors=True)
     evidence = {"zero_shot": before, "test": after, "catalogue": artifacts.catalogue_account(context.catalogue)}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from clipfh import UserError
 from clipfh.model import checkpoint
-from clipfh.model.clip import load_weights
 from clipfh.model.export import sample_photos, write_export
 from clipfh.report import artifacts
 
@@ -36,7 +35,7 @@ def export(path: str | Path, out: str | Path, *, onnx: bool = False) -> Export:
     weights = checkpoint.load(path)
     if weights.experiment is None:
         raise UserError(f"{path} is a bare weights file: open_clip loads it as it is; export takes a run or a sweep")
-    clip = load_weights(weights.experiment.model, weights.state, str(path))
+    clip = checkpoint.build(weights, weights.experiment.model)
     evidence = artifacts.read_evidence(weights.path, weights.metrics)
     catalogue = artifacts.open_catalogue_again(evidence.get("catalogue") or {})
     photos = sample_photos(catalogue) if catalogue else []

@@ -15,17 +15,18 @@ from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Feed, fetch
 from clipfh.data.sampler import ItemIndex, make_sampler
 from clipfh.learn.learner import ItemCaptions
+from clipfh.model import architecture as architectures
 from clipfh.model import checkpoint
+from clipfh.model.architecture import Architecture
 from clipfh.model.clip import (
-    build_model,
+    architecture_of,
+    build,
     get_preprocess,
-    input_pixels,
     load_initial_model,
     load_tokenizer,
     load_weights,
     make_token_counter,
-    plain_name,
-    weights_name,
+    resize,
 )
 from clipfh.model.prompts import load_prompts_for
 from clipfh.storage import layout, run_folder
@@ -71,7 +72,7 @@ def open_run(
     has_weights = resume and run_folder.latest_step(out) > 0
     contents = provenance.contents(experiment, known["warm_start"], has_weights)
     provenance.require_same(known.setdefault("contents", contents), contents, out)
-    clip = build_model(experiment.model) if has_weights else load_start(experiment, known["warm_start"])
+    clip = _build_again(out, experiment) if has_weights else load_start(experiment, known["warm_start"])
     folder.make()
     folder.write(layout.EXPERIMENT, schema.to_json(experiment))
     folder.write(layout.RUN, json.dumps({"catalogue": str(catalogue.path), **known}, indent=2) + "\n")
@@ -98,17 +99,35 @@ def load_start(experiment: Experiment, warm_start: str | None = None) -> nn.Modu
     if not warm_start:
         return load_initial_model(experiment.model, experiment.seed)
     weights = checkpoint.load(warm_start)
-    named = weights.experiment.model.name if weights.experiment else weights.model_name
-    if named and plain_name(named) != plain_name(experiment.model.name):
-        raise UserError(f"--warm-start {warm_start} holds {named}, not {experiment.model.name}: give --model {named}")
-    before = weights.experiment.model if weights.experiment else experiment.model
-    if input_pixels(before) != input_pixels(experiment.model):
-        tag = weights_name(before) or "none"
+    settings = weights.experiment.model if weights.experiment else experiment.model
+    named, name = settings.name if weights.experiment else weights.model_name, experiment.model.name
+    if named and not _may_be(named, name):
+        raise UserError(f"--warm-start {warm_start} holds {named}, not {name}: give --model {named}")
+    own, asked = weights.architecture(settings), architectures.find(experiment.model)
+    if not asked.takes_weights_of(own):
+        raise UserError(
+            f"--warm-start {warm_start} holds {settings.name} with {own.activation}, which differs from {name} with "
+            f"{asked.activation}: give --model {settings.name}"
+        )
+    if own.preprocess_cfg != asked.preprocess_cfg:
+        tag = architectures.weights_name(settings) or "none"
         raise UserError(
             f"--warm-start {warm_start} was trained on images prepared as for the weights '{tag}', which differs from "
-            f"'{weights_name(experiment.model) or 'none'}': give --model.pretrained {tag}"
+            f"'{architectures.weights_name(experiment.model) or 'none'}': give --model.pretrained {tag}"
         )
-    return load_weights(experiment.model, weights.state, warm_start)
+    return resize(load_weights(own, weights.state, warm_start), experiment.model)
+
+
+def _may_be(named: str, name: str) -> bool:
+    """Whether two names of open_clip's list may mean one model: ViT-B/16, ViT-B-16 and ViT-B-16-quickgelu may."""
+    plain = [each.replace("/", "-").removesuffix("-quickgelu") for each in (named, name)]
+    return plain[0] == plain[1] or any(":" in each for each in plain)
+
+
+def _build_again(out: Path, experiment: Experiment) -> nn.Module:
+    """The model of a run that has checkpoints, whose weights are still to be loaded."""
+    own = checkpoint.read_architecture(Folder(out).local_path(layout.CHECKPOINTS) / run_folder.best_of(out))
+    return build(own or architectures.find(experiment.model))
 
 
 VALIDATION = ("val_query", "val_gallery")
@@ -144,12 +163,13 @@ def prepare_inputs(
     preprocess = get_preprocess(clip)
     if keep_gib:
         images = feed.cache_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
-    captions, num_cut = tokenize_captions(catalogue, index.names, experiment, *splits)
+    captions, num_cut = tokenize_captions(catalogue, index.names, experiment, architecture_of(clip), *splits)
     weights = {name: tensor.numpy() for name, tensor in clip.state_dict().items()}
     return Inputs(
+        architecture=architecture_of(clip),
         images=images,
         captions=feed.put(captions),
-        weights=feed.put(weights) if warm or weights_name(experiment.model) else None,
+        weights=feed.put(weights) if warm or architectures.weights_name(experiment.model) else None,
         validation=None if with_validation else feed.decode_for_evaluation(catalogue, VALIDATION, preprocess),
         items=feed.put(validation_codes(catalogue)),
         size=preprocess.size,
@@ -168,7 +188,7 @@ def validation_codes(catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray, int]
 
 
 def tokenize_captions(
-    catalogue: Catalogue, names: list[str], experiment: Experiment, *splits: str
+    catalogue: Catalogue, names: list[str], experiment: Experiment, architecture: Architecture, *splits: str
 ) -> tuple[ItemCaptions, int]:
     """The prompts of some splits' items, tokenized, and how many of them are longer than the model reads.
 
@@ -176,12 +196,13 @@ def tokenize_captions(
     """
     if not experiment.loss.takes_text:
         return ItemCaptions(np.zeros((0, 0), np.int32), np.full(len(names), -1, np.int32)), 0
-    prompt_of = load_prompts_for(catalogue, experiment, *splits)
+    tokenizer = load_tokenizer(architecture)
+    prompt_of = load_prompts_for(catalogue, experiment, tokenizer, *splits)
     if not set(names) & set(prompt_of):
         raise UserError(f"--text.file {experiment.text.file} names none of the train items, e.g. {names[0]}")
     distinct = {text: i for i, text in enumerate(sorted({prompt_of[n] for n in names if n in prompt_of}))}
     of_item = np.array([distinct[prompt_of[n]] if n in prompt_of else -1 for n in names], np.int32)
-    tokens = load_tokenizer(experiment.model)(list(distinct)).numpy().astype(np.int32)
-    full, count = tokens[:, -1] != 0, make_token_counter(experiment.model)
+    tokens = tokenizer(list(distinct)).numpy().astype(np.int32)
+    full, count = tokens[:, -1] != 0, make_token_counter(tokenizer)
     num_cut = sum(count(text) > tokens.shape[1] for text, i in distinct.items() if full[i])
     return ItemCaptions(tokens, of_item), num_cut

@@ -12,7 +12,7 @@ import ray
 import ray.train
 
 from clipfh.cluster import ray_private
-from clipfh.model.clip import load_open_clip
+from clipfh.model.architecture import load_open_clip
 from clipfh.train import stream, worker
 from clipfh.train.run_inputs import Job
 

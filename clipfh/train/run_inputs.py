@@ -7,12 +7,14 @@ from typing import Any
 
 from clipfh.config.experiment import Experiment
 from clipfh.data.decoding import TrainImages
+from clipfh.model.architecture import Architecture
 
 
 @dataclass(frozen=True)
 class Inputs:
     """All that a run reads. Each part is an object or Ray's reference to one, as `decoding.fetch` takes."""
 
+    architecture: Architecture
     images: TrainImages
     captions: Any
     """Captions"""

@@ -23,7 +23,7 @@ from clipfh.data.transfer import prefetch
 from clipfh.learn.learner import Learner, Validation
 from clipfh.learn.tally import Diverged, StepTally
 from clipfh.model import checkpoint as checkpoint_module
-from clipfh.model.clip import build_model, load_initial_model
+from clipfh.model.clip import architecture_of, build
 from clipfh.model.devices import choose_device, explain_out_of_memory, precision_notes
 from clipfh.storage import layout
 from clipfh.storage.run_folder import History
@@ -189,9 +189,9 @@ def make_learner(experiment: Experiment, inputs: Inputs, on: torch.device) -> Le
     """Make a rank's learner, of what lies in the object store."""
     weights = fetch(inputs.weights)
     if weights is None:
-        clip = load_initial_model(experiment.model, experiment.seed)
-    else:
-        clip = build_model(experiment.model)
+        torch.manual_seed(experiment.seed)
+    clip = build(inputs.architecture)
+    if weights is not None:
         clip.load_state_dict({n: torch.from_numpy(w.copy()) for n, w in weights.items()})
     index, captions = fetch(inputs.images.index), fetch(inputs.captions)
     return Learner(experiment, clip, index, captions, on)
@@ -247,7 +247,9 @@ class _Reports:
     def _save(self, metrics: dict[str, Any], folder: Path) -> None:
         learner = self.learner
         average = learner.average.weights if learner.experiment.optimizer.ema else {}
-        checkpoint_module.save(folder, learner.experiment, learner.clip.state_dict(), average, learner.state(), metrics)
+        weights = learner.clip.state_dict(), average
+        architecture = architecture_of(learner.clip)
+        checkpoint_module.save(folder, learner.experiment, architecture, *weights, learner.state(), metrics)
 
     def make_last(self, diverged: Diverged, inputs: Inputs) -> None:
         """Write a last line that says why the run ends; its score is the worst there is, for the search to learn from.

@@ -10,7 +10,7 @@ import torch
 
 from clipfh.config.experiment import ModelSettings, OptimizerSettings
 from clipfh.learn import optimizer
-from clipfh.model.clip import load_open_clip
+from clipfh.model.architecture import load_open_clip
 from clipfh.model.layers import freeze
 
 STAGES = ("image", "joint")

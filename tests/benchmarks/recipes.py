@@ -91,14 +91,16 @@ def _trained(opened: Any, experiment: Any, original: str) -> Any:
     from clipfh.data.decoding import BatchSpec
     from clipfh.data.sampler import build_index, make_sampler
     from clipfh.learn.learner import ItemCaptions, Learner
+    from clipfh.model.architecture import find as find_architecture
     from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer
     from clipfh.train.inputs import tokenize_captions
 
     table = opened.images("train").combine_chunks()
     index = build_index(table, np.array([len(table)]))
-    captions, _ = tokenize_captions(opened, index.names, experiment, "train")
+    architecture = find_architecture(experiment.model)
+    captions, _ = tokenize_captions(opened, index.names, experiment, architecture, "train")
     if original == "stage 2":  # one prompt for every image
-        tokens = load_tokenizer(experiment.model)(["a photo of a clothing item"]).numpy().astype(np.int32)
+        tokens = load_tokenizer(architecture)(["a photo of a clothing item"]).numpy().astype(np.int32)
         captions = ItemCaptions(tokens, np.zeros(len(index.names), np.int32))
     clip = load_initial_model(experiment.model, experiment.seed)
     learner = Learner(experiment, clip, index, captions, torch.device("cpu"))

@@ -10,10 +10,12 @@ from texts import IN_SHOP, an_item, count_tokens, prompt_of
 from clipfh import UserError
 from clipfh.cli import main
 from clipfh.config import presets
-from clipfh.config.experiment import SMALL_MODEL
+from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.data.prompts import _OWED, ItemText, _telling, build_prompts, item_texts, load_prompts, save_prompts
 from clipfh.data.splits import SPLITS
 from clipfh.data.text_report import examine_texts
+from clipfh.model.architecture import find
+from clipfh.model.clip import load_tokenizer
 from clipfh.model.prompts import load_prompts_for
 
 
@@ -259,12 +261,12 @@ def test_the_command_reports_and_writes_what_can_be_edited_and_trained_on(small_
     assert capsys.readouterr().out.endswith(f"40 prompts: {out}\n")
     assert json.loads(found.read_text())["items"] == 40
     made = load_prompts(out)
-    settings = {"model.name": SMALL_MODEL}
-    assert load_prompts_for(small_catalogue, presets.resolve("joint", None, settings), *SPLITS) == made
+    settings, tokenizer = {"model.name": SMALL_MODEL}, load_tokenizer(find(ModelSettings(name=SMALL_MODEL)))
+    assert load_prompts_for(small_catalogue, presets.resolve("joint", None, settings), tokenizer, *SPLITS) == made
     edited = dict(made) | {min(made): "A prompt of mine."}
     out.write_text(json.dumps(edited))
     experiment = presets.resolve("joint", None, settings | {"text.file": str(out)})
-    assert load_prompts_for(small_catalogue, experiment, *SPLITS) == edited
+    assert load_prompts_for(small_catalogue, experiment, tokenizer, *SPLITS) == edited
     assert main.main([str(word) for word in words]) == 2
     assert "holds other prompts" in capsys.readouterr().err
 

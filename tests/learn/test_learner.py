@@ -23,6 +23,7 @@ from clipfh.data.transfer import images_to_device
 from clipfh.learn import learner, tally
 from clipfh.learn.learner import ItemCaptions
 from clipfh.learn.tally import StepTally
+from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import load_initial_model, load_tokenizer
 from clipfh.model.towers import Towers, recompute_blocks
 
@@ -63,7 +64,9 @@ TERMS = {
 
 def captions() -> ItemCaptions:
     """Items 0 and 1 share a caption, item 5 has none."""
-    tokens = load_tokenizer(ModelSettings(name=SMALL_MODEL))([f"a garment of kind {i}" for i in range(5)])
+    tokens = load_tokenizer(find_architecture(ModelSettings(name=SMALL_MODEL)))(
+        [f"a garment of kind {i}" for i in range(5)]
+    )
     return ItemCaptions(tokens.numpy().astype(np.int32), np.array([0, 0, 1, 2, 3, -1, 4], np.int32))
 
 

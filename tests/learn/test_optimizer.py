@@ -9,7 +9,8 @@ from clipfh import UserError
 from clipfh.config.experiment import SMALL_MODEL, LossSettings, ModelSettings, OptimizerSettings
 from clipfh.learn import objective, optimizer
 from clipfh.learn.optimizer import ExponentialMovingAverage
-from clipfh.model.clip import build_model, load_open_clip
+from clipfh.model.architecture import load_open_clip
+from clipfh.model.clip import build_model
 from clipfh.model.layers import freeze
 
 SMALL = ModelSettings(name=SMALL_MODEL, freeze_patch=False)

@@ -10,19 +10,18 @@ from safetensors.torch import save_file
 
 from clipfh import UserError
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
-from clipfh.model import clip as clip_module
-from clipfh.model import devices, onnx
+from clipfh.model import devices, hub, onnx
+from clipfh.model.architecture import architecture_name, find
 from clipfh.model.clip import (
-    architecture_name,
+    architecture_of,
     build_model,
     get_preprocess,
     load_initial_model,
     load_tokenizer,
     load_weights,
-    open_clip_config,
 )
 from clipfh.model.devices import choose_device, precision_notes, resolve_precision
-from clipfh.model.layers import count_blocks, freeze, layer_depth, split_towers
+from clipfh.model.layers import freeze, split_towers
 from clipfh.model.towers import Towers, embed_images, embed_texts
 
 SMALL = ModelSettings(name=SMALL_MODEL, freeze_patch=False)
@@ -100,7 +99,7 @@ def test_behind_a_proxy_the_hub_is_not_looked_for_directly(monkeypatch, direct, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
     monkeypatch.setattr("socket.create_connection", lambda *a, **k: (_ for _ in ()).throw(OSError("unreachable")))
-    clip_module._without_network_only_the_cache()
+    hub.use_cache_without_network()
     from huggingface_hub import constants
 
     assert direct == constants.HF_HUB_OFFLINE
@@ -125,17 +124,17 @@ def nothing_is_large(monkeypatch):
     """open_clip's own factory, all of it, but for the download and the weights."""
     for name in ("CLIP", "CustomTextCLIP", "CoCa"):
         monkeypatch.setattr(f"open_clip.factory.{name}", Stub)
-    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *args, **kwargs: "downloaded")
-    monkeypatch.setattr("open_clip.factory.load_checkpoint", lambda *args, **kwargs: None)
-    monkeypatch.setattr(clip_module, "_without_network_only_the_cache", lambda: None)
+    monkeypatch.setattr("open_clip.download_pretrained", lambda *args, **kwargs: "downloaded")
+    monkeypatch.setattr("open_clip.load_checkpoint", lambda *args, **kwargs: None)
+    monkeypatch.setattr(hub, "use_cache_without_network", lambda: None)
 
 
 def preprocessings(settings) -> list[dict]:
     """As zero-shot, training, a checkpoint, the export's two files and the pixels of training have it."""
     zero_shot, built = load_initial_model(settings, 0), build_model(settings)
-    loaded = load_weights(settings, zero_shot.state_dict(), "a checkpoint")
+    loaded = load_weights(architecture_of(built), zero_shot.state_dict(), "a checkpoint")
     found = [asdict(get_preprocess(each)) for each in (zero_shot, built, loaded)]
-    exported = json.loads(open_clip_config(settings, get_preprocess(loaded)))
+    exported = json.loads(architecture_of(loaded).to_open_clip())
     size = exported["model_cfg"]["vision_cfg"].get("image_size", 224)
     processor = onnx.describe_preprocessing(get_preprocess(loaded))
     towers = {key: tuple(getattr(Towers(built), key).double().flatten().tolist()) for key in ("mean", "std")}
@@ -175,9 +174,8 @@ def test_towers_see_what_open_clip_sees():
 def test_depth_rises_from_stem_to_head(name):
     with torch.device("meta"):
         clip = open_clip.create_model(name, device="meta")
-    names = list(split_towers(clip)["image"])
-    blocks = count_blocks(names)
-    depths = [layer_depth(n, blocks) for n in names]
+    image, _, _ = split_towers(clip)
+    blocks, depths = image.blocks, image.depth.values()
     assert blocks == {"ViT-B-32-quickgelu": 12, "RN50-quickgelu": 4, "clipfh-small": 4}[name]
     assert set(depths) == set(range(blocks + 2))
 
@@ -269,7 +267,7 @@ def test_embedding_is_without_dropout_and_leaves_the_mode_as_it_was(training: bo
     for block in clip.transformer.resblocks:
         block.mlp.append(torch.nn.Dropout(0.5))
     towers = Towers(clip).train(training)
-    tokens = load_tokenizer(ModelSettings(name=SMALL_MODEL))(["a red dress"])
+    tokens = load_tokenizer(find(ModelSettings(name=SMALL_MODEL)))(["a red dress"])
     first, again = (embed_texts(towers, tokens, torch.float32) for _ in range(2))
     embed_images(towers, torch.zeros(1, 64, 64, 3, dtype=torch.uint8).numpy(), torch.float32)
     assert torch.equal(first, again) and towers.training == clip.transformer.training == training

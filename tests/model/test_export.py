@@ -15,6 +15,7 @@ from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.data import images
 from clipfh.model import export, onnx
+from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer
 from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.report import artifacts
@@ -60,7 +61,7 @@ def test_the_lines_of_the_card_give_the_checkpoints_embeddings(folder, clip, pho
     exec(by_open_clip, scope)
     torch.testing.assert_close(scope["embedding"], expected, rtol=0, atol=1e-5)
     exec(words, scope)
-    tokens = load_tokenizer(EXPERIMENT.model)(["a red dress"])
+    tokens = load_tokenizer(find_architecture(EXPERIMENT.model))(["a red dress"])
     told = embed_texts(Towers(clip), tokens, torch.float32)
     torch.testing.assert_close(scope["words"], told, rtol=0, atol=1e-5)
     exec(by_onnx, scope)

@@ -21,8 +21,8 @@ from clipfh.data.sampler import ItemIndex
 from clipfh.learn import learner
 from clipfh.learn.learner import ItemCaptions
 from clipfh.model import export
+from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer
-from clipfh.model.layers import layer_depth
 
 P, K = 4, 2
 
@@ -34,7 +34,7 @@ def step(name: str, stage: str) -> tuple[Counter, Counter, float]:
     clip = initial(experiment.model)
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     index = ItemIndex(np.arange(P).repeat(K), np.zeros(P, int), list("abcd"), np.array([P * K]))
-    tokens = load_tokenizer(experiment.model)([f"item {i}" for i in range(P)]).numpy()
+    tokens = load_tokenizer(find_architecture(experiment.model))([f"item {i}" for i in range(P)]).numpy()
     one = learner.Learner(experiment, clip, index, ItemCaptions(tokens, np.arange(P)), torch.device("cpu"))
     size = get_preprocess(clip).size
     images = np.random.default_rng(0).integers(0, 255, (P * K, size, size, 3), dtype=np.uint8)
@@ -66,7 +66,7 @@ def part(key: str) -> str:
         return key
     if not key.startswith("visual."):
         return "text tower"
-    if layer_depth(key, 99) == 0 and any(word in key for word in ("conv", "bn", "downsample")):
+    if "resblocks" not in key and ".layer" not in key and any(word in key for word in ("conv", "bn")):
         return "patch embedding"
     return "batch norm" if ".bn" in key or "downsample.1" in key else "image tower"
 

@@ -17,6 +17,7 @@ from clipfh.cluster import connect
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.data import images as images_module
+from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import build_model, get_preprocess, load_tokenizer
 from clipfh.model.prompts import load_prompts_for
 from clipfh.model.towers import Towers, embed_images, embed_texts
@@ -42,7 +43,7 @@ def clip(experiment):
 
 @pytest.fixture(scope="module")
 def prompts(small_catalogue, experiment):
-    return load_prompts_for(small_catalogue, experiment, *SPLITS)
+    return load_prompts_for(small_catalogue, experiment, load_tokenizer(find_architecture(SETTINGS)), *SPLITS)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_embeddings_are_those_of_each_image_and_prompt_alone(small_catalogue, cl
     first = embedded.query_rows["item_id"][0].as_py()
     code, row = embedded.query.item[0], embedded.prompts.index(prompts[first])
     assert ((embedded.captions.item == code) & (embedded.captions.caption == row)).sum() == 1
-    tokens = load_tokenizer(SETTINGS)([prompts[first]])
+    tokens = load_tokenizer(find_architecture(SETTINGS))([prompts[first]])
     alone = embed_texts(towers, tokens, torch.float32)[0]
     torch.testing.assert_close(embedded.captions.embedding[row], alone, rtol=0, atol=1e-5)
     total = len(embedded.query) + len(embedded.gallery)

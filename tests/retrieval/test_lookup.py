@@ -21,7 +21,8 @@ from clipfh.data import images
 from clipfh.data.encode import encode_photo
 from clipfh.data.splits import SPLITS
 from clipfh.model import checkpoint
-from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer, load_weights
+from clipfh.model.architecture import find as find_architecture
+from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer
 from clipfh.model.towers import Towers, embed_texts
 from clipfh.retrieval import lookup
 
@@ -34,7 +35,9 @@ def export(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     folder.mkdir()
     experiment = presets.resolve("joint", None, {"model.name": SMALL_MODEL})
-    checkpoint.save(folder, experiment, load_initial_model(SMALL, seed=3).state_dict(), {}, {}, {})
+    checkpoint.save(
+        folder, experiment, find_architecture(SMALL), load_initial_model(SMALL, seed=3).state_dict(), {}, {}, {}
+    )
     return folder
 
 
@@ -82,8 +85,8 @@ def test_a_photo_finds_itself_and_then_what_is_nearest(file, source, capsys):
 
 
 def test_words_find_what_the_text_tower_says(file, export, capsys):
-    clip = load_weights(SMALL, checkpoint.load(export).state, str(export))
-    words = embed_texts(Towers(clip), load_tokenizer(SMALL)(["a red dress"]), torch.float32)[0]
+    clip = checkpoint.build(checkpoint.load(export), SMALL)
+    words = embed_texts(Towers(clip), load_tokenizer(find_architecture(SMALL))(["a red dress"]), torch.float32)[0]
     table = pq.read_table(file)
     similarity = np.stack(table["embedding"].to_numpy()) @ words.numpy()
     lines = searched(capsys, "--embeddings", file, "--text", "a red dress", "--top", 3)
@@ -121,7 +124,13 @@ def test_another_model_is_refused_and_one_that_was_moved_is_taken(file, export, 
     other = tmp_path / "other"
     other.mkdir()
     checkpoint.save(
-        other, checkpoint.load(export).experiment, load_initial_model(SMALL, seed=4).state_dict(), {}, {}, {}
+        other,
+        checkpoint.load(export).experiment,
+        find_architecture(SMALL),
+        load_initial_model(SMALL, seed=4).state_dict(),
+        {},
+        {},
+        {},
     )
     line = refused(capsys, "--embeddings", file, "--text", "a dress", "--checkpoint", other)
     assert "another model" in line and "embed again" in line

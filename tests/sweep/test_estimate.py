@@ -11,6 +11,7 @@ from clipfh.config import presets, sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import SweepFile
 from clipfh.model import checkpoint
+from clipfh.model.architecture import find as find_architecture
 from clipfh.model.devices import choose_device
 from clipfh.storage import layout
 from clipfh.sweep import estimate
@@ -95,13 +96,15 @@ def test_what_the_checkpoints_take_is_told(tmp_path):
 def test_sizes_are_those_of_a_real_checkpoint(small_catalogue, tmp_path):
     for stage in ("image", "joint"):
         experiment = presets.resolve(stage, None, {"model.name": SMALL_MODEL, "loss.ce": 0.1, "loss.infonce": 0.1})
-        index = estimate._index(small_catalogue)
-        captions, _ = tokenize_captions(small_catalogue, index.names, experiment, "train")
+        index, architecture = estimate._index(small_catalogue), find_architecture(experiment.model)
+        captions, _ = tokenize_captions(small_catalogue, index.names, experiment, architecture, "train")
         learner = estimate._learner(experiment, index, captions, torch.device("cpu"), 8, 0)
         _, (weights, whole) = estimate._timed(learner, 8)
         folder = tmp_path / stage
         folder.mkdir()
-        checkpoint.save(folder, experiment, learner.clip.state_dict(), learner.average.weights, learner.state(), {})
+        checkpoint.save(
+            folder, experiment, architecture, learner.clip.state_dict(), learner.average.weights, learner.state(), {}
+        )
         found = {file.name: file.stat().st_size for file in folder.iterdir()}
         assert weights == pytest.approx(found[layout.RAW_WEIGHTS] + found[layout.AVERAGE_WEIGHTS], rel=0.02)
         assert whole == pytest.approx(sum(found.values()), rel=0.02)

@@ -24,7 +24,7 @@ from clipfh.config.sweep_file import Finalists
 from clipfh.data import catalogue, images
 from clipfh.data.sampler import ItemIndex
 from clipfh.model import checkpoint
-from clipfh.model.clip import get_preprocess, load_weights
+from clipfh.model.clip import get_preprocess
 from clipfh.model.towers import Towers, embed_images
 from clipfh.report import artifacts
 from clipfh.storage import layout
@@ -117,7 +117,7 @@ def test_the_export_embeds_photos_as_the_checkpoint_does(finished, small_catalog
     out, summary = finished
     loaded, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out / 'best'}")
     winner = checkpoint.load(out / "final/refit")
-    ours = load_weights(winner.experiment.model, winner.state, "winner")
+    ours = checkpoint.build(winner, winner.experiment.model)
     preprocess = get_preprocess(loaded)
     photos = [photo.as_py() for photo in small_catalogue.images("query")["image"][:8]]
     pixels = torch.stack([torch.from_numpy(images.decode_for_evaluation(p, preprocess).copy()) for p in photos])

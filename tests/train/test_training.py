@@ -28,6 +28,7 @@ from clipfh.data.sampler import ItemIndex, build_index, make_sampler
 from clipfh.learn import learner
 from clipfh.learn.learner import ItemCaptions
 from clipfh.model import checkpoint
+from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import get_preprocess
 from clipfh.model.towers import embed_images
 from clipfh.retrieval import evaluate
@@ -159,7 +160,9 @@ def test_prompts_that_are_cut_are_counted(small_catalogue, tiny, tmp_path):
     names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
     (tmp_path / "prompts.json").write_text(json.dumps({names[0]: "long " * 80, names[1]: "a shirt"}))
     experiment = schema.replace(tiny, {"text.file": str(tmp_path / "prompts.json"), "loss.infonce": 1.0})
-    captions, num_cut = tokenize_captions(small_catalogue, names, experiment, "train")
+    captions, num_cut = tokenize_captions(
+        small_catalogue, names, experiment, find_architecture(experiment.model), "train"
+    )
     assert num_cut == 1 and (captions.of_item >= 0).tolist() == [True, True] + [False] * (len(names) - 2)
 
 
@@ -281,7 +284,7 @@ for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_isDriverSufficient"): 
 def test_a_warm_start_keeps_the_preprocessing_of_its_weights(tmp_path):
     name = {"model.name": "ViT-L-14"}
     trained = presets.resolve("image", None, {**name, "model.pretrained": "laion2b_s32b_b82k"})
-    checkpoint.save(tmp_path, trained, {"visual.proj": torch.zeros(1)}, {}, {}, {})
+    checkpoint.save(tmp_path, trained, find_architecture(trained.model), {"visual.proj": torch.zeros(1)}, {}, {}, {})
     with pytest.raises(UserError, match=r"prepared as for .* give --model.pretrained laion2b_s32b_b82k$"):
         load_start(presets.resolve("joint", None, name), str(tmp_path))
 
@@ -311,7 +314,7 @@ def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
 def test_prompts_are_made_only_where_a_term_takes_them(small_catalogue, tiny, monkeypatch):
     names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
     monkeypatch.setattr(inputs_module, "load_prompts_for", lambda *asked: pytest.fail("nobody wants them"))
-    captions, num_cut = tokenize_captions(small_catalogue, names, tiny, "train")
+    captions, num_cut = tokenize_captions(small_catalogue, names, tiny, find_architecture(tiny.model), "train")
     assert (captions.of_item == -1).all() and len(captions.of_item) == len(names) and num_cut == 0
     index = build_index(small_catalogue.rows("train"), np.array([small_catalogue.num_images("train")]))
     one = learner.Learner(tiny, load_start(tiny), index, captions, torch.device("cpu"))
@@ -325,7 +328,9 @@ def test_random_weights_are_drawn_by_each_runs_seed(tiny):
     kept = {name: tensor.numpy() for name, tensor in load_start(tiny).state_dict().items()}
 
     def first(seed: int, weights) -> torch.Tensor:
-        inputs = Inputs(SimpleNamespace(index=index), captions, weights, None, None, 64, 4, 0, 0)
+        inputs = Inputs(
+            find_architecture(tiny.model), SimpleNamespace(index=index), captions, weights, None, None, 64, 4, 0, 0
+        )
         settings = {"seed": seed, "batch.items": 2}
         one = worker.make_learner(schema.replace(tiny, settings), inputs, torch.device("cpu"))
         return one.clip.visual.proj.detach().clone()
