@@ -9,7 +9,7 @@ from typing import Literal
 from clipfh import UserError
 
 SMALL_MODEL = "clipfh-small"
-LOSS_TERMS = ("ce", "triplet", "center", "supcon", "infonce")
+LOSS_TERMS = ("ce", "triplet", "center", "supcon", "infonce", "sigmoid")
 
 Stage = Literal["image", "joint"]
 
@@ -39,6 +39,10 @@ class ModelSettings:
     """keep the first n blocks of the image tower as they are"""
     freeze_norm: bool = True
     """keep scale and shift of batch norms (ResNet) as they are; their statistics stay those of pretraining anyway"""
+    lora_rank: int = 0
+    """train low-rank updates of the weights in place of the weights (LoRA), of this rank; 0: the weights themselves"""
+    lora_targets: Literal["attention", "mlp", "all"] = "all"
+    """weights that LoRA updates: of attention, of the MLPs, or both and what follows the blocks"""
     checkpointing: bool = False
     """compute activations again in the backward pass, block by block: less memory, one more forward pass"""
     compile: bool = False
@@ -46,8 +50,8 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "model.name", "a name", "empty")
-        require(self.image_size >= 0, "model.image_size", "0 or more", self.image_size)
-        require(self.freeze_blocks >= 0, "model.freeze_blocks", "0 or more", self.freeze_blocks)
+        for name in ("image_size", "freeze_blocks", "lora_rank"):
+            require(getattr(self, name) >= 0, f"model.{name}", "0 or more", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,10 @@ class LossSettings:
     supcon: float = 0.0
     """weight of supervised contrast, image to image"""
     infonce: float = 0.0
-    """weight of contrast between images and prompts"""
+    """weight of contrast between images and prompts, by softmax as CLIP was trained"""
+    sigmoid: float = 0.0
+    """weight of contrast between images and prompts, pair by pair as SigLIP was trained. A model without a logit bias
+    is given a scale of 10 and a bias of -10 while it trains"""
     ce_scale: float = 32.0
     """scale of the cosine classifier"""
     ce_margin: float = 0.25
@@ -87,9 +94,10 @@ class LossSettings:
     supcon_captions: bool = False
     """let the batch's prompts take part in supcon beside its images"""
     infonce_temperature: float = 0.0
-    """temperature of infonce at the start; 0: the model's own (.01 for OpenAI's, .07 for random weights)"""
+    """temperature of infonce at the start; 0: the model's own (.01 for OpenAI's, .07 for random weights). A model
+    with a logit bias has one temperature for infonce and sigmoid"""
     learn_scale: bool = True
-    """learn the logit scale of infonce (joint stage)"""
+    """learn the logit scale of infonce, and scale and bias of sigmoid (the model's own in the joint stage alone)"""
 
     def __post_init__(self) -> None:
         for term in LOSS_TERMS:
@@ -100,7 +108,7 @@ class LossSettings:
             "at least one term above 0 of " + ", ".join(LOSS_TERMS),
             0,
         )
-        if self.infonce_temperature:  # the logit scale is kept between 1 and 100
+        if self.infonce_temperature:  # CLIP's logit scale is kept between 1 and 100
             require(
                 0.01 <= self.infonce_temperature <= 1,
                 "loss.infonce_temperature",
@@ -116,7 +124,7 @@ class LossSettings:
     @property
     def takes_text(self) -> bool:
         """Whether a term that is on learns from prompts."""
-        return self.infonce > 0 or (self.supcon > 0 and self.supcon_captions)
+        return self.infonce > 0 or self.sigmoid > 0 or (self.supcon > 0 and self.supcon_captions)
 
     @property
     def takes_singles(self) -> bool:
@@ -134,6 +142,8 @@ class OptimizerSettings:
     """rate of the text tower, as a multiple of lr (joint stage)"""
     head_lr: float = 10.0
     """rate of the heads, as a multiple of lr"""
+    lora_lr: float = 10.0
+    """rate of LoRA's updates, as a multiple of the rate that their weights would have"""
     center_lr: float = 0.5
     """rate of the centers, which have an SGD of their own"""
     weight_decay: float = 1e-4
@@ -142,6 +152,9 @@ class OptimizerSettings:
     """factor on lr from a block to the one below it; 1: the same for all"""
     warmup: float = 0.05
     """share of the budget spent rising to lr; then cosine to 0"""
+    head_first: float = 0.0
+    """share of the budget in which the heads alone learn: the classifier of ce, and what follows the image tower's last
+    block (its projection). All else then has its own warm-up and cosine"""
     clip: float = 1.0
     """largest gradient norm; 0: no clipping"""
     ema: float = 0.999
@@ -149,10 +162,10 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, "optimizer.lr", "above 0", self.lr)
-        for name in ("text_lr", "head_lr", "center_lr", "weight_decay", "clip"):
+        for name in ("text_lr", "head_lr", "lora_lr", "center_lr", "weight_decay", "clip"):
             require(getattr(self, name) >= 0, f"optimizer.{name}", "0 or more", getattr(self, name))
         require(0 < self.layer_decay <= 1, "optimizer.layer_decay", "above 0 and at most 1", self.layer_decay)
-        for name in ("warmup", "ema"):
+        for name in ("warmup", "head_first", "ema"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", "from 0 to below 1", getattr(self, name))
 
 
@@ -243,6 +256,12 @@ class Experiment:
         needs_positives = [term for term, on in alone.items() if on]
         if self.batch.views == 1 and needs_positives:
             raise UserError(f"--batch.views 1 leaves loss.{needs_positives[0]} without positives: take 2 or more views")
+        targets = self.model.lora_targets if self.model.lora_rank else "all"
+        if self.optimizer.head_first and targets != "all" and not self.loss.ce:
+            raise UserError(
+                f"--optimizer.head_first: with model.lora_targets {targets} no head learns: take model.lora_targets "
+                "all, or switch loss.ce on"
+            )
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ TOGETHER = (
     ("batch.items", "batch.categories"),
     ("batch.views", *(f"loss.{term}" for term in LOSS_TERMS), "loss.supcon_captions"),
     ("budget.images", "budget.epochs"),
+    ("optimizer.head_first", "model.lora_rank", "model.lora_targets", "loss.ce"),
 )
 """Settings whose values must fit each other's."""
 

@@ -25,6 +25,7 @@ from clipfh.learn.all_gather import all_gather_with_gradient
 from clipfh.learn.objective import Labels, Objective
 from clipfh.learn.optimizer import ExponentialMovingAverage
 from clipfh.learn.tally import StepTally, UncheckedStep
+from clipfh.model import lora
 from clipfh.model.clip import architecture_of
 from clipfh.model.devices import resolve_precision
 from clipfh.model.layers import freeze
@@ -74,15 +75,16 @@ class Learner:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.schedule = make_schedule(experiment, len(index.item), index.num_single)
         self.precision = resolve_precision(experiment.model.precision, on)
-        self.trains_text = experiment.stage == "joint" and experiment.loss.takes_text
-        _prepare(clip, experiment, self.trains_text)
+        self.trains_text = _trains_text(experiment)
+        _prepare(clip, experiment)
         self.towers = Towers(clip, experiment.batch.chunk).to(on).train()
         self.forward = self._wrapped()
         dtype = self.towers.mean.dtype
-        self.objective = Objective(experiment.loss, architecture_of(clip).embed_dim, len(index.names)).to(on, dtype)
+        dim, has_bias = architecture_of(clip).embed_dim, clip.logit_bias is not None
+        self.objective = Objective(experiment.loss, dim, len(index.names), has_bias).to(on, dtype)
         self.optimizer = optimizer.make_adamw(clip, self.objective, experiment.optimizer, on)
         self.lr_schedule = optimizer.cosine_schedule(
-            self.optimizer, self.schedule.num_steps, experiment.optimizer.warmup
+            self.optimizer, self.schedule.num_steps, experiment.optimizer.warmup, experiment.optimizer.head_first
         )
         self.average = ExponentialMovingAverage(clip, experiment.optimizer.ema)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -126,7 +128,7 @@ class Learner:
         labels, tokens = self._labels(rows)
         pixels = images if isinstance(images, Tensor) else images_to_device(images, self.device)
         features, text, log_scale = self._features(pixels, tokens, labels)
-        total, terms = self.objective(features, text, log_scale, labels)
+        total, terms = self.objective(features, text, log_scale, labels, self.clip.logit_bias)
         grad_norm, not_finite = self._update(total)
         self.objective.move_centers(features, labels, self.experiment.optimizer.center_lr)
         self.seen = features.detach(), None if text is None else text.detach(), labels
@@ -247,20 +249,48 @@ class Learner:
         if validation is not None:
             report |= {"start_val_mAP": start_val_mAP, "val_mAP": self.validate(validation)}
         report |= self._bounds_and_cosines()
-        report |= {"lr": self.experiment.optimizer.lr * self.lr_schedule.lr_lambdas[0](self.step)}
-        warm = self.step > 2 * self.experiment.optimizer.warmup * self.schedule.num_steps
+        settings, steps = self.experiment.optimizer, self.schedule.num_steps
+        lr = settings.lr * optimizer.lr_factor(self.step, steps, settings.warmup, settings.head_first)
+        report |= {"lr": lr, **self._size()}
+        warm = self.step > steps * (settings.head_first + 2 * settings.warmup * (1 - settings.head_first))
         return {**report, "warnings": diagnostics.find_warnings(report, list(self.objective.weights)) if warm else []}
 
     def _bounds_and_cosines(self) -> dict[str, float]:
         """Floor and collapse value of each active term, and mean cosines, on the last batch."""
         feature_BD, text_CD, labels = self.seen
-        bounds = self.objective.bounds(labels, self.clip.logit_scale.detach())
+        bounds = self.objective.bounds(labels, self.clip.logit_scale, self.clip.logit_bias)
         ends = {f"{end}_{term}": value for term, b in bounds.items() for end, value in b._asdict().items()}
         return {**ends, **_cosines(feature_BD, text_CD, labels)}
+
+    def _size(self) -> dict[str, float]:
+        """Numbers of parameters of the model, without heads, and on a GPU the most memory that was held so far."""
+        counts: dict[str, float] = {"trained_parameters": sum(p.numel() for p in self.average.source.values())}
+        counts |= {"parameters": sum(p.numel() for p in self.clip.parameters()) - lora.count_factors(self.clip)}
+        if self.device.type != "cuda":
+            return counts
+        return {**counts, "peak_memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30}
+
+    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights of a plain model by open_clip's names, with LoRA's updates added: raw ones, and the average of those
+        that are trained, which is empty where the run keeps none. It is the average of the updates' factors that is
+        added, not that of their products."""
+        raw = lora.merged_state(self.clip)
+        if not (self.experiment.optimizer.ema and self.experiment.model.lora_rank):
+            return raw, self.average.weights if self.experiment.optimizer.ema else {}
+        with self.average.applied():
+            average = lora.merged_state(self.clip, self.average.weights)
+            return raw, {name: tensor.clone() for name, tensor in average.items()}
+
+    def lora_state(self) -> dict[str, dict[str, Tensor]]:
+        """LoRA's factors, their average, and the weights under them: what `weights` has lost. Empty without LoRA."""
+        if not self.experiment.model.lora_rank:
+            return {}
+        return {"weights": lora.factors(self.clip), "average": self.average.weights}
 
     def state(self) -> dict[str, Any]:
         """State of a checkpoint besides the weights."""
         return {
+            "lora": self.lora_state(),
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.lr_schedule.state_dict(),
@@ -268,12 +298,15 @@ class Learner:
         }
 
     def restore(self, raw: dict[str, Tensor], average: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Restore a checkpoint: raw weights, averaged weights and `state`.
+        """Restore a checkpoint: raw and averaged weights as `weights` gives them, and `state`.
 
         Raises:
             UserError: the checkpoint is of a version with another optimizer.
         """
         optimizer.load_state(self.optimizer, state["optimizer"])
+        if adapted := state.get("lora"):
+            plain = {name: raw[name] for name in self.clip.state_dict() if name in raw}
+            raw, average = {**plain, **adapted["weights"]}, adapted["average"]
         self.clip.load_state_dict(raw)
         for name, weights in average.items():
             self.average.weights[name].copy_(weights)
@@ -282,15 +315,42 @@ class Learner:
         self.step = state["step"]
 
 
-def _prepare(clip: Any, experiment: Experiment, trains_text: bool) -> None:
-    """Set temperature, freezing and gradient checkpointing as the settings ask."""
+def count_trained(clip: Any, experiment: Experiment) -> int:
+    """Number of the model's parameters that an experiment trains, heads not counted; the model is frozen for it.
+
+    Raises:
+        UserError: more blocks are to be frozen than there are, or LoRA finds no weight.
+    """
+    _freeze(clip, experiment)
+    if experiment.model.lora_rank:
+        return lora.count_trained(clip, experiment.model)
+    return sum(p.numel() for p in clip.parameters() if p.requires_grad)
+
+
+def _prepare(clip: Any, experiment: Experiment) -> None:
+    """Set temperature, freezing, LoRA and gradient checkpointing as the settings ask."""
     if experiment.loss.infonce_temperature:
         clip.logit_scale.data.fill_(-math.log(experiment.loss.infonce_temperature))
     clamp_logit_scale(clip)
-    learn_scale = experiment.loss.learn_scale and experiment.loss.infonce > 0
-    freeze(clip, "joint" if trains_text else "image", experiment.model, learn_scale)
+    _freeze(clip, experiment)
+    if experiment.model.lora_rank:
+        lora.adapt(clip, experiment.model)
     if experiment.model.checkpointing:
         recompute_blocks(clip, experiment.model.name)
+
+
+def _freeze(clip: Any, experiment: Experiment) -> None:
+    """Switch off the gradients of what is not trained."""
+    loss, bias = experiment.loss, clip.logit_bias
+    takes_scale = loss.infonce > 0 or (loss.sigmoid > 0 and bias is not None)
+    stage = "joint" if _trains_text(experiment) else "image"
+    freeze(clip, stage, experiment.model, loss.learn_scale and takes_scale)
+    if bias is not None and not loss.sigmoid:
+        bias.requires_grad_(False)  # no other term gives it a gradient, for which workers would wait
+
+
+def _trains_text(experiment: Experiment) -> bool:
+    return experiment.stage == "joint" and experiment.loss.takes_text
 
 
 @contextmanager

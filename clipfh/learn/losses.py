@@ -101,6 +101,30 @@ def infonce(
     return (multi_positive(logits_BC, positive_BC) + multi_positive(logits_BC.T, positive_BC.T)) / 2
 
 
+def sigmoid(
+    image_BD: Tensor,
+    item_B: Tensor,
+    caption_CD: Tensor,
+    caption_B: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+) -> Tensor:
+    """Each pair of an image and a caption is told to belong together or not (Zhai et al., SigLIP, 2023, algorithm 1),
+    with positives by item as in `infonce`. The sum over all pairs, divided by the number of images.
+
+    Args:
+        image_BD: embeddings.
+        item_B: items of the images.
+        caption_CD: embeddings of distinct captions: a caption that several images carry is given once.
+        caption_B: row in `caption_CD` of each image's caption.
+        logit_scale: multiplies the similarities; 1 / temperature, not its logarithm.
+        logit_bias: is added to the logits. Below 0, because most pairs don't belong together.
+    """
+    logits_BC = logit_scale * _similarity(image_BD, caption_CD) + logit_bias
+    positive_BC = _carried(item_B, caption_B, len(caption_CD))
+    return -F.logsigmoid(torch.where(positive_BC, logits_BC, -logits_BC)).sum() / len(image_BD)
+
+
 def triplet(embedding_BD: Tensor, item_B: Tensor, margin: float | None) -> Tensor:
     """Batch-hard triplet loss (Hermans et al., In Defense of the Triplet Loss, 2017) on Euclidean distance.
 
@@ -214,6 +238,30 @@ def bounds(
     equal = [torch.full_like(embedding, num_items**-0.5) for embedding in perfect]
     with torch.no_grad():
         return Bounds(floor=loss(*perfect).item(), collapse=loss(*equal).item())
+
+
+@torch.no_grad()
+def sigmoid_bounds(item_B: Tensor, caption_B: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Bounds:
+    """Floor and collapse of `sigmoid`, which, unlike a softmax, depends on where equal embeddings lie.
+
+    Where all images are alike and all captions too, every pair has the same logit. The collapse value is that of the
+    logit which suits the share of positives best, of those that a cosine can give.
+
+    Args:
+        item_B: items of the images.
+        caption_B: caption of each image, 0 to C - 1.
+        logit_scale, logit_bias: as for `sigmoid`.
+    """
+    floor = bounds(
+        lambda image_BD, caption_CD: sigmoid(image_BD, item_B, caption_CD, caption_B, logit_scale, logit_bias),
+        item_B,
+        caption_B,
+    ).floor
+    num_captions = int(caption_B.max()) + 1
+    share = _carried(item_B, caption_B, num_captions).float().mean()
+    logit = share.logit().clamp(logit_bias - logit_scale, logit_bias + logit_scale)
+    surprise = share * F.softplus(-logit) + (1 - share) * F.softplus(logit)
+    return Bounds(floor, num_captions * surprise.item())
 
 
 def _precise(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,11 +47,14 @@ class Objective(nn.Module):
         loss: weights and options.
         dim: D of the features.
         num_items: I train items.
+        model_has_bias: whether the model has a logit bias. The sigmoid term then takes the model's scale and bias.
+            Otherwise it has its own, from where SigLIP starts: with a scale such as CLIP's 100, a bias of -10 would
+            take every pair for a positive.
     """
 
     centers: Tensor
 
-    def __init__(self, loss: LossSettings, dim: int, num_items: int) -> None:
+    def __init__(self, loss: LossSettings, dim: int, num_items: int, model_has_bias: bool = False) -> None:
         super().__init__()
         self.loss, self.num_items = loss, num_items
         self.weights = {term: getattr(loss, term) for term in LOSS_TERMS if getattr(loss, term)}
@@ -58,19 +62,23 @@ class Objective(nn.Module):
             self.neck = nn.BatchNorm1d(dim)
             self.neck.bias.requires_grad_(False)  # a shift would move every item alike
             self.classifier = nn.Parameter(torch.randn(num_items, dim) * 0.01)
+        if loss.sigmoid and not model_has_bias:
+            self.sigmoid_log_scale = nn.Parameter(torch.tensor(math.log(10)), requires_grad=loss.learn_scale)
+            self.sigmoid_bias = nn.Parameter(torch.tensor(-10.0), requires_grad=loss.learn_scale)
         if loss.center:
             self.register_buffer("centers", torch.zeros(num_items, dim))
 
     def forward(
-        self, feature_BD: Tensor, text_CD: Tensor | None, log_scale: Tensor, labels: Labels
+        self, feature_BD: Tensor, text_CD: Tensor | None, log_scale: Tensor, labels: Labels, bias: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total, and each active term before its weight.
 
         Args:
             feature_BD: image features, before normalisation.
             text_CD: features of the batch's distinct captions; needed by terms that take text only.
-            log_scale: log of the logit scale of infonce.
+            log_scale: log of the model's logit scale.
             labels: of the batch.
+            bias: the model's logit bias; None for a model without one.
         """
         embedding_BD, item_B, paired = F.normalize(feature_BD), labels.item, labels.paired
         of_term: dict[str, Callable[[], Tensor]] = {
@@ -79,9 +87,11 @@ class Objective(nn.Module):
             "center": lambda: losses.center(feature_BD, item_B, self.centers),
             "supcon": lambda: self._supcon_of_batch(embedding_BD, text_CD, labels),
             "infonce": lambda: self._infonce(embedding_BD[labels.captioned], _unit(text_CD), labels, log_scale),
+            "sigmoid": lambda: self._sigmoid(embedding_BD[labels.captioned], _unit(text_CD), labels, log_scale, bias),
         }
         # Of all that it could depend on: DistributedDataParallel waits for each weight's gradient
-        nothing = (feature_BD.sum() + log_scale + (0 if text_CD is None else text_CD.sum())) * 0
+        sums = [part.sum() for part in (feature_BD, text_CD, log_scale, bias) if part is not None]
+        nothing = torch.stack(sums).sum() * 0
         terms = {term: of_term[term]() if self._concerns(term, labels) else nothing for term in self.weights}
         return torch.stack([self.weights[term] * value for term, value in terms.items()]).sum(), terms
 
@@ -90,7 +100,7 @@ class Objective(nn.Module):
         if self.loss.center:
             losses.move_centers(self.centers, feature_BD.detach(), labels.item, labels.items, lr)
 
-    def bounds(self, labels: Labels, log_scale: Tensor) -> dict[str, losses.Bounds]:
+    def bounds(self, labels: Labels, log_scale: Tensor, bias: Tensor | None = None) -> dict[str, losses.Bounds]:
         """Floor and collapse value of each active term on these labels; the center term has neither."""
         paired_item = labels.item[labels.paired]
         of_term: dict[str, Callable[[], losses.Bounds]] = {
@@ -102,13 +112,17 @@ class Objective(nn.Module):
                 labels.item[labels.captioned],
                 labels.caption,
             ),
+            "sigmoid": lambda: losses.sigmoid_bounds(
+                labels.item[labels.captioned], labels.caption, *self._scale_and_bias(log_scale, bias)
+            ),
         }
         return {term: of_term[term]() for term in self.weights if term in of_term and self._concerns(term, labels)}
 
     def _concerns(self, term: str, labels: Labels) -> bool:
         """Whether the batch has an image that the term takes."""
         supcon = labels.captioned if self.loss.supcon_captions else labels.paired
-        taken = {"triplet": labels.paired, "supcon": supcon, "infonce": labels.captioned}
+        taken = {"triplet": labels.paired, "supcon": supcon}
+        taken |= {"infonce": labels.captioned, "sigmoid": labels.captioned}
         return term not in taken or len(taken[term]) > 0
 
     def _cosine(self, feature_BD: Tensor) -> Tensor:
@@ -145,7 +159,20 @@ class Objective(nn.Module):
         item_B = labels.item[labels.captioned]
         return losses.infonce(embedding_BD, item_B, text_CD, labels.caption, log_scale.exp())
 
+    def _sigmoid(
+        self, embedding_BD: Tensor, text_CD: Tensor, labels: Labels, log_scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        item_B = labels.item[labels.captioned]
+        scale_and_bias = self._scale_and_bias(log_scale, bias)
+        return losses.sigmoid(embedding_BD, item_B, text_CD, labels.caption, *scale_and_bias)
+
+    def _scale_and_bias(self, log_scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scale and bias of the sigmoid term: the model's, or its own where the model has no bias."""
+        if bias is None:
+            return self.sigmoid_log_scale.exp(), self.sigmoid_bias
+        return log_scale.exp(), bias
+
 
 def _unit(text_CD: Tensor | None) -> Tensor:
-    assert text_CD is not None, "infonce needs the features of the batch's captions"
+    assert text_CD is not None, "infonce and sigmoid need the features of the batch's captions"
     return F.normalize(text_CD)

@@ -13,6 +13,7 @@ from torch import nn
 from clipfh import UserError
 from clipfh.config.experiment import OptimizerSettings
 from clipfh.model.layers import split_towers
+from clipfh.model.lora import is_factor
 
 
 def make_adamw(
@@ -21,29 +22,35 @@ def make_adamw(
     """AdamW over the parameters that are not frozen, with layer-wise learning rates in each tower.
 
     Parameters with equal learning rate and weight decay form one group, because the optimizer's time in Python grows
-    with the number of groups.
+    with the number of groups. Where the heads learn first, their groups bear `is_head`.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter, lr in _learning_rates(clip, heads, settings):
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for parameter, lr, is_head in _learning_rates(clip, heads, settings):
         if parameter.requires_grad:
             # Norms, biases and single vectors are not decayed
-            groups.setdefault((lr, settings.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-    options = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((lr, decay, is_head and settings.head_first > 0), []).append(parameter)
+    options = [
+        {"params": params, "lr": lr, "weight_decay": decay, "is_head": is_head}
+        for (lr, decay, is_head), params in groups.items()
+    ]
     return torch.optim.AdamW(options, betas=(0.9, 0.98), eps=1e-6, fused=device.type in ("cuda", "cpu"))
 
 
 def _learning_rates(
     clip: nn.Module, heads: nn.Module, settings: OptimizerSettings
-) -> Iterator[tuple[nn.Parameter, float]]:
+) -> Iterator[tuple[nn.Parameter, float, bool]]:
+    """Each parameter, its learning rate, and whether it is a head or follows the image tower's last block."""
     image, text, scale = split_towers(clip)
     for tower, multiple in ((image, 1.0), (text, settings.text_lr)):
         for name, parameter in tower.parameters.items():
             above = tower.blocks + 1 - tower.depth[name]
-            yield parameter, settings.lr * multiple * settings.layer_decay**above
+            lr = settings.lr * multiple * settings.layer_decay**above * (settings.lora_lr if is_factor(name) else 1.0)
+            yield parameter, lr, tower is image and above == 0
     for parameter in scale.values():
-        yield parameter, settings.lr * settings.text_lr
+        yield parameter, settings.lr * settings.text_lr, False
     for parameter in heads.parameters():
-        yield parameter, settings.lr * settings.head_lr
+        yield parameter, settings.lr * settings.head_lr, True
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -61,16 +68,35 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rates that rise linearly for a share `warmup` of the steps, then fall by half a cosine to 0."""
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float, head_first: float = 0.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rates by step, as `lr_factor` has them: the heads begin at once, all else after the share `head_first`.
+
+    Gradients are computed all the same, so that several workers wait for the same ones at each step.
+    """
+
+    def heads(step: int) -> float:
+        return lr_factor(step, steps, warmup)
+
+    def others(step: int) -> float:
+        return lr_factor(step, steps, warmup, head_first)
+
+    groups = optimizer.param_groups
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [heads if g.get("is_head") else others for g in groups])
+
+
+def lr_factor(step: int, steps: int, warmup: float, head_first: float = 0.0) -> float:
+    """Factor on a learning rate at a step: 0 for a share `head_first` of the steps (LP-FT: Kumar et al., 2202.10054).
+    Of the steps behind them it rises linearly for a share `warmup`, then it falls by half a cosine to 0."""
+    begin = round(steps * head_first)
+    if step < begin:
+        return 0.0
+    step, steps = step - begin, steps - begin
     rise = max(1, round(steps * warmup)) if warmup else 0
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
 
 
 class ExponentialMovingAverage:

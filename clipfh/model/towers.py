@@ -101,8 +101,12 @@ MAX_LOG_SCALE = math.log(100)
 
 @torch.no_grad()
 def clamp_logit_scale(clip: Any) -> None:
-    """Keep the logit scale between 1 and 100, as CLIP was trained (Radford et al., 2021, 2.5)."""
-    clip.logit_scale.clamp_(0, MAX_LOG_SCALE)
+    """Keep the logit scale between 1 and 100, as CLIP was trained (Radford et al., 2021, 2.5).
+
+    A model with a logit bias was trained as SigLIP, without such a limit: its scale stays as it is.
+    """
+    if clip.logit_bias is None:
+        clip.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
 
 @contextlib.contextmanager

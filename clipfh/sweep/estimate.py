@@ -140,15 +140,17 @@ def _timed(learner: Learner, images: int) -> tuple[float, tuple[float, float]]:
 
 
 def on_disk(learner: Learner) -> tuple[float, float]:
-    """Bytes of a learner's weights, raw and averaged, and of a checkpoint, which has AdamW's two moments too."""
+    """Bytes of a learner's weights, raw and averaged, and of a checkpoint, which has AdamW's two moments too, and with
+    LoRA what goes on of it."""
 
     def size(tensors: Iterable[torch.Tensor]) -> float:
         return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
-    averaged = learner.average.weights.values() if learner.experiment.optimizer.ema else ()
-    weights = size(learner.clip.state_dict().values()) + size(averaged)
+    raw, averaged = learner.weights()
+    weights = size(raw.values()) + size(averaged.values())
     trained = size(p for group in learner.optimizer.param_groups for p in group["params"] if p.requires_grad)
-    return weights, weights + 2 * trained + size(learner.objective.state_dict().values())
+    adapted = sum(size(part.values()) for part in learner.lora_state().values())
+    return weights, weights + 2 * trained + size(learner.objective.state_dict().values()) + adapted
 
 
 def _wait(device: torch.device) -> None:

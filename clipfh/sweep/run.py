@@ -15,9 +15,9 @@ from clipfh.cluster.resources import max_concurrent_runs, resolve_placement
 from clipfh.config import sweep_file
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue, open_catalogue
+from clipfh.learn.learner import count_trained
 from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import build
-from clipfh.model.layers import require_blocks
 from clipfh.storage import layout
 from clipfh.storage.output import all_or_nothing
 from clipfh.sweep import estimate
@@ -116,12 +116,13 @@ def estimate_sweep(
 
 
 def _load(file: str | Path, settings: Mapping[str, Any] | None, trials: int | None) -> SweepFile:
-    """Read and check a sweep file, also against the blocks that its model has."""
+    """Read and check a sweep file, also against the blocks and weights that its model has."""
     sweep = sweep_file.load(file, settings, trials)
-    if "model.freeze_blocks" in sweep.search:
-        clip = build(find_architecture(sweep.experiment(sweep.first).model), "meta")
-        for corner in sweep.corners("model.freeze_blocks"):
-            require_blocks(clip, sweep.experiment(corner).model)
+    first, names = sweep.experiment(sweep.first), ("model.freeze_blocks", "model.lora_rank", "model.lora_targets")
+    if first.model.lora_rank or set(names) & set(sweep.search):
+        clip = build(find_architecture(first.model), "meta")
+        for drawn in sweep.combinations(names):
+            count_trained(clip, sweep.experiment({**sweep.first, **drawn}))
     return sweep
 
 

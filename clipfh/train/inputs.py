@@ -14,7 +14,7 @@ from clipfh.config.experiment import Experiment, LossSettings
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Feed, fetch
 from clipfh.data.sampler import ItemIndex, make_sampler
-from clipfh.learn.learner import ItemCaptions
+from clipfh.learn.learner import ItemCaptions, count_trained
 from clipfh.model import architecture as architectures
 from clipfh.model import checkpoint
 from clipfh.model.architecture import Architecture
@@ -92,6 +92,18 @@ def notes_on_singles(inputs: Inputs, loss: LossSettings) -> list[str]:
         "prompts of train items are longer than the model reads: their ends are cut off": inputs.num_cut,
     }
     return [f"note: {count:,} {what}" for what, count in counts.items() if count]
+
+
+def note_on_size(clip: nn.Module, experiment: Experiment) -> str:
+    """What to tell people of how much is trained; the model is frozen for it.
+
+    Raises:
+        UserError: the model has nothing that could be trained so.
+    """
+    trained, total = count_trained(clip, experiment), sum(p.numel() for p in clip.parameters())
+    rank, targets = experiment.model.lora_rank, experiment.model.lora_targets
+    how = f" (LoRA of rank {rank}, targets {targets})" if rank else ""
+    return f"trains {trained / 1e6:,.2f} M of {total / 1e6:,.2f} M parameters{how}"
 
 
 def load_start(experiment: Experiment, warm_start: str | None = None) -> nn.Module:

@@ -20,7 +20,7 @@ from clipfh.storage import layout, run_folder
 from clipfh.storage.output import all_or_nothing
 from clipfh.train import in_process
 from clipfh.train import track as tracking
-from clipfh.train.inputs import is_warm_started, notes_on_singles, open_run, prepare_inputs
+from clipfh.train.inputs import is_warm_started, note_on_size, notes_on_singles, open_run, prepare_inputs
 from clipfh.train.run_inputs import Inputs
 
 Log = Callable[[str], None]
@@ -99,7 +99,7 @@ def train(
             if stage == "joint" and not experiment.loss.takes_text:
                 log("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
             inputs = prepare_inputs(opened, experiment, clip, feed, placement.keep_gib, warm=is_warm_started(out))
-            for note in notes_on_singles(inputs, experiment.loss):
+            for note in (note_on_size(clip, experiment), *notes_on_singles(inputs, experiment.loss)):
                 log(note)
             with tracking.following(track, out):
                 compute(experiment, inputs, out, log)

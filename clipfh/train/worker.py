@@ -246,9 +246,7 @@ class _Reports:
 
     def _save(self, metrics: dict[str, Any], folder: Path) -> None:
         learner = self.learner
-        average = learner.average.weights if learner.experiment.optimizer.ema else {}
-        weights = learner.clip.state_dict(), average
-        architecture = architecture_of(learner.clip)
+        weights, architecture = learner.weights(), architecture_of(learner.clip)
         checkpoint_module.save(folder, learner.experiment, architecture, *weights, learner.state(), metrics)
 
     def make_last(self, diverged: Diverged, inputs: Inputs) -> None:

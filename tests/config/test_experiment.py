@@ -81,6 +81,7 @@ def test_loss_shorthand():
         "loss.center": 5e-4,
         "loss.supcon": 0.0,
         "loss.infonce": 0.0,
+        "loss.sigmoid": 0.0,
     }
     with pytest.raises(UserError, match="unknown loss 'tripet'"):
         presets.loss_terms("tripet+center")

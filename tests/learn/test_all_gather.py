@@ -20,6 +20,9 @@ TERMS = {
     "supcon": lambda out: losses.supcon(out["image"], ITEM_B, 0.1),
     "joint": lambda out: losses.supcon(out["image"], ITEM_B, 0.1, out["caption"], CAPTION_B),
     "infonce": lambda out: losses.infonce(out["image"], ITEM_B, out["caption"], CAPTION_B, out["logit_scale"]),
+    "sigmoid": lambda out: losses.sigmoid(
+        out["image"], ITEM_B, out["caption"], CAPTION_B, out["logit_scale"], out["logit_bias"]
+    ),
     "triplet": lambda out: losses.triplet(out["image"], ITEM_B, 0.3),
     "soft triplet": lambda out: losses.triplet(out["image"], ITEM_B, None),
     "center": lambda out: losses.center(out["feature"], ITEM_B, out["centers"]),
@@ -45,6 +48,7 @@ class Heads(nn.Module):
         self.neck = nn.BatchNorm1d(D)
         self.classifier = nn.Linear(D, NUM_ITEMS, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(1.0))
+        self.logit_bias = nn.Parameter(torch.tensor(-2.0))
         self.register_buffer("centers", torch.randn(NUM_ITEMS, D))
 
     def forward(self, feature_BD, text_PD):
@@ -54,6 +58,7 @@ class Heads(nn.Module):
             "image": F.normalize(feature_BD, dim=1),
             "caption": F.normalize(text_PD[first_C], dim=1),
             "logit_scale": self.log_scale.exp(),
+            "logit_bias": self.logit_bias,
             "centers": self.centers,
             "cosine": F.normalize(self.neck(feature_BD), dim=1) @ F.normalize(self.classifier.weight, dim=1).T,
         }

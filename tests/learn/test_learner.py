@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -58,6 +59,7 @@ TERMS = {
     "supcon": {"loss.supcon": 1.0},
     "supcon with captions": {"loss.supcon": 1.0, "loss.supcon_captions": True},
     "infonce": {"loss.infonce": 1.0},
+    "sigmoid": {"loss.sigmoid": 1.0},
     "all": {f"loss.{term}": 0.5 for term in LOSS_TERMS},
 }
 
@@ -70,9 +72,15 @@ def captions() -> ItemCaptions:
     return ItemCaptions(tokens.numpy().astype(np.int32), np.array([0, 0, 1, 2, 3, -1, 4], np.int32))
 
 
-def learner_of(stage: str = "image", dtype: torch.dtype = torch.float64, **settings) -> learner.Learner:
+def learner_of(
+    stage: str = "image", dtype: torch.dtype = torch.float64, siglip: bool = False, **settings
+) -> learner.Learner:
+    """A learner of the small model; with `siglip` it has scale and bias as SigLIP has."""
     experiment = presets.resolve(stage, "scratch", {**SETTINGS, **settings})
     clip = load_initial_model(experiment.model, 0).to(dtype)
+    if siglip:
+        clip.logit_scale.data.fill_(math.log(117))
+        clip.logit_bias = torch.nn.Parameter(torch.tensor(-16.5, dtype=dtype))
     return learner.Learner(experiment, clip, INDEX, captions(), torch.device("cpu"))
 
 
@@ -84,7 +92,7 @@ def train(one: learner.Learner, steps: int = STEPS) -> dict[str, torch.Tensor]:
         one.train_step(rows, IMAGES[rows.reshape(one.world_size, -1)[one.rank]])
     heads = {f"heads.{name}": tensor for name, tensor in one.objective.state_dict().items()}
     average = {f"average.{name}": tensor for name, tensor in one.average.weights.items()}
-    return {name: tensor.clone() for name, tensor in {**one.clip.state_dict(), **heads, **average}.items()}
+    return {name: tensor.clone() for name, tensor in {**one.weights()[0], **heads, **average}.items()}
 
 
 # Of four workers the last has none of them
@@ -108,19 +116,27 @@ def assert_equal(found: dict, expected: dict, atol: float, name: str = "") -> No
         torch.testing.assert_close(found[key], tensor, rtol=0, atol=atol, msg=lambda m, key=key: f"{name} {key}: {m}")
 
 
+def learner_for(stage: str, term: str) -> learner.Learner:
+    """A learner of a case of `alone`."""
+    name, _, way = term.partition(", ")
+    more = {"model.lora_rank": 4, "optimizer.head_first": 0.3} if way == "lora" else {}
+    return learner_of(stage, siglip=way == "siglip", **TERMS[name], **more)
+
+
 def worker(rank: int, world_size: int, store: str, expected: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    for (stage, name), weights in torch.load(expected).items():
-        assert_equal(outcome(learner_of(stage, **TERMS[name])), weights, 1e-8, f"{stage} stage, {name}:")
+    for case, weights in torch.load(expected).items():
+        assert_equal(outcome(learner_for(*case)), weights, 1e-8, f"{case}:")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> str:
     """A file with what one worker's ten steps give, by stage and term."""
-    stages = {"image": TERMS, "joint": ("supcon with captions", "infonce", "all")}
-    found = {(stage, name): outcome(learner_of(stage, **TERMS[name])) for stage in stages for name in stages[stage]}
+    ways = ("infonce, siglip", "sigmoid, siglip", "all, lora")
+    stages = {"image": (*TERMS, "all, lora"), "joint": ("supcon with captions", "infonce", "sigmoid", "all", *ways)}
+    found = {(stage, name): outcome(learner_for(stage, name)) for stage in stages for name in stages[stage]}
     start = load_initial_model(ModelSettings(name=SMALL_MODEL), 0).double().state_dict()
     for (stage, _), weights in found.items():
         moved = {name for name in start if not torch.equal(weights[name], start[name])}
@@ -210,6 +226,26 @@ def test_the_logit_scale_is_clamped_and_learned_where_asked(learn: bool):
     train(one, steps=3)
     scale = one.clip.logit_scale.exp().item()
     assert scale <= 100.001 and (scale < 99.99) == learn
+
+
+@pytest.mark.parametrize("term,moves", [("supcon", 0), ("infonce", 1), ("sigmoid", 2), ("all", 2)])
+def test_the_scale_of_siglip_is_no_clips_and_its_bias_moves_where_a_term_takes_it(term: str, moves: int):
+    one = learner_of("joint", siglip=True, **TERMS[term])
+    before = one.clip.logit_scale.item(), one.clip.logit_bias.item()
+    assert before == (math.log(117), -16.5)
+    train(one, steps=3)
+    after = one.clip.logit_scale.item(), one.clip.logit_bias.item()
+    assert [x != y for x, y in zip(before, after, strict=True)] == [moves > 0, moves > 1]
+    assert after[0] > math.log(110), "above CLIP's limit"
+    assert all(p.grad is not None for p in one.clip.parameters() if p.requires_grad)
+
+
+def test_a_model_without_a_bias_keeps_its_scale_while_sigmoid_has_its_own():
+    one = learner_of("joint", **TERMS["sigmoid"])
+    before = one.clip.logit_scale.item()
+    heads = train(one, steps=3)
+    assert one.clip.logit_scale.item() == before
+    assert heads["heads.sigmoid_bias"] != -10 and heads["heads.sigmoid_log_scale"] != math.log(10)
 
 
 @pytest.mark.parametrize("given,expected", [(0.0, 0.07), (0.02, 0.02)])
@@ -378,12 +414,53 @@ def test_a_report_warns_of_a_collapse_only_after_the_warm_up():
     assert "supcon has collapsed: all embeddings alike" in report["warnings"][0]
 
 
-def test_a_restored_learner_goes_on_as_if_nothing_had_been():
-    one, other = learner_of("joint", **TERMS["all"]), learner_of("joint", **TERMS["all"])
+@pytest.mark.parametrize("term", ["all", "all, siglip", "all, lora"])
+def test_a_restored_learner_goes_on_as_if_nothing_had_been(term: str):
+    one, other = learner_for("joint", term), learner_for("joint", term)
     train(one, steps=3)
-    state = {name: tensor.clone() for name, tensor in one.clip.state_dict().items()}
-    average = {name: tensor.clone() for name, tensor in one.average.weights.items()}
-    other.restore(state, average, copy.deepcopy(one.state()))
+    raw, average, state = copy.deepcopy((*one.weights(), one.state()))
+    other.restore(raw, average, state)
     for each in (one, other):
         each.train_step(np.arange(8), IMAGES[:8])
-    assert_equal(dict(other.clip.state_dict()), dict(one.clip.state_dict()), 0)
+    states = ([learner_.clip.state_dict(), *learner_.weights()] for learner_ in (one, other))
+    for mine, theirs in zip(*states, strict=True):
+        assert_equal(dict(theirs), dict(mine), 0)
+
+
+def test_the_average_of_lora_is_that_of_its_factors_and_fits_a_plain_model():
+    one = learner_for("joint", "all, lora")
+    train(one, steps=4)
+    raw, average = one.weights()
+    plain = load_initial_model(one.experiment.model, 0).double()
+    plain.load_state_dict({**raw, **average})
+    with one.average.applied():
+        expected = one.clip.encode_image(torch.ones(1, 3, 64, 64, dtype=torch.float64))
+    torch.testing.assert_close(plain.encode_image(torch.ones(1, 3, 64, 64, dtype=torch.float64)), expected)
+    assert average.keys() < raw.keys() and "visual.conv1.weight" not in average
+
+
+def test_heads_learn_first_and_alone():
+    """In the first of ten steps the classifier, and what follows the last block; then all."""
+    one = learner_of("joint", **TERMS["all"], **{"optimizer.head_first": 0.3})
+    before = {name: tensor.clone() for name, tensor in one.clip.state_dict().items()}
+    head = {"visual.ln_post.weight", "visual.ln_post.bias", "visual.proj"}
+    heads_before = {name: p.detach().clone() for name, p in one.objective.named_parameters()}
+    for steps, rest in ((3, False), (1, True)):
+        plan = PKSampler(INDEX.item, P, K)
+        for step in range(one.step, one.step + steps):
+            one.train_step(plan.batch(step), IMAGES[plan.batch(step)])
+        moved = {name for name, tensor in one.clip.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert (moved > head) if rest else (moved == head)
+        assert {n for n, p in one.objective.named_parameters() if not torch.equal(p, heads_before[n])} == {
+            n for n, p in one.objective.named_parameters() if p.requires_grad
+        }
+
+
+def test_a_report_tells_what_is_trained():
+    one = learner_of("image", **TERMS["supcon"], **{"model.lora_rank": 4})
+    total = sum(p.numel() for p in load_initial_model(one.experiment.model, 0).parameters())
+    tally_ = StepTally()
+    tally_.add(8, 0.0, one.train_step(np.arange(8), IMAGES[:8]))
+    report = one.report(tally_, validation(), start_val_mAP=0.0)
+    trained = 4 * sum((3 * 160 + 160) + 2 * 160 + 2 * (160 + 640) for _ in range(4)) + 4 * (160 + 128)
+    assert (report["trained_parameters"], report["parameters"]) == (trained, total)

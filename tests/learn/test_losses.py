@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip.loss import SigLipLoss
 from pytorch_metric_learning import distances, miners, reducers
 from pytorch_metric_learning import losses as pml
 
@@ -138,6 +139,32 @@ def test_infonce(batch, temperature):
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
+@settings(deadline=None)
+@given(batches(duplicates=True), temperatures, st.floats(-20, 5))
+def test_sigmoid(batch, temperature, bias):
+    image_BD, caption_CD = batch.embeddings()
+    learned = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1 / temperature, bias)]
+    ours = losses.sigmoid(image_BD, batch.item_B, caption_CD, batch.caption_B, *learned)
+    reference = 0.0
+    for image, item in zip(image_BD, batch.item_B.tolist(), strict=True):
+        for c, caption in enumerate(caption_CD):
+            belongs = item in carrying_items(batch, c)
+            logit = learned[0] * (image @ caption) + learned[1]
+            reference -= F.logsigmoid(logit if belongs else -logit) / len(image_BD)
+    assert_same(batch, ours, reference)
+    for got, wanted in zip(*(torch.autograd.grad(each, learned) for each in (ours, reference)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(0, 2**32), st.floats(1, 200), st.floats(-20, 0))
+def test_sigmoid_of_one_prompt_an_image_is_that_of_open_clip(count, seed, scale, bias):
+    generator = torch.Generator().manual_seed(seed)
+    image_BD, text_BD = (F.normalize(torch.randn(count, 5, generator=generator), dim=1) for _ in range(2))
+    ours = losses.sigmoid(image_BD, torch.arange(count), text_BD, torch.arange(count), scale, bias)
+    torch.testing.assert_close(ours, SigLipLoss()(image_BD, text_BD, scale, bias))
+
+
 def test_captions_of_one_item_are_no_negatives_of_each_other_or_of_its_images():
     """Item 7 has two captions, one a view; item 9 has one. Whatever is not positive is at right angles."""
     item_B, caption_B = torch.tensor([7, 7, 9, 9]), torch.tensor([0, 1, 2, 2])
@@ -222,6 +249,7 @@ def all_terms(image_BD, item_B, caption_CD, caption_B):
         "supcon": losses.supcon(image_BD, item_B, 1e-3),
         "joint": losses.supcon(image_BD, item_B, 1e-3, caption_CD, caption_B),
         "infonce": losses.infonce(image_BD, item_B, caption_CD, caption_B, 1e3),
+        "sigmoid": losses.sigmoid(image_BD, item_B, caption_CD, caption_B, 1e3, -10.0),
         "triplet": losses.triplet(image_BD, item_B, 0.2),
         "soft": losses.triplet(image_BD, item_B, None),
         "center": losses.center(image_BD, item_B, image_BD.flip(0)),
@@ -284,6 +312,18 @@ def test_bounds_of_image_and_caption_losses():
     assert joint == pytest.approx((math.log(K), math.log(B + P - 1)))
     cross = losses.bounds(lambda e, c: losses.infonce(e, ITEM_B, c, CAPTION_B, 100.0), ITEM_B, CAPTION_B)
     assert cross == pytest.approx((math.log(K) / 2, (math.log(P) + math.log(B)) / 2))
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(117.0, -16.5), (10.0, -10.0), (14.3, -10.0)])
+def test_bounds_of_sigmoid_where_equal_embeddings_lie_best(scale, bias):
+    """With SigLIP2's scale and bias, with those it starts from, and with the scale of random weights."""
+    floor, collapse = losses.sigmoid_bounds(ITEM_B, CAPTION_B, *map(torch.tensor, (scale, bias)))
+    assert floor == pytest.approx(math.log1p(math.exp(-scale - bias)) + (P - 1) * math.log1p(math.exp(bias)), rel=1e-4)
+    found = []
+    for cosine in torch.linspace(-1, 1, 4001):
+        image_BD, caption_PD = torch.eye(2)[[0] * B], torch.stack([cosine, (1 - cosine**2).sqrt()]).repeat(P, 1)
+        found.append(losses.sigmoid(image_BD, ITEM_B, caption_PD, CAPTION_B, scale, bias).item())
+    assert collapse == pytest.approx(min(found), rel=1e-3) and floor < collapse
 
 
 def test_a_caption_shared_by_items_is_midway_between_them():

@@ -19,11 +19,11 @@ LABELS = Labels(
 )
 FEATURES = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
 TEXT = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
-SCALE = torch.tensor(2.0)
+SCALE, BIAS = torch.tensor(2.0), torch.tensor([-5.0])
 
 
 def test_total_is_the_weighted_sum_of_all_terms():
-    loss = LossSettings(ce=0.5, triplet=2.0, center=0.1, supcon=1.5, infonce=3.0)
+    loss = LossSettings(ce=0.5, triplet=2.0, center=0.1, supcon=1.5, infonce=3.0, sigmoid=0.7)
     total, terms = Objective(loss, 16, 3)(FEATURES, TEXT, SCALE, LABELS)
     assert list(terms) == list(LOSS_TERMS)
     assert total.item() == pytest.approx(sum(getattr(loss, name) * value.item() for name, value in terms.items()))
@@ -42,11 +42,12 @@ def test_single_views_and_items_without_prompt_stay_out():
 def test_a_batch_that_concerns_no_term_costs_nothing_and_does_not_stop():
     none = torch.zeros(0, dtype=torch.long)
     empty = Labels(ITEM, LABELS.items, none, none, none, none)
-    objective = Objective(LossSettings(triplet=1.0, supcon=1.0, infonce=1.0), 16, 3)
-    features = FEATURES.clone().requires_grad_()
-    total, _ = objective(features, TEXT[:0], SCALE, empty)
+    objective = Objective(LossSettings(triplet=1.0, supcon=1.0, infonce=1.0, sigmoid=1.0), 16, 3, model_has_bias=True)
+    learned = [tensor.clone().requires_grad_() for tensor in (FEATURES, SCALE, BIAS)]
+    total, _ = objective(learned[0], TEXT[:0], learned[1], empty, learned[2])
     total.backward()
-    assert total.item() == 0 and not features.grad.any() and objective.bounds(empty, SCALE) == {}
+    assert total.item() == 0 and objective.bounds(empty, SCALE, BIAS) == {}
+    assert all(tensor.grad is not None and not tensor.grad.any() for tensor in learned)
 
 
 def test_a_term_that_is_off_has_no_head_and_is_not_computed(monkeypatch):
@@ -57,13 +58,28 @@ def test_a_term_that_is_off_has_no_head_and_is_not_computed(monkeypatch):
 
 
 def test_bounds_are_the_loss_of_perfect_and_of_equal_embeddings():
-    objective = Objective(LossSettings(ce=1.0, supcon=1.0, triplet=1.0, infonce=1.0, center=1.0), 16, 3)
+    loss = LossSettings(ce=1.0, supcon=1.0, triplet=1.0, infonce=1.0, sigmoid=1.0, center=1.0)
+    objective = Objective(loss, 16, 3)
     bounds = objective.bounds(LABELS, SCALE)
-    assert set(bounds) == {"ce", "triplet", "supcon", "infonce"}
+    assert set(bounds) == {"ce", "triplet", "supcon", "infonce", "sigmoid"}
     assert bounds["triplet"] == (0.0, pytest.approx(0.15))
     assert bounds["supcon"].collapse == pytest.approx(torch.tensor(3.0).log().item())
     for floor, collapse in bounds.values():
         assert floor < collapse
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_sigmoid_takes_the_models_scale_and_bias_or_begins_as_siglip_did(learn: bool):
+    loss = LossSettings(sigmoid=1.0, learn_scale=learn)
+    own, models = Objective(loss, 16, 3), Objective(loss, 16, 3, model_has_bias=True)
+    embedding, item, caption = F.normalize(FEATURES[:4]), ITEM[:4], torch.tensor([0, 0, 1, 1])
+    expected = [
+        losses.sigmoid(embedding, item, F.normalize(TEXT), caption, scale, bias)
+        for scale, bias in ((10.0, -10.0), (SCALE.exp(), BIAS))
+    ]
+    torch.testing.assert_close(own(FEATURES, TEXT, SCALE, LABELS)[0], expected[0])
+    torch.testing.assert_close(models(FEATURES, TEXT, SCALE, LABELS, BIAS)[0], expected[1])
+    assert [p.requires_grad for p in own.parameters()] == [learn, learn] and not list(models.parameters())
 
 
 def test_centers_move_only_where_the_term_is_on():

@@ -1,6 +1,7 @@
 """Rates by depth and tower, the schedule, and the average of the weights."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from clipfh import UserError
 from clipfh.config.experiment import SMALL_MODEL, LossSettings, ModelSettings, OptimizerSettings
 from clipfh.learn import objective, optimizer
 from clipfh.learn.optimizer import ExponentialMovingAverage
+from clipfh.model import lora
 from clipfh.model.architecture import load_open_clip
 from clipfh.model.clip import build_model
 from clipfh.model.layers import freeze
@@ -66,6 +68,20 @@ def test_weights_of_equal_rate_and_decay_are_one_group(stage: str, most: int):
     assert len(of) == len(trained)
 
 
+def test_updates_of_low_rank_have_a_multiple_of_the_rate_of_their_weights():
+    model = replace(SMALL, lora_rank=4)
+    clip = build_model(model)
+    freeze(clip, "joint", model, learn_scale=False)
+    lora.adapt(clip, model)
+    settings = OptimizerSettings(lr=1.0, text_lr=0.1, lora_lr=20.0, layer_decay=0.5, weight_decay=0.3)
+    of = rates(optimizer.make_adamw(clip, torch.nn.Module(), settings, torch.device("cpu")))
+    found = {name: of[id(p)] for name, p in clip.named_parameters() if p.requires_grad}
+    assert found["visual.transformer.resblocks.3.attn.parametrizations.in_proj_weight.0.up"] == (10.0, 0.3)
+    assert found["visual.parametrizations.proj.0.down"] == (20.0, 0.3)
+    assert found["parametrizations.text_projection.0.up"] == (pytest.approx(2.0), 0.3)
+    assert len(found) == len(of)
+
+
 def test_the_state_of_an_optimizer_with_other_groups_is_refused_in_a_line():
     clip = build_model(SMALL)
     freeze(clip, "image", SMALL, learn_scale=False)
@@ -88,6 +104,17 @@ def test_warm_up_then_cosine_to_zero():
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[10:] == pytest.approx([1 + math.cos(math.pi * i / 90) for i in range(90)])
     assert sgd.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+def test_what_is_no_head_waits_and_then_has_a_schedule_of_its_own():
+    alone = [optimizer.lr_factor(step, 80, 0.1) for step in range(80)]
+    assert [optimizer.lr_factor(step, 100, 0.1, head_first=0.2) for step in range(100)] == [0.0] * 20 + alone
+    head, rest = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    sgd = torch.optim.SGD([{"params": [head], "is_head": True}, {"params": [rest], "is_head": False}], lr=2.0)
+    schedule = optimizer.cosine_schedule(sgd, 100, 0.1, 0.2)
+    sgd.step()
+    schedule.step()
+    assert [group["lr"] for group in sgd.param_groups] == [pytest.approx(0.4), 0.0]
 
 
 @pytest.mark.parametrize("steps,warmup,first", [(1, 0.0, 2.0), (1, 0.5, 2.0), (50, 0.0, 2.0), (50, 0.01, 2.0)])
