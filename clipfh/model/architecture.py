@@ -197,6 +197,16 @@ def architecture_name(settings: ModelSettings) -> str:
     return f"{name}-quickgelu" if quick and f"{name}-quickgelu" in models else name
 
 
+def twin_name(settings: ModelSettings) -> str:
+    """Name of the architecture of open_clip's list that differs by its activation alone; '' where there is none."""
+    if settings.name.startswith((hub.PREFIX, LOCAL)):
+        return ""
+    name = architecture_name(settings)
+    plain = name.removesuffix("-quickgelu")
+    twin = f"{plain}-quickgelu" if name == plain else plain
+    return twin if twin in load_open_clip().list_models() else ""
+
+
 def is_openai_name(name: str) -> bool:
     """Whether the name is one that OpenAI gave: ViT-B/16 and its like, RN50 and its like."""
     return re.fullmatch(r"ViT-\w/\d+(@\d+px)?|RN\d+(x\d+)?", name) is not None

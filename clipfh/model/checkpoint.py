@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from clipfh import UserError
 from clipfh.config import presets, schema
 from clipfh.config.experiment import Experiment, ModelSettings
+from clipfh.data.catalogue import Catalogue
 from clipfh.model import architecture as architectures
 from clipfh.model.architecture import Architecture
-from clipfh.model.clip import load_initial_model, load_weights, resize
+from clipfh.model.clip import architecture_of, load_initial_model, load_weights, resize
 from clipfh.model.state_dicts import read_state
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
@@ -140,6 +141,33 @@ def load_model(path: str | Path | None, settings: Mapping[str, Any]) -> tuple[nn
     if weights is None:
         return load_initial_model(experiment.model, experiment.seed), experiment, ""
     return build(weights, experiment.model), experiment, weights.path
+
+
+def notes_on_model(clip: nn.Module, settings: ModelSettings, weights: str, catalogue: Catalogue) -> list[str]:
+    """What to tell people of a model beside their catalogue and their file of weights.
+
+    Args:
+        clip: the model.
+        settings: by which it was named.
+        weights: file, folder or tag that its weights are from; empty for random ones.
+        catalogue: whose images it takes.
+
+    Raises:
+        UserError: `image_size` asks for more pixels than the catalogue keeps.
+    """
+    architecture, notes, kept = architecture_of(clip), [], catalogue.manifest["settings"]["image_size"]
+    if kept < architecture.size:
+        few = f"takes images of {architecture.size} pixels, and the catalogue keeps {kept}"
+        remedy = f"clipfh prepare --image-size {architecture.size} keeps enough"
+        if settings.image_size:
+            raise UserError(f"--model.image_size {few}: {remedy}")
+        notes.append(f"note: {settings.name} {few}, so they are enlarged: {remedy}")
+    if weights and Path(weights).is_file() and (twin := architectures.twin_name(settings)):
+        notes.append(
+            f"note: {weights} does not tell its activation; it runs with {architecture.activation}, as --model "
+            f"{settings.name} says: write --model {twin} if it was trained with the other"
+        )
+    return notes
 
 
 def _require_model(weights: Weights, settings: Mapping[str, Any]) -> None:

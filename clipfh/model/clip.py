@@ -82,6 +82,8 @@ def load_initial_model(settings: ModelSettings, seed: int) -> nn.Module:
     try:
         with _quiet(), state_dicts.readable(_weights_file(settings, weights)) as file:
             load_open_clip().load_checkpoint(native, str(file))
+    except UserError:
+        raise
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         raise _weights_error(settings, weights, error) from error
     return resize(native, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from clipfh import UserError, __version__
 from clipfh.config import schema
 from clipfh.config.experiment import ModelSettings, require
 from clipfh.data.catalogue import Catalogue, open_catalogue
-from clipfh.model.checkpoint import load_model
+from clipfh.model.architecture import weights_name
+from clipfh.model.checkpoint import load_model, notes_on_model
 from clipfh.model.clip import architecture_of, load_tokenizer, model_fingerprint
 from clipfh.model.prompts import load_prompts_for
 from clipfh.retrieval import embed, embedding_file, metrics
@@ -61,6 +62,7 @@ def evaluate(
     address: str | None = None,
     dashboard: bool = False,
     progress: embed.OnProgress | None = None,
+    log: Callable[[str], None] = print,
 ) -> Evaluation:
     """Measure a model, or the pretrained one (zero-shot), as `clipfh evaluate` does.
 
@@ -76,6 +78,7 @@ def evaluate(
         address: Ray cluster to embed over.
         dashboard: serve Ray's dashboard, where a cluster is started.
         progress: called with the number of images embedded and of all images.
+        log: takes each line for a person.
 
     Raises:
         UserError: the catalogue, the folder, the model or a setting does not fit.
@@ -86,7 +89,9 @@ def evaluate(
         raise UserError(f"--out {out} is not empty, and holds no evaluation to replace: name another folder")
     splits = splits_of(split)
     opened.require(*splits)
-    clip, experiment, _ = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
+    clip, experiment, weights = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
+    for note in notes_on_model(clip, experiment.model, weights or weights_name(experiment.model), opened):
+        log(note)
     prompts = load_prompts_for(opened, experiment, load_tokenizer(architecture_of(clip)), *splits)
     mark = fingerprint(opened, splits, clip, experiment.model, prompts)
     embedded = reused = kept(out, mark, opened, splits, prompts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.data.encode import encode_photo
 from clipfh.data.splits import SPLITS
 from clipfh.model import checkpoint as checkpoint_module
-from clipfh.model.checkpoint import load_model
+from clipfh.model.architecture import weights_name
+from clipfh.model.checkpoint import load_model, notes_on_model
 from clipfh.model.clip import (
     architecture_of,
     get_preprocess,
@@ -69,6 +70,7 @@ def embed(
     address: str | None = None,
     dashboard: bool = False,
     progress: OnProgress | None = None,
+    log: Callable[[str], None] = print,
 ) -> SearchIndex:
     """Embed all images of a catalogue into a file, to `search` in them, as `clipfh embed` does.
 
@@ -80,6 +82,7 @@ def embed(
         address: Ray cluster to embed over.
         dashboard: serve Ray's dashboard, where a cluster is started.
         progress: called with the number of images embedded and of all images.
+        log: takes each line for a person.
 
     Raises:
         UserError: the catalogue, the file, the model or a setting does not fit.
@@ -88,6 +91,8 @@ def embed(
     if out.is_dir() or (out.exists() and embedding_file.mark_of(out) is None):
         raise UserError(f"--out {out} is there, and holds no embeddings to replace: name another file")
     clip, experiment, weights = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
+    for note in notes_on_model(clip, experiment.model, weights or weights_name(experiment.model), opened):
+        log(note)
     splits = [split for split in SPLITS if opened.num_images(split)]
     prompts = load_prompts_for(opened, experiment, load_tokenizer(architecture_of(clip)), *splits)
     with connection(address, dashboard):

@@ -25,6 +25,8 @@ from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import fetch
 from clipfh.data.sampler import make_sampler
 from clipfh.model import checkpoint, export
+from clipfh.model.architecture import weights_name
+from clipfh.model.checkpoint import notes_on_model
 from clipfh.model.clip import architecture_of, load_tokenizer
 from clipfh.model.prompts import load_prompts_for
 from clipfh.report import artifacts, page
@@ -107,6 +109,8 @@ def run(
     resources = resolve_placement(sweep.placement, alone=False, log=tell)
     tell(f"{sweep.trials} trials, {max_concurrent_runs(sweep.placement, resources)} at once, each {resources}")
     clip = load_start(base)
+    for note in notes_on_model(clip, base.model, weights_name(base.model), catalogue):
+        tell(note)
     texts = load_prompts_for(catalogue, base, load_tokenizer(architecture_of(clip)), *VALIDATION, "query", "gallery")
     context = _Context(sweep, catalogue, out, base, clip, texts, resources, tell)
     zero_shot = _zero_shot(context)

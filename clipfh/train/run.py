@@ -16,6 +16,8 @@ from clipfh.config.experiment import Experiment, Placement
 from clipfh.config.schedule import make_schedule
 from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.data.decoding import Feed
+from clipfh.model.architecture import weights_name
+from clipfh.model.checkpoint import notes_on_model
 from clipfh.storage import layout, run_folder
 from clipfh.storage.output import all_or_nothing
 from clipfh.train import in_process
@@ -93,6 +95,8 @@ def train(
             raise UserError(
                 f"--resume: {out} is of the {experiment.stage} stage: write clipfh train {experiment.stage}"
             )
+        for note in notes_on_model(clip, experiment.model, start or weights_name(experiment.model), opened):
+            log(note)
         with contextlib.nullcontext() if alone else _connection(address, placement, dashboard):
             where, feed, compute = _in_this_process(placement) if alone else _over_the_cluster(placement)
             log(f"{stage} stage of {experiment.model.name} on {opened.num_images('train'):,} images: {where}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 
 import numpy as np
@@ -11,12 +12,13 @@ import timm
 import torch
 from model.architectures import look_at
 
+from clipfh import UserError
 from clipfh.config import presets
 from clipfh.config.experiment import ModelSettings
 from clipfh.data.sampler import ItemIndex
 from clipfh.learn.learner import ItemCaptions, Learner
 from clipfh.model import architecture as architectures
-from clipfh.model import export
+from clipfh.model import checkpoint, export
 from clipfh.model.architecture import Architecture
 from clipfh.model.clip import architecture_of, build, load_initial_model, load_tokenizer
 from clipfh.storage import layout
@@ -123,11 +125,11 @@ def small_towers(monkeypatch):
     whole = timm.create_model
 
     def small(name: str, **options):
-        of = {
-            open_clip.get_model_config(each)["vision_cfg"].get("timm_model_name"): cut for each, cut in FAMILIES.items()
-        }
-        return whole(name, **options, **of.get(name, {}))
+        return whole(name, **options, **cuts.get(re.sub(r"_\d{3}$", "", name), {}))
 
+    towers = {family: open_clip.get_model_config(family)["vision_cfg"] for family in FAMILIES}
+    names = {family: tower.get("timm_model_name", "") for family, tower in towers.items()}
+    cuts = {re.sub(r"_\d{3}$", "", name): FAMILIES[family] for family, name in names.items()}
     monkeypatch.setattr("open_clip.timm_model.timm.create_model", small)
 
 
@@ -188,3 +190,39 @@ def make_learner(experiment) -> Learner:
     index = ItemIndex(np.array([0, 0, 1, 1], np.int32), np.zeros(2, np.int32), ["a", "b"], np.array([4]))
     tokens = load_tokenizer(architecture_of(clip))(["a red dress", "a coat"]).numpy().astype(np.int32)
     return Learner(experiment, clip, index, ItemCaptions(tokens, np.arange(2, dtype=np.int32)), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "folder,size", [("ViT-B-32", 96), ("ViT-B-16-SigLIP", 384), ("convnext_tiny", 96)], indirect=["folder"]
+)
+def test_other_sizes_of_images_are_those_of_open_clip(folder, size, tmp_path):
+    settings = ModelSettings(name=f"local-dir:{folder}", image_size=size)
+    clip = load_initial_model(settings, 0).eval()
+    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+    if hasattr(theirs.visual, "trunk"):
+        theirs.visual.set_input_size(size)
+    else:  # as it reads a file for a model of another size
+        theirs = open_clip.create_model(f"local-dir:{folder}", force_image_size=size).eval()
+    pixels = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(clip.encode_image(pixels), theirs.encode_image(pixels))
+    experiment = presets.resolve("image", None, {"model.name": settings.name, "model.image_size": size})
+    out = export.write_export(clip, experiment, tmp_path / "export")
+    assert architectures.read_folder(out).size == size == checkpoint.load_model(out, {})[0].visual.image_size[0]
+    back, _, _ = checkpoint.load_model(out, {"model.image_size": architectures.read_folder(folder).size})
+    assert architecture_of(back).size != size
+
+
+@pytest.mark.parametrize(
+    "name,size,reason",
+    [
+        ("ViT-B-32", 100, "cuts images into patches of 32 pixels: take 96 or 128"),
+        ("RN50", 336, "takes 224 alone"),
+        ("convnext_tiny", 250, "halves images five times: take 224 or 256"),
+        ("ViT-B-16-SigLIP2", 300, "is there for 224, 256, 384, 512 alone"),
+        ("swin_base_patch4_window7_224", 384, "is there for 224 alone"),
+    ],
+)
+def test_a_size_that_a_tower_is_not_made_for_is_refused(name, size, reason):
+    with pytest.raises(UserError, match=f"--model.image_size {size}: the image tower of {name} {reason}"):
+        architectures.find(ModelSettings(name=name, pretrained="none", image_size=size))

@@ -1,5 +1,6 @@
 """Weights files as people have them: plain, wrapped, with OpenAI's names; none that runs code."""
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -8,7 +9,7 @@ from clipfh import UserError
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.model import checkpoint
-from clipfh.model.clip import load_initial_model
+from clipfh.model.clip import architecture_of, load_initial_model
 from clipfh.train.inputs import load_start
 
 SMALL = ModelSettings(name=SMALL_MODEL)
@@ -95,3 +96,65 @@ def test_a_file_without_a_state_dict(tree, tmp_path):
     file = tmp_path / "weights.pt"
     torch.save(tree, file)
     assert "holds no state dict" in refused(file)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module._orig_mod.", "model.", "module."])
+@pytest.mark.parametrize("as_start", [True, False])
+def test_names_that_wrappers_leave_are_read(state, tmp_path, wrapper, as_start):
+    file = tmp_path / "weights.pt"
+    torch.save({"state_dict": {wrapper + name: tensor for name, tensor in state.items()}}, file)
+    if as_start:
+        loaded = load_initial_model(ModelSettings(name=SMALL_MODEL, pretrained=str(file)), 0).state_dict()
+    else:
+        loaded = checkpoint.load(file).state
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_a_model_of_transformers_is_named_as_the_cause(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"vision_model.embeddings.class_embedding": torch.zeros(1), "logit_scale": torch.zeros(())}, file)
+    for load in (checkpoint.load, lambda file: load_initial_model(ModelSettings(SMALL_MODEL, str(file)), 0)):
+        with pytest.raises(UserError, match="bin holds a model with the names of Hugging Face's transformers"):
+            load(file)
+
+
+@pytest.fixture
+def short_vit(monkeypatch):
+    """ViT-B-32 and its twin with QuickGELU, with two narrow blocks."""
+    for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
+        cfg = open_clip.get_model_config(name)
+        cfg["vision_cfg"] |= {"layers": 2, "width": 64, "head_width": 32}
+        cfg["text_cfg"] |= {"layers": 2, "width": 64, "heads": 2}
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, cfg | {"embed_dim": 64})
+
+
+def test_the_activation_of_weights_is_told_or_their_own(short_vit, small_catalogue, tmp_path):
+    quick, plain = (ModelSettings(name=name, pretrained="none") for name in ("ViT-B/32", "ViT-B-32"))
+    clip = load_initial_model(quick, 0)
+    file = tmp_path / "weights.pt"
+    torch.save(clip.state_dict(), file)
+    for settings, taken, twin in ((plain, "GELU", "ViT-B-32-quickgelu"), (quick, "QuickGELU", "ViT-B-32")):
+        loaded, _, _ = checkpoint.load_model(file, {"model.name": settings.name, "model.pretrained": "none"})
+        note = checkpoint.notes_on_model(loaded, settings, str(file), small_catalogue)[-1]
+        assert f"runs with {taken}, as --model {settings.name} says: write --model {twin} if" in note
+    # A run knows its own
+    run = tmp_path / "run"
+    run.mkdir()
+    experiment = presets.resolve("image", None, {"model.name": "ViT-B/32", "model.pretrained": "none"})
+    checkpoint.save(run, experiment, architecture_of(clip), clip.state_dict(), {}, {}, {})
+    other = presets.resolve("image", None, {"model.name": "ViT-B-32", "model.pretrained": "none"})
+    with pytest.raises(UserError, match="holds ViT-B/32 with QuickGELU, .* ViT-B-32 with GELU: give --model ViT-B/32"):
+        load_start(other, str(run))
+    with pytest.raises(UserError, match=r"holds ViT-B/32 \(QuickGELU\), not ViT-B-32 \(GELU\): leave --model out"):
+        checkpoint.load_model(run, {"model.name": "ViT-B-32"})
+    assert architecture_of(load_start(experiment, str(run))).activation == "QuickGELU"
+
+
+def test_more_pixels_than_the_catalogue_keeps_are_told(short_vit, small_catalogue):
+    settings = ModelSettings(name="ViT-B-32", pretrained="none")
+    clip = load_initial_model(settings, 0)
+    expected = "ViT-B-32 takes images of 224 pixels, and the catalogue keeps 64, so they are enlarged: clipfh prepare "
+    assert expected in checkpoint.notes_on_model(clip, settings, "", small_catalogue)[0]
+    asked = ModelSettings(name="ViT-B-32", pretrained="none", image_size=96)
+    with pytest.raises(UserError, match="image_size takes images of 96 pixels, .* prepare --image-size 96 keeps"):
+        checkpoint.notes_on_model(load_initial_model(asked, 0), asked, "", small_catalogue)
