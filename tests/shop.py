@@ -73,7 +73,7 @@ def bad_source(root):
     (root / "good/text.jpg").write_text("no image")
     (root / "good/link.jpg").symlink_to(root.parent / "outside.jpg")
     Image.new("1", (11_000, 10_000)).save(root / "good/huge.png")
-    absolute = str((root / "good/0.jpg").absolute())
+    absolute = str((root.parent / "outside.jpg").absolute())
     bad = [
         "good/cut.jpg",
         "good/text.jpg",

@@ -16,11 +16,11 @@ import pytest
 import clipfh
 from clipfh.storage import layout
 
-LEVELS = [{"storage", "config"}, {"data", "cluster"}, {"model", "report"}]
+LEVELS = [{"storage", "config"}, {"sources"}, {"data", "cluster"}, {"model", "report"}]
 LEVELS += [{wing} for wing in ("retrieval", "learn", "train", "sweep", "demo", "cli")]
 LEVEL = {wing: level for level, wings in enumerate(LEVELS) for wing in wings}
 WITHOUT_RAY = {"retrieval.metrics", "retrieval.rerank"}
-WINGS_WITHOUT_RAY = {"storage", "config", "data", "learn"}
+WINGS_WITHOUT_RAY = {"storage", "config", "sources", "data", "learn"}
 PACKAGE = Path(clipfh.__file__).parent
 TREES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts): ast.parse(file.read_text())

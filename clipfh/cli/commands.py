@@ -23,10 +23,17 @@ def prepare(args: argparse.Namespace) -> None:
             image_size=args.image_size,
             max_bad=args.max_bad,
             seed=args.seed,
+            follow_links=args.follow_links,
+            skip_bad_lines=args.skip_bad_lines,
+            encoding=args.encoding,
+            inshop_boxes=args.inshop_boxes,
             progress=progress,
         )
     rows = [[split, count["images"], count["items"]] for split, count in catalogue.manifest["counts"].items()]
     print(console.table(["split", "images", "items"], rows))
+    left_out = catalogue.manifest["left_out"]
+    reasons = "".join(f"\n  {count:,}: {why}" for why, count in left_out["reasons"].items())
+    print(f"{left_out['count']:,} photos left out{reasons}")
     for note in catalogue.manifest["notes"]:
         print(f"note: {note}")
     print(f"catalogue {args.out}")

@@ -77,7 +77,7 @@ COMMANDS = {
                 "--source",
                 required=True,
                 metavar="PATH",
-                help="In-Shop as distributed, a CSV or Parquet file, or a folder of item folders; a URI will do",
+                help="a folder of item folders, a CSV or Parquet table, tar shards, or In-Shop; a URI will do",
             ),
             Argument("--out", required=True, metavar="CATALOGUE", help="folder to write"),
             Argument(
@@ -104,6 +104,14 @@ COMMANDS = {
             Argument(
                 "--seed", type=int, default=0, metavar="N", help="draws the validation items (default: %(default)s)"
             ),
+            Argument(
+                "--follow-links", action="store_true", help="take photos that links outside of the source lead to"
+            ),
+            Argument(
+                "--skip-bad-lines", action="store_true", help="leave out, and count, lines of a table that are bad"
+            ),
+            Argument("--encoding", default="", metavar="NAME", help="of a CSV, such as cp1252 (default: found out)"),
+            Argument("--inshop-boxes", action="store_true", help="cut In-Shop's photos to list_bbox_inshop.txt"),
         ),
     ),
     "prompts": Command(

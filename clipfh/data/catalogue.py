@@ -60,7 +60,8 @@ class Catalogue:
             if not self.num_images(split):
                 counts = ", ".join(f"{self.num_images(name)} {name}" for name in SPLITS)
                 raise UserError(
-                    f"{self.path}: no {split} images (it has {counts}): prepare it from a source with more items"
+                    f"{self.path}: no {split} images (it has {counts}): prepare it from a source with more items of "
+                    "two photos or more, or with splits that have some; clipfh embed and search work without"
                 )
 
     def _read(self, split: str, columns: Sequence[str]) -> pa.Table:

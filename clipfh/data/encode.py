@@ -1,63 +1,131 @@
-"""One photo of a source: read, checked and shrunk to the bytes that a catalogue holds."""
+"""One photo of a source, read from where it stands and shrunk to the bytes that a catalogue holds."""
 
-import io
+import math
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
-from PIL import Image, ImageOps
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from clipfh import UserError
-from clipfh.data.sources import OUTSIDE
+from clipfh.data import photo as photo_module
+from clipfh.data.photo import RefusedPhotoError, shrink
+from clipfh.sources.files import is_local
+from clipfh.sources.listing import LINK, Photo
 
-MAX_PIXELS, MAX_JPEG_PIXELS = 100_000_000, 250_000_000  # a JPEG decodes at a half, quarter or eighth of its sides
-ALONE_PIXELS = 16_000_000  # larger images are decoded one at a time: a pixel takes 9 to 20 bytes, on each core
-
-TOO_LARGE = f"more than {MAX_PIXELS:,} pixels, or {MAX_JPEG_PIXELS:,} of a JPEG"
-NO_RANGE = "pixels without a known range"
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
-ORIENTATION_TAG = 0x0112
+MAX_FILE_BYTES = 1 << 30
+NO_IMAGE = "a row without an image"
+TOO_LONG_FILE = "a file of more than a gigabyte"
 
 
-class _Refused(Exception):
-    """An image that is left out, for the reason given."""
+class DecodingMemory:
+    """Memory for images that are decoded, shared by all processes that encode photos.
+
+    What all of them decode at one time is no more than the largest image alone: a pixel takes 4 to 9 bytes. Images
+    below a million pixels are free.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self._turn = context.Lock()
+        self._megapixels = context.Semaphore(photo_module.MAX_PIXELS // 1_000_000)
+
+    @contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Hold memory of this number of pixels while the block lasts; waits until there is enough."""
+        wanted = min(math.floor(pixels / 1_000_000), photo_module.MAX_PIXELS // 1_000_000)
+        if wanted:
+            with self._turn:  # two that each hold a part would wait for each other
+                for _ in range(wanted):
+                    self._megapixels.acquire()
+        try:
+            yield
+        finally:
+            for _ in range(wanted):
+                self._megapixels.release()
 
 
-_alone: AbstractContextManager[object] = nullcontext()
-"""Lock of all processes, held while one of them decodes a large image."""
+_memory: DecodingMemory | None = None
 
 
-def start_encoding(alone: AbstractContextManager[object]) -> None:
-    """Set this process up to encode photos. `alone` is the lock of all such processes for large images."""
-    global _alone
-    _alone = alone
+def start_encoding(memory: DecodingMemory) -> None:
+    """Set this process up to encode photos within a memory that all such processes share."""
+    global _memory
+    _memory = memory
     warnings.simplefilter("ignore")  # about odd metadata in images that decode all the same
-    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
 
 
-def encode_file(store: fs.SubTreeFileSystem, file: str, image_size: int) -> bytes | str:
+def _hold(pixels: int) -> AbstractContextManager[object]:
+    return _memory.hold(pixels) if _memory else nullcontext()
+
+
+def encode_listed(store: fs.SubTreeFileSystem, photo: Photo, image_size: int, follow_links: bool) -> bytes | str:
     """The photo as a catalogue holds it, or the reason for leaving it out."""
     try:
-        return shrink(_read_inside(store, file), image_size)
-    except _Refused as refused:
+        return shrink(_read(store, photo, follow_links), image_size, photo.box, _hold)
+    except RefusedPhotoError as refused:
         return str(refused)
     except Exception as error:  # decoders fail on foreign bytes in every way there is
         return f"unreadable ({type(error).__name__})"
 
 
-def _read_inside(store: fs.SubTreeFileSystem, file: str) -> bytes:
-    if isinstance(store.base_fs, fs.LocalFileSystem):
-        path, folder = store.base_path + file, file.rpartition("/")[0]  # a Path costs as much as the reading
-        if not _is_inside(file if os.path.islink(path) else folder, store.base_path):  # noqa: PTH114
-            raise _Refused(OUTSIDE)
-        with open(path, "rb", buffering=0) as opened:  # noqa: PTH123
-            return opened.read()
+def _read(store: fs.SubTreeFileSystem, photo: Photo, follow_links: bool) -> bytes:
+    if is_local(store) and not follow_links:
+        _check_inside(store.base_path, photo.file)
+    if photo.part is None:
+        return _read_bytes(store, photo.file)
+    if photo.file.endswith(".tar"):
+        return _read_bytes(store, photo.file, *photo.part)
+    group, row = photo.part
+    image = _images_of(store, photo.file, group)[row]
+    if image is None:
+        raise RefusedPhotoError(NO_IMAGE)
+    return image
+
+
+def _read_bytes(store: fs.SubTreeFileSystem, file: str, offset: int = 0, size: int | None = None) -> bytes:
+    if is_local(store):
+        with open(store.base_path + file, "rb", buffering=0) as opened:  # noqa: PTH123  a Path costs as much as reading
+            if (size or os.fstat(opened.fileno()).st_size) > MAX_FILE_BYTES:
+                raise RefusedPhotoError(TOO_LONG_FILE)
+            opened.seek(offset)
+            return opened.read() if size is None else opened.read(size)
     with store.open_input_file(file) as stream:
-        return stream.read()
+        if (size or stream.size()) > MAX_FILE_BYTES:
+            raise RefusedPhotoError(TOO_LONG_FILE)
+        return stream.read_at(stream.size() - offset if size is None else size, offset)
+
+
+_row_groups: dict[tuple[str, int], list[bytes | None]] = {}
+"""The images of the row group that was read last."""
+
+
+def _images_of(store: fs.SubTreeFileSystem, file: str, group: int) -> list[bytes | None]:
+    key = (store.base_path + file, group)
+    if key not in _row_groups:
+        _row_groups.clear()
+        with store.open_input_file(file) as opened:
+            table = pq.ParquetFile(opened)
+            name = next(name for name in table.schema_arrow.names if name.strip().casefold() == "image")
+            values = table.read_row_group(group, columns=[name])[name].to_pylist()
+        _row_groups[key] = [value["bytes"] if isinstance(value, dict) else value for value in values]
+    return _row_groups[key]
+
+
+def _check_inside(root: str, file: str) -> None:
+    """Refuse a file that a link leads out of the source to."""
+    is_link = os.path.islink(root + file)  # noqa: PTH114
+    if not _is_inside(file if is_link else file.rpartition("/")[0], root):
+        raise RefusedPhotoError(LINK)
+
+
+@lru_cache(maxsize=1 << 12)  # a folder is asked for with each of its images
+def _is_inside(path: str, root: str) -> bool:
+    return Path(root, path).resolve().is_relative_to(Path(root).resolve())
 
 
 def encode_photo(path: str | Path, image_size: int) -> bytes:
@@ -67,68 +135,8 @@ def encode_photo(path: str | Path, image_size: int) -> bytes:
         UserError: the file can't be read as an image.
     """
     data = Path(path).read_bytes()
-    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked here
     try:
         return shrink(data, image_size)
     except Exception as error:  # decoders fail on foreign bytes in every way there is
-        reason = str(error) if isinstance(error, _Refused) else type(error).__name__
+        reason = str(error) if isinstance(error, RefusedPhotoError) else type(error).__name__
         raise UserError(f"{path} can't be read as an image ({reason}): give a JPEG, PNG or WebP photo") from error
-
-
-@lru_cache(maxsize=1 << 12)  # a folder is asked for with each of its images
-def _is_inside(path: str, root: str) -> bool:
-    return Path(root, path).resolve().is_relative_to(Path(root).resolve())
-
-
-def shrink(data: bytes, image_size: int) -> bytes:
-    """The image as JPEG with a short side of `image_size`; its own bytes if it is no larger, plain and upright.
-
-    It is decoded to its end in both cases, so that a cut file is found here and not in training.
-    """
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
-        width, height = opened.size
-        if width * height > (MAX_JPEG_PIXELS if opened.format == "JPEG" else MAX_PIXELS):
-            raise _Refused(TOO_LARGE)
-        is_turned = opened.getexif().get(ORIENTATION_TAG, 1) != 1
-        excess = min(width, height) / image_size
-        if excess <= 1 and not is_turned and _is_plain(opened):
-            opened.draft("L", (1, 1))  # reads a JPEG to its end, but makes few pixels of it
-            with _memory_lock(opened, width * height):
-                opened.load()
-            return data
-        # A JPEG may decode to a half, quarter or eighth; from twice the wanted size that costs no visible quality
-        opened.draft("RGB", (int(2 * width / excess), int(2 * height / excess)))
-        with _memory_lock(opened, width * height):
-            image = _as_rgb(ImageOps.exif_transpose(opened) if is_turned else opened)
-            if excess > 1:
-                long = round(max(width, height) / excess)
-                size = (image_size, long) if image.width <= image.height else (long, image_size)
-                image = image.resize(size, Image.Resampling.BICUBIC)
-        encoded = io.BytesIO()
-        image.save(encoded, "JPEG", quality=95)
-        return encoded.getvalue()
-
-
-def _memory_lock(opened: Image.Image, pixels: int) -> AbstractContextManager[object]:
-    """Lock to hold while decoding an image with this number of pixels in its file: one large image at a time."""
-    if not opened.info.get("progressive"):  # all of such a JPEG is in memory, at whatever size it is decoded
-        pixels = opened.width * opened.height
-    return _alone if pixels > ALONE_PIXELS else nullcontext()
-
-
-def _is_plain(image: Image.Image) -> bool:
-    """Whether the image is one opaque picture of eight bits a channel, which all readers show alike."""
-    deep = image.mode.startswith(("I", "F"))
-    return not deep and not image.has_transparency_data and getattr(image, "n_frames", 1) == 1
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Convert to eight bits a channel: transparent parts on white, the first of several frames."""
-    if image.mode in ("I", "F"):
-        raise _Refused(NO_RANGE)
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 257).convert("L")  # Pillow would cut off all that is above 255
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from operator import attrgetter
@@ -30,7 +30,6 @@ from pyarrow import fs
 
 from clipfh import UserError
 from clipfh.config import cores
-from clipfh.data import sources
 from clipfh.data.catalogue import (
     COLUMNS,
     FORMAT,
@@ -41,9 +40,10 @@ from clipfh.data.catalogue import (
     partial_folder,
     read_columns,
 )
-from clipfh.data.encode import encode_file, start_encoding
-from clipfh.data.sources import LeftOut, Photo
-from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, check_not_empty, digest
+from clipfh.data.encode import DecodingMemory, encode_listed, start_encoding
+from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, digest
+from clipfh.sources import read as read_module
+from clipfh.sources.listing import UNBLAMED, LeftOut, Photo, ReadOptions
 from clipfh.storage import layout
 
 SHARD_IMAGES = (
@@ -70,6 +70,10 @@ def prepare(
     image_size: int = 256,
     max_bad: float = 0.01,
     seed: int = 0,
+    follow_links: bool = False,
+    skip_bad_lines: bool = False,
+    encoding: str = "",
+    inshop_boxes: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Catalogue:
     """Make the catalogue `out` of `source` on all cores. A catalogue that is there and up to date is reused.
@@ -78,12 +82,16 @@ def prepare(
     last finished shard. The manifest's `hash` (rows and image bytes) does not depend on kills or cores.
 
     Args:
-        source: path or URI of a source in any form that `sources.read` takes.
+        source: path or URI of a source in any form that `read_source` takes.
         val_fraction: share of the train items held out for validation, but at least 50 items, or a fifth if that is
             fewer.
         image_size: pixels of the short side; larger images are shrunk to it, others keep their bytes.
         max_bad: share of the listed images that may be left out (missing, unreadable, refused).
         seed: seed that items and query images are drawn with.
+        follow_links: take links that lead out of the source.
+        skip_bad_lines: leave out lines of a table that can't be used, in place of an error.
+        encoding: of a CSV file, such as cp1252; empty finds it out.
+        inshop_boxes: cut In-Shop's photos to the boxes of its own file.
         progress: called with the number of images done and of all images.
 
     Raises:
@@ -93,13 +101,13 @@ def prepare(
         raise UserError("--val-fraction must be in [0, 1), --max-bad in [0, 1], --image-size above 0: change it")
     source, out = str(source), Path(out).absolute()
     with _processes() as pool:
-        listing = sources.read(source)
+        options = ReadOptions(follow_links, skip_bad_lines, encoding, inshop_boxes)
+        listing = read_module.read_source(source, options)
         tally = _PhotoCount(len(listing.photos) + len(listing.left_out), max_bad, progress)
         tally.add(0, listing.left_out)
         photos = assign_splits(listing.photos, val_fraction, seed)
-        check_not_empty(Counter(photo.split for photo in photos), source)
         shards = _cut_into_shards(photos)
-        settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed}
+        settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed, "follow_links": follow_links}
         plan = digest(json.dumps([FORMAT, VERSION, settings]), *(digest(json.dumps(shard.photos)) for shard in shards))
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             return _reuse_up_to_date(out, plan, tally)
@@ -107,10 +115,9 @@ def prepare(
         folder = partial_folder(out)
         with _user_errors(folder):
             _claim(folder, plan)
-            _write_shards(pool, folder, shards, listing.store, image_size, tally)
+            _write_shards(pool, folder, shards, _Reader(listing.store, image_size, follow_links), tally)
             pool.shutdown()  # what follows needs memory, the processes none any more
             contents = _describe_contents(folder, shards)
-            check_not_empty({split: counts["images"] for split, counts in contents["counts"].items()}, source)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -122,6 +129,15 @@ def prepare(
             }
             _finish(folder, out, manifest)
         return open_catalogue(out)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How the processes read photos."""
+
+    store: fs.SubTreeFileSystem
+    image_size: int
+    follow_links: bool
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,9 @@ def _processes() -> Iterator[ProcessPoolExecutor]:
     """A pool with one process for each core, started at once. If the block fails, waiting tasks are dropped."""
     # Spawned, not forked: the caller may have threads
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(cores.available(), mp_context=spawn, initializer=_start_worker, initargs=(spawn.Lock(),))
+    pool = ProcessPoolExecutor(
+        cores.available(), mp_context=spawn, initializer=_start_worker, initargs=(DecodingMemory(spawn),)
+    )
     with _main_module_hidden():
         for _ in range(cores.available()):  # they start while the source is read
             pool.submit(os.getpid)
@@ -176,8 +194,8 @@ def _main_module_hidden() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _start_worker(alone: AbstractContextManager[object]) -> None:
-    start_encoding(alone)
+def _start_worker(memory: DecodingMemory) -> None:
+    start_encoding(memory)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     pa.array([""])  # at its first array pyarrow imports pandas: best while the source is still being read
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -207,16 +225,17 @@ class _PhotoCount:
         self.done += images + len(left_out)
         if self.progress:
             self.progress(self.done, self.total)
-        self.check(len(self.left_out), self.left_out)
+        self.check(self.left_out)
 
-    def check(self, count: int, listed: Sequence[Sequence[str]]) -> None:
-        """Check that `count` photos left out are not too many; `listed` are the first of them.
+    def check(self, left_out: Sequence[Sequence[str]], more: int = 0) -> None:
+        """Check that photos left out, and `more` that are not listed, are not too many.
 
         Raises:
             UserError: there are too many.
         """
-        if count > self.max_bad * self.total:
-            first = ", ".join(f"{path} ({why})" for path, why in listed[:3])
+        bad = [(path, why) for path, why in left_out if not why.startswith(UNBLAMED)]
+        if (count := len(bad) + more) > self.max_bad * self.total:
+            first = ", ".join(f"{path} ({why})" for path, why in bad[:3])
             raise UserError(
                 f"{count:,} of {self.total:,} images had to be left out so far, more than --max-bad {self.max_bad:g}; "
                 f"first {first}: mend them or raise --max-bad"
@@ -236,7 +255,8 @@ def _reuse_up_to_date(out: Path, plan: str, tally: _PhotoCount) -> Catalogue:
         raise UserError(f"{out}: is there and no whole catalogue: delete it or choose another --out") from error
     if catalogue.manifest["plan"] != plan:
         raise UserError(f"{out}: holds the catalogue of another source or settings: delete it or choose another --out")
-    tally.check(catalogue.manifest["left_out"]["count"], catalogue.manifest["left_out"]["list"])
+    left_out = catalogue.manifest["left_out"]
+    tally.check(left_out["list"], left_out["count"] - len(left_out["list"]))
     return catalogue
 
 
@@ -270,8 +290,7 @@ def _write_shards(
     pool: ProcessPoolExecutor,
     folder: Path,
     shards: list[_Shard],
-    store: fs.SubTreeFileSystem,
-    image_size: int,
+    reader: _Reader,
     tally: _PhotoCount,
 ) -> None:
     """Write the missing shards, each in one process: first all others, then those of queries, which need a gallery."""
@@ -285,13 +304,13 @@ def _write_shards(
                 tally.add(footer["images"], footer["left_out"])
                 continue
             items = matched.get(shard.split)
-            under_way.append(pool.submit(_write_shard, folder / shard.name, shard.photos, store, image_size, items))
+            under_way.append(pool.submit(_write_shard, folder / shard.name, shard.photos, reader, items))
         for done in as_completed(under_way):
             tally.add(*done.result())
 
 
 def _write_shard(
-    path: Path, photos: list[Photo], store: fs.SubTreeFileSystem, image_size: int, matched: set[str] | None
+    path: Path, photos: list[Photo], reader: _Reader, matched: set[str] | None
 ) -> tuple[int, list[LeftOut]]:
     """Write a shard under a temporary name and rename it at the end, so that a shard with its name is whole.
 
@@ -299,7 +318,7 @@ def _write_shard(
     number of images and what was left out: also a query whose item is not in `matched`.
     """
     num_images, hashes, left_out = 0, [], list[LeftOut]()
-    rows = _rows(photos, store, image_size, matched, left_out)
+    rows = _rows(photos, reader, matched, left_out)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with pq.ParquetWriter(str(temporary), SCHEMA, **_STORED) as writer:
@@ -319,14 +338,13 @@ def _write_shard(
 
 def _rows(
     photos: list[Photo],
-    store: fs.SubTreeFileSystem,
-    image_size: int,
+    reader: _Reader,
     matched: set[str] | None,
     left_out: list[LeftOut],
 ) -> Iterator[tuple[bytes | str, ...]]:
     """Rows in the order of SCHEMA of the photos that have an image and, where that counts, a match."""
     for photo in photos:
-        image = encode_file(store, photo.file, image_size)
+        image = encode_listed(reader.store, photo, reader.image_size, reader.follow_links)
         if isinstance(image, str):
             left_out.append((photo.path, image))
         elif matched is not None and photo.item_id not in matched:
@@ -353,6 +371,8 @@ def _describe_contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
     """The manifest's account of the shards in `folder`: hash, counts, notes, sizes."""
     footers = {shard.name: _footer(folder / shard.name) or {} for shard in shards}
     filled = {split: [s for s in shards if s.split == split and footers[s.name]["images"]] for split in SPLITS}
+    if not any(filled.values()):
+        raise UserError(f"{folder}: none of the images can be read: mend them or check --source")
     names = ["item_id", "split", *_NOTED]
     rows = pa.concat_tables(read_columns(folder / shard.name, names) for its in filled.values() for shard in its)
     items = rows.group_by(["item_id", "split"]).aggregate([("item_id", "count")])
@@ -388,9 +408,13 @@ def _note_oddities(rows: pa.Table, items: pa.Table) -> list[str]:
         "items have no text: their prompts name what else is known of them": (text == 0).sum(),
     }
     notes = [f"{count:,} {what}" for what, count in counts.items() if count]
-    if "val_query" in items["split"].to_pylist():
-        return notes
-    return [*notes, "no validation items: a sweep can't select on this catalogue"]
+    splits = set(items["split"].to_pylist())
+    lacking = {
+        "train": "no train items: the catalogue can be embedded and measured on, not trained on",
+        "val_query": "no validation items, which need two photos each: train and sweep can't select on this catalogue",
+        "query": "no test items, which need two photos each: evaluate can't measure on this catalogue",
+    }
+    return [*notes, *(note for split, note in lacking.items() if split not in splits)]
 
 
 def _finish(folder: Path, out: Path, manifest: dict[str, Any]) -> None:

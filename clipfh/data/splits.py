@@ -2,10 +2,10 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from clipfh import UserError
-from clipfh.data.sources import Photo
+from clipfh.sources.listing import Photo
 
 SPLITS = (
     "train",
@@ -82,15 +82,6 @@ def _check_disjoint(photos: list[Photo]) -> None:
             raise UserError(
                 f"{kind} {shared[0]} is in {names} ({len(shared)} {kind}s are in two): figures would be too good: "
                 f"{remedy}"
-            )
-
-
-def check_not_empty(images: Mapping[str, int], source: str) -> None:
-    for split in ("train", "query", "gallery"):
-        if not images.get(split):
-            counts = ", ".join(f"{images.get(name, 0)} {name}" for name in SPLITS)
-            raise UserError(
-                f"{source}: no {split} images ({counts}): a catalogue needs train, query and gallery images"
             )
 
 

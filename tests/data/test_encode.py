@@ -1,16 +1,20 @@
 """Images as they should be: one picture of eight bits, shrunk, and cut ones found."""
 
 import io
+import multiprocessing
 import warnings
+from contextlib import contextmanager
 from itertools import product
+from threading import Thread
 
 import numpy as np
 import pytest
 from PIL import Image
 from shop import CUT, colored, draw, saved
 
-from clipfh.data import encode
-from clipfh.data.encode import encode_photo, shrink
+from clipfh.data import photo
+from clipfh.data.encode import DecodingMemory, encode_photo
+from clipfh.data.photo import shrink
 
 GRAY16 = Image.fromarray(np.linspace(0, 65535, 40 * 30).reshape(40, 30).astype(np.uint16))
 
@@ -38,7 +42,7 @@ TAKEN = {
     "wrong suffix": lambda size, n: saved(colored(size, n), CUT[1 + n % 6]),
     "something behind": lambda size, n: saved(colored(size, n)) + b"trailer" * n,
     "odd metadata": lambda size, n: saved(colored(size, n), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(n)),
-    "a long one": lambda size, n: saved(colored((8, 3000 + n)), "PNG"),
+    "a long one": lambda size, n: saved(colored((8, 780 + n)), "PNG"),
     "one pixel": lambda size, n: saved(colored((1, 1))),
 }
 
@@ -69,29 +73,46 @@ def test_a_phones_108_megapixels_are_read(tmp_path, quick):
 
 
 @pytest.mark.parametrize(
-    ("size", "options", "alone"),
+    ("size", "options", "megapixels"),
     [
-        ((600, 500), {"format": "PNG"}, True),
-        ((200, 200), {"format": "PNG"}, False),
-        ((30, 9000), {"format": "PNG"}, True),  # no larger than is kept, but long
-        ((600, 500), {"format": "JPEG"}, False),  # decodes at an eighth
-        ((600, 500), {"format": "JPEG", "progressive": True}, True),
+        ((2000, 1500), {"format": "PNG"}, 3),
+        ((900, 900), {"format": "PNG"}, 0),
+        ((200, 15_000), {"format": "PNG"}, 3),  # no larger than is kept, but long
+        ((2000, 1500), {"format": "JPEG"}, 0),  # decodes at an eighth
+        ((2000, 1500), {"format": "JPEG", "progressive": True}, 3),
     ],
 )
-def test_only_one_image_that_takes_much_memory_is_decoded_at_a_time(size, options, alone, monkeypatch):
+def test_large_images_share_the_memory_of_one(size, options, megapixels):
     held = []
 
-    class Lock:
-        def __enter__(self):
-            held.append(True)
+    @contextmanager
+    def memory(pixels):
+        held.append(pixels // 1_000_000)
+        yield
 
-        def __exit__(self, *error):
-            pass
+    shrink(saved(Image.new("RGB", size), options.pop("format"), **options), 250, memory=memory)
+    assert held == [megapixels]
 
-    monkeypatch.setattr(encode, "_alone", Lock())
-    monkeypatch.setattr(encode, "ALONE_PIXELS", 100_000)
-    shrink(saved(colored(size), options.pop("format"), **options), 30)
-    assert held == [True] * alone
+
+def test_no_more_is_decoded_at_a_time_in_all_processes_than_the_largest_image():
+    memory, most = DecodingMemory(multiprocessing), photo.MAX_PIXELS
+    in_use, peaks = [0], []
+
+    def decode(pixels):
+        with memory.hold(pixels):
+            in_use[0] += pixels
+            peaks.append(in_use[0])
+            in_use[0] -= pixels
+
+    sizes = [most, most // 3, most // 2, 10, most // 4] * 8
+    threads = [Thread(target=decode, args=(pixels,)) for pixels in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(peaks) == len(sizes) and max(peaks) <= most + 1_000_000 * len(sizes)
+    with memory.hold(most):
+        assert not memory._megapixels.acquire(block=False), "the largest holds all of it"
 
 
 def test_a_truncated_jpeg_is_found_wherever_it_ends(tmp_path):

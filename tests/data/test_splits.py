@@ -5,8 +5,8 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipfh.data.sources import Photo
 from clipfh.data.splits import assign_splits
+from clipfh.sources.listing import Photo
 
 
 @st.composite

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from clipfh import UserError
-from clipfh.demo import source as source_module
+from clipfh.demo import source as read_module
 from clipfh.demo.drawing import VIEWS
 from clipfh.demo.source import write_source
 
@@ -63,7 +63,7 @@ def test_refuses_to_overwrite(tmp_path):
 
 
 def test_a_failure_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(source_module, "describe", lambda item: 1 / 0)
+    monkeypatch.setattr(read_module, "describe", lambda item: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_source(tmp_path / "source", items=2, seed=0, size=32)
     assert not (tmp_path / "source").exists()

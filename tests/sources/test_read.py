@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipfh import UserError
-from clipfh.data import sources
+from clipfh.sources import listing as listing_module
+from clipfh.sources.listing import Photo
+from clipfh.sources.read import read_source
 
 INSHOP = [  # path, item, split
     *((f"img/WOMEN/Dresses/id_{i:08d}/0{v}_1_front.jpg", f"id_{i:08d}", "train") for i in range(3) for v in (1, 2)),
@@ -64,9 +66,9 @@ def test_inshop_in_every_layout_gives_the_same_photos(tmp_path):
         "highres": {"images": "Img/img_highres", "partition": "list_eval_partition.txt"},
         "bare": {"images": "img_highres", "partition": "list_eval_partition.txt", "texts": "."},
     }
-    listings = [sources.read(inshop(tmp_path / name, **how)) for name, how in layouts.items()]
+    listings = [read_source(inshop(tmp_path / name, **how)) for name, how in layouts.items()]
     inshop(tmp_path / "nested" / "In-shop Clothes Retrieval Benchmark", images="Img/img")
-    listings += [sources.read(str(tmp_path / "nested")), sources.read((tmp_path / "plain").as_uri())]
+    listings += [read_source(str(tmp_path / "nested")), read_source((tmp_path / "plain").as_uri())]
     for listing in listings:
         assert rows_of(listing) == rows_of(listings[0])
         assert [content(listing, photo) for photo in listing.photos] == [path for path, *_ in INSHOP]
@@ -79,30 +81,30 @@ def test_all_images_are_of_one_tree_and_it_is_said_which(tmp_path):
     source = inshop(tmp_path, images="Img/img")
     inshop(tmp_path, images="Img/img_highres")
     (tmp_path / "Img" / INSHOP[0][0]).unlink()
-    listing = sources.read(tmp_path)
-    assert listing.left_out == [(INSHOP[0][0], sources.MISSING)], "it is not taken from the other tree"
+    listing = read_source(tmp_path)
+    assert listing.left_out == [(INSHOP[0][0], listing_module.MISSING)], "it is not taken from the other tree"
     assert listing.notes[-2:] == [
         "the images are those in Img/img/",
         "Img/img_highres/ is not used: to use it, move Img/img/ away",
     ]
     (source / "Img/img").rename(source / "away")
-    assert sources.read(tmp_path).notes[-1] == "the images are those in Img/img_highres/"
+    assert read_source(tmp_path).notes[-1] == "the images are those in Img/img_highres/"
 
 
 def test_other_storage_is_read_by_uri(tmp_path):
     inshop(tmp_path, images="Img/img")
-    listing = sources.read(f"fsspec+file://{tmp_path}")
+    listing = read_source(f"fsspec+file://{tmp_path}")
     assert "fsspec" in listing.store.base_fs.type_name
     assert [content(listing, photo) for photo in listing.photos] == [path for path, *_ in INSHOP]
     with pytest.raises(UserError, match="fsspec.file://.*/gone: no such file or folder"):
-        sources.read(f"fsspec+file://{tmp_path}/gone")
+        read_source(f"fsspec+file://{tmp_path}/gone")
 
 
 def test_inshop_photos_and_notes(tmp_path):
-    listing = sources.read(inshop(tmp_path / "source"))
+    listing = read_source(inshop(tmp_path / "source"))
     photos = {photo.path: photo for photo in rows_of(listing)}
     assert [(photo.path, photo.item_id, photo.split) for photo in listing.photos] == INSHOP
-    assert photos["img/WOMEN/Tees/id_00000000/03_7_additional.jpg"] == sources.Photo(
+    assert photos["img/WOMEN/Tees/id_00000000/03_7_additional.jpg"] == Photo(
         path="img/WOMEN/Tees/id_00000000/03_7_additional.jpg", item_id="id_00000000", split="train", variant="03",
         view="additional", gender="WOMEN", category="Tees", color="Black-cream",
         text="Caf\u8305  twice\nline\r\nbreak",  # a paragraph a line; repair is not done here
@@ -113,7 +115,7 @@ def test_inshop_photos_and_notes(tmp_path):
     assert {photo.text for photo in photos.values() if photo.color == "Red"} == {"", "One paragraph."}
     assert "9 images (52,712), 7 train images (25,882), 3 train items (3,997)" in listing.notes[0]
     assert "1 query images (14,218), 1 gallery images (12,612), 1 test items (3,985)" in listing.notes[0]
-    bare = sources.read(inshop(tmp_path / "bare", texts=""))
+    bare = read_source(inshop(tmp_path / "bare", texts=""))
     assert bare.notes[0] == "Anno/list_description_inshop.json is not there: the items have no text"
     assert {photo.text for photo in bare.photos} == {""}
 
@@ -126,10 +128,10 @@ def test_csv_and_parquet_with_all_columns(tmp_path):
     ]
     for path, *_ in rows:
         put(tmp_path / path, path)
-    listing = sources.read(write_csv(tmp_path / "all.csv", columns, [*rows, rows[0]]))
+    listing = read_source(write_csv(tmp_path / "all.csv", columns, [*rows, rows[0]]))
     assert listing.notes == ["columns that were not used: price", "1 rows repeat another one and were dropped"]
     assert rows_of(listing) == [
-        sources.Photo(
+        Photo(
             path=f"./photos/0{i}_{i}_back.jpg", item_id=str(i), split="test", variant="2", view="front",
             gender="KIDS", category="Hats", text="red, \u00e9\nand warm", color="red",
         )
@@ -138,20 +140,20 @@ def test_csv_and_parquet_with_all_columns(tmp_path):
     assert [content(listing, photo) for photo in listing.photos] == [path for path, *_ in rows]
 
     pq.write_table(pa.table(list(map(pa.array, zip(*rows, strict=True))), list(columns)), tmp_path / "all.parquet")
-    assert sources.read(tmp_path / "all.parquet").photos == listing.photos
+    assert read_source(tmp_path / "all.parquet").photos == listing.photos
 
 
 def test_numbers_of_a_table_are_ids_as_people_write_them(tmp_path):
     put(tmp_path / "a.jpg", "")
     columns = {"image_path": ["a.jpg"] * 2, "item_id": [6.0, 7.0], "variant": [float("nan"), 2.5], "color": [None, "x"]}
     pq.write_table(pa.table(columns), tmp_path / "s.parquet")
-    listing = sources.read(tmp_path / "s.parquet")
+    listing = read_source(tmp_path / "s.parquet")
     assert [(p.item_id, p.variant, p.color) for p in listing.photos] == [("6", "", ""), ("7", "2.5", "x")]
     assert listing.notes == ["1 images are listed for several items"]
     for name, value in {"item_id": [["a"]], "text": [b"x"], "split": [True]}.items():
         pq.write_table(pa.table({"image_path": ["a.jpg"], "item_id": ["i"]} | {name: value}), tmp_path / "s.parquet")
         with pytest.raises(UserError, match=f"s.parquet: column {name} holds .*: store it as text"):
-            sources.read(tmp_path / "s.parquet")
+            read_source(tmp_path / "s.parquet")
 
 
 def test_a_folder_of_item_folders(tmp_path):
@@ -159,11 +161,11 @@ def test_a_folder_of_item_folders(tmp_path):
         put(tmp_path / name, name)
     for other in ("shoes/boot 00/.hidden.jpg", "shoes/boot 00/notes.txt", "loose.jpg"):
         put(tmp_path / other, "")
-    listing = sources.read(tmp_path)
+    listing = read_source(tmp_path)
     assert sorted(rows_of(listing), key=lambda photo: photo.path) == [
-        sources.Photo("hat/a.webp", "hat", view="a"),
-        sources.Photo("shoes/boot 00/02_1_side.png", "shoes/boot 00", variant="02", view="side", category="shoes"),
-        sources.Photo("shoes/boot 00/view0.JPG", "shoes/boot 00", view="view0", category="shoes"),
+        Photo("hat/a.webp", "hat", view="a"),
+        Photo("shoes/boot 00/02_1_side.png", "shoes/boot 00", variant="02", view="side", category="shoes"),
+        Photo("shoes/boot 00/view0.JPG", "shoes/boot 00", view="view0", category="shoes"),
     ]
 
 
@@ -186,7 +188,7 @@ def test_the_original_systems_metadata_in_every_form(tmp_path):
         if splits:
             put(root / "metadata/image_splits.json", json.dumps(splits))
         for source in (root, root / "metadata"):
-            listing = sources.read(source)
+            listing = read_source(source)
             photos = {photo.path: photo for photo in listing.photos}
             assert sorted((photo.path, photo.item_id, photo.split) for photo in listing.photos) == sorted(INSHOP), (
                 "its validation images are of training items"
@@ -201,23 +203,23 @@ def test_the_original_systems_metadata_in_every_form(tmp_path):
 def test_what_is_not_there_or_outside_is_left_out(tmp_path):
     put(tmp_path / "source/here.jpg", "")
     put(tmp_path / "outside.jpg", "")
-    absolute = str(tmp_path / "source/here.jpg")
-    outside = ("../outside.jpg", absolute, "a\0b.jpg", "s3://bucket/a.jpg")
-    rows = [(path, "a") for path in ("here.jpg", "gone.jpg", *outside)]
+    outside = ("../outside.jpg", str(tmp_path / "outside.jpg"), "a\0b.jpg", "s3://bucket/a.jpg")
+    gone = ("gone.jpg", "x" * 300 + ".jpg", str(tmp_path / "source/gone.jpg"))
+    rows = [(path, "a") for path in ("here.jpg", *gone, *outside)]
     pq.write_table(pa.table(list(zip(*rows, strict=True)), ["image_path", "item_id"]), tmp_path / "source/s.parquet")
-    listing = sources.read(tmp_path / "source/s.parquet")
+    listing = read_source(tmp_path / "source/s.parquet")
     assert [photo.path for photo in listing.photos] == ["here.jpg"]
     assert sorted(listing.left_out) == sorted(
-        [("gone.jpg", sources.MISSING), *((path, sources.OUTSIDE) for path in outside)]
+        [*((path, listing_module.MISSING) for path in gone), *((path, listing_module.OUTSIDE) for path in outside)]
     )
 
 
 def test_the_stamp_tells_a_changed_file(tmp_path):
     put(tmp_path / "item/a.jpg", "x")
-    before = sources.read(tmp_path).photos
-    assert sources.read(tmp_path).photos == before
+    before = read_source(tmp_path).photos
+    assert read_source(tmp_path).photos == before
     put(tmp_path / "item/a.jpg", "longer")
-    assert sources.read(tmp_path).photos != before
+    assert read_source(tmp_path).photos != before
 
 
 HEADER = "image_path,item_id,split\n"
@@ -245,8 +247,7 @@ INSHOP_HEADER = "1\nimage_name item_id evaluation_status\n"
         ({"s.csv": HEADER + "a.jpg,i,train,extra\n"}, "s.csv", "line 2: malformed"),
         ({"s.csv": HEADER + 'a.jpg,i,"train\n'}, "s.csv", "line 2: malformed"),
         ({"s.csv": HEADER + "a.jpg,,train\n"}, "s.csv", "line 2: no item_id"),
-        ({"s.csv": HEADER + "a.jpg,i,Train\n"}, "s.csv", "line 2: split 'Train' is none of train"),
-        ({"s.csv": HEADER + "a.jpg,i,train\n" + "x" * 300 + ".jpg,i,train\n"}, "s.csv", "File name too long"),
+        ({"s.csv": HEADER + "a.jpg,i,best\n"}, "s.csv", "line 2: split 'best' is none of train"),
         ({"s.parquet": "no parquet"}, "s.parquet", "can't be read"),
         ({"s.json": ""}, "s.json", "give a .csv"),
         ({"s/image_paths.json": '{"0": "a.jpg"}'}, "s", "no item_id"),
@@ -267,7 +268,7 @@ def test_what_the_user_can_mend_is_said_in_one_line(tmp_path, files, source, sai
     for name, text in files.items():
         put(tmp_path / name, text)
     with pytest.raises(UserError, match=said) as caught:
-        sources.read(source if "://" in source else tmp_path / source)
+        read_source(source if "://" in source else tmp_path / source)
     assert "\n" not in str(caught.value)
 
 
@@ -290,7 +291,7 @@ PARTITIONS = {
     "a row too many": ("\n".join(HEAD + ROWS + ["img/a.jpg i train"]), "says 9 images and 10 are listed"),
     "a row without an item": ("\n".join([*HEAD[1:], ROWS[0], "img/a.jpg train"]), "line 3: 'img/a.jpg train' is not"),
     "another status": ("\n".join([*HEAD, "img/a.jpg i best"]), "line 3: split 'best' is none of train, val"),
-    "a status in capitals": ("\n".join([*HEAD, "img/a.jpg i Train"]), "line 3: split 'Train' is none of"),
+    "a status in capitals": ("\n".join([*HEAD, *ROWS]).replace(" train", " Train"), None),
     "two headers": ("\n".join([*HEAD, *HEAD]), "line 3: '9' is not"),
     "columns swapped": ("\n".join(f"{i} {p} train" for p, i, _ in INSHOP), "9 images are listed, none is there"),
     "zeros": ("\0" * 99, "line 1: .* is not"),
@@ -348,7 +349,7 @@ def test_a_damaged_file_is_taken_rightly_or_refused_in_one_line(tmp_path, file, 
     source = inshop(tmp_path / "s")
     (source / file).write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"))
     try:
-        listing = sources.read(source)
+        listing = read_source(source)
     except UserError as error:
         assert said and re.search(said, str(error)) and str(source) in str(error)
         assert "\n" not in str(error) and len(str(error)) < 600
@@ -360,4 +361,4 @@ def test_a_damaged_file_is_taken_rightly_or_refused_in_one_line(tmp_path, file, 
 def test_text_that_is_not_utf_8_is_said(tmp_path):
     (tmp_path / "s.csv").write_bytes(HEADER.encode() + b"caf\xe9.jpg,i,train\n")
     with pytest.raises(UserError, match="s.csv: not UTF-8 .*: save it as UTF-8"):
-        sources.read(tmp_path / "s.csv")
+        read_source(tmp_path / "s.csv")

@@ -1,0 +1,184 @@
+"""Photos in folders: one an item, split folders around them, or names that begin with the item's id."""
+
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from pyarrow import fs
+
+from clipfh import UserError
+from clipfh.sources.files import File, is_image, locate, printable
+from clipfh.sources.listing import Listing, Photo, make_photo, split_named
+
+# What operating systems, storage boxes, notebooks and file managers leave in folders of photos
+_LEFT_BEHIND = re.compile(
+    r"""\..* | ~.* | @.* | \#recycle | \#snapshot | \$recycle\.bin | recycle[rd] | system\ volume\ information
+      | __macosx | lost\+found | __pycache__ | .*\.lrdata | [_@]*thumb(nail)?s?""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_LEFT_FILES = re.compile(r"\..*|~.*|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r", re.IGNORECASE)
+_PICTURES_NOT_READ = re.compile(
+    r"\.(cr[23w]|nef|arw|dng|raf|orf|rw2|pef|srw|psd|psb|ai|eps|svgz?|tga|jp2|jxl|jxr|ico|icns|xcf|pcx|exr|hdr|dds"
+    r"|mp4|mov|avi|webm|mkv|3gp|pdf)",
+    re.IGNORECASE,
+)
+JUNK_ID = "-1"
+"""Item that Market-1501 and its like give to boxes without a person."""
+
+
+def read_folders(store: fs.SubTreeFileSystem, files: Sequence[File]) -> Listing:
+    """List the photos of a folder, whose `files` are given.
+
+    An item is a folder that holds images, called by its whole path; the folder around it is its category. Where the
+    folders at the top are called as splits are, each is one, and items are called by what follows. Where images lie in
+    no item's folder, an item is what their names begin with.
+    """
+    images, notes = pass_over(files)
+    notes += tables_beside(files)
+    base, splits = _split_folders(images)
+    images, more = _inside_splits(images, base, splits) if splits else _without_loose(images)
+    rows = [(file, _below_split(file.path, base, splits)) for file in images]
+    loose = [path for _, (_, path) in rows if "/" not in path]
+    ids = _ids_by_name(loose)
+    if loose and not ids:
+        raise UserError(
+            f"{store.base_path}: {len(loose):,} photos lie in no item's folder, e.g. {printable(loose[0])}: put the "
+            "photos of each item into a folder, or list them in a CSV with image_path and item_id"
+        )
+    if ids:
+        name, item = next(iter(ids.items()))
+        more.append(f"items are what the names of the photos begin with: {printable(name)} is of {item}")
+    photos = [_photo(file, split, path, ids) for file, (split, path) in rows]
+    junk = [photo for photo in photos if photo.item_id == JUNK_ID] if ids else []
+    if junk:
+        more.append(f"{len(junk):,} photos of {JUNK_ID}, which is no item in data sets like Market-1501, were left out")
+    return locate(store, [photo for photo in photos if photo not in junk] if junk else photos, [*notes, *more])
+
+
+def pass_over(files: Iterable[File]) -> tuple[list[File], list[str]]:
+    """The images among files, and notes on what else there is."""
+    images = list[File]()
+    hidden, unread, others = 0, Counter[str](), Counter[str]()
+    for file in files:
+        *folders, name = file.path.split("/")
+        suffix = posixpath.splitext(name)[1].lower()
+        if any(map(_LEFT_BEHIND.fullmatch, folders)) or _LEFT_FILES.fullmatch(name):
+            hidden += 1
+        elif is_image(name):
+            images.append(file)
+        else:
+            (unread if _PICTURES_NOT_READ.fullmatch(suffix) else others)[printable(suffix)] += 1
+    counts = {
+        "files in hidden or thumbnail folders were passed over": hidden,
+        f"files are of kinds that are not read ({_kinds(unread)}): export them as JPEG": unread.total(),
+        f"other files are no photos ({_kinds(others)})": others.total(),
+    }
+    return images, [f"{count:,} {what}" for what, count in counts.items() if count]
+
+
+def _kinds(suffixes: Counter[str]) -> str:
+    return ", ".join(f"{suffix or 'no suffix'} {count:,}" for suffix, count in suffixes.most_common(5))
+
+
+# Split folders
+
+
+def _split_folders(images: Sequence[File]) -> tuple[str, dict[str, str]]:
+    """The folder that split folders lie in, "" or "data/", and the split of each; none where they aren't such."""
+    base = ""
+    while True:
+        inside = [file.path[len(base) :] for file in images]
+        folders = {path.partition("/")[0] for path in inside if "/" in path}
+        splits = {folder: split for folder in sorted(folders) if (split := _split_of_folder(folder))}
+        if len(set(splits.values())) > 1:
+            return base, _asked_splits(splits)
+        if len(folders) != 1 or any("/" not in path for path in inside):
+            return "", {}
+        base += f"{folders.pop()}/"
+
+
+def _split_of_folder(name: str) -> str:
+    """The split of a folder called so: `Training`, `bounding_box_test`, `image_query`, `val-set`."""
+    name = re.sub(r"^(bounding_box|images?|imgs?|data)[_ -]|[_ -]?(set|images?|imgs?|data)$", "", name.casefold())
+    return split_named(name)
+
+
+def _asked_splits(splits: dict[str, str]) -> dict[str, str]:
+    """Where a folder has the queries and none the gallery, the test folder is the gallery."""
+    if "query" in splits.values() and "gallery" not in splits.values():
+        return {folder: "gallery" if split == "test" else split for folder, split in splits.items()}
+    return splits
+
+
+def _inside_splits(images: list[File], base: str, splits: dict[str, str]) -> tuple[list[File], list[str]]:
+    inside = [file for file in images if file.path[len(base) :].partition("/")[0] in splits and "/" in file.path]
+    others = sorted({file.path[len(base) :].partition("/")[0] for file in images} - {*splits})
+    named = ", ".join(f"{base}{folder} is {split}" for folder, split in splits.items())
+    notes = [f"the splits are those of the folders: {named}"]
+    if num_others := len(images) - len(inside):
+        shown = ", ".join(map(printable, others[:3]))
+        notes.append(f"{num_others:,} photos beside the split folders were left out ({shown})")
+    return inside, notes
+
+
+def _without_loose(images: list[File]) -> tuple[list[File], list[str]]:
+    """Images in folders, where there are any; else all, which lie at the top."""
+    inside = [file for file in images if "/" in file.path]
+    if not inside or len(inside) == len(images):
+        return images, []
+    num_loose = len(images) - len(inside)
+    return inside, [f"{num_loose:,} photos in no item's folder were left out: put each into the folder of its item"]
+
+
+def _below_split(path: str, base: str, splits: dict[str, str]) -> tuple[str, str]:
+    """Split of a file, and its path below the split's folder."""
+    if not splits:
+        return "", path
+    folder, _, rest = path[len(base) :].partition("/")
+    return splits[folder], rest
+
+
+# Items
+
+
+def _photo(file: File, split: str, path: str, ids: dict[str, str]) -> Photo:
+    folder = posixpath.dirname(path)
+    row = {
+        "image_path": printable(file.path),
+        "item_id": printable(folder) or ids[path],
+        "category": printable(posixpath.basename(posixpath.dirname(folder))),
+        "split": split,
+    }
+    return make_photo(row)._replace(file=file.path, stamp=file.stamp)
+
+
+def _ids_by_name(names: Sequence[str]) -> dict[str, str]:
+    """Name to the id that it begins with, as in `0001_c1s1_001051_00.jpg`; empty where names don't begin with ids.
+
+    They do where all of them have a sign behind a number or a word with a digit that is no date, and where twice as
+    many photos as ids are there.
+    """
+    stems = {name: name.rpartition(".")[0] for name in names}
+    people = {name: match[1] for name, stem in stems.items() if (match := re.match(r"(-?\d+)_c\d+", stem))}
+    if names and len(people) == len(names):  # Market-1501 and its like: item, camera
+        return people
+    for sign in "_- .":
+        ids = {name: _head(stem, sign) for name, stem in stems.items()}
+        distinct = set(ids.values())
+        if all(distinct) and 1 < len(distinct) <= len(names) / 2:
+            return ids
+    return {}
+
+
+def _head(stem: str, sign: str) -> str:
+    """What stands before the first of these signs; empty where that can't be an id."""
+    head = stem[:1] + stem[1:].partition(sign)[0] if sign in stem[1:] else ""
+    is_date = re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])([0-2]\d|3[01])", head)
+    return head if re.search(r"\d", head) and not is_date else ""
+
+
+def tables_beside(files: Iterable[File]) -> list[str]:
+    """Notes on tables at the top of a folder that is read as folders of photos."""
+    names = [file.path for file in files if re.fullmatch(r"[^/]+\.(csv|tsv|parquet)", file.path.lower())]
+    return [f"{', '.join(map(printable, names[:3]))} is not read: give it as --source to use it"] if names else []

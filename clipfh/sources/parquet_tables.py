@@ -1,0 +1,130 @@
+"""Parquet tables of photos, which lie in files or, as dataset hubs write them, inside the table itself."""
+
+import json
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from clipfh import UserError
+from clipfh.sources.files import locate, stamp_of
+from clipfh.sources.listing import BOX_COLUMNS, COLUMNS, Listing, Photo, ReadOptions, split_named
+from clipfh.sources.tables import TableRows, check_columns, column_names
+
+
+def read_parquet(store: fs.SubTreeFileSystem, files: Sequence[str], options: ReadOptions) -> Listing:
+    """List the rows of one or several Parquet files. Their images are files, or stand in a column `image`.
+
+    Where there is no column item_id beside the images, items are the values of `label`, by their names. Where several
+    files name no splits, theirs are in the files' names: `train-00000-of-00002.parquet`.
+    """
+    several, notes = len(files) > 1, dict[str, None]()
+    rows = TableRows(store.base_path if several else store.base_path + files[0], options.skip_bad_lines)
+    for file in files:
+        with store.open_input_file(file) as opened:
+            table = pq.ParquetFile(opened)
+            columns = _choose_columns(table.schema_arrow, f"{store.base_path}{file}")
+            notes |= dict.fromkeys(columns.notes)
+            place = {"file": file, "stamp": stamp_of(store, file)} if columns.image else {}
+            for number, part, row in _rows(table, columns):
+                row["image_path"] = row.get("image_path") or (file if place else "")
+                row["split"] = row.get("split") or (split_of_shard(file) if several else "")
+                where = f"{posixpath.basename(file)} row {number}" if several else f"row {number}"
+                rows.add(where, row, **(place | {"part": part} if place else {}))
+    return locate(store, name_inner(rows.photos), notes, rows.left_out())
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What is read of a Parquet file."""
+
+    names: Mapping[str, str]
+    """Column of the file to our name for it."""
+    image: str
+    """Column of images that stand inside; empty where they are files."""
+    inner_path: str
+    """Column of the paths that images inside once had; empty where there is none."""
+    labels: Mapping[Any, str]
+    """Number of a label to its name."""
+    notes: list[str]
+
+
+def _choose_columns(schema: pa.Schema, where: str) -> _Columns:
+    """UserError: a column is missing, there twice, or of another type."""
+    names = column_names(schema.names)
+    at = names.index("image") if "image" in names else -1
+    is_inside = at >= 0 and holds_images(schema.field(at).type)
+    item = "label" if is_inside and "item_id" not in names and "label" in names else "item_id"
+    notes = check_columns(names, where, ("image" if is_inside else "image_path", item))
+    notes += ["there is no item_id: items are the values of label"] if item == "label" else []
+    ours = {*COLUMNS, item, *(BOX_COLUMNS if {*BOX_COLUMNS} <= {*names} else ())}
+    used = {field.name: name for field, name in zip(schema, names, strict=True) if name in ours}
+    for column in used:
+        _check_type(schema.field(column), where)
+    image = schema.names[at] if is_inside else ""
+    has_path = (
+        is_inside and pa.types.is_struct(schema.field(at).type) and schema.field(at).type.get_field_index("path") >= 0
+    )
+    renamed = {column: "item_id" if name == item else name for column, name in used.items()}
+    return _Columns(renamed, image, f"{image}.path" if has_path else "", _label_names(schema, item), notes)
+
+
+def _rows(table: pq.ParquetFile, columns: _Columns) -> Iterator[tuple[int, tuple[int, int], dict[str, Any]]]:
+    """Number of each row, its row group and place there, and its fields by our names."""
+    wanted, number = [*columns.names, *filter(None, [columns.inner_path])], 0
+    for group in range(table.num_row_groups):
+        batches = table.iter_batches(row_groups=[group], columns=wanted)
+        for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            number += 1
+            fields = {name: row[column] for column, name in columns.names.items()}
+            fields["item_id"] = columns.labels.get(fields["item_id"], fields["item_id"])
+            if columns.inner_path:
+                fields["image_path"] = fields.get("image_path") or (row[columns.image] or {}).get("path")
+            yield number, (group, index), fields
+
+
+def holds_images(kind: pa.DataType) -> bool:
+    """Whether a column holds encoded images, as Hugging Face's datasets write them or as plain bytes."""
+    return _has_field(kind, "bytes") or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _has_field(kind: pa.DataType, name: str) -> bool:
+    return pa.types.is_struct(kind) and kind.get_field_index(name) >= 0
+
+
+def _label_names(schema: pa.Schema, item: str) -> dict[Any, str]:
+    """Number to name of a label, as Hugging Face's datasets keep them in the schema."""
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = about.get("info", {}).get("features", {}).get(item, {})
+    return dict(enumerate(feature.get("names") or [])) if isinstance(feature, dict) else {}
+
+
+def split_of_shard(file: str) -> str:
+    """The split in the name of a shard or its folder, `train-00000-of-00002.parquet`; empty where it names none."""
+    folder, name = posixpath.split(file)
+    return split_named(re.split(r"[-_.]", name)[0]) or split_named(posixpath.basename(folder))
+
+
+def name_inner(photos: list[Photo]) -> list[Photo]:
+    """Give images inside a file distinct paths: their own where it is distinct, else with the file and the place."""
+    counts = Counter(photo.path for photo in photos if photo.part)
+    return [
+        photo._replace(path=f"{photo.file}/{photo.part[0]}-{photo.part[1]}/{posixpath.basename(photo.path)}")
+        if photo.part and counts[photo.path] > 1
+        else photo
+        for photo in photos
+    ]
+
+
+def _check_type(field: pa.Field, where: str) -> None:
+    """A used column must hold text or numbers."""
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if not any(is_a(kind) for is_a in (*text, pa.types.is_integer, pa.types.is_floating, pa.types.is_null)):
+        raise UserError(f"{where}: column {field.name} holds {kind}: store it as text")

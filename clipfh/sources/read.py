@@ -1,0 +1,109 @@
+"""A source, in any of the forms that people have, becomes a listing: which photos there are, of which item, and where.
+
+Sources are In-Shop as distributed, the original system's processed metadata, folders of photos, CSV and Parquet files,
+and tar files; on a disk or at any URI that Arrow opens. Names and annotations are read, never an image.
+"""
+
+import posixpath
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+from clipfh import UserError
+from clipfh.sources import folders, inshop
+from clipfh.sources.files import ARCHIVE_SUFFIXES, File, first_file, walk
+from clipfh.sources.folders import read_folders
+from clipfh.sources.listing import Listing, ReadOptions
+from clipfh.sources.parquet_tables import read_parquet
+from clipfh.sources.tables import read_csv
+from clipfh.sources.tar_shards import read_tars
+from clipfh.storage import layout
+
+_AS_IT_IS = ReadOptions()
+
+
+def read_source(source: str | Path, options: ReadOptions = _AS_IT_IS) -> Listing:
+    """List the photos of a source: a path or a URI.
+
+    A CSV or Parquet file has the columns image_path (relative to the file) and item_id. It may have text, split,
+    variant, view, gender, category, color, and a box: x, y, width, height. In place of image_path a Parquet file may
+    have a column `image` with the images themselves.
+
+    Raises:
+        UserError: the source can't be read or contradicts its form, none of its images is there, or an option is for
+            another form of source.
+    """
+    try:
+        store, file = _open(str(source))
+        return _read_file(store, file, options) if file else _read_folder(store, options)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{source}: can't be read ({' '.join(str(error).split())}): check --source") from error
+
+
+def _open(source: str) -> tuple[fs.SubTreeFileSystem, str]:
+    """The source's folder and, where the source is a file, its name."""
+    if "://" in source:
+        base, path = fs.FileSystem.from_uri(source)
+    else:
+        base, path = fs.LocalFileSystem(), Path(source).absolute().as_posix()
+    kind = base.get_file_info(path).type
+    if kind == fs.FileType.NotFound:
+        raise UserError(f"{source}: no such file or folder: check --source")
+    folder, name = (path, "") if kind == fs.FileType.Directory else posixpath.split(path)
+    return fs.SubTreeFileSystem(folder, base), name
+
+
+def _read_file(store: fs.SubTreeFileSystem, name: str, options: ReadOptions) -> Listing:
+    where, suffix = f"{store.base_path}{name}", posixpath.splitext(name)[1].lower()
+    if suffix in (".csv", ".tsv"):
+        _require_for(where, inshop_boxes=options.inshop_boxes)
+        return read_csv(store, name, options)
+    _require_for(where, inshop_boxes=options.inshop_boxes, encoding=options.encoding)
+    if suffix == ".parquet":
+        return read_parquet(store, [name], options)
+    if suffix == ".tar":
+        _require_for(where, skip_bad_lines=options.skip_bad_lines)
+        return read_tars(store, [name])
+    remedy = "unpack it and give the folder" if suffix in ARCHIVE_SUFFIXES else "give a .csv, a .parquet or a folder"
+    raise UserError(f"{where}: not a source that can be read: {remedy} as --source")
+
+
+def _require_for(where: str, **options: object) -> None:
+    """Check that no option is given which means nothing for this source."""
+    if given := [name.replace("_", "-") for name, value in options.items() if value]:
+        raise UserError(f"{where}: --{given[0]} is for another form of source: leave it out")
+
+
+def _read_folder(store: fs.SubTreeFileSystem, options: ReadOptions) -> Listing:
+    """List a folder by its form. In-Shop may lie one folder deeper, as its archive unpacks."""
+    if first_file(store, layout.CATALOGUE):
+        raise UserError(f"{store.base_path}: is a catalogue already: give it to evaluate, train or embed")
+    where = store.base_path
+    files = walk(store)
+    deeper = sorted(
+        {file.path.partition("/")[0] + "/" for file in files if file.path.isprintable() and "/" in file.path}
+    )
+    if place := inshop.find_partition(store, ["", *deeper]):
+        _require_for(where, encoding=options.encoding, skip_bad_lines=options.skip_bad_lines)
+        folder, partition = place
+        inner = fs.SubTreeFileSystem(store.base_path + folder, store.base_fs)
+        return inshop.read_inshop(inner, partition, options.inshop_boxes)
+    _require_for(where, encoding=options.encoding, inshop_boxes=options.inshop_boxes)
+    return _read_plain_folder(store, files, options)
+
+
+def _read_plain_folder(store: fs.SubTreeFileSystem, files: list[File], options: ReadOptions) -> Listing:
+    """List a folder that is not In-Shop: images in folders, else Parquet or tar shards."""
+    for folder in ("metadata/", ""):
+        if first_file(store, folder + "image_paths.json"):
+            return inshop.read_processed(store, folder)
+    inshop.require_partition(store, files)
+    if folders.pass_over(files)[0]:
+        _require_for(store.base_path, skip_bad_lines=options.skip_bad_lines)
+        return read_folders(store, files)
+    if tables := sorted(file.path for file in files if file.path.lower().endswith(".parquet")):
+        return read_parquet(store, tables, options)
+    _require_for(store.base_path, skip_bad_lines=options.skip_bad_lines)
+    tars = sorted(file.path for file in files if file.path.lower().endswith(".tar"))
+    return read_tars(store, tars) if tars else read_folders(store, files)

@@ -1,0 +1,90 @@
+"""Tar files of photos: a tree of item folders that was packed, or samples as WebDataset writes them."""
+
+import json
+import posixpath
+import tarfile
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from pyarrow import fs
+
+from clipfh import UserError
+from clipfh.sources.files import File, is_image, locate, stamp_of
+from clipfh.sources.folders import pass_over
+from clipfh.sources.listing import BadRow, Listing, Photo, make_photo
+
+_FIELDS = {"cls": "item_id", "txt": "text"}
+"""Suffix of a file of a WebDataset sample, and what it holds. Its `json` holds fields by their own names."""
+
+
+def read_tars(store: fs.SubTreeFileSystem, files: Sequence[str]) -> Listing:
+    """List the images in uncompressed tar files, which are read in place.
+
+    Files whose names are equal up to the first dot are a sample, whose `.json` has item_id and further columns, or
+    whose `.cls` is its item and whose `.txt` its text. An image without these is of the item that its folder is.
+    """
+    photos, notes = list[Photo](), dict[str, None]()
+    for file in files:
+        photos += _read_tar(store, file, notes)
+    return locate(store, photos, notes)
+
+
+def _read_tar(store: fs.SubTreeFileSystem, file: str, notes: dict[str, None]) -> list[Photo]:
+    where, stamp = f"{store.base_path}{file}", stamp_of(store, file)
+    with store.open_input_file(file) as opened:
+        try:
+            with tarfile.open(fileobj=opened, mode="r:") as tar:
+                members = {member.name.removeprefix("./"): member for member in tar if member.isfile()}
+                texts = {
+                    name: _read_field(tar, members[name]) for name in members if _suffix(name) in ("json", *_FIELDS)
+                }
+        except tarfile.TarError as error:
+            raise UserError(f"{where}: not a whole, uncompressed tar file ({error}): unpack it") from error
+    images, others = pass_over(File(name, "") for name in members if name not in texts)
+    notes |= dict.fromkeys(others)
+    samples: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, text in texts.items():
+        samples[_key(name)] |= _fields(text, name, where)
+    photos = []
+    for image in images:
+        member = members[image.path]
+        row = {"item_id": posixpath.dirname(image.path), **samples[_key(image.path)]}
+        row |= {"image_path": f"{file}/{image.path}"}
+        try:
+            photo = make_photo(row)
+        except BadRow as error:
+            raise UserError(
+                f"{where}, {image.path}: {error}: a sample needs an item_id in its .json, or a .cls, or a folder"
+            ) from error
+        photos.append(photo._replace(file=file, stamp=stamp, part=(member.offset_data, member.size)))
+    return photos
+
+
+def _suffix(name: str) -> str:
+    return "" if is_image(name) else name.rpartition("/")[2].rpartition(".")[2].lower()
+
+
+def _key(name: str) -> str:
+    """What the files of a sample have in common: the path up to the first dot of the name."""
+    folder, base = posixpath.split(name)
+    return posixpath.join(folder, base.partition(".")[0])
+
+
+def _read_field(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = tar.extractfile(member)
+    assert file is not None  # it is a file
+    return file.read().decode("utf-8-sig", "replace")
+
+
+def _fields(text: str, name: str, where: str) -> dict[str, Any]:
+    """Fields of a sample, by the names of a table's columns."""
+    if (suffix := _suffix(name)) in _FIELDS:
+        return {_FIELDS[suffix]: text.strip()}
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}, {name}: not valid JSON ({error}): mend it") from error
+    if not isinstance(fields, dict):
+        return {}
+    return {key: value for key, value in fields.items() if isinstance(value, str | int | float)}

@@ -1,0 +1,184 @@
+"""CSV as spreadsheets of every country write it, and every way in which a path can mean the file that is there."""
+
+import unicodedata
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from clipfh import UserError
+from clipfh.sources.listing import ReadOptions
+from clipfh.sources.read import read_source
+
+FILES = ("Größe/Ärmel 1.jpg", "Größe/sku_2.jpg", "plain/100%25.jpg")
+
+
+@pytest.fixture
+def shop(tmp_path):
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+def lines(paths=FILES, separator=","):
+    head = separator.join(("image_path", "item_id", "text"))
+    return "\n".join([head, *(separator.join((path, f"item {n}", "schön")) for n, path in enumerate(paths))]) + "\n"
+
+
+def files_of(listing):
+    return sorted(photo.file for photo in listing.photos)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252", "latin-1", "mac_roman"])
+@pytest.mark.parametrize("form", ["{}", "sep={sep}\n{}", "{}{sep}{sep}\n\n"])
+def test_a_csv_is_read_in_whatever_form_a_spreadsheet_wrote_it(shop, separator, encoding, form):
+    text = form.replace("{}", lines(separator=separator)).replace("{sep}", separator)
+    (shop / "list.csv").write_bytes(text.replace("\n", "\r\n").encode(encoding))
+    listing = read_source(shop / "list.csv")
+    assert files_of(listing) == sorted(FILES) and listing.left_out == []
+    assert {photo.text for photo in listing.photos} == {"schön"}
+    assert bool(listing.notes) == (not encoding.startswith("utf-8"))
+
+
+def test_an_encoding_that_no_file_proves_is_asked_for(shop):
+    (shop / "list.csv").write_bytes(lines(FILES[2:]).encode("cp1252"))
+    with pytest.raises(UserError, match=r"list.csv: not UTF-8 .*: save it as UTF-8, or name its encoding, e.g. --enc"):
+        read_source(shop / "list.csv")
+    listing = read_source(shop / "list.csv", ReadOptions(encoding="cp1252"))
+    assert [photo.text for photo in listing.photos] == ["schön"]
+    for wrong in ("cp99", "ascii"):
+        with pytest.raises(UserError, match=f"can't be read by --encoding {wrong}"):
+            read_source(shop / "list.csv", ReadOptions(encoding=wrong))
+
+
+SPELLINGS = {
+    "as it is": lambda path, root: path,
+    "dotted": lambda path, root: f"./{path}",
+    "around": lambda path, root: f"plain/../{path}",
+    "decomposed": lambda path, root: unicodedata.normalize("NFD", path),
+    "another case": lambda path, root: path.upper(),
+    "Windows": lambda path, root: path.replace("/", "\\"),
+    "blanks": lambda path, root: f"  {path} ",
+    "absolute": lambda path, root: f"{root}/{path}",
+    "URL": lambda path, root: (root / path).as_uri(),
+    "URL of localhost": lambda path, root: f"file://localhost{root}/{path}",
+    "quoted": lambda path, root: quote(path),
+    "quoted in decomposed": lambda path, root: quote(unicodedata.normalize("NFD", path)),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(SPELLINGS)), min_size=3, max_size=3))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_spelling_of_a_path_finds_the_file_that_is_there(shop, how):
+    paths = [SPELLINGS[name](path, shop) for name, path in zip(how, FILES, strict=True)]
+    (shop / "list.csv").write_text(lines(paths))
+    listing = read_source(shop / "list.csv")
+    assert {photo.item_id: photo.file for photo in listing.photos} == {f"item {n}": p for n, p in enumerate(FILES)}
+
+
+def test_two_spellings_of_one_file_are_one_photo(shop):
+    (shop / "list.csv").write_text(f"image_path,item_id\n{FILES[1]},a\n./{FILES[1]},a\n{FILES[1].upper()},b\n")
+    listing = read_source(shop / "list.csv")
+    assert [(photo.path, photo.item_id) for photo in listing.photos] == [(FILES[1], "a"), (FILES[1], "b")]
+    assert listing.notes[1:3] == ["1 rows repeat another one and were dropped", "1 images are listed for several items"]
+
+
+def test_a_name_that_could_mean_two_files_is_missing(shop):
+    for name in ("Größe/A.jpg", "Größe/a.jpg"):
+        (shop / name).write_text("")
+    (shop / "list.csv").write_text("image_path,item_id\ngrösse/a.jpg,x\nplain/100%25.jpg,y\n")
+    assert read_source(shop / "list.csv").left_out == [("grösse/a.jpg", "missing")]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("https://shop.example/a.jpg", "listed by URL .*: download them, and list the paths of the files"),
+        ("/elsewhere/a.jpg", "/elsewhere/a.jpg is not inside it: give paths relative to it"),
+        ("C:\\photos\\a.jpg", "C:/photos/a.jpg is not inside it: give paths relative to it"),
+        ("../a.jpg", "../a.jpg is not inside it: .* move it where they are"),
+        ("sku/a.jpg", ", e.g. sku/a.jpg: put images there"),
+    ],
+)
+def test_the_cause_is_named_where_no_file_is_there(shop, path, said):
+    (shop / "list.csv").write_text(f"image_path,item_id\n{path},a\n")
+    with pytest.raises(UserError, match=f"1 images are listed, none is there.*{said}"):
+        read_source(shop / "list.csv")
+
+
+BAD = f"image_path,item_id,split\n{FILES[0]},a,train\n{FILES[1]},,train\n{FILES[1]},b\n,c,test\n{FILES[2]},d,best\n"
+
+
+def test_all_bad_lines_are_told_at_once_and_left_out_by_an_option(shop):
+    (shop / "list.csv").write_text(BAD)
+    with pytest.raises(UserError) as caught:
+        read_source(shop / "list.csv")
+    said = str(caught.value)
+    for line in (
+        "line 3: no item_id",
+        "line 4: malformed (2 fields, not 3)",
+        "line 5: no image_path",
+        "line 6: split 'best'",
+    ):
+        assert line in said
+    assert said.endswith("mend them, or leave them out by --skip-bad-lines") and "\n" not in said
+    listing = read_source(shop / "list.csv", ReadOptions(skip_bad_lines=True))
+    assert files_of(listing) == [FILES[0]]
+    assert listing.left_out[0] == (f"{shop}/list.csv line 3", "bad line: no item_id") and len(listing.left_out) == 4
+
+
+def test_ids_that_a_spreadsheet_spoiled_are_noted_and_blanks_stripped(shop):
+    ids = ["4.00638E+12", "5,01E12", "nan", "#N/A", "SKU-1", "sku-1", "7", "7.0", " A ", "A", "plain"]
+    rows = "".join(f'{FILES[0]},"{item}"\n' for item in ids)
+    (shop / "list.csv").write_text(f"image_path,item_id\n{rows}")
+    listing = read_source(shop / "list.csv")
+    assert {photo.item_id for photo in listing.photos} == {item.strip() for item in ids}
+    assert listing.notes[-3:] == [
+        "2 item ids look rounded by a spreadsheet, so that one may be several items, e.g. 4.00638E+12, 5,01E12",
+        "2 item ids look like a missing one, e.g. nan, #N/A",
+        "2 item ids differ from another in nothing but case, blanks or .0, e.g. 'SKU-1' and 'sku-1', '7' and '7.0'",
+    ]
+
+
+def test_only_names_like_inshops_hold_a_variant(shop):
+    names = ("20240110_101500_00.jpg", "02_1_front.jpg", "02_1_detail.jpg", "123_1_front.jpg")
+    for name in names:
+        (shop / name).write_text("")
+    (shop / "list.csv").write_text("image_path,item_id\n" + "".join(f"{name},a\n" for name in names))
+    assert [(photo.variant, photo.view) for photo in read_source(shop / "list.csv").photos] == [
+        ("", "20240110_101500_00"),
+        ("02", "front"),
+        ("", "02_1_detail"),
+        ("", "123_1_front"),
+    ]
+
+
+def test_boxes_are_read_and_each_box_of_a_file_is_a_photo(shop):
+    (shop / "list.csv").write_text(
+        f"image_path,item_id,x,y,width,height\n{FILES[0]},a,0,1,20,30\n{FILES[0]},b,5.4,1,20,30\n{FILES[1]},a,,,,\n"
+    )
+    listing = read_source(shop / "list.csv")
+    assert [(photo.path, photo.box) for photo in listing.photos] == [
+        (f"{FILES[0]}#xywh=0,1,20,30", (0, 1, 20, 30)),
+        (f"{FILES[0]}#xywh=5,1,20,30", (5, 1, 20, 30)),
+        (FILES[1], None),
+    ]
+    (shop / "list.csv").write_text(f"image_path,item_id,x,y,width,height\n{FILES[0]},a,0,1,0,30\n{FILES[0]},b,5,,2,3\n")
+    with pytest.raises(UserError, match="line 2: box 0, 1, 0, 30 is empty; line 3: box 5, , 2, 3 is not x, y, width"):
+        read_source(shop / "list.csv")
+
+
+@pytest.mark.parametrize(
+    ("option", "source"),
+    [("encoding", "list.parquet"), ("encoding", "."), ("skip_bad_lines", "."), ("inshop_boxes", "list.csv")],
+)
+def test_an_option_for_another_form_of_source_is_refused(shop, option, source):
+    (shop / "list.csv").write_text(lines())
+    pq.write_table(pa.table({"image_path": FILES, "item_id": FILES}), shop / "list.parquet")
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is for another form of source: leave it out"):
+        read_source(shop / source, ReadOptions(**{option: "cp1252" if option == "encoding" else True}))
