@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import re
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
+from loopback_hub import write_model, write_tokenizer
 from model.architectures import look_at
 
 from clipfh import UserError
 from clipfh.config import presets
-from clipfh.config.experiment import ModelSettings
+from clipfh.config.experiment import Experiment, ModelSettings
 from clipfh.data.sampler import ItemIndex
 from clipfh.learn.learner import ItemCaptions, Learner
 from clipfh.model import architecture as architectures
 from clipfh.model import checkpoint, export
 from clipfh.model.architecture import Architecture
 from clipfh.model.clip import architecture_of, build, load_initial_model, load_tokenizer
+from clipfh.model.layers import split_towers
 from clipfh.storage import layout
 
 # Names of parameters whose order is known, from the input to the output; those in a group are of one layer
@@ -155,37 +159,44 @@ def folder(small_towers, tmp_path, request):
     return tmp_path
 
 
+TERMS = ("ce", "triplet", "center", "supcon", "infonce")
+
+
+def settings_of(folder: Path) -> dict[str, object]:
+    """Settings of a model's folder with all terms on, and batches of two items."""
+    terms = {f"loss.{term}": 0.1 for term in TERMS}
+    return {"model.name": f"local-dir:{folder}", "batch.items": 2, "batch.views": 2, **terms}
+
+
+def train_steps(experiment: Experiment) -> Learner:
+    """A learner after two steps. What is trained must have moved, and nothing else."""
+    one = make_learner(experiment)
+    before = {name: p.detach().clone() for name, p in one.clip.named_parameters()}
+    size = architecture_of(one.clip).size
+    images = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
+    for _ in range(2):
+        one.train_step(np.arange(4), images)
+    trained = {name: p for name, p in one.clip.named_parameters() if p.requires_grad}
+    assert not [name for name, p in trained.items() if p.grad is None], "workers would wait for these for ever"
+    moved = {name for name, p in one.clip.named_parameters() if not torch.equal(p, before[name])}
+    assert moved <= trained.keys() and any(name.startswith("visual") for name in moved)
+    assert (experiment.stage == "joint") == any(not name.startswith("visual") for name in moved)
+    return one
+
+
 @pytest.mark.parametrize("folder", FAMILIES, indirect=True)
 def test_a_family_trains_in_both_stages_and_its_export_is_the_model(folder, tmp_path):
-    terms = {"loss.ce": 0.1, "loss.triplet": 0.1, "loss.center": 0.1, "loss.infonce": 0.1}
-    for stage in ("image", "joint"):
-        settings = {
-            "model.name": f"local-dir:{folder}",
-            "batch.items": 2,
-            "batch.views": 2,
-            "loss.supcon": 0.1,
-            **terms,
-        }
-        experiment = presets.resolve(stage, "recommended", settings)
-        one = make_learner(experiment)
-        before = {name: p.detach().clone() for name, p in one.clip.named_parameters()}
-        size = architecture_of(one.clip).size
-        images = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
-        for _ in range(2):
-            one.train_step(np.arange(4), images)
-        trained = {name: p for name, p in one.clip.named_parameters() if p.requires_grad}
-        assert not [name for name, p in trained.items() if p.grad is None], "workers would wait for these for ever"
-        moved = {name for name, p in one.clip.named_parameters() if not torch.equal(p, before[name])}
-        assert moved <= trained.keys() and any(name.startswith("visual") for name in moved)
-        assert (stage == "joint") == any(not name.startswith("visual") for name in moved)
-    out = export.write_export(one.clip, experiment, tmp_path / "export")  # compares embeddings to 1e-5
+    train_steps(presets.resolve("image", "recommended", settings_of(folder) | {"model.checkpointing": True}))
+    one = train_steps(presets.resolve("joint", "recommended", settings_of(folder)))
+    out = export.write_export(one.clip, one.experiment, tmp_path / "export")  # compares embeddings to 1e-5
     again = load_initial_model(ModelSettings(name=f"local-dir:{out}"), 0)
+    size = architecture_of(again).size
     pixels = torch.rand(2, 3, size, size)
     with torch.no_grad():
         torch.testing.assert_close(again.eval().encode_image(pixels), one.clip.eval().encode_image(pixels))
 
 
-def make_learner(experiment) -> Learner:
+def make_learner(experiment: Experiment) -> Learner:
     clip = load_initial_model(experiment.model, 0)
     index = ItemIndex(np.array([0, 0, 1, 1], np.int32), np.zeros(2, np.int32), ["a", "b"], np.array([4]))
     tokens = load_tokenizer(architecture_of(clip))(["a red dress", "a coat"]).numpy().astype(np.int32)
@@ -226,3 +237,65 @@ def test_other_sizes_of_images_are_those_of_open_clip(folder, size, tmp_path):
 def test_a_size_that_a_tower_is_not_made_for_is_refused(name, size, reason):
     with pytest.raises(UserError, match=f"--model.image_size {size}: the image tower of {name} {reason}"):
         architectures.find(ModelSettings(name=name, pretrained="none", image_size=size))
+
+
+# Text towers of Hugging Face's that open_clip's list has: small configurations, and pooler and projection of the list
+TEXT_TOWERS = {
+    "roberta-ViT-B-32": {
+        "model_type": "roberta",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 64,
+        "max_position_embeddings": 90,
+    },
+    "xlm-roberta-base-ViT-B-32": {
+        "model_type": "xlm-roberta",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 64,
+        "max_position_embeddings": 90,
+    },
+    "mt5-base-ViT-B-32": {
+        "model_type": "mt5",
+        "num_layers": 2,
+        "d_model": 32,
+        "num_heads": 2,
+        "d_kv": 16,
+        "d_ff": 64,
+        "vocab_size": 64,
+    },
+    "nllb-clip-base": {
+        "model_type": "m2m_100",
+        "encoder_layers": 2,
+        "decoder_layers": 1,
+        "d_model": 32,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "vocab_size": 64,
+        "max_position_embeddings": 90,
+    },
+}
+
+
+@pytest.mark.parametrize("name", TEXT_TOWERS)
+def test_a_text_tower_of_hugging_faces_trains_by_layers_and_its_export_is_the_model(name, tmp_path):
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "config.json").write_text(json.dumps(TEXT_TOWERS[name]))
+    write_tokenizer(tmp_path / "words")
+    cfg = open_clip.get_model_config(name)
+    cfg["vision_cfg"] |= FAMILIES["ViT-B-32"] | {"image_size": 64}
+    files = {"hf_model_name": str(tmp_path / "tower"), "hf_tokenizer_name": str(tmp_path / "words")}
+    cfg["text_cfg"] |= files | {"context_length": 16}
+    folder = write_model(tmp_path / "model", cfg | {"embed_dim": 32}, {})
+    one = train_steps(presets.resolve("joint", "recommended", settings_of(folder) | {"model.checkpointing": True}))
+    _, text, _ = split_towers(one.clip)
+    depths = {depth: [n for n, at in text.depth.items() if at == depth] for depth in range(4)}
+    assert text.blocks == 2 and all(depths.values())
+    assert any("embed" in n or "shared" in n for n in depths[0]) and any("proj" in n for n in depths[3])
+    export.write_export(one.clip, one.experiment, tmp_path / "export")
