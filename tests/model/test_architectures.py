@@ -17,7 +17,7 @@ from model.architectures import look_at
 
 from clipfh import UserError
 from clipfh.config import presets
-from clipfh.config.experiment import Experiment, ModelSettings
+from clipfh.config.experiment import LOSS_TERMS, Experiment, ModelSettings
 from clipfh.data.sampler import ItemIndex
 from clipfh.learn.learner import ItemCaptions, Learner
 from clipfh.model import architecture as architectures
@@ -159,12 +159,9 @@ def folder(small_towers, tmp_path, request):
     return tmp_path
 
 
-TERMS = ("ce", "triplet", "center", "supcon", "infonce")
-
-
 def settings_of(folder: Path) -> dict[str, object]:
     """Settings of a model's folder with all terms on, and batches of two items."""
-    terms = {f"loss.{term}": 0.1 for term in TERMS}
+    terms = {f"loss.{term}": 0.1 for term in LOSS_TERMS}
     return {"model.name": f"local-dir:{folder}", "batch.items": 2, "batch.views": 2, **terms}
 
 
