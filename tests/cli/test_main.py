@@ -61,11 +61,27 @@ def test_nobody_answers_at_the_address(small_catalogue, capsys, tmp_path, addres
     assert address in refused(capsys, *words)
 
 
-def test_a_sweep_that_may_freeze_more_blocks_than_there_are_starts_nothing(small_catalogue, capsys, tmp_path):
-    search = "{model.freeze_blocks: {choice: [0, 99]}}"
+@pytest.mark.parametrize(
+    "search,words",
+    [
+        ("{model.freeze_blocks: {choice: [0, 99]}}", "--model.freeze_blocks 99: clipfh-small has"),
+        (
+            "{model.freeze_blocks: {choice: [0, 4]}, model.lora_rank: {choice: [0, 8]}, "
+            "model.lora_targets: {choice: [all, mlp]}}",
+            "--model.lora_rank 8: the image tower of clipfh-small has no weight for it with model.lora_targets mlp and "
+            "model.freeze_blocks 4",
+        ),
+        (
+            "{optimizer.head_first: {choice: [0.0, 0.2]}, model.lora_rank: {choice: [0, 8]}, "
+            "model.lora_targets: {choice: [all, mlp]}}",
+            "may be drawn together, and do not fit together (--optimizer.head_first: with model.lora_targets mlp",
+        ),
+    ],
+)
+def test_a_sweep_that_may_train_nothing_starts_nothing(small_catalogue, capsys, tmp_path, search, words):
     (tmp_path / "sweep.yaml").write_text(f"base: {{model.name: clipfh-small}}\nsearch: {search}\n")
     line = refused(capsys, "sweep", tmp_path / "sweep.yaml", small_catalogue.path, "--out", tmp_path / "out")
-    assert "--model.freeze_blocks 99: clipfh-small has" in line
+    assert words in line
     assert not (tmp_path / "out").exists()
 
 
