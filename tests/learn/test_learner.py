@@ -1,6 +1,5 @@
 """The training step: the same for any number of workers and any way to save memory; what is frozen stays."""
 
-import copy
 import functools
 import math
 from collections import Counter
@@ -24,8 +23,9 @@ from clipfh.data.transfer import images_to_device
 from clipfh.learn import learner, tally
 from clipfh.learn.learner import ItemCaptions
 from clipfh.learn.tally import StepTally
+from clipfh.model import checkpoint
 from clipfh.model.architecture import find as find_architecture
-from clipfh.model.clip import load_initial_model, load_tokenizer
+from clipfh.model.clip import architecture_of, load_initial_model, load_tokenizer
 from clipfh.model.towers import Towers, recompute_blocks
 
 P, K, ITEMS = 4, 2, 7
@@ -415,10 +415,11 @@ def test_a_report_warns_of_a_collapse_only_after_the_warm_up():
 
 
 @pytest.mark.parametrize("term", ["all", "all, siglip", "all, lora"])
-def test_a_restored_learner_goes_on_as_if_nothing_had_been(term: str):
+def test_a_restored_learner_goes_on_as_if_nothing_had_been(term: str, tmp_path: Path):
     one, other = learner_for("joint", term), learner_for("joint", term)
     train(one, steps=3)
-    raw, average, state = copy.deepcopy((*one.weights(), one.state()))
+    checkpoint.save(tmp_path, one.experiment, architecture_of(one.clip), *one.weights(), one.state(), {})
+    raw, average, state, _ = checkpoint.load_training(tmp_path)
     other.restore(raw, average, state)
     for each in (one, other):
         each.train_step(np.arange(8), IMAGES[:8])
