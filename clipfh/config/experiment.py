@@ -11,6 +11,9 @@ from clipfh import UserError
 SMALL_MODEL = "clipfh-small"
 LOSS_TERMS = ("ce", "triplet", "center", "supcon", "infonce", "sigmoid")
 
+MODEL_IDENTITY = ("name", "pretrained", "image_size")
+"""The settings within `model` on which weights, prompts and preprocessing depend."""
+
 Stage = Literal["image", "joint"]
 
 

@@ -16,6 +16,7 @@ from clipfh import UserError
 from clipfh.config import presets, schema
 from clipfh.config.experiment import (
     LOSS_TERMS,
+    MODEL_IDENTITY,
     SMALL_MODEL,
     Budget,
     Experiment,
@@ -24,17 +25,13 @@ from clipfh.config.experiment import (
     Stage,
     require,
 )
+from clipfh.config.search_range import SWITCH, Kind, SearchRange
 
 if TYPE_CHECKING:
     import optuna
 
-SHARED = ("stage", "model.name", "model.pretrained")
-"""What all trials of a sweep have in common, beside the prompts."""
-
-SWITCH = "?"
-"""Ends the name of the parameter by which Optuna switches a setting between its range and its `or`."""
-
-Kind = Literal["loguniform", "uniform", "int", "choice"]
+MODEL = "model"
+"""The searched setting that has the entries of `models` for choices."""
 
 TOGETHER = (
     ("batch.items", "batch.categories"),
@@ -43,63 +40,6 @@ TOGETHER = (
     ("optimizer.head_first", "model.lora_rank", "model.lora_targets", "loss.ce"),
 )
 """Settings whose values must fit each other's."""
-
-
-@dataclass(frozen=True)
-class SearchRange:
-    """How one setting is searched."""
-
-    kind: Kind
-    values: tuple[Any, ...]
-    """low and high, or the choices"""
-    off: Any = None
-    """the value of `or`: tried beside the range, as a switch of its own"""
-
-    @property
-    def ends(self) -> tuple[Any, ...]:
-        """Low, high or the choices, and the value of `or`."""
-        return self.values if self.off is None else (*self.values, self.off)
-
-    @property
-    def distribution(self) -> optuna.distributions.BaseDistribution:
-        """Optuna's word for it, the value of `or` left out."""
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-        if self.kind == "choice":
-            return CategoricalDistribution(list(self.values))
-        low, high = self.values
-        return (
-            IntDistribution(low, high)
-            if self.kind == "int"
-            else FloatDistribution(low, high, log=self.kind == "loguniform")
-        )
-
-    def suggest(self, trial: optuna.trial.BaseTrial, name: str) -> Any:
-        """Ask Optuna for a value."""
-        if self.off is not None and not trial.suggest_categorical(name + SWITCH, [True, False]):
-            return self.off
-        if self.kind == "choice":
-            return trial.suggest_categorical(name, list(self.values))
-        low, high = self.values
-        if self.kind == "int":
-            return trial.suggest_int(name, low, high)
-        return trial.suggest_float(name, low, high, log=self.kind == "loguniform")
-
-    def holds(self, value: Any) -> bool:
-        """Whether the value can be suggested."""
-        inside = value in self.values if self.kind == "choice" else self.values[0] <= value <= self.values[1]
-        return inside or (self.off is not None and value == self.off)
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """The range as a sweep file has it."""
-        return {self.kind: list(self.values)} | ({"or": self.off} if self.off is not None else {})
-
-    def point(self, name: str, value: Any) -> dict[str, Any]:
-        """Optuna's parameters that give the value."""
-        if self.off is None:
-            return {name: value}
-        return {name + SWITCH: False} if value == self.off else {name + SWITCH: True, name: value}
 
 
 @dataclass(frozen=True)
@@ -114,6 +54,17 @@ class Halving:
     def __post_init__(self) -> None:
         require(self.first_rung >= 0, "first_rung", "0 or more", self.first_rung)
         require(self.reduction >= 2, "reduction", "2 or more", self.reduction)
+
+
+@dataclass(frozen=True)
+class Race:
+    """What comes between zero-shot and the search, where a sweep has several models."""
+
+    keep: int = 0
+    """models that go into the search, the best by zero-shot mAP on validation; 0: all"""
+
+    def __post_init__(self) -> None:
+        require(self.keep >= 0, "keep", "0 or more", self.keep)
 
 
 @dataclass(frozen=True)
@@ -142,7 +93,10 @@ class SweepFile:
     name: str = "sweep"
     stage: Stage = "image"
     base: dict[str, Any] = field(default_factory=dict)
-    """settings that all trials share, dotted, and their preset"""
+    """settings that all trials share, dotted, and their preset; without one each model has its usual one"""
+    models: list[dict[str, Any]] = field(default_factory=list)
+    """settings of each model of a race, by their names within `model`; in the file also a name alone"""
+    race: Race = field(default_factory=Race)
     search: dict[str, SearchRange] = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
     """settings to try first"""
@@ -164,7 +118,40 @@ class SweepFile:
     def experiment(self, sampled: Mapping[str, Any]) -> Experiment:
         """The experiment of a trial."""
         settings = {name: value for name, value in {**self.base, **sampled}.items() if not name.endswith(SWITCH)}
-        return presets.resolve(self.stage, settings.pop("preset"), settings)
+        if MODEL in settings:
+            entry = dict(zip(label_models(self.models), self.models, strict=True))[settings.pop(MODEL)]
+            settings |= {f"model.{name}": value for name, value in entry.items()}
+        return presets.resolve(self.stage, settings.pop("preset", None), settings)
+
+    @property
+    def contenders(self) -> dict[str, dict[str, Any]]:
+        """The models that trials may have: label to the searched settings that choose the model.
+
+        One without such settings where no model is searched.
+        """
+        if MODEL in self.search:
+            return {label: {MODEL: label} for label in self.search[MODEL].values}
+        names = [name for name in (f"model.{each}" for each in MODEL_IDENTITY) if name in self.search]
+        points = [
+            dict(zip(names, values, strict=True)) for values in product(*(self.search[name].ends for name in names))
+        ]
+        models = [self.experiment({**self.first, **point}).model for point in points]
+        labels = label_models([{name: getattr(model, name) for name in MODEL_IDENTITY} for model in models])
+        return dict(zip(labels, points, strict=True))
+
+    def start(self, label: str) -> Experiment:
+        """The experiment at one point of the space of a contender."""
+        return self.experiment({**self.first, **self.contenders[label]})
+
+    def only(self, labels: Sequence[str]) -> SweepFile:
+        """The sweep with some of its contenders alone. Points of the others are left out, and a grid is made anew."""
+        contenders = self.contenders
+        chosen = [contenders[label] for label in labels]
+        ranges = {name: SearchRange("choice", tuple(dict.fromkeys(p[name] for p in chosen))) for name in chosen[0]}
+        search = {**self.search, **ranges}
+        points = [p for p in self.points if all(ranges[name].holds(p[name]) for name in ranges.keys() & p.keys())]
+        narrow = dataclasses.replace(self, search=search, points=points)
+        return _with_grid(narrow) if self.sampler == "grid" else narrow
 
     def sampled(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
         """A trial's settings. An option of a loss term is drawn only where the term is on."""
@@ -226,6 +213,19 @@ class SweepFile:
         return next((p for p in points if holds(self.experiment({**self.first, **p}).loss)), {})
 
 
+def label_models(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A short name of each model, which no other has: its settings, and of a file only its name if that will do.
+
+    Args:
+        models: settings of each by their names within `model`, `name` among them.
+    """
+    whole = [" ".join(str(value) for value in each.values() if value) for each in models]
+    brief = [
+        " ".join(Path(str(v)).name if k == "pretrained" else str(v) for k, v in each.items() if v) for each in models
+    ]
+    return brief if len(set(brief)) == len(brief) else whole
+
+
 def _term_of(name: str) -> str:
     """'triplet' for loss.triplet_margin; '' for what is no option of a term (those sort first)."""
     term, _, option = name.removeprefix("loss.").partition("_")
@@ -267,16 +267,21 @@ def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> SweepF
     rungs = {name: budget[name] for name in budget if name not in {f.name for f in dataclasses.fields(Budget)}}
     values = {name: _value(name, value) for name, value in {**tree, "budget": rungs}.items()}
     values["search"] = {name: _range(name, spec) for name, spec in values.get("search", {}).items()}
+    if labels := label_models(values.get("models", [])):
+        values["search"] = {MODEL: SearchRange("choice", tuple(labels)), **values["search"]}
     if clash := set(values["search"]) & set(overrides):
         raise UserError(f"{sorted(clash)[0]} is searched: give another value in the file, not beside it")
     given = {f"budget.{name}": value for name, value in budget.items() if name not in rungs}
     if values["budget"].first_rung:
         given = {"budget.report_every": values["budget"].first_rung, **given}
-    values["base"] = _base({**given, **values.get("base", {}), **overrides})
+    values["base"] = _base({**given, **values.get("base", {}), **overrides}, values["search"])
     if trials is not None or (values.get("sampler") == "grid" and "trials" not in values):
         values["trials"] = MANY if trials is None else trials
     sweep = SweepFile(**values)
-    _check_values(sweep)
+    _check_models(sweep)
+    for label in sweep.contenders:
+        _check_values(sweep.only([label]))
+    _check_points(sweep)
     return _with_grid(sweep) if sweep.sampler == "grid" else sweep
 
 
@@ -285,17 +290,32 @@ def _value(key: str, value: Any) -> Any:
     hint = typing.get_type_hints(SweepFile)[key]
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, _mapping(value, key), key)
+    if key == "models":
+        return [_model(each) for each in _list(value, key)]
     if typing.get_origin(hint) is list:
         return [_mapping(each, "a point") for each in _list(value, key)]
     return _mapping(value, key) if typing.get_origin(hint) is dict else schema.check(key, value, SweepFile)
 
 
-def _base(settings: dict[str, Any]) -> dict[str, Any]:
-    """Checked settings, and their preset: the usual one for the model where none is named."""
+def _model(entry: Any) -> dict[str, Any]:
+    """Checked settings of a model of a race, from its name or a mapping."""
+    settings = {"name": entry} if isinstance(entry, str) else _mapping(entry, "a model")
+    _known(settings, MODEL_IDENTITY, "models: ")
+    if "name" not in settings:
+        raise UserError(f"models: {settings} needs a name")
+    checked = {
+        f"model.{name}": schema.check(f"model.{name}", settings[name]) for name in MODEL_IDENTITY & settings.keys()
+    }
+    absolute = schema.with_absolute_paths(checked)
+    return {name: absolute[f"model.{name}"] for name in MODEL_IDENTITY if name in settings}
+
+
+def _base(settings: dict[str, Any], search: Mapping[str, SearchRange]) -> dict[str, Any]:
+    """Checked settings, and their preset: the usual one for the model where none is named and there is one model."""
     usual = "scratch" if settings.get("model.name") == SMALL_MODEL else "recommended"
-    preset = str(settings.pop("preset", None) or usual)
+    preset = settings.pop("preset", None) or ("" if {MODEL, "model.name"} & search.keys() else usual)
     checked = {name: schema.check(name, value) for name, value in settings.items()}
-    return {"preset": preset, **schema.with_absolute_paths(checked)}
+    return {**({"preset": str(preset)} if preset else {}), **schema.with_absolute_paths(checked)}
 
 
 def _with_grid(sweep: SweepFile) -> SweepFile:
@@ -307,8 +327,34 @@ def _with_grid(sweep: SweepFile) -> SweepFile:
     return dataclasses.replace(sweep, points=points, trials=min(sweep.trials, len(points)))
 
 
+def _check_models(sweep: SweepFile) -> None:
+    """Whether the models of a race are several, named once and in one place."""
+    labels, named = label_models(sweep.models), {*sweep.search, *(sweep.base.keys() - {"model.image_size"})}
+    if not labels and sweep.race.keep:
+        raise UserError("race: keep says how many of `models` go into the search: name them under models")
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise UserError(f"models: {sorted(twice)[0]} is there twice: take one out")
+    if sweep.race.keep > len(labels):
+        raise UserError(f"race: --keep must be at most the number of models, {len(labels)}, not {sweep.race.keep}")
+    if labels and (clash := [name for each in MODEL_IDENTITY if (name := f"model.{each}") in named]):
+        raise UserError(f"models names the models of the sweep, and so does {clash[0]}: take one of them out")
+
+
+def _check_points(sweep: SweepFile) -> None:
+    """Whether the points lie within the ranges, and fit what else is given for each model."""
+    for point in sweep.points:
+        for name, value in point.items():
+            if name not in sweep.search:
+                raise UserError(f"points: {name} is not searched{schema.nearest(name, list(sweep.search))}")
+            if not sweep.search[name].holds(value if name == MODEL else schema.check(name, value)):
+                choices = f": take one of {', '.join(sweep.search[name].values)}" if name == MODEL else ""
+                raise UserError(f"points: {name} {value} lies outside its range{choices}")
+        for model in sweep.contenders.values():
+            sweep.experiment({**sweep.first, **model, **point})
+
+
 def _check_values(sweep: SweepFile) -> None:
-    """Build the experiments at the ends of every range and at every point."""
+    """Build the experiments at the ends of every range."""
     for name in sweep.search:
         for corner in sweep.corners(name):
             sweep.experiment(corner)
@@ -317,13 +363,6 @@ def _check_values(sweep: SweepFile) -> None:
     _check_workers(sweep)
     for names in TOGETHER:
         _check_together(sweep, names)
-    for point in sweep.points:
-        for name, value in point.items():
-            if name not in sweep.search:
-                raise UserError(f"points: {name} is not searched{schema.nearest(name, list(sweep.search))}")
-            if not sweep.search[name].holds(schema.check(name, value)):
-                raise UserError(f"points: {name} {value} lies outside its range")
-        sweep.experiment({**sweep.first, **point})
 
 
 def _check_workers(sweep: SweepFile) -> None:
@@ -350,10 +389,8 @@ def _check_together(sweep: SweepFile, names: Sequence[str]) -> None:
 
 
 def _range(name: str, spec: Any) -> SearchRange:
-    if name in SHARED or name.startswith("text."):
-        raise UserError(
-            f"search: {name} can't be searched: all trials share weights and prompts; make a sweep for each"
-        )
+    if name == "stage" or name.startswith("text."):
+        raise UserError(f"search: {name} can't be searched: all trials share it; make a sweep for each")
     spec = _mapping(spec, f"search: {name}")
     all_kinds = typing.get_args(Kind)
     _known(spec, (*all_kinds, "or"))
@@ -361,17 +398,24 @@ def _range(name: str, spec: Any) -> SearchRange:
     if len(kinds) != 1:
         raise UserError(f"search: {name} needs one of {', '.join(all_kinds)}")
     kind = kinds[0]
-    values = tuple(schema.check(name, value) for value in _list(spec[kind], f"search: {name}: {kind}"))
+    values = tuple(_setting(name, value) for value in _list(spec[kind], f"search: {name}: {kind}"))
     if not values:
         raise UserError(f"search: {name}: {kind} wants a list of one value or more, not []")
     fitting = {int: ("int",), float: ("uniform", "loguniform")}.get(type(values[0]), ())
+    if name.removeprefix("model.") in MODEL_IDENTITY:
+        fitting = ()
     if kind not in (*fitting, "choice"):
         raise UserError(f"search: {name}: {kind} does not suit it: take {' or '.join((*fitting, 'choice'))}")
     if kind != "choice" and (len(values) != 2 or not values[0] < values[1]):
         raise UserError(f"search: {name}: {kind} wants [low, high] with low below high, not {list(values)}")
     if kind == "loguniform" and values[0] <= 0:
         raise UserError(f"search: {name}: loguniform wants values above 0, not {values[0]}")
-    return SearchRange(kind, values, schema.check(name, spec["or"]) if "or" in spec else None)
+    return SearchRange(kind, values, _setting(name, spec["or"]) if "or" in spec else None)
+
+
+def _setting(name: str, value: Any) -> Any:
+    """A checked value of a setting, a file named from the root on."""
+    return schema.with_absolute_paths({name: schema.check(name, value)})[name]
 
 
 def _mapping(tree: Any, where: str) -> dict[str, Any]:
@@ -400,11 +444,16 @@ def _dataclass(cls: Any, values: Mapping[str, Any], where: str) -> Any:
 
 
 def to_yaml(sweep: SweepFile) -> str:
-    """The sweep as YAML, all defaults filled in."""
-    everything = schema.flatten(sweep.experiment(sweep.first))
-    shared = {name: value for name, value in everything.items() if name not in sweep.search and name != "stage"}
-    parts = (Halving, Placement, Finalists)
+    """The sweep as YAML, all defaults filled in; where models have several presets, those that they have in common."""
+    every = [schema.flatten(sweep.start(label)) for label in sweep.contenders]
+    left_out = {"stage", *sweep.search, *(("model.name", "model.pretrained") if sweep.models else ())}
+    shared = {
+        name: value
+        for name, value in every[0].items()
+        if name not in left_out and all(each[name] == value for each in every)
+    }
+    parts = (Halving, Placement, Finalists, Race)
     tree = {key: dataclasses.asdict(v) if isinstance(v, parts) else v for key, v in vars(sweep).items()}
-    tree["base"] = {"preset": sweep.base["preset"], **shared}
-    tree["search"] = {name: searched.spec for name, searched in sweep.search.items()}
+    tree["base"] = {**{name: sweep.base[name] for name in ("preset",) if name in sweep.base}, **shared}
+    tree["search"] = {name: searched.spec for name, searched in sweep.search.items() if name != MODEL}
     return yaml.safe_dump(tree, sort_keys=False)

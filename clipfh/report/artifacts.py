@@ -14,13 +14,15 @@ from typing import Any
 
 from clipfh import UserError
 from clipfh.config import presets, schema, sweep_file
-from clipfh.config.sweep_file import SearchRange, SweepFile
+from clipfh.config.search_range import SearchRange
+from clipfh.config.sweep_file import MODEL, SweepFile
 from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.report import bootstrap
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
 
 ZERO_SHOT = "0000"
+"""Number of the line of the zero-shot model, or how that of each begins where a sweep has several models."""
 
 Metrics = Mapping[str, Any]
 """what a `metrics.json` holds, or a part of it"""
@@ -159,6 +161,11 @@ class TrialRecord:
     curve: Curve
 
     @property
+    def is_zero_shot(self) -> bool:
+        """Whether it is a model before any tuning."""
+        return is_zero_shot(self.name)
+
+    @property
     def number(self) -> int:
         """3 for trial 0003."""
         return int(self.name)
@@ -186,6 +193,9 @@ class SweepRecord:
     """runs after the search, the refit included"""
     summary: Metrics
     """empty while there is none"""
+    race: list[dict[str, Any]]
+    """what `race.json` has of each of several models: `model`, `trial`, `parameters`, `pixels`, `milliseconds`,
+    `val_mAP` (below 0 before it is measured) and `kept`"""
     kind = "Sweep"
 
     @property
@@ -213,7 +223,7 @@ class SweepRecord:
     @property
     def trials(self) -> list[TrialRecord]:
         """All but zero-shot, in the order they began."""
-        return sorted((t for t in self.board if t.name != ZERO_SHOT), key=lambda t: t.number)
+        return sorted((t for t in self.board if not t.is_zero_shot), key=lambda t: t.number)
 
     @property
     def best(self) -> str:
@@ -238,8 +248,8 @@ class SweepRecord:
 
     @property
     def zero_shot(self) -> float | None:
-        """Validation mAP of the zero-shot model."""
-        return next((trial.val_mAP for trial in self.board if trial.name == ZERO_SHOT), None)
+        """Validation mAP of the zero-shot model, the best where there are several."""
+        return next((trial.val_mAP for trial in self.board if trial.is_zero_shot), None)
 
     @property
     def statuses(self) -> Counter[str]:
@@ -254,7 +264,13 @@ class SweepRecord:
     def running(self) -> list[RunRecord]:
         """Runs of the trials that are not over by the leaderboard; some are not on it yet."""
         over = {trial.name for trial in self.board if trial.status != "running"}
-        return [read_run(run) for run in self.folder.folders(layout.TRIALS) if run.name not in over]
+        begun = [run for run in self.folder.folders(layout.TRIALS) if not is_zero_shot(run.name)]
+        return [read_run(run) for run in begun if run.name not in over]
+
+
+def is_zero_shot(trial: str) -> bool:
+    """Whether a line of a leaderboard, or a folder of a trial, is a model's before any tuning."""
+    return trial.partition("-")[0] == ZERO_SHOT
 
 
 Record = EvaluationRecord | RunRecord | SweepRecord
@@ -294,7 +310,10 @@ def read_sweep(folder: Folder) -> SweepRecord:
     board = folder.read_text(layout.LEADERBOARD) if folder.exists(layout.LEADERBOARD) else ""
     rows = csv.DictReader(io.StringIO(board, newline=""), restval="")
     trials = [_read_trial(row, folder / layout.TRIALS / row["trial"], file.search) for row in rows]
-    return SweepRecord(folder, file, trials, final_runs(folder), folder.read_json(layout.SUMMARY))
+    race = folder.read_json(layout.RACE).get("models", [])
+    if kept := [each["model"] for each in race if each["kept"]]:
+        file = file.only(kept)
+    return SweepRecord(folder, file, trials, final_runs(folder), folder.read_json(layout.SUMMARY), race)
 
 
 def final_runs(sweep: Folder) -> list[RunRecord]:
@@ -316,7 +335,7 @@ def _read_trial(row: Mapping[str, str], folder: Folder, searched: Iterable[str])
         val_mAP=float(row["val_mAP"]) if row["val_mAP"] else None,
         images=float(row["images"] or 0),
         seconds=float(row["seconds"] or 0),
-        settings={name: schema.parse(name, row[name]) for name in searched if row.get(name)},
+        settings={n: row[n] if n == MODEL else schema.parse(n, row[n]) for n in searched if row.get(n)},
         error=row["error"],
         curve=read_run(folder).curve("val_mAP"),
     )

@@ -17,7 +17,6 @@ from clipfh import UserError, __version__
 from clipfh.config import schema
 from clipfh.report import examples, model_charts, sweep_charts
 from clipfh.report.artifacts import (
-    ZERO_SHOT,
     EvaluationRecord,
     Metrics,
     ModelRecord,
@@ -27,6 +26,7 @@ from clipfh.report.artifacts import (
     default_settings,
     gain,
     is_number,
+    is_zero_shot,
     read,
     short,
 )
@@ -81,7 +81,7 @@ def page(names: Sequence[str], shown: Sequence[Record]) -> str:
     words.filters |= {f.__name__: f for f in (score, count, duration, gap, short, with_interval, breakable)}
     words.globals |= {"model_charts": model_charts, "sweep_charts": sweep_charts, "CHARTED": CHARTED, "NONE": NONE}
     of_models = (subsets, variants, groups, metric_labels, reranked, count_images, compared, splits, find_examples)
-    of_sweeps = (search_rows, command, catalogue_manifest, cost)
+    of_sweeps = (race_results, plot_race, search_rows, command, catalogue_manifest, cost)
     words.globals |= {f.__name__: f for f in (verdict, *of_models, losses, describe_settings, *of_sweeps)}
     made = f"clipfh {__version__}, {datetime.now():%Y-%m-%d %H:%M}"
     models = [
@@ -161,10 +161,14 @@ def _sweep_verdict(sweep: SweepRecord) -> Markup:
         return escape(_unfinished_verdict(sweep))
     before, after = (model.metrics for model in sweep.models)
     old, new = with_interval(before, "mAP"), with_interval(after, "mAP")
-    if sweep.best == ZERO_SHOT:
-        return Markup("Tuning made nothing better: zero-shot wins, with mAP {} on the test split.").format(old)
-    sentence = Markup("The winner, trial {}, finds the same item with mAP {} against {} zero-shot on the test split.{}")
-    return sentence.format(sweep.best, new, old, _caution(sweep))
+    model = escape(f" of {sweep.summary['model']}" if sweep.race else "")
+    if is_zero_shot(sweep.best):
+        words = Markup("Tuning made nothing better: zero-shot{} wins, with mAP {} on the test split.")
+        return words.format(model, old)
+    sentence = Markup(
+        "The winner, trial {}{}, finds the same item with mAP {} against {} zero-shot on the test split.{}"
+    )
+    return sentence.format(sweep.best, model, new, old, _caution(sweep))
 
 
 def _unfinished_verdict(sweep: SweepRecord) -> str:
@@ -173,7 +177,7 @@ def _unfinished_verdict(sweep: SweepRecord) -> str:
         return f"{state} The leaderboard has no figure yet."
     zero_shot = f"{score(sweep.zero_shot)} zero-shot"
     leads = f"trial {sweep.best} leads with validation mAP {score(sweep.val_mAP)} against {zero_shot}"
-    leader = f"nothing beats the validation mAP of {zero_shot}" if sweep.best == ZERO_SHOT else leads
+    leader = f"nothing beats the validation mAP of {zero_shot}" if is_zero_shot(sweep.best) else leads
     return f"{state} So far {leader}. The test split is left for the end."
 
 
@@ -274,6 +278,18 @@ def describe_settings() -> dict[str, str]:
     return {name: doc for name, _, _, doc in schema.fields()}
 
 
+def race_results(sweep: SweepRecord) -> list[Subset]:
+    """Each measured model of a race and its metrics on the validation items, the best first."""
+    measured = sorted((each for each in sweep.race if each["val_mAP"] >= 0), key=lambda each: -each["val_mAP"])
+    trials = sweep.folder / layout.TRIALS
+    return [Subset(each["model"], [(trials / each["trial"]).read_json(layout.METRICS)]) for each in measured]
+
+
+def plot_race(sweep: SweepRecord) -> list[Markup]:
+    """Charts of `race_results`: a line a model."""
+    return model_charts.plot_intervals([ModelRecord("", {}, sweep.folder, {})], race_results(sweep), "mAP")
+
+
 def search_rows(sweep: SweepRecord) -> list[tuple[str, str, str]]:
     """Each searched setting, where it was searched, and what the best trial has."""
     best = sweep.winner.settings if sweep.winner else {}
@@ -293,7 +309,7 @@ def command(sweep: SweepRecord) -> str:
     Empty where there is no winner yet, or where it is the zero-shot model.
     """
     experiment = sweep.summary.get("experiment")
-    if not experiment or sweep.best == ZERO_SHOT:
+    if not experiment or is_zero_shot(sweep.best):
         return ""
     return train_command(experiment, sweep.summary.get("searched") or ())
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from clipfh import UserError
 from clipfh.config.experiment import Budget
 from clipfh.report import artifacts
-from clipfh.report.artifacts import ZERO_SHOT, RunRecord, SweepRecord, TrialRecord
+from clipfh.report.artifacts import RunRecord, SweepRecord, TrialRecord
 from clipfh.storage import layout
 from clipfh.storage.store import Folder
 
@@ -65,13 +65,14 @@ def _describe_run(run: RunProgress) -> str:
 
 def _describe_sweep(sweep: SweepRecord) -> str:
     ended = [trial for trial in sweep.board if trial.status in ENDED]
-    running = [_progress(run) for run in sweep.running() if run.name != ZERO_SHOT]
+    running = [_progress(run) for run in sweep.running()]
     to_come = max(0, sweep.planned - len(ended) - len(running))
     final = _final_progress(sweep, {trial.images for trial in ended} | {run.total for run in running})
     counts = Counter(trial.status for trial in ended) | Counter({"running": len(running), "to come": to_come})
     lines = [
         f"sweep {sweep.name}, {sweep.planned} trials: "
         + ", ".join(f"{counts[name]} {name}" for name in (*ENDED, "running", "to come") if counts[name]),
+        *_race_lines(sweep),
         _leader_line(sweep, running),
     ]
     if sweep.folder.exists(layout.SUMMARY):
@@ -160,13 +161,24 @@ def _short(text: str) -> str:
         return text
 
 
+def _race_lines(sweep: SweepRecord) -> list[str]:
+    """How the race of several models stands; none where there is no race, or none has begun."""
+    if not sweep.race:
+        return []
+    measured = sorted((each for each in sweep.race if each["val_mAP"] >= 0), key=lambda each: -each["val_mAP"])
+    shown = ", ".join(f"{each['model']} {each['val_mAP']:.4f}" for each in measured)
+    kept = [each["model"] for each in sweep.race if each["kept"]]
+    state = f"{', '.join(kept)} searched" if kept else f"{len(measured)} of {len(sweep.race)} measured"
+    return [f"race of {len(sweep.race)} models: {state}" + (f" (zero-shot val mAP: {shown})" if shown else "")]
+
+
 def _leader_line(sweep: SweepRecord, running: list[RunProgress]) -> str:
     scores = {trial.name: trial.val_mAP for trial in sweep.board if trial.val_mAP is not None}
     scores |= {run.name: run.best for run in running if run.best > scores.get(run.name, 0.0)}
     if not scores:
         return "best so far: no report yet"
     name = max(scores, key=lambda trial: scores[trial])
-    zero_shot = f" (zero-shot {scores[ZERO_SHOT]:.4f})" if ZERO_SHOT in scores else ""
+    zero_shot = "" if sweep.zero_shot is None else f" (zero-shot {sweep.zero_shot:.4f})"
     return f"best so far: val mAP {scores[name]:.4f}, trial {name}{zero_shot}"
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from clipfh.config.sweep_file import SearchRange
+from clipfh.config.search_range import SearchRange
 from clipfh.report import charts
 from clipfh.report.artifacts import SweepRecord, TrialRecord, short
 from clipfh.report.charts import ACCENT, DOT, INK, PAPER, QUIET, RULE, SMALL_DOT, SOFT, styled

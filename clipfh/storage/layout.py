@@ -22,6 +22,7 @@ EVALUATION, EMBEDDINGS, PROMPTS = "evaluation.json", "embeddings.parquet", "prom
 
 # A sweep. Each folder below `trials/` and `final/` is a run's, each below `test/` an evaluation's, `best/` an export.
 SWEEP, SWEEP_INPUTS, STUDY, LEADERBOARD = "sweep.yaml", "sweep.json", "study.journal", "leaderboard.csv"
+RACE = "race.json"
 TRIALS, FINAL, TEST, BEST, TUNE = "trials", "final", "test", "best", "tune"
 SUMMARY, REPORT = "summary.json", "report.html"
 

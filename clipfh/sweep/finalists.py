@@ -20,7 +20,7 @@ from clipfh.config.sweep_file import SweepFile
 from clipfh.storage import layout, run_folder, store
 from clipfh.sweep.run_thread import last_line
 from clipfh.train import driver
-from clipfh.train.run_inputs import Inputs
+from clipfh.train.run_inputs import Inputs, ModelKey, model_key
 
 RETRIES = 3
 
@@ -40,7 +40,7 @@ def leaders(rows: Sequence[Mapping[str, Any]], out: Path, top: int) -> dict[str,
 def retrain(
     leading: Mapping[str, Experiment],
     sweep: SweepFile,
-    inputs: Inputs,
+    inputs: Mapping[ModelKey, Inputs],
     folder: Path,
     resources: Resources,
     tell: Callable[[str], None],
@@ -88,7 +88,7 @@ def best_run(folder: Path, trial: str, scores: Sequence[float]) -> Path:
 def refit(
     experiment: Experiment,
     sweep: SweepFile,
-    inputs: Inputs,
+    inputs: Mapping[ModelKey, Inputs],
     folder: Path,
     resources: Resources,
     tell: Callable[[str], None],
@@ -103,14 +103,17 @@ def refit(
 def _train_all(
     jobs: Mapping[Path, Experiment],
     sweep: SweepFile,
-    inputs: Inputs,
+    inputs: Mapping[ModelKey, Inputs],
     resources: Resources,
     tell: Callable[[str], None],
 ) -> None:
     """Train each experiment in its folder, as many at a time as trials run; an autoscaler is asked for their room."""
     over = threading.Event()
     pool = ThreadPoolExecutor(len(jobs) if sweep.placement.concurrent == "auto" else sweep.placement.concurrent)
-    running = {pool.submit(_train, experiment, inputs, out, resources, over): out for out, experiment in jobs.items()}
+    running = {
+        pool.submit(_train, experiment, inputs[model_key(experiment.model)], out, resources, over): out
+        for out, experiment in jobs.items()
+    }
     try:
         with autoscaler_request(sweep.placement, resources) as ask:
             ask(len(jobs))

@@ -1,11 +1,11 @@
-"""The leaderboard: the zero-shot model and every trial, best first, as the study and the run folders have them."""
+"""The leaderboard: each zero-shot model and every trial, best first, as the study and the run folders have them."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from clipfh.sweep.searcher import ROW, own_trials
 from clipfh.sweep.trial import OBJECTIVE
 
 ZERO_SHOT = "0000"
+"""Number of the line of the zero-shot model, or how that of each begins where there are several."""
 
 Row = Mapping[str, Any]
 """A line of the leaderboard: trial, status, val_mAP where there is one, images, seconds, searched settings, error."""
@@ -32,8 +33,8 @@ class Leaderboard:
     """the sweep's folder"""
     sweep: SweepFile
     study: optuna.Study
-    zero_shot: float
-    """validation mAP of the zero-shot model"""
+    zero_shot: Sequence[Row]
+    """rows of the models before any tuning, best first"""
 
     def write(self) -> list[Row]:
         """Write the file anew and return its rows."""
@@ -48,10 +49,9 @@ class Leaderboard:
 
     def rows(self) -> list[Row]:
         """All rows, best first."""
-        zero_shot = {"status": "zero-shot", "val_mAP": _score(self.zero_shot), "images": 0, "seconds": 0}
         trials = own_trials(self.study).items()
         running = [self.row(n, self.sweep.sampled(t)) for n, t in trials if t.state == TrialState.RUNNING]
-        rows = [{"trial": ZERO_SHOT, **zero_shot}, *self.over(), *running]
+        rows = [*self.zero_shot, *self.over(), *running]
         return sorted(rows, key=lambda row: float(row.get("val_mAP", -1)), reverse=True)
 
     def over(self) -> list[Row]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,10 @@ from clipfh.cluster.resources import max_concurrent_runs, resolve_placement
 from clipfh.config import sweep_file
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue, open_catalogue
-from clipfh.learn.learner import count_trained
-from clipfh.model.architecture import find as find_architecture
-from clipfh.model.clip import build
+from clipfh.retrieval.evaluate import splits_of
 from clipfh.storage import layout
 from clipfh.storage.output import all_or_nothing
-from clipfh.sweep import estimate
+from clipfh.sweep import estimate, race
 from clipfh.sweep import sweep as sweep_module
 from clipfh.train import track as tracking
 
@@ -105,25 +106,43 @@ def estimate_sweep(
     """
     loaded, opened = _load(file, settings, trials), open_catalogue(catalogue)
     log(sweep_file.to_yaml(loaded))
-    experiment = loaded.experiment(loaded.first)
-    if address or os.environ.get("RAY_ADDRESS"):
-        with connected(address, loaded.placement, dashboard):
-            measured, at_once = _measure_on_a_worker(loaded, opened)
-    else:
-        gpus, at_once = loaded.placement.gpus_per_worker, 1
-        measured = estimate.measure(opened, experiment, 0, None if gpus == "auto" else gpus, loaded.placement.workers)
-    log(estimate.told(loaded, measured, estimate.epoch(opened, experiment), at_once))
+    several = len(loaded.contenders) > 1
+    if several:
+        log(_race_ahead(loaded, opened))
+    for label in loaded.contenders:
+        one = dataclasses.replace(loaded.only([label]), trials=loaded.trials)
+        if address or os.environ.get("RAY_ADDRESS"):
+            with connected(address, loaded.placement, dashboard):
+                measured, at_once = _measure_on_a_worker(one, opened)
+        else:
+            measured, at_once = _measure_here(one, opened, in_a_process=several), 1
+        if several:
+            log(f"\n{label}, if all trials were of it:")
+        log(estimate.told(one, measured, estimate.epoch(opened, one.start(label)), at_once))
+
+
+def _race_ahead(loaded: SweepFile, opened: Catalogue) -> str:
+    """What comes before the search of several models, for a person."""
+    images, number = sum(map(opened.num_images, splits_of("val"))), len(loaded.contenders)
+    kept = f"the best {loaded.race.keep} go" if loaded.race.keep else "all of them go"
+    return f"{number} models are measured zero-shot on {images:,} validation images; {kept} into the search"
 
 
 def _load(file: str | Path, settings: Mapping[str, Any] | None, trials: int | None) -> SweepFile:
-    """Read and check a sweep file, also against the blocks and weights that its model has."""
+    """Read and check a sweep file, also against what open_clip has."""
     sweep = sweep_file.load(file, settings, trials)
-    first, names = sweep.experiment(sweep.first), ("model.freeze_blocks", "model.lora_rank", "model.lora_targets")
-    if first.model.lora_rank or set(names) & set(sweep.search):
-        clip = build(find_architecture(first.model), "meta")
-        for drawn in sweep.combinations(names):
-            count_trained(clip, sweep.experiment({**sweep.first, **drawn}))
+    race.require_models(sweep)
     return sweep
+
+
+def _measure_here(one: SweepFile, opened: Catalogue, in_a_process: bool) -> estimate.Measured:
+    """What steps take on this machine. Peaks of memory only grow, so each of several models has its own process."""
+    gpus = one.placement.gpus_per_worker
+    given = 0, None if gpus == "auto" else gpus, one.placement.workers
+    if not in_a_process:
+        return estimate.measure(opened, one.experiment(one.first), *given)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(estimate.measure, opened, one.experiment(one.first), *given).result()
 
 
 def _measure_on_a_worker(loaded: SweepFile, opened: Catalogue) -> tuple[estimate.Measured, int]:
@@ -131,7 +150,8 @@ def _measure_on_a_worker(loaded: SweepFile, opened: Catalogue) -> tuple[estimate
     import ray
 
     resources = resolve_placement(loaded.placement, alone=False)
-    task: Any = ray.remote(estimate.measure).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
+    once = ray.remote(max_calls=1)(estimate.measure)  # another process for another model: peaks of memory only grow
+    task: Any = once.options(num_cpus=resources.cpus, num_gpus=resources.gpus)
     given = resources.threads, resources.gpus, resources.workers
     measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), *given))
     return measured, max_concurrent_runs(loaded.placement, resources)

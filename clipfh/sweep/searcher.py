@@ -19,7 +19,8 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from clipfh import UserError
-from clipfh.config.sweep_file import SWITCH, SweepFile
+from clipfh.config.search_range import SWITCH
+from clipfh.config.sweep_file import MODEL, SweepFile
 from clipfh.storage import store
 from clipfh.storage.layout import STUDY
 from clipfh.sweep.trial import OBJECTIVE
@@ -31,7 +32,9 @@ EARLIER = "earlier"
 """User attribute of a trial copied from an earlier sweep: that sweep's folder."""
 
 
-def open_study(sweep: SweepFile, out: Path, retry_failed: bool = False) -> optuna.Study:
+def open_study(
+    sweep: SweepFile, out: Path, retry_failed: bool = False, tell: Callable[[str], None] = lambda line: None
+) -> optuna.Study:
     """Open the study of the sweep in `out`, or make it.
 
     The journal of a resumed sweep is written anew, without half a line that a kill or a full disk left at its end. A
@@ -50,7 +53,7 @@ def open_study(sweep: SweepFile, out: Path, retry_failed: bool = False) -> optun
             for trial in _load_study(out / STUDY).trials:
                 _add_again(study, trial, out, retry_failed)
         else:
-            study.add_trials(_earlier_trials(sweep))
+            study.add_trials(earlier_trials(sweep, tell))
             for point in sweep.points:
                 study.enqueue_trial({k: v for n, x in point.items() for k, v in sweep.search[n].point(n, x).items()})
         store.write(out / STUDY, (Path(folder) / STUDY).read_bytes())
@@ -151,8 +154,8 @@ def _load_study(journal: Path) -> optuna.Study:
         raise UserError(f"{journal} can't be read ({error}): start another sweep") from error
 
 
-def _earlier_trials(sweep: SweepFile) -> list[FrozenTrial]:
-    """What another sweep's study knows of the settings searched here.
+def earlier_trials(sweep: SweepFile, tell: Callable[[str], None] = lambda line: None) -> list[FrozenTrial]:
+    """What another sweep's study knows of the settings searched here. Trials of models not searched here are left out.
 
     Raises:
         UserError: no study there, or it searched other settings or choices.
@@ -167,7 +170,16 @@ def _earlier_trials(sweep: SweepFile) -> list[FrozenTrial]:
         for name, drawn_from in trial.distributions.items():
             _check_same(sweep, name.removesuffix(SWITCH), None if name.endswith(SWITCH) else drawn_from)
         trial.user_attrs = {EARLIER: sweep.earlier}
-    return trials
+    if MODEL not in sweep.search:
+        return trials
+    models = sweep.search[MODEL]
+    fitting = [trial for trial in trials if trial.params.get(MODEL, models.values[0]) in models.values]
+    for trial in fitting:
+        if MODEL in trial.params:
+            trial.distributions = {**trial.distributions, MODEL: models.distribution}
+    if lost := len(trials) - len(fitting):
+        tell(f"note: {lost} of {len(trials)} trials of {sweep.earlier} are of models that are not searched here")
+    return fitting
 
 
 def _check_same(sweep: SweepFile, name: str, drawn_from: optuna.distributions.BaseDistribution | None) -> None:
@@ -175,6 +187,8 @@ def _check_same(sweep: SweepFile, name: str, drawn_from: optuna.distributions.Ba
     search_range = sweep.search.get(name)
     if search_range is None:
         raise UserError(f"earlier: {sweep.earlier} searched {name}, which is not searched here: add it")
+    if name == MODEL:
+        return
     here = search_range.distribution
     is_choice = isinstance(here, optuna.distributions.CategoricalDistribution)
     if drawn_from and (type(drawn_from) is not type(here) or (is_choice and drawn_from != here)):

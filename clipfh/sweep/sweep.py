@@ -7,7 +7,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -16,30 +16,24 @@ from typing import Any
 from torch import nn
 
 from clipfh import UserError
-from clipfh.cluster.interruptions import repeat_interrupted
 from clipfh.cluster.resources import Resources, autoscaler_request, max_concurrent_runs, resolve_placement
 from clipfh.config import schema, sweep_file
 from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue
-from clipfh.data.decoding import fetch
-from clipfh.data.sampler import make_sampler
 from clipfh.model import checkpoint, export
-from clipfh.model.architecture import weights_name
-from clipfh.model.checkpoint import notes_on_model
-from clipfh.model.clip import architecture_of, load_tokenizer
-from clipfh.model.prompts import load_prompts_for
 from clipfh.report import artifacts, page
 from clipfh.retrieval import evaluate, metrics
 from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
-from clipfh.sweep import finalists, retention
-from clipfh.sweep.leaderboard import ZERO_SHOT, Leaderboard, Row
-from clipfh.sweep.searcher import StudySearcher, open_study
+from clipfh.sweep import finalists, race, retention, shared_inputs
+from clipfh.sweep.leaderboard import Leaderboard, Row
+from clipfh.sweep.race import Contender, Load
+from clipfh.sweep.searcher import StudySearcher, earlier_trials, open_study
 from clipfh.sweep.tuner import Watch, run_trials
 from clipfh.train import provenance, stream
-from clipfh.train.inputs import VALIDATION, load_start, notes_on_singles, prepare_inputs
-from clipfh.train.run_inputs import Inputs
+from clipfh.train.inputs import load_start, prepare_inputs
+from clipfh.train.run_inputs import Inputs, ModelKey, model_key
 
 
 @dataclass(frozen=True)
@@ -49,14 +43,22 @@ class _Context:
     sweep: SweepFile
     catalogue: Catalogue
     out: Path
-    base: Experiment
-    """of which the model, its weights and the prompts are those of all trials"""
-    clip: nn.Module
-    """before any tuning"""
-    texts: dict[str, str]
-    """item to prompt, of the items that are not trained on"""
+    contenders: Sequence[Contender]
+    """each model before any tuning, best first"""
+    load: Load
+    """loads the model that an experiment starts from"""
     resources: Resources
     tell: Callable[[str], None]
+
+    def contender(self, experiment: Experiment) -> Contender:
+        """The contender whose model an experiment starts from."""
+        key = model_key(experiment.model)
+        return next(each for each in self.kept if model_key(self.sweep.start(each.model).model) == key)
+
+    @property
+    def kept(self) -> list[Contender]:
+        """The contenders that are searched."""
+        return [each for each in self.contenders if each.kept]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class _Winner:
     """What the search and what follows it came to."""
 
     trial: str
+    contender: Contender
+    """whose model it is"""
     val_mAP: float
     """of the trial, or the mean of its settings trained again"""
     run: Path | None
@@ -102,19 +106,20 @@ def run(
     """
     out, started = Path(out).absolute(), time.monotonic()
     catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
-    base = sweep.experiment(sweep.first)
     _begin(sweep, out, resume)
-    _require_same(catalogue, base, out, tell)
-    study = open_study(sweep, out, retry_failed)
+    _require_same(catalogue, sweep, out, tell)
+    earlier_trials(sweep)  # says what does not fit
     resources = resolve_placement(sweep.placement, alone=False, log=tell)
     tell(f"{sweep.trials} trials, {max_concurrent_runs(sweep.placement, resources)} at once, each {resources}")
-    clip = load_start(base)
-    for note in notes_on_model(clip, base.model, weights_name(base.model), catalogue):
+    load = functools.lru_cache(maxsize=1)(load_start)
+    contenders = race.run(sweep, catalogue, out, resources, load, tell)
+    zero_shot = [each.row(sweep) for each in contenders]
+    sweep = race.narrow(sweep, contenders, tell)
+    study = open_study(sweep, out, retry_failed, tell)
+    context = _Context(sweep, catalogue, out, contenders, load, resources, tell)
+    inputs = shared_inputs.prepare(sweep, catalogue, context.kept, load, stream)
+    for note in (notes := shared_inputs.notes(sweep, inputs)):
         tell(note)
-    texts = load_prompts_for(catalogue, base, load_tokenizer(architecture_of(clip)), *VALIDATION, "query", "gallery")
-    context = _Context(sweep, catalogue, out, base, clip, texts, resources, tell)
-    zero_shot = _zero_shot(context)
-    inputs = _inputs(context, zero_shot)
     board, keeper = Leaderboard(out, sweep, study, zero_shot), retention.Keeper(sweep, out)
     searcher = StudySearcher(sweep, study, functools.partial(max_concurrent_runs, sweep.placement, resources))
     with autoscaler_request(sweep.placement, resources) as ask:
@@ -122,7 +127,7 @@ def run(
     rows = board.write()
     keeper.trials(rows)
     winner = _winner(context, inputs, rows)
-    about = {"resources": dataclasses.asdict(resources), "notes": notes_on_singles(inputs, base.loss)}
+    about = {"resources": dataclasses.asdict(resources), "notes": notes}
     summary = _finish(context, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
     keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
     keeper.finals(winner.run)
@@ -151,14 +156,14 @@ def _change(before: str, now: str) -> str:
     return "" if before == now else f"{first[0]} there, {first[1]} here"
 
 
-def _require_same(catalogue: Catalogue, base: Experiment, out: Path, tell: Callable[[str], None]) -> None:
+def _require_same(catalogue: Catalogue, sweep: SweepFile, out: Path, tell: Callable[[str], None]) -> None:
     """Keep beside the sweep what it is made of; where that is kept already, see that it still is the same.
 
     Raises:
         UserError: another catalogue, or a file that has changed.
     """
     file, resumed = out / layout.SWEEP_INPUTS, (out / layout.TRIALS).exists()
-    contents = provenance.contents(base, None)
+    contents = _contents(sweep)
     now = {"catalogue": str(catalogue.path), "hash": catalogue.manifest["hash"], "contents": contents}
     before = json.loads(file.read_text()) if file.exists() else now
     if resumed and not file.exists():
@@ -174,36 +179,15 @@ def _require_same(catalogue: Catalogue, base: Experiment, out: Path, tell: Calla
     store.write(file, json.dumps(before, indent=2) + "\n")
 
 
-def _zero_shot(context: _Context) -> float:
-    """Validation mAP of the model before any tuning; kept, so that a resumed sweep does not ask again."""
-    folder = context.out / layout.TRIALS / ZERO_SHOT
-    if not (folder / layout.METRICS).exists():
-        embedded = _embedded(context, "val", context.clip)
-        measured, scores = evaluate.judge(embedded, 0)
-        evaluate.write(folder, measured, embedded, scores)
-    val_mAP = float(json.loads((folder / layout.METRICS).read_text())["mAP"])
-    context.tell(f"trial {ZERO_SHOT}, the zero-shot model: val mAP {val_mAP:.3f}")
-    return val_mAP
+def _contents(sweep: SweepFile) -> dict[str, str]:
+    """A hash of each file that a sweep is made of, by the option that names it; of several models with the model."""
+    each = {label: provenance.contents(sweep.start(label), None) for label in sweep.contenders}
+    if len(each) == 1:
+        return each.popitem()[1]
+    return {f"{option} ({label})": hash for label, contents in each.items() for option, hash in contents.items()}
 
 
-def _inputs(context: _Context, zero_shot: float) -> Inputs:
-    """What all trials read.
-
-    Raises:
-        UserError: the largest P that may be drawn is more than the items that some losses of the space leave.
-    """
-    corners = context.sweep.corners("batch.items")
-    widest = max(corners, key=lambda point: context.sweep.experiment(point).batch.items)
-    shared = context.sweep.experiment({**widest, **context.sweep.texted})
-    inputs = prepare_inputs(context.catalogue, shared, context.clip, stream, context.sweep.placement.keep_gib)
-    fewest = context.sweep.experiment({**widest, **context.sweep.paired})
-    make_sampler(fetch(inputs.images.index), fewest.batch, fewest.seed, fewest.loss.takes_singles)
-    for note in notes_on_singles(inputs, context.base.loss):
-        context.tell(note)
-    return dataclasses.replace(inputs, start_val_mAP=None if inputs.weights is None else zero_shot)
-
-
-def _winner(context: _Context, inputs: Inputs, rows: list[Row]) -> _Winner:
+def _winner(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row]) -> _Winner:
     """Choose by validation mAP alone; train the leading settings again, and the winner on all items, where asked."""
     asked, out, folder = context.sweep.final, context.out, context.out / layout.FINAL
     trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
@@ -213,36 +197,42 @@ def _winner(context: _Context, inputs: Inputs, rows: list[Row]) -> _Winner:
         again = finalists.retrain(leading, context.sweep, inputs, folder, context.resources, context.tell)
         trial = finalists.best_trial(again)
         score, run = mean(again[trial]), finalists.best_run(folder, trial, again[trial])
-        if score <= read_zero_shot(rows):
-            trial, score = ZERO_SHOT, read_zero_shot(rows)
-    if trial == ZERO_SHOT:
-        return _Winner(trial, score, None, again)
-    if asked.refit:
-        context.tell(f"now trial {trial}'s settings on train and validation items together")
-        experiment = schema.load_experiment(out / layout.TRIALS / trial / layout.EXPERIMENT)
-        whole = prepare_inputs(context.catalogue, experiment, context.clip, stream, with_validation=True)
-        whole_run = finalists.refit(experiment, context.sweep, whole, folder, context.resources, context.tell)
-        if not (diverged := finalists.read_divergence(whole_run)):
-            return _Winner(trial, score, whole_run, again, refit=True)
-        context.tell(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
-        return _Winner(trial, score, run, again, diverged=diverged)
-    return _Winner(trial, score, run, again)
+    zero_shot = context.contenders[0]
+    if trial in {each.trial for each in context.contenders} or (leading and score <= zero_shot.val_mAP):
+        return _Winner(zero_shot.trial, zero_shot, zero_shot.val_mAP, None, again)
+    experiment = schema.load_experiment(out / layout.TRIALS / trial / layout.EXPERIMENT)
+    winner = _Winner(trial, context.contender(experiment), score, run, again)
+    if not asked.refit:
+        return winner
+    context.tell(f"now trial {trial}'s settings on train and validation items together")
+    whole_run = _refit(context, experiment, winner.contender)
+    if not (diverged := finalists.read_divergence(whole_run)):
+        return dataclasses.replace(winner, run=whole_run, refit=True)
+    context.tell(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
+    return dataclasses.replace(winner, diverged=diverged)
 
 
-def read_zero_shot(rows: list[Row]) -> float:
-    """Validation mAP of the zero-shot model on a leaderboard."""
-    return next(float(row["val_mAP"]) for row in rows if row["trial"] == ZERO_SHOT)
+def _refit(context: _Context, experiment: Experiment, contender: Contender) -> Path:
+    """Train on train and validation items together; returns the run's folder."""
+    clip = context.load(context.sweep.start(contender.model))
+    inputs = prepare_inputs(context.catalogue, experiment, clip, stream, with_validation=True)
+    by_model = {model_key(experiment.model): inputs}
+    folder = context.out / layout.FINAL
+    return finalists.refit(experiment, context.sweep, by_model, folder, context.resources, context.tell)
 
 
 def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
     """The winner and the zero-shot model on the test split, the export, the summary, the report."""
     context.tell(f"winner: trial {winner.trial}, val mAP {winner.val_mAP:.3f}; now the test split")
-    experiment, best, out = context.base, context.clip, context.out
+    start, out = context.sweep.start(winner.contender.model), context.out
+    experiment, zero_shot = start, context.load(start)
+    best = zero_shot
     if winner.run:
         weights = checkpoint.load(winner.run)
         assert weights.experiment is not None
         experiment, best = weights.experiment, checkpoint.build(weights, weights.experiment.model)
-    (before, old), (after, new) = _tested(context, "zero_shot", context.clip), _tested(context, "test", best)
+    before, old = _tested(context, "zero_shot", start, zero_shot)
+    after, new = _tested(context, "test", experiment, best)
     shutil.rmtree(out / layout.BEST, ignore_errors=True)
     evidence = {"zero_shot": before, "test": after, "catalogue": artifacts.catalogue_account(context.catalogue)}
     photos = export.sample_photos(context.catalogue)
@@ -251,11 +241,13 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
         "name": context.sweep.name,
         "best_trial": winner.trial,
         "val_mAP": winner.val_mAP,
-        "zero_shot_val_mAP": read_zero_shot(rows),
+        "model": winner.contender.model,
+        "zero_shot_val_mAP": winner.contender.val_mAP,
         "final": {"again": winner.again, "refit": winner.refit, "refit_diverged": winner.diverged},
         **evidence,
         "gain": metrics.gain(old, new),
-        "trials": len(rows) - 1,
+        "race": [dataclasses.asdict(each) for each in context.contenders],
+        "trials": len(rows) - len(context.contenders),
         "failed": sum(row["status"] == "failed" for row in rows),
         "took": _took(rows, out),
         "experiment": schema.flatten(experiment),
@@ -280,17 +272,11 @@ def _took(rows: list[Row], out: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def _embedded(context: _Context, split: str, clip: nn.Module) -> evaluate.Embedded:
-    splits, exact = (
-        evaluate.splits_of(split),
-        dataclasses.replace(context.base.model, precision="float32"),
-    )  # as exported
-    return repeat_interrupted(lambda: evaluate.embed_splits(context.catalogue, splits, clip, exact, context.texts))
-
-
-def _tested(context: _Context, key: str, clip: nn.Module) -> tuple[dict[str, Any], metrics.Scores]:
+def _tested(
+    context: _Context, key: str, experiment: Experiment, clip: nn.Module
+) -> tuple[dict[str, Any], metrics.Scores]:
     """Figures of a model on the test split, and what each query scored; also written."""
-    embedded = _embedded(context, "test", clip)
+    embedded = race.embed(context.catalogue, experiment, clip, "test")
     measured, scores = evaluate.judge(embedded, 10)
     evaluate.write(
         context.out / layout.TEST / {"zero_shot": "zero-shot", "test": "winner"}[key], measured, embedded, scores
@@ -304,8 +290,13 @@ def outcome(summary: dict[str, Any], out: str | Path) -> str:
     for label, key in (("zero-shot", "zero_shot"), ("winner", "test")):
         cells = [f"{summary[key][k]:.3f} [{_interval(summary[key], k)}]" for k in ("mAP", "rank1")]
         lines.append(f"{label:12}{cells[0]:>22}{cells[1]:>22}")
-    if summary["best_trial"] == ZERO_SHOT:
+    if summary["best_trial"] in {each["trial"] for each in summary["race"]}:
         lines.append("Tuning made nothing better: the zero-shot model is the winner.")
+    if len(summary["race"]) > 1:
+        kept = sum(each["kept"] for each in summary["race"])
+        lines.append(
+            f"model       {summary['model']}, of {len(summary['race'])} measured zero-shot and {kept} searched"
+        )
     lines.append(
         f"trials      {summary['trials']} ({summary['failed']} failed), winner {summary['best_trial']}: "
         f"{out}/{layout.LEADERBOARD}"

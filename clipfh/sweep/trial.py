@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from clipfh.config.sweep_file import SweepFile
 from clipfh.storage import layout, run_folder, store
 from clipfh.sweep.run_thread import RunThread
 from clipfh.train import driver
-from clipfh.train.run_inputs import Inputs
+from clipfh.train.run_inputs import Inputs, ModelKey, model_key
 
 OBJECTIVE = "best_val_mAP"
 
@@ -34,7 +35,7 @@ class Trial(tune.Trainable):
         self,
         config: dict[str, Any],
         sweep: SweepFile | None = None,
-        inputs: Inputs | None = None,
+        inputs: Mapping[ModelKey, Inputs] | None = None,
         out: str = "",
         resources: Resources | None = None,
     ) -> None:
@@ -56,15 +57,16 @@ class Trial(tune.Trainable):
         run_folder.wait_for(self.out / layout.SWEEP)
         experiment = self.sweep.experiment(config["settings"])
         _clear_of_another(self.folder, experiment)
-        self.total = make_schedule(experiment, self.inputs.num_images, self.inputs.num_single).num_steps
+        inputs = self.inputs[model_key(experiment.model)]
+        self.total = make_schedule(experiment, inputs.num_images, inputs.num_single).num_steps
         self.reported_step = 0
-        train = functools.partial(self._train, experiment)
+        train = functools.partial(self._train, experiment, inputs)
         self.thread = RunThread(str(self.folder), self.resources, RunQueue(), train, self._latest_step)
         self.thread.start()
 
-    def _train(self, experiment: Experiment) -> None:
+    def _train(self, experiment: Experiment, inputs: Inputs) -> None:
         followed = self._is_followed()
-        driver.run_training(experiment, self.inputs, self.folder, self.resources, prestart_next=followed)
+        driver.run_training(experiment, inputs, self.folder, self.resources, prestart_next=followed)
 
     def _latest_step(self) -> int:
         run_folder.wait_for(self.folder / layout.EXPERIMENT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ from clipfh.sweep.leaderboard import Leaderboard, Row
 from clipfh.sweep.run_thread import last_line
 from clipfh.sweep.searcher import StudySearcher, own_trials
 from clipfh.sweep.trial import OBJECTIVE, Trial
-from clipfh.train.run_inputs import Inputs
+from clipfh.train.run_inputs import Inputs, ModelKey
 
 RETRIES = 2
 
@@ -143,7 +143,7 @@ class ResumedHalving(AsyncHyperBandScheduler):
             super().on_trial_result(tune_controller, trial, report)
 
 
-def run_trials(watch: Watch, inputs: Inputs, resources: Resources) -> None:
+def run_trials(watch: Watch, inputs: Mapping[ModelKey, Inputs], resources: Resources) -> None:
     """Run the trials that are left of a sweep: those that wait in its study, then new ones."""
     board = watch.board
     if failed := [row["trial"] for row in board.over() if row["status"] == "failed"]:

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from clipfh.config.experiment import Experiment
+from clipfh.config.experiment import MODEL_IDENTITY, Experiment, ModelSettings
 from clipfh.data.decoding import TrainImages
 from clipfh.model.architecture import Architecture
+
+ModelKey = tuple[Any, ...]
+
+
+def model_key(model: ModelSettings) -> ModelKey:
+    """What runs have in common that read the same inputs."""
+    return tuple(getattr(model, name) for name in MODEL_IDENTITY)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,18 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
         ({"points": [{"optimizer.lr": 1.0}]}, "points: optimizer.lr 1.0 lies outside its range"),
         ({"points": [{"optimizer.clip": 1.0}]}, "points: optimizer.clip is not searched"),
         ({"search": {"text.strategy": {"choice": ["raw", "clean"]}}}, "text.strategy can't be searched"),
-        ({"search": {"model.name": {"choice": ["RN50"]}}}, "model.name can't be searched"),
+        ({"race": {"keep": 1}}, "race: keep says how many of `models` go into the search"),
+        ({"models": ["RN50"]}, "models names the models of the sweep, and so does model.name"),
+        ({"base": {}, "models": ["RN50"], "race": {"keep": 2}}, "at most the number of models, 1, not 2"),
+        ({"base": {}, "models": ["RN50", {"name": "RN50"}]}, "models: RN50 is there twice"),
+        ({"base": {}, "models": ["RN50", {"nmae": "RN50"}]}, "unknown key models: nmae, did you mean name?"),
+        ({"base": {}, "models": [{"pretrained": "x"}]}, "needs a name"),
+        ({"search": {"model.image_size": {"int": [224, 336]}}, "points": []}, "int does not suit it: take choice"),
+        ({"base": {}, "models": ["RN50"], "points": [{"model": "RN5"}]}, "lies outside its range: take one of RN50"),
+        (
+            {"base": {}, "models": ["clipfh-small", "RN50"], "points": [], "placement": {"workers": 64}},
+            "batch.items 32 can't be shared by 64 workers",  # the preset of clipfh-small has 32, that of RN50 64
+        ),
         (
             {
                 "base": {"model.name": "clipfh-small", "loss.triplet": 0.0},

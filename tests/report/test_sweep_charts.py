@@ -1,6 +1,6 @@
 import pytest
 
-from clipfh.config.sweep_file import SearchRange
+from clipfh.config.search_range import SearchRange
 from clipfh.report.sweep_charts import Scale
 
 

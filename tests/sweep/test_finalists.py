@@ -12,6 +12,7 @@ from clipfh.cluster import ray_private
 from clipfh.cluster.resources import Resources
 from clipfh.config.experiment import Placement
 from clipfh.sweep import finalists
+from clipfh.train.run_inputs import model_key
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def trained(monkeypatch, tmp_path, tiny):
         monkeypatch.setattr(finalists.driver, "run_training", fit)
         jobs = {tmp_path / "final" / name: tiny for name in ("a", "b", "c")}
         sweep = SimpleNamespace(placement=Placement())
-        finalists._train_all(jobs, sweep, None, Resources(1, 1, 0, 1), seen.told.append)
+        finalists._train_all(jobs, sweep, {model_key(tiny.model): None}, Resources(1, 1, 0, 1), seen.told.append)
         return seen
 
     return SimpleNamespace(run=run, seen=seen)

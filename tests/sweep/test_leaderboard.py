@@ -14,6 +14,7 @@ REPORTS = [
     {"step": step, "images": 64 * step, "best_val_mAP": 0.1 * step, "began": 10.0, "time": 10.0 + 2 * step}
     for step in (1, 2, 3)
 ]
+ZERO_SHOT_ROW = {"trial": "0000", "status": "zero-shot", "val_mAP": "0.250000", "images": 0, "seconds": 0}
 DONE = {"images": 192, "best_val_mAP": 0.3, "finished": True}
 
 
@@ -24,7 +25,7 @@ def write_reports(out: Path, number: str, count: int) -> None:
 
 
 def make_board(searcher: StudySearcher, out: Path) -> Leaderboard:
-    return Leaderboard(out, searcher.sweep, searcher.study, zero_shot=0.25)
+    return Leaderboard(out, searcher.sweep, searcher.study, zero_shot=[ZERO_SHOT_ROW])
 
 
 def end(searcher: StudySearcher, board: Leaderboard, trial: dict, last: dict, error: str = "") -> None:

@@ -28,7 +28,8 @@ from clipfh.model.clip import get_preprocess
 from clipfh.model.towers import Towers, embed_images
 from clipfh.report import artifacts
 from clipfh.storage import layout
-from clipfh.sweep import finalists, sweep
+from clipfh.sweep import finalists, race, shared_inputs, sweep
+from clipfh.sweep.race import Contender
 
 TEXT = """
 name: tiny
@@ -55,9 +56,10 @@ def test_a_space_whose_losses_may_leave_too_few_items_is_refused(tmp_path, monke
     loaded = sweep_file.load(tmp_path / "x.yaml")
     index = ItemIndex(np.array([0, 0, 1, 1, 2, 2, 3, 4]), np.zeros(5, int), list("abcde"), np.array([8]))
     inputs = SimpleNamespace(images=SimpleNamespace(index=index))
-    monkeypatch.setattr(sweep, "prepare_inputs", lambda *_: inputs)
+    monkeypatch.setattr(shared_inputs, "prepare_inputs", lambda *_: inputs)
+    contender = Contender("ViT-B/16", "0000", 1, 64, 1.0)
     with pytest.raises(UserError, match="--batch.items 4 is more than the 3 train items with two photos or more"):
-        sweep._inputs(SimpleNamespace(sweep=loaded, catalogue=None, clip=None), 0.0)
+        shared_inputs.prepare(loaded, None, [contender], lambda start: None, None)
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +203,9 @@ def test_an_empty_split_is_found_before_anything_starts(small_catalogue, tmp_pat
 
 def test_a_sweep_is_resumed_only_on_its_own_catalogue_and_prompts(small_catalogue, tmp_path):
     (tmp_path / "prompts.json").write_text("{}")
-    base = presets.resolve("image", None, {"model.name": SMALL_MODEL, "text.file": str(tmp_path / "prompts.json")})
-    told = []
+    settings = {"model.name": SMALL_MODEL, "text.file": str(tmp_path / "prompts.json")}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x", "base": settings}))
+    base, told = sweep_file.load(tmp_path / "x.yaml"), []
     sweep._require_same(small_catalogue, base, tmp_path, told.append)
     (tmp_path / "trials").mkdir()
     sweep._require_same(small_catalogue, base, tmp_path, told.append)
@@ -228,9 +231,10 @@ def test_a_refit_that_diverged_is_not_the_winner(tmp_path, monkeypatch, reason):
     monkeypatch.setattr(sweep, "prepare_inputs", lambda *args, **kwargs: None)
     monkeypatch.setattr(sweep.finalists, "refit", lambda *args: tmp_path / "final/refit")
     told, asked = [], Finalists(top=0, refit=True)
-    context = SimpleNamespace(
-        sweep=SimpleNamespace(final=asked), out=tmp_path, tell=told.append, catalogue=None, clip=None, resources=None
-    )
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x"}))
+    loaded = dataclasses.replace(sweep_file.load(tmp_path / "x.yaml"), final=asked)
+    contender = Contender("ViT-B/16", "0000", 1, 64, 1.0, val_mAP=0.2, kept=True)
+    context = sweep._Context(loaded, None, tmp_path, [contender], lambda start: None, None, told.append)
     rows = [{"trial": "0001", "status": "done", "val_mAP": 0.5}, {"trial": "0000", "status": "z", "val_mAP": 0.2}]
     winner = sweep._winner(context, None, rows)
     assert winner.run == tmp_path / ("trials/0001" if reason else "final/refit")
@@ -254,7 +258,7 @@ def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path, mon
 
 def test_models_are_tested_in_the_precision_that_is_exported(monkeypatch):
     asked = []
-    monkeypatch.setattr(sweep.evaluate, "embed_splits", lambda *args: asked.append(args[3].precision))
-    context = SimpleNamespace(catalogue=None, base=presets.resolve("image"), texts={})
-    sweep._embedded(context, "test", None)
+    monkeypatch.setattr(race.evaluate, "embed_splits", lambda *args: asked.append(args[3].precision))
+    monkeypatch.setattr(race, "load_prompts_for", lambda *args: {})
+    race.embed(None, presets.resolve("image"), None, "test")
     assert asked == ["float32"]

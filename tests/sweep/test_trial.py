@@ -12,6 +12,7 @@ from clipfh.config import schema
 from clipfh.storage import layout
 from clipfh.sweep import trial
 from clipfh.sweep.trial import OBJECTIVE, Trial
+from clipfh.train.run_inputs import model_key
 
 RESOURCES = Resources(1, 1.0, 0.0, 1)
 
@@ -96,7 +97,7 @@ def test_a_process_begins_another_trial_once_nothing_is_left_of_the_one_before(t
     monkeypatch.setattr(trial, "RunThread", lambda *parts: begun.append(parts) or Thread())
     made = make_trial(tmp_path, before)
     made.out, made.sweep, made.resources = tmp_path, SimpleNamespace(experiment=lambda settings: tiny), RESOURCES
-    made.inputs = SimpleNamespace(num_images=100, num_single=0)
+    made.inputs = {model_key(tiny.model): SimpleNamespace(num_images=100, num_single=0)}
     (tmp_path / layout.SWEEP).touch()
     assert made.reset_config({"number": "0002", "settings": {}})
     assert before.calls == [("release",), ("join",)] and made.thread.calls == [("start",)]

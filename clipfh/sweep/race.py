@@ -1,0 +1,231 @@
+"""A race before the search: each model of a sweep zero-shot on the validation items, and which of them are searched.
+
+`race.json` says how far it is. A model that is measured is not measured again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from torch import nn
+
+from clipfh import UserError
+from clipfh.cluster import resources as cluster_resources
+from clipfh.cluster.interruptions import repeat_interrupted
+from clipfh.cluster.resources import Resources
+from clipfh.config.experiment import Experiment, ModelSettings
+from clipfh.config.sweep_file import SweepFile
+from clipfh.data.catalogue import Catalogue
+from clipfh.model import architecture as architectures
+from clipfh.model.architecture import load_open_clip
+from clipfh.model.clip import architecture_of, build, build_model, get_preprocess, load_tokenizer
+from clipfh.model.devices import choose_device, resolve_precision
+from clipfh.model.layers import require_blocks
+from clipfh.model.prompts import load_prompts_for
+from clipfh.model.towers import Towers, embed_images
+from clipfh.retrieval import evaluate
+from clipfh.storage import layout, store
+from clipfh.storage.store import Folder
+from clipfh.sweep.leaderboard import ZERO_SHOT, Row
+from clipfh.train.inputs import VALIDATION
+
+TIMED = 8
+"""Images that are embedded at a time to measure a model's speed."""
+TIMES = 3
+"""How often they are; the fastest counts."""
+
+Load = Callable[[Experiment], nn.Module]
+"""Loads the model that an experiment starts from."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model of a sweep before any tuning."""
+
+    model: str
+    """as `SweepFile.contenders` names it"""
+    trial: str
+    """number of its line of the leaderboard: 0000, and where there are several models 0000-1 and on"""
+    parameters: int
+    """of both towers"""
+    pixels: int
+    """side of its input"""
+    milliseconds: float
+    """that its image tower takes for an image, where trials compute; 0 where there is no other model"""
+    val_mAP: float = -1.0
+    """zero-shot on the validation items; below 0 before it is measured"""
+    kept: bool = False
+    """whether it goes into the search"""
+
+    def __str__(self) -> str:
+        size = f"{self.parameters / 1e6:,.1f} M parameters, {self.pixels} pixels, {self.milliseconds:,.1f} ms an image"
+        return f"trial {self.trial}, {self.model} zero-shot: val mAP {self.val_mAP:.3f} ({size})"
+
+    def row(self, sweep: SweepFile) -> Row:
+        """Its line of the leaderboard."""
+        score = {"val_mAP": f"{self.val_mAP:.6f}", "images": 0, "seconds": 0}
+        return {"trial": self.trial, "status": "zero-shot", **score, **sweep.contenders[self.model]}
+
+
+def require_models(sweep: SweepFile) -> None:
+    """See that open_clip has each model of a sweep with its weights, and that it has the blocks to keep as they are.
+
+    Raises:
+        UserError: it has not.
+    """
+    for label in sweep.contenders:
+        one = sweep.only([label])
+        settings = one.start(label).model
+        architecture = architectures.find(settings)
+        _require_tag(settings)
+        if "model.freeze_blocks" in sweep.search or settings.freeze_blocks:
+            clip = build(architecture, "meta")
+            for corner in one.corners("model.freeze_blocks"):
+                require_blocks(clip, one.experiment(corner).model)
+
+
+def _require_tag(settings: ModelSettings) -> None:
+    """Refuse a tag of open_clip's that its architecture has not."""
+    name = settings.name if ":" in settings.name else architectures.architecture_name(settings)
+    tag = settings.pretrained
+    if tag in ("", "none") or Path(tag).exists() or load_open_clip().get_pretrained_cfg(name, tag):
+        return
+    tags = ", ".join(load_open_clip().list_pretrained_tags_by_model(name)) or "none"
+    raise UserError(f"{settings.name} has no weights '{tag}': no such file, nor a tag of it (its tags: {tags})")
+
+
+def run(
+    sweep: SweepFile,
+    catalogue: Catalogue,
+    out: Path,
+    resources: Resources,
+    load: Load,
+    tell: Callable[[str], None],
+) -> list[Contender]:
+    """Measure the models of a sweep, the cheapest first, and choose those to search; returns all, the best first.
+
+    All of them are loaded before the first is measured, so that one that can't be had costs nothing.
+
+    Raises:
+        UserError: a model or its prompts can't be had.
+    """
+    contenders = read(out) or _enter_all(sweep, catalogue, resources, load)
+    several = len(contenders) > 1
+    for i in sorted(range(len(contenders)), key=lambda i: contenders[i].milliseconds):
+        each = contenders[i]
+        if each.val_mAP < 0:
+            start = sweep.start(each.model)
+            contenders[i] = each = dataclasses.replace(
+                each, val_mAP=_measure(out / layout.TRIALS / each.trial, catalogue, start, load)
+            )
+            if several:
+                _write(out, contenders)
+        tell(str(each) if several else f"trial {each.trial}, the zero-shot model: val mAP {each.val_mAP:.3f}")
+    ranked = sorted(contenders, key=lambda each: (-each.val_mAP, each.milliseconds))
+    chosen = ranked[: sweep.race.keep or None]
+    ranked = [dataclasses.replace(each, kept=each in chosen) for each in ranked]
+    if several:
+        _write(out, ranked)
+    return ranked
+
+
+def narrow(sweep: SweepFile, contenders: Sequence[Contender], tell: Callable[[str], None]) -> SweepFile:
+    """The sweep of the models that go into the search."""
+    if not sweep.race.keep:
+        return sweep
+    kept = [each.model for each in contenders if each.kept]
+    small = sweep.only(kept)
+    tell(f"the race is over: {', '.join(kept)} of {len(contenders)} models go into the search")
+    if sweep.sampler != "grid" and (lost := len(sweep.points) - len(small.points)):
+        tell(f"note: {lost} of {len(sweep.points)} points are of models that do not, and are not tried")
+    return small
+
+
+def read(out: Path) -> list[Contender]:
+    """The models of a sweep as far as they are measured; empty where there is no race, or none has begun."""
+    return [Contender(**each) for each in Folder(out).read_json(layout.RACE).get("models", [])]
+
+
+def _write(out: Path, contenders: Sequence[Contender]) -> None:
+    models = [dataclasses.asdict(each) for each in contenders]
+    store.write(out / layout.RACE, json.dumps({"models": models}, indent=2) + "\n")
+
+
+def _enter_all(sweep: SweepFile, catalogue: Catalogue, resources: Resources, load: Load) -> list[Contender]:
+    """Load each model, with its prompts. UserError: one line on all that can't be had."""
+    labels, entered, errors = list(sweep.contenders), [], []
+    for number, label in enumerate(labels, 1):
+        trial = f"{ZERO_SHOT}-{number}" if len(labels) > 1 else ZERO_SHOT
+        try:
+            entered.append(
+                _enter(sweep.start(label), label, trial, catalogue, resources if len(labels) > 1 else None, load)
+            )
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        raise UserError("; ".join(dict.fromkeys(errors)))
+    return entered
+
+
+def _enter(
+    start: Experiment, label: str, trial: str, catalogue: Catalogue, resources: Resources | None, load: Load
+) -> Contender:
+    """Load a model and its prompts, and measure its speed where resources are given."""
+    clip = load(start)
+    load_prompts_for(catalogue, start, load_tokenizer(architecture_of(clip)), *VALIDATION)
+    milliseconds = 0.0 if resources is None else _time_where_trials_compute(clip, start.model, resources)
+    return Contender(label, trial, sum(p.numel() for p in clip.parameters()), get_preprocess(clip).size, milliseconds)
+
+
+def _time_where_trials_compute(clip: nn.Module, settings: ModelSettings, resources: Resources) -> float:
+    """Milliseconds an image: in this process where the cluster is this machine's CPUs, else on one of its workers."""
+    if cluster_resources.is_this_machines_cpus():
+        return time_images(clip, settings, 0)
+    task: Any = ray.remote(_build_and_time).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
+    return float(repeat_interrupted(lambda: ray.get(task.remote(settings, resources.gpus))))
+
+
+def _build_and_time(settings: ModelSettings, gpus: float) -> float:
+    return time_images(build_model(settings), settings, gpus)
+
+
+def time_images(clip: nn.Module, settings: ModelSettings, gpus: float) -> float:
+    """Milliseconds that the image tower takes for each of `TIMED` images, with pixels already decoded.
+
+    Args:
+        clip: the model.
+        settings: of the model.
+        gpus: number of GPUs that this process was given.
+    """
+    device = choose_device(gpus)
+    towers, size = Towers(clip).to(device), get_preprocess(clip).size
+    pixels, seconds = np.random.default_rng(0).integers(0, 256, (TIMED, size, size, 3), np.uint8), []
+    for _ in range(TIMES):
+        began = time.perf_counter()
+        embed_images(towers, pixels, resolve_precision(settings.precision, device)).cpu()
+        seconds.append(time.perf_counter() - began)
+    return 1000 * min(seconds) / TIMED
+
+
+def _measure(folder: Path, catalogue: Catalogue, start: Experiment, load: Load) -> float:
+    """Validation mAP of a model before any tuning; kept, so that a resumed sweep does not ask again."""
+    if not (folder / layout.METRICS).exists():
+        embedded = embed(catalogue, start, load(start), "val")
+        measured, scores = evaluate.judge(embedded, 0)
+        evaluate.write(folder, measured, embedded, scores)
+    return float(json.loads((folder / layout.METRICS).read_text())["mAP"])
+
+
+def embed(catalogue: Catalogue, experiment: Experiment, clip: nn.Module, split: str) -> evaluate.Embedded:
+    """Embeddings of "val" or "test" by a model, in float32, as it is exported."""
+    splits, exact = evaluate.splits_of(split), dataclasses.replace(experiment.model, precision="float32")
+    prompts = load_prompts_for(catalogue, experiment, load_tokenizer(architecture_of(clip)), *splits)
+    return repeat_interrupted(lambda: evaluate.embed_splits(catalogue, splits, clip, exact, prompts))

@@ -1,0 +1,93 @@
+"""What the trials of a sweep read: for each of its models, and what they read alike put into the object store once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clipfh.config.sweep_file import SweepFile
+from clipfh.data.catalogue import Catalogue
+from clipfh.data.decoding import Feed, StreamPart, TrainImages, fetch
+from clipfh.data.images import Preprocess
+from clipfh.data.sampler import make_sampler
+from clipfh.sweep.race import Contender, Load
+from clipfh.train.inputs import notes_on_singles, prepare_inputs
+from clipfh.train.run_inputs import Inputs, ModelKey, model_key
+
+
+def prepare(
+    sweep: SweepFile, catalogue: Catalogue, contenders: Sequence[Contender], load: Load, feed: Feed
+) -> dict[ModelKey, Inputs]:
+    """What trials of each model read.
+
+    Raises:
+        UserError: the largest P that may be drawn is more than the items that some losses of the space leave.
+    """
+    once = SharingFeed(feed)
+    keep_gib = sweep.placement.keep_gib / len({each.pixels for each in contenders})
+    inputs = {}
+    for each in contenders:
+        one = sweep.only([each.model])
+        clip = load(one.start(each.model))
+        inputs[model_key(one.start(each.model).model)] = _prepare_one(
+            one, catalogue, clip, once, keep_gib, each.val_mAP
+        )
+    return inputs
+
+
+def _prepare_one(
+    one: SweepFile, catalogue: Catalogue, clip: Any, feed: Feed, keep_gib: float, zero_shot: float
+) -> Inputs:
+    """What all trials of a sweep with one model read. UserError: as `prepare`."""
+    widest = max(one.corners("batch.items"), key=lambda point: one.experiment(point).batch.items)
+    inputs = prepare_inputs(catalogue, one.experiment({**widest, **one.texted}), clip, feed, keep_gib)
+    fewest = one.experiment({**widest, **one.paired})
+    make_sampler(fetch(inputs.images.index), fewest.batch, fewest.seed, fewest.loss.takes_singles)
+    return dataclasses.replace(inputs, start_val_mAP=None if inputs.weights is None else zero_shot)
+
+
+def notes(sweep: SweepFile, inputs: Mapping[ModelKey, Inputs]) -> list[str]:
+    """What to tell people of items and prompts that count for less, each line once."""
+    starts = {label: sweep.start(label) for label in sweep.contenders}
+    lines = [
+        note + (f" ({label})" if len(inputs) > 1 else "")
+        for label, start in starts.items()
+        for note in notes_on_singles(inputs[model_key(start.model)], start.loss)
+    ]
+    return list(dict.fromkeys(lines))
+
+
+class SharingFeed:
+    """A feed of one catalogue that holds once what several models read alike: images, and those of a size decoded."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+        self._held: dict[tuple[Any, ...], Any] = {}
+
+    def _once(self, make: Callable[[], Any], *key: Any) -> Any:
+        if key not in self._held:
+            self._held[key] = make()
+        return self._held[key]
+
+    def share(self, catalogue: Catalogue, *splits: str) -> TrainImages:
+        shared: TrainImages = self._once(lambda: self.feed.share(catalogue, *splits), "share", splits)
+        return shared
+
+    def put(self, value: Any) -> Any:
+        return self.feed.put(value)
+
+    def cache_decoded(self, shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
+        key = ("decoded", gib, size, crop_min)
+        cached: TrainImages = self._once(lambda: self.feed.cache_decoded(shared, gib, size, crop_min), *key)
+        return cached
+
+    def decode_for_evaluation(self, catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess) -> Any:
+        geometry = (preprocess.size, preprocess.interpolation, preprocess.resize_mode)
+        make = self.feed.decode_for_evaluation
+        return self._once(lambda: make(catalogue, splits, preprocess), "evaluation", splits, *geometry)
+
+    def batches(self, part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        return self.feed.batches(part)
