@@ -192,3 +192,48 @@ def test_files_are_named_from_the_root_on(tmp_path, monkeypatch):
     base = {"model.name": "clipfh-small", "text.file": "prompts.json", "model.pretrained": "weights.pt"}
     found = sweep_file.load(write(tmp_path, base=base)).base
     assert (found["text.file"], found["model.pretrained"]) == (f"{tmp_path}/prompts.json", f"{tmp_path}/weights.pt")
+
+
+TAGS = [{"name": "ViT-B-16", "pretrained": tag} for tag in ("laion2b_s34b_b88k", "datacomp_xl_s13b_b90k")]
+
+
+def test_models_are_a_choice_that_sets_name_and_weights_with_the_usual_preset_of_each(tmp_path):
+    models = [SMALL_MODEL, *TAGS]
+    loaded = sweep_file.load(write(tmp_path, base={"loss.ce": 0.5}, models=models, race={"keep": 2}))
+    labels = [SMALL_MODEL, "ViT-B-16 laion2b_s34b_b88k", "ViT-B-16 datacomp_xl_s13b_b90k"]
+    assert list(loaded.contenders) == labels and loaded.search["model"].values == tuple(labels)
+    starts = [loaded.start(label) for label in labels]
+    assert [(s.model.name, s.model.pretrained) for s in starts[1:]] == [tuple(each.values()) for each in TAGS]
+    assert [s.batch.items for s in starts] == [32, 64, 64] and {s.loss.ce for s in starts} == {0.5}
+    (tmp_path / "again.yaml").write_text(sweep_file.to_yaml(loaded))
+    again = sweep_file.load(tmp_path / "again.yaml")
+    assert again.models == loaded.models and sweep_file.to_yaml(again) == sweep_file.to_yaml(loaded)
+    assert [again.start(label) for label in labels] == starts, "nothing of the first model is the others'"
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    assert {loaded.only(labels[:2]).sampled(study.ask())["model"] for _ in range(20)} == set(labels[:2])
+
+
+def test_name_and_weights_searched_apart_are_every_combination(tmp_path):
+    search = {
+        "model.name": {"choice": ["ViT-B-16", "ViT-B-32"]},
+        "model.pretrained": {"choice": ["laion400m_e32", "none"]},
+    }
+    loaded = sweep_file.load(write(tmp_path, base={}, search=search, points=[]))
+    assert list(loaded.contenders) == [f"{n} {p}" for n in ("ViT-B-16", "ViT-B-32") for p in ("laion400m_e32", "none")]
+    assert loaded.start("ViT-B-32 none").model.pretrained == "none"
+
+
+def test_weights_files_are_told_by_their_names_and_by_their_folders_only_where_they_must(tmp_path):
+    def labels(*files):
+        return sweep_file.label_models([{"name": "RN50", "pretrained": file} for file in files])
+
+    assert labels("/a/x.pt", "/a/y.pt") == ["RN50 x.pt", "RN50 y.pt"]
+    assert labels("/a/x.pt", "/b/x.pt") == ["RN50 /a/x.pt", "RN50 /b/x.pt"]
+
+
+def test_a_grid_of_some_of_its_models_is_made_anew(tmp_path):
+    search = {"batch.views": {"choice": [2, 4]}}
+    changes = {"base": {}, "models": TAGS, "search": search, "points": [], "sampler": "grid", "trials": 100}
+    loaded = sweep_file.load(write(tmp_path, **changes))
+    small = loaded.only(list(loaded.contenders)[:1])
+    assert (loaded.trials, small.trials) == (4, 2) and len(small.points) == 2

@@ -1,0 +1,22 @@
+"""Three models that differ in their weights alone: one whole, and two whose embeddings have few dimensions left."""
+
+from pathlib import Path
+
+import torch
+
+from clipfh.config.experiment import SMALL_MODEL, ModelSettings
+from clipfh.model.clip import load_initial_model
+
+RANKS = {"blind": 1, "dim": 2, "sharp": 512}
+"""Name of each weights file to the dimensions that its embeddings have, the worst first."""
+LABELS = [f"{SMALL_MODEL} {name}.pt" for name in RANKS]
+
+
+def write_weights(folder: Path) -> list[dict[str, str]]:
+    """Write the weights files; returns entries of a sweep file's `models`."""
+    state = load_initial_model(ModelSettings(SMALL_MODEL), 0).state_dict()
+    for name, rank in RANKS.items():
+        left, values, right = torch.linalg.svd(state["visual.proj"], full_matrices=False)
+        values[rank:] = 0
+        torch.save({**state, "visual.proj": left @ values.diag() @ right}, folder / f"{name}.pt")
+    return [{"name": SMALL_MODEL, "pretrained": str(folder / f"{name}.pt")} for name in RANKS]
