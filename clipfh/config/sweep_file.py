@@ -77,10 +77,15 @@ class Finalists:
     """how often each of them is, with seeds of its own; the best mean wins"""
     refit: bool = False
     """train the winner on train and validation items together"""
+    image_size: int = 0
+    """side of the images of all these runs, pixels, and so of the winner's model; 0: as in the search"""
 
     def __post_init__(self) -> None:
         require(self.top >= 0, "top", "0 or more", self.top)
         require(self.seeds >= 1, "seeds", "1 or more", self.seeds)
+        require(self.image_size >= 0, "image_size", "0 or more", self.image_size)
+        if self.image_size and not self.top and not self.refit:
+            raise UserError("image_size is of the runs after the search: give top or refit too")
 
 
 MANY = 2**31  # trials of a grid where nobody said how many: all of it

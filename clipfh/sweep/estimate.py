@@ -191,7 +191,9 @@ def told(sweep: SweepFile, measured: Measured, epoch: int, at_once: int = 1) -> 
         _disk(sweep, measured, at_once),
     ]
     if again:
-        lines.insert(3, f"then {again} runs of {most:,} images: about {_time(again * most / measured.rate / 3600)}")
+        hours, size = again * most / measured.rate / 3600, sweep.final.image_size
+        larger = f" at the search's size of images; they have {size} pixels" if size else ""
+        lines.insert(3, f"then {again} runs of {most:,} images: about {_time(hours)}{larger}")
     return "\n".join(lines)
 
 

@@ -85,6 +85,8 @@ def require_models(sweep: SweepFile) -> None:
         one = sweep.only([label])
         settings = one.start(label).model
         architecture = architectures.find(settings)
+        if sweep.final.image_size:
+            architectures.find(dataclasses.replace(settings, image_size=sweep.final.image_size))
         _require_tag(settings)
         if "model.freeze_blocks" in sweep.search or settings.freeze_blocks:
             clip = build(architecture, "meta")

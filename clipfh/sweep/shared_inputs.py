@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Feed, StreamPart, TrainImages, fetch
@@ -19,21 +20,20 @@ from clipfh.train.run_inputs import Inputs, ModelKey, model_key
 
 
 def prepare(
-    sweep: SweepFile, catalogue: Catalogue, contenders: Sequence[Contender], load: Load, feed: Feed
+    sweep: SweepFile, catalogue: Catalogue, contenders: Sequence[Contender], load: Load, feed: SharingFeed
 ) -> dict[ModelKey, Inputs]:
     """What trials of each model read.
 
     Raises:
         UserError: the largest P that may be drawn is more than the items that some losses of the space leave.
     """
-    once = SharingFeed(feed)
     keep_gib = sweep.placement.keep_gib / len({each.pixels for each in contenders})
     inputs = {}
     for each in contenders:
         one = sweep.only([each.model])
         clip = load(one.start(each.model))
         inputs[model_key(one.start(each.model).model)] = _prepare_one(
-            one, catalogue, clip, once, keep_gib, each.val_mAP
+            one, catalogue, clip, feed, keep_gib, each.val_mAP
         )
     return inputs
 
@@ -47,6 +47,15 @@ def _prepare_one(
     fewest = one.experiment({**widest, **one.paired})
     make_sampler(fetch(inputs.images.index), fewest.batch, fewest.seed, fewest.loss.takes_singles)
     return dataclasses.replace(inputs, start_val_mAP=None if inputs.weights is None else zero_shot)
+
+
+def prepare_larger(
+    experiments: Iterable[Experiment], catalogue: Catalogue, load: Load, feed: SharingFeed
+) -> dict[ModelKey, Inputs]:
+    """What runs of these experiments read, whose images are larger than those of the search."""
+    # Of the experiments of a model one that learns from prompts, if there is one, so that the others' inputs have them
+    by_model = {model_key(each.model): each for each in sorted(experiments, key=lambda each: each.loss.takes_text)}
+    return {key: prepare_inputs(catalogue, each, load(each), feed) for key, each in by_model.items()}
 
 
 def notes(sweep: SweepFile, inputs: Mapping[ModelKey, Inputs]) -> list[str]:

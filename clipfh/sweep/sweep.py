@@ -30,6 +30,7 @@ from clipfh.sweep import finalists, race, retention, shared_inputs
 from clipfh.sweep.leaderboard import Leaderboard, Row
 from clipfh.sweep.race import Contender, Load
 from clipfh.sweep.searcher import StudySearcher, earlier_trials, open_study
+from clipfh.sweep.shared_inputs import SharingFeed
 from clipfh.sweep.tuner import Watch, run_trials
 from clipfh.train import provenance, stream
 from clipfh.train.inputs import load_start, prepare_inputs
@@ -47,6 +48,7 @@ class _Context:
     """each model before any tuning, best first"""
     load: Load
     """loads the model that an experiment starts from"""
+    feed: SharingFeed
     resources: Resources
     tell: Callable[[str], None]
 
@@ -116,8 +118,9 @@ def run(
     zero_shot = [each.row(sweep) for each in contenders]
     sweep = race.narrow(sweep, contenders, tell)
     study = open_study(sweep, out, retry_failed, tell)
-    context = _Context(sweep, catalogue, out, contenders, load, resources, tell)
-    inputs = shared_inputs.prepare(sweep, catalogue, context.kept, load, stream)
+    feed = SharingFeed(stream)
+    context = _Context(sweep, catalogue, out, contenders, load, feed, resources, tell)
+    inputs = shared_inputs.prepare(sweep, catalogue, context.kept, load, feed)
     for note in (notes := shared_inputs.notes(sweep, inputs)):
         tell(note)
     board, keeper = Leaderboard(out, sweep, study, zero_shot), retention.Keeper(sweep, out)
@@ -194,6 +197,9 @@ def _winner(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row
     run, again = out / layout.TRIALS / trial, dict[str, list[float]]()
     if leading := finalists.leaders(rows, out, asked.top):
         context.tell(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
+        if asked.image_size:
+            leading = {number: _at_final_size(context, each) for number, each in leading.items()}
+            inputs = shared_inputs.prepare_larger(leading.values(), context.catalogue, context.load, context.feed)
         again = finalists.retrain(leading, context.sweep, inputs, folder, context.resources, context.tell)
         trial = finalists.best_trial(again)
         score, run = mean(again[trial]), finalists.best_run(folder, trial, again[trial])
@@ -205,16 +211,22 @@ def _winner(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row
     if not asked.refit:
         return winner
     context.tell(f"now trial {trial}'s settings on train and validation items together")
-    whole_run = _refit(context, experiment, winner.contender)
+    whole_run = _refit(context, _at_final_size(context, experiment))
     if not (diverged := finalists.read_divergence(whole_run)):
         return dataclasses.replace(winner, run=whole_run, refit=True)
     context.tell(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
     return dataclasses.replace(winner, diverged=diverged)
 
 
-def _refit(context: _Context, experiment: Experiment, contender: Contender) -> Path:
+def _at_final_size(context: _Context, experiment: Experiment) -> Experiment:
+    """The experiment with the images of the runs after the search."""
+    size = context.sweep.final.image_size or experiment.model.image_size
+    return schema.replace(experiment, {"model.image_size": size})
+
+
+def _refit(context: _Context, experiment: Experiment) -> Path:
     """Train on train and validation items together; returns the run's folder."""
-    clip = context.load(context.sweep.start(contender.model))
+    clip = context.load(experiment)
     inputs = prepare_inputs(context.catalogue, experiment, clip, stream, with_validation=True)
     by_model = {model_key(experiment.model): inputs}
     folder = context.out / layout.FINAL

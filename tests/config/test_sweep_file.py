@@ -116,6 +116,7 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
         ({"sampler": "grid"}, "sampler: grid tries choices, and loss.triplet has a loguniform range"),
         ({"final": {"tops": 3}}, "final: unknown setting tops, did you mean top?"),
         ({"final": {"seeds": 0}}, "final: --seeds must be 1 or more"),
+        ({"final": {"image_size": 336}}, "final: image_size is of the runs after the search: give top or refit too"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path, changes, message):

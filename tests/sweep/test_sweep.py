@@ -59,7 +59,7 @@ def test_a_space_whose_losses_may_leave_too_few_items_is_refused(tmp_path, monke
     monkeypatch.setattr(shared_inputs, "prepare_inputs", lambda *_: inputs)
     contender = Contender("ViT-B/16", "0000", 1, 64, 1.0)
     with pytest.raises(UserError, match="--batch.items 4 is more than the 3 train items with two photos or more"):
-        shared_inputs.prepare(loaded, None, [contender], lambda start: None, None)
+        shared_inputs.prepare(loaded, None, [contender], lambda start: None, shared_inputs.SharingFeed(None))
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_a_refit_that_diverged_is_not_the_winner(tmp_path, monkeypatch, reason):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x"}))
     loaded = dataclasses.replace(sweep_file.load(tmp_path / "x.yaml"), final=asked)
     contender = Contender("ViT-B/16", "0000", 1, 64, 1.0, val_mAP=0.2, kept=True)
-    context = sweep._Context(loaded, None, tmp_path, [contender], lambda start: None, None, told.append)
+    context = sweep._Context(loaded, None, tmp_path, [contender], lambda start: None, None, None, told.append)
     rows = [{"trial": "0001", "status": "done", "val_mAP": 0.5}, {"trial": "0000", "status": "z", "val_mAP": 0.2}]
     winner = sweep._winner(context, None, rows)
     assert winner.run == tmp_path / ("trials/0001" if reason else "final/refit")
