@@ -259,6 +259,7 @@ def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path, mon
 def test_models_are_tested_in_the_precision_that_is_exported(monkeypatch):
     asked = []
     monkeypatch.setattr(race.evaluate, "embed_splits", lambda *args: asked.append(args[3].precision))
-    monkeypatch.setattr(race, "load_prompts_for", lambda *args: {})
+    for name in ("load_prompts_for", "load_tokenizer", "architecture_of"):
+        monkeypatch.setattr(race, name, lambda *args: {})
     race.embed(None, presets.resolve("image"), None, "test")
     assert asked == ["float32"]
