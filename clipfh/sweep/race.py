@@ -24,11 +24,11 @@ from clipfh.cluster.resources import Resources
 from clipfh.config.experiment import Experiment, ModelSettings
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue
+from clipfh.learn.learner import count_trained
 from clipfh.model import architecture as architectures
 from clipfh.model.architecture import load_open_clip
 from clipfh.model.clip import architecture_of, build, build_model, get_preprocess, load_tokenizer
 from clipfh.model.devices import choose_device, resolve_precision
-from clipfh.model.layers import require_blocks
 from clipfh.model.prompts import load_prompts_for
 from clipfh.model.towers import Towers, embed_images
 from clipfh.retrieval import evaluate
@@ -41,6 +41,9 @@ TIMED = 8
 """Images that are embedded at a time to measure a model's speed."""
 TIMES = 3
 """How often they are; the fastest counts."""
+
+PARTS = ("model.freeze_blocks", "model.lora_rank", "model.lora_targets")
+"""Settings that name parts of a model, which it need not have."""
 
 Load = Callable[[Experiment], nn.Module]
 """Loads the model that an experiment starts from."""
@@ -76,7 +79,7 @@ class Contender:
 
 
 def require_models(sweep: SweepFile) -> None:
-    """See that open_clip has each model of a sweep with its weights, and that it has the blocks to keep as they are.
+    """See that open_clip has each model of a sweep with its weights, and that it has the parts that settings name.
 
     Raises:
         UserError: it has not.
@@ -88,10 +91,10 @@ def require_models(sweep: SweepFile) -> None:
         if sweep.final.image_size:
             architectures.find(dataclasses.replace(settings, image_size=sweep.final.image_size))
         _require_tag(settings)
-        if "model.freeze_blocks" in sweep.search or settings.freeze_blocks:
+        if settings.freeze_blocks or settings.lora_rank or set(PARTS) & set(sweep.search):
             clip = build(architecture, "meta")
-            for corner in one.corners("model.freeze_blocks"):
-                require_blocks(clip, one.experiment(corner).model)
+            for drawn in one.combinations(PARTS):
+                count_trained(clip, one.experiment({**one.first, **drawn}))
 
 
 def _require_tag(settings: ModelSettings) -> None:
