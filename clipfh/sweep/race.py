@@ -27,6 +27,7 @@ from clipfh.data.catalogue import Catalogue
 from clipfh.learn.learner import count_trained
 from clipfh.model import architecture as architectures
 from clipfh.model.architecture import load_open_clip
+from clipfh.model.checkpoint import notes_on_model
 from clipfh.model.clip import architecture_of, build, build_model, get_preprocess, load_tokenizer
 from clipfh.model.devices import choose_device, resolve_precision
 from clipfh.model.prompts import load_prompts_for
@@ -122,7 +123,7 @@ def run(
     Raises:
         UserError: a model or its prompts can't be had.
     """
-    contenders = read(out) or _enter_all(sweep, catalogue, resources, load)
+    contenders = read(out) or _enter_all(sweep, catalogue, resources, load, tell)
     several = len(contenders) > 1
     for i in sorted(range(len(contenders)), key=lambda i: contenders[i].milliseconds):
         each = contenders[i]
@@ -164,30 +165,39 @@ def _write(out: Path, contenders: Sequence[Contender]) -> None:
     store.write(out / layout.RACE, json.dumps({"models": models}, indent=2) + "\n")
 
 
-def _enter_all(sweep: SweepFile, catalogue: Catalogue, resources: Resources, load: Load) -> list[Contender]:
+def _enter_all(
+    sweep: SweepFile, catalogue: Catalogue, resources: Resources, load: Load, tell: Callable[[str], None]
+) -> list[Contender]:
     """Load each model, with its prompts. UserError: one line on all that can't be had."""
     labels, entered, errors = list(sweep.contenders), [], []
     for number, label in enumerate(labels, 1):
-        trial = f"{ZERO_SHOT}-{number}" if len(labels) > 1 else ZERO_SHOT
         try:
-            entered.append(
-                _enter(sweep.start(label), label, trial, catalogue, resources if len(labels) > 1 else None, load)
-            )
+            clip = _load_whole(sweep, sweep.start(label), catalogue, load, tell)
         except UserError as error:
             errors.append(str(error))
+            continue
+        several = len(labels) > 1
+        trial = f"{ZERO_SHOT}-{number}" if several else ZERO_SHOT
+        milliseconds = _time_where_trials_compute(clip, sweep.start(label).model, resources) if several else 0.0
+        parameters, pixels = sum(p.numel() for p in clip.parameters()), get_preprocess(clip).size
+        entered.append(Contender(label, trial, parameters, pixels, milliseconds))
     if errors:
         raise UserError("; ".join(dict.fromkeys(errors)))
     return entered
 
 
-def _enter(
-    start: Experiment, label: str, trial: str, catalogue: Catalogue, resources: Resources | None, load: Load
-) -> Contender:
-    """Load a model and its prompts, and measure its speed where resources are given."""
+def _load_whole(
+    sweep: SweepFile, start: Experiment, catalogue: Catalogue, load: Load, tell: Callable[[str], None]
+) -> nn.Module:
+    """Load a model and its prompts, and tell what to know of it beside the catalogue. UserError: it can't be had."""
     clip = load(start)
+    for note in notes_on_model(clip, start.model, architectures.weights_name(start.model), catalogue):
+        tell(note)
+    if sweep.final.image_size:
+        larger = dataclasses.replace(start.model, image_size=sweep.final.image_size)
+        notes_on_model(build(architectures.find(larger), "meta"), larger, "", catalogue)
     load_prompts_for(catalogue, start, load_tokenizer(architecture_of(clip)), *VALIDATION)
-    milliseconds = 0.0 if resources is None else _time_where_trials_compute(clip, start.model, resources)
-    return Contender(label, trial, sum(p.numel() for p in clip.parameters()), get_preprocess(clip).size, milliseconds)
+    return clip
 
 
 def _time_where_trials_compute(clip: nn.Module, settings: ModelSettings, resources: Resources) -> float:

@@ -77,7 +77,7 @@ def test_a_model_that_cant_be_had_costs_nothing(tmp_path, small_catalogue, model
     monkeypatch.setattr(race, "_measure", lambda *_: pytest.fail("measured"))
     (tmp_path / "bad.pt").write_bytes(b"no weights")
     sweep = load(tmp_path, [*models, {"name": SMALL_MODEL, "pretrained": str(tmp_path / "bad.pt")}])
-    with pytest.raises(UserError, match="bad.pt does not hold weights of clipfh-small"):
+    with pytest.raises(UserError, match="bad.pt can't be read as weights"):
         race.run(sweep, small_catalogue, tmp_path, RESOURCES, load_start, lambda line: None)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.pt", "x.yaml"]
 

@@ -153,6 +153,20 @@ def test_a_search_knows_the_trials_of_an_earlier_one_and_numbers_its_own(tmp_pat
     assert len(trials) == 12 and len(own_trials(study(tmp_path / "second"))) == 2
 
 
+def test_an_earlier_search_of_other_models_tells_of_those_that_are_searched_here(tmp_path):
+    raced = {"base": {}, "sampler": "random", "models": ["RN50", "ViT-B/16", "ViT-B/32"]}
+    drawn = [trial["settings"]["model"] for trial in run(open_searcher(tmp_path / "first", **raced), 10)]
+    both = {**raced, "earlier": str(tmp_path / "first"), "models": ["ViT-B/32", "ViT-B/16", "ViT-L/14"]}
+    (tmp_path / "second").mkdir()
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({**FILE, **both}))
+    lines = []
+    second = open_study(sweep_file.load(tmp_path / "x.yaml"), tmp_path / "second", tell=lines.append)
+    assert [trial.params["model"] for trial in second.trials] == [model for model in drawn if model != "RN50"]
+    lost = drawn.count("RN50")
+    assert lost and lines == [f"note: {lost} of 10 trials of {tmp_path}/first are of models that are not searched here"]
+    assert len(run(open_searcher(tmp_path / "second", **both), 1)) == 1
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
