@@ -75,6 +75,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if evaluation.is_reused:
         print(f"embeddings of the same model, images and prompts are in {args.out}: used again")
     print(console.format_metrics(evaluation.metrics))
+    for note in evaluation.notes:
+        print(f"note: {note}")
     metrics, predictions = f"{args.out}/{layout.METRICS}", f"{args.out}/{layout.PREDICTIONS}"
     print(f"all figures: {metrics}; the first {TOP} finds of each query: {predictions}")
 

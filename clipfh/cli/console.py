@@ -45,10 +45,18 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     lines += ["", table(["", "mAP", "rank1", "queries"], rows), ""]
     if metrics["rerank"]:
         lines.append("re-ranked (k-reciprocal), but for text and random splits")
+    if told := _PROMPTS_TELL.get(metrics.get("prompts_tell_apart") or ""):
+        lines.append(told)
     unmatched = f", {metrics['num_unmatched']:,} queries left out: no other image of their item"
     left_out = unmatched if metrics["num_unmatched"] else ""
     lines.append(f"{metrics['num_query']:,} queries, {metrics['num_gallery']:,} gallery images{left_out}")
     return "\n".join(lines)
+
+
+_PROMPTS_TELL = {
+    "nothing": "no text figures: all items have the same prompt",
+    "kinds": "prompts name no more than category and gender: text figures tell how well these are found, not items",
+}
 
 
 def _value(metric: float | None) -> str:

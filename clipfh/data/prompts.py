@@ -9,7 +9,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -103,6 +103,59 @@ def load_prompts(path: str | Path) -> dict[str, str]:
             raise UserError(f"{path}: the prompt of item {item!r} must be a text that is not empty")
         prompts[item] = prompt
     return prompts
+
+
+def note_fit(prompts: Mapping[str, str], items: Collection[str], file: str) -> list[str]:
+    """Notes on how far the prompts of a file are those of a catalogue's items.
+
+    Raises:
+        UserError: none of them is of one.
+    """
+    named = prompts.keys() & set(items)
+    if not named:
+        shown = f"it names {next(iter(prompts), 'nothing')!r}, and an item is {next(iter(items))!r}"
+        counts = f"none of its {len(prompts):,} prompts is of one of the {len(items):,} items here"
+        raise UserError(f"{file}: {counts}: {_why_unlike(prompts, items) or shown}: mend its names")
+    strangers = sorted(prompts.keys() - named)
+    notes = [f"{file} has prompts for {len(named):,} of {len(items):,} items"] if len(named) < len(items) else []
+    if strangers:
+        notes.append(f"{len(strangers):,} names in {file} are no items here, e.g. {', '.join(strangers[:3])}")
+    return notes
+
+
+_LOST: dict[str, Callable[[str], str]] = {
+    "have lost their leading zeros": lambda item: item.lstrip("0"),
+    "differ in case, blanks or .0": lambda item: "".join(item.split()).casefold().removesuffix(".0"),
+    "lack the folder": lambda item: item.rpartition("/")[2],
+}
+"""What may set the names in a file of prompts apart from the ids of items, and what both have in common then."""
+
+
+def _why_unlike(prompts: Iterable[str], items: Iterable[str]) -> str:
+    """Why names that are meant as items' ids are none; empty where that can't be told."""
+    for what, common in _LOST.items():
+        known = {common(item): item for item in items}
+        if match := next((name for name in prompts if common(name) in known), None):
+            return f"its names {what}: {match!r} is {known[common(match)]!r} here"
+    return ""
+
+
+def tell_apart(prompt_of: Mapping[Any, Any], kind_of: Mapping[Any, Any]) -> Literal["items", "kinds", "nothing"]:
+    """What the prompts of items tell apart.
+
+    Args:
+        prompt_of: item to prompt.
+        kind_of: item to its category and gender.
+
+    Returns:
+        "nothing" where all items have the same prompt, "kinds" where items of one kind do.
+    """
+    distinct = set(prompt_of.values())
+    if len(prompt_of) > 1 and len(distinct) == 1:
+        return "nothing"
+    pairs = {(kind_of[item], prompt) for item, prompt in prompt_of.items()}
+    is_of_kind = len(pairs) == len({kind for kind, _ in pairs}) < len(prompt_of)
+    return "kinds" if is_of_kind else "items"
 
 
 def save_prompts(path: str | Path, prompts: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
-"""Texts of a catalogue set right: characters that were read in the wrong encoding, and white space."""
+"""Texts of a catalogue set right: HTML, characters that were read in the wrong encoding, and white space."""
 
+import html
 import re
 from difflib import SequenceMatcher
 
@@ -16,9 +17,36 @@ _MARKS = re.compile(r"[À-ÖØ-öø-ſ]*[®©]")
 _NUMERALS = re.compile(r"[°¼½¾]")
 
 
+_BLOCKS = """p div ul ol li br hr h1 h2 h3 h4 h5 h6 table tr tbody thead tfoot dl dt dd section article header footer
+    blockquote pre figure figcaption main nav"""
+_INLINE = """a abbr b big center code em font i iframe img input label mark meta link s small span strike strong sub sup
+    svg path td th u video source picture button form html body o:p tt wbr"""
+_DROPPED = re.compile(
+    r"<(script|style|head)\b.*?</\1\s*>|<!--.*?-->|<!doctype[^>]*>|<!\[CDATA\[|\]\]>", re.DOTALL | re.I
+)
+_BLOCK = re.compile(rf"</?(?:{'|'.join(_BLOCKS.split())})(?:\s[^<>]*|\s*/)?>", re.IGNORECASE)
+_TAG = re.compile(rf"</?(?:{'|'.join(_INLINE.split())})(?:\s[^<>]*|\s*/)?>", re.IGNORECASE)
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z]\w{1,30});", re.IGNORECASE)
+
+
 def repair(text: str) -> str:
-    """Repair encodings and white space. Lines stay lines, but a carriage return is only a blank."""
-    return "\n".join(line for line in (" ".join(line.split()) for line in _lines(_decode(text))) if line)
+    """Repair encodings and white space, and strip HTML. Lines stay lines, but a carriage return is only a blank."""
+    lines = (" ".join(line.split()) for line in _lines(_decode(_strip_html(text))))
+    return "\n".join(line for line in lines if line)
+
+
+def _strip_html(text: str) -> str:
+    """The text without the tags and entities of HTML, also where they were escaped. A block becomes lines of its own.
+
+    Only HTML's own tags and whole entities are taken for such: "a < b", "<3" and "R&D" stay.
+    """
+    for _ in range(3):  # HTML that was escaped, perhaps twice, is HTML again
+        stripped = _TAG.sub("", _BLOCK.sub("\n", _DROPPED.sub("", text))) if "<" in text else text
+        stripped = _ENTITY.sub(lambda entity: html.unescape(entity[0]), stripped) if "&" in stripped else stripped
+        if stripped == text:
+            break
+        text = stripped
+    return text
 
 
 def _lines(text: str) -> list[str]:
@@ -56,10 +84,12 @@ def _decode_run(match: re.Match[str]) -> str:
 
 
 def list_repairs(text: str) -> list[str]:
-    """What `_repair` does to a text, in words."""
-    old, new = text.split(), _decode(text).split()
+    """What `repair` does to a text, in words."""
+    plain = _strip_html(text)
+    repairs = ["HTML"] if plain != text else []
+    text, old, new = plain, plain.split(), _decode(plain).split()
     changes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if old != new else []
-    repairs = [f"{' '.join(old[a:b])} → {' '.join(new[c:d])}" for kind, a, b, c, d in changes if kind != "equal"]
+    repairs += [f"{' '.join(old[a:b])} → {' '.join(new[c:d])}" for kind, a, b, c, d in changes if kind != "equal"]
     repairs += ["carriage return"] if "\r" in text else []
     return repairs + (["white space"] if any(line.strip() != " ".join(line.split()) for line in _lines(text)) else [])
 

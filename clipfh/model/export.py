@@ -20,6 +20,7 @@ from torch import nn
 from clipfh import UserError, __version__
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment
+from clipfh.data import photo
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.splits import SPLITS
 from clipfh.model import onnx
@@ -70,6 +71,7 @@ def write_export(
         save_file(weights, folder / layout.EXPORTED_WEIGHTS)
         (folder / layout.OPEN_CLIP_CONFIG).write_text(architecture.to_open_clip())
         (folder / layout.EXPERIMENT).write_text(schema.to_json(experiment))
+        shutil.copyfile(photo.__file__, folder / layout.READ_PHOTO)
         (folder / layout.CARD).write_text(card(experiment, evidence or {}, clip, with_onnx))
         if hasattr(tokenizer := load_tokenizer(architecture), "save_pretrained"):
             tokenizer.save_pretrained(str(folder))
@@ -133,6 +135,7 @@ def card(experiment: Experiment, evidence: Evidence, clip: nn.Module, with_onnx:
         context=load_tokenizer(architecture_of(clip)).context_length,
         onnx={tower.encode.removeprefix("encode_"): tower for tower in onnx.TOWERS} if with_onnx else None,
         catalogue=_data(evidence.get("catalogue") or {}),
+        image_size=(evidence.get("catalogue") or {}).get("image_size", photo.IMAGE_SIZE),
         refit=evidence.get("refit", False),
         table=_metrics_table(evidence),
         val_mAP=[f"{value:.3f}" for value in reached],

@@ -8,7 +8,7 @@ from typing import Any
 
 from clipfh.config.experiment import Experiment, ModelSettings
 from clipfh.data.catalogue import Catalogue, open_catalogue
-from clipfh.data.prompts import CountTokens, ItemText, Strategy, build_prompts, item_texts, load_prompts
+from clipfh.data.prompts import CountTokens, ItemText, Strategy, build_prompts, item_texts, load_prompts, note_fit
 from clipfh.data.splits import SPLITS
 from clipfh.data.text_report import examine_texts
 from clipfh.model import architecture as architectures
@@ -23,6 +23,18 @@ def load_prompts_for(catalogue: Catalogue, experiment: Experiment, tokenizer: An
     if experiment.text.file:
         return load_prompts(experiment.text.file)
     return build_prompts(experiment.text.strategy, _texts(catalogue, splits), *_tokens(tokenizer))
+
+
+def notes_on_prompts(catalogue: Catalogue, experiment: Experiment) -> list[str]:
+    """Notes on how far the experiment's file of prompts, where it has one, is of the catalogue's items.
+
+    Raises:
+        UserError: it can't be read, or none of its prompts is of one of these items.
+    """
+    if not experiment.text.file:
+        return []
+    items = dict.fromkeys(item for split in SPLITS for item in catalogue.rows(split)["item_id"].to_pylist())
+    return note_fit(load_prompts(experiment.text.file), items, experiment.text.file)
 
 
 @dataclass(frozen=True)

@@ -373,7 +373,9 @@ def open_catalogue_again(account: Mapping[str, Any]) -> Catalogue | None:
 
 def catalogue_account(catalogue: Catalogue) -> dict[str, Any]:
     """What a summary and a model card tell of a catalogue."""
-    return {"path": str(catalogue.path), **{key: catalogue.manifest[key] for key in ("hash", "counts")}}
+    image_size = catalogue.manifest["settings"]["image_size"]
+    facts = {key: catalogue.manifest[key] for key in ("hash", "counts")}
+    return {"path": str(catalogue.path), "image_size": image_size, **facts}
 
 
 def is_number(value: object) -> bool:

@@ -19,10 +19,11 @@ from clipfh import UserError, __version__
 from clipfh.config import schema
 from clipfh.config.experiment import ModelSettings, require
 from clipfh.data.catalogue import Catalogue, open_catalogue
+from clipfh.data.prompts import tell_apart
 from clipfh.model.architecture import weights_name
 from clipfh.model.checkpoint import load_model, notes_on_model
 from clipfh.model.clip import architecture_of, load_tokenizer, model_fingerprint
-from clipfh.model.prompts import load_prompts_for
+from clipfh.model.prompts import load_prompts_for, notes_on_prompts
 from clipfh.retrieval import embed, embedding_file, metrics
 from clipfh.retrieval import rerank as reranking
 from clipfh.storage import layout
@@ -42,6 +43,8 @@ class Evaluation:
     """what `metrics.json` holds"""
     is_reused: bool
     """whether the folder held the embeddings of the same model, images and prompts"""
+    notes: list[str]
+    """what a person should know of the prompts"""
 
     @property
     def predictions(self) -> pa.Table:
@@ -93,6 +96,7 @@ def evaluate(
     for note in notes_on_model(clip, experiment.model, weights or weights_name(experiment.model), opened):
         log(note)
     prompts = load_prompts_for(opened, experiment, load_tokenizer(architecture_of(clip)), *splits)
+    notes = notes_on_prompts(opened, experiment)
     mark = fingerprint(opened, splits, clip, experiment.model, prompts)
     embedded = reused = kept(out, mark, opened, splits, prompts)
     if embedded is None:
@@ -103,7 +107,7 @@ def evaluate(
     source = {"path": str(opened.path), "hash": opened.manifest["hash"]}
     about = {"catalogue": source, "split": split, "model": experiment.model.name, "checkpoint": checkpoint}
     Folder(out).write(layout.EVALUATION, json.dumps(about, indent=2, default=str) + "\n")
-    return Evaluation(out, figures, reused is not None)
+    return Evaluation(out, figures, reused is not None, notes)
 
 
 @dataclass(frozen=True)
@@ -289,10 +293,18 @@ def _require_matched(scores: metrics.Scores, rows: pa.Table) -> None:
 
 
 def _text_figures(embedded: Embedded) -> dict[str, Any]:
+    """Figures of text retrieval, where prompts tell more apart than nothing, and what they tell apart."""
     if embedded.captions is None:
-        return {"text_to_image": None, "image_to_text": None}
+        return {"prompts_tell_apart": None, "text_to_image": None, "image_to_text": None}
+    prompt_of = dict(zip(embedded.captions.item.tolist(), embedded.captions.caption.tolist(), strict=True))
+    rows = pa.concat_tables([embedded.query_rows, embedded.gallery_rows])
+    kinds = zip(rows["category"].to_pylist(), rows["gender"].to_pylist(), strict=True)
+    told = tell_apart(prompt_of, dict(zip(embedded.both.item.tolist(), kinds, strict=True)))
+    if told == "nothing":
+        return {"prompts_tell_apart": told, "text_to_image": None, "image_to_text": None}
     captioned = embedded.query.select(torch.isin(embedded.query.item, embedded.captions.item))
     return {
+        "prompts_tell_apart": told,
         "text_to_image": metrics.text_to_image(embedded.captions, embedded.gallery),
         "image_to_text": metrics.image_to_text(captioned, embedded.captions) if len(captioned) else None,
     }

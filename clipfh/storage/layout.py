@@ -37,4 +37,5 @@ OPEN_CLIP_WEIGHTS = (
     "pytorch_model.bin",
 )
 """Files of weights of a model's folder, in open_clip's order of preference"""
+READ_PHOTO = "preprocess.py"
 ONNX, IMAGE_ONNX, TEXT_ONNX, PREPROCESSOR = "onnx", "image.onnx", "text.onnx", "preprocessor_config.json"

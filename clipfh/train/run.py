@@ -18,6 +18,7 @@ from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.data.decoding import Feed
 from clipfh.model.architecture import weights_name
 from clipfh.model.checkpoint import notes_on_model
+from clipfh.model.prompts import notes_on_prompts
 from clipfh.storage import layout, run_folder
 from clipfh.storage.output import all_or_nothing
 from clipfh.train import in_process
@@ -105,6 +106,8 @@ def train(
             inputs = prepare_inputs(opened, experiment, clip, feed, placement.keep_gib, warm=is_warm_started(out))
             for note in (note_on_size(clip, experiment), *notes_on_singles(inputs, experiment.loss)):
                 log(note)
+            for note in notes_on_prompts(opened, experiment) if experiment.loss.takes_text else ():
+                log(f"note: {note}")
             with tracking.following(track, out):
                 compute(experiment, inputs, out, log)
     reports = run_folder.read_metrics(out)

@@ -11,7 +11,17 @@ from clipfh import UserError
 from clipfh.cli import main
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
-from clipfh.data.prompts import _OWED, ItemText, _telling, build_prompts, item_texts, load_prompts, save_prompts
+from clipfh.data.prompts import (
+    _OWED,
+    ItemText,
+    _telling,
+    build_prompts,
+    item_texts,
+    load_prompts,
+    note_fit,
+    save_prompts,
+    tell_apart,
+)
 from clipfh.data.splits import SPLITS
 from clipfh.data.text_report import examine_texts
 from clipfh.model.architecture import find
@@ -298,3 +308,41 @@ def test_a_place_that_cannot_be_written_or_read_is_refused(tmp_path):
         save_prompts(tmp_path / "missing" / "prompts.json", {"a": "x"})
     with pytest.raises(UserError, match="cannot be read"):
         load_prompts(tmp_path)
+
+
+def test_prompts_of_a_file_are_compared_with_the_items_of_a_catalogue():
+    items = [f"0{number}" for number in range(6)]
+    assert note_fit(dict.fromkeys(items, "A hat."), items, "p.json") == []
+    assert note_fit({"00": "A hat.", "01": "A hat.", "9": "A cap."}, items, "p.json") == [
+        "p.json has prompts for 2 of 6 items",
+        "1 names in p.json are no items here, e.g. 9",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("item", "name", "said"),
+    [
+        ("0108775", "108775", "its names have lost their leading zeros: '108775' is '0108775' here"),
+        ("SKU 1", "sku1", "its names differ in case, blanks or .0: 'sku1' is 'SKU 1' here"),
+        ("7", "7.0", "its names differ in case, blanks or .0: '7.0' is '7' here"),
+        ("shoes/boot", "boot", "its names lack the folder: 'boot' is 'shoes/boot' here"),
+        ("boot", "hat", "it names 'hat', and an item is 'boot'"),
+    ],
+)
+def test_why_no_prompt_of_a_file_is_of_an_item_is_told(item, name, said):
+    with pytest.raises(UserError, match=f"none of its 1 prompts is of one of the 1 items here: {re.escape(said)}"):
+        note_fit({name: "A hat."}, [item], "p.json")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "kinds", "told"),
+    [
+        (["Clothing item."] * 3, "xyz", "nothing"),
+        (["Hat.", "Hat.", "Shoe."], "xxy", "kinds"),
+        (["Hat.", "Shoe."], "xy", "items"),
+        (["Red hat.", "Hat.", "Hat."], "xxx", "items"),
+        (["Hat."], "x", "items"),
+    ],
+)
+def test_what_prompts_tell_apart_is_known(prompts, kinds, told):
+    assert tell_apart(dict(enumerate(prompts)), dict(enumerate(kinds))) == told

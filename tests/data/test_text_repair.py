@@ -27,3 +27,25 @@ GENUINE = [
 def test_genuine_text_is_never_touched(text):
     assert prompt_of(an_item(text), "clean") == f"A clothing item in Red. {text}"
     assert examine_texts([an_item(text)], count_tokens)["repaired"] == {}
+
+
+HTML = {
+    '<div class="rte"><p style="margin:0">Soft dress no. 3 &amp; belt.</p><ul><li>V-neck</li></ul></div>': (
+        "Soft dress no. 3 & belt. V-neck"
+    ),
+    "Two<br/>lines&nbsp;of <b>bold</b>ness&#33;": "Two lines of boldness!",
+    "&lt;p&gt;Caf&amp;eacute; racer&lt;/p&gt;": "Café racer",
+    "<style>p {color: red}</style><!-- note -->Warm.<script>go()</script>": "Warm.",
+    "<P>Caf\u8305 <A HREF='x'>racer</A>": "Café racer",
+}
+
+
+@pytest.mark.parametrize("text", HTML)
+def test_html_is_stripped_and_counted_under_repaired(text):
+    assert prompt_of(an_item(text), "clean") == f"A clothing item in Red. {HTML[text]}"
+    assert examine_texts([an_item(text)], count_tokens)["repaired"]["id_1"][0] == "HTML"
+
+
+@pytest.mark.parametrize("text", ["a < b > c", "I <3 it", "size <M>", "R&D & more", "AT&T; cut", "&copy 5", "<w> 30"])
+def test_what_only_looks_like_html_stays(text):
+    assert prompt_of(an_item(text), "clean") == f"A clothing item in Red. {text}"

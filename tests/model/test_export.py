@@ -1,19 +1,23 @@
 """An export by itself: its card's own lines give the checkpoint's embeddings, in open_clip and in onnxruntime."""
 
+import ast
 import importlib.util
 import json
 import re
 import stat
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shop import colored, saved
 
 from clipfh import UserError
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.data import images
+from clipfh.data.encode import encode_photo
 from clipfh.model import export, onnx
 from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import get_preprocess, load_initial_model, load_tokenizer
@@ -52,12 +56,52 @@ def blocks(folder, photo):
     return [block.replace("FOLDER", str(folder)).replace("photo.jpg", str(photo)) for block in found]
 
 
-def test_the_lines_of_the_card_give_the_checkpoints_embeddings(folder, clip, photos, tmp_path):
+@pytest.fixture
+def own_imports(monkeypatch):
+    """What the card's lines import lies in a folder of the export, and is forgotten afterwards."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "preprocess", raising=False)
+    yield
+    sys.modules.pop("preprocess", None)
+
+
+def odd_photos():
+    """One picture turned by its tag, cut out with black below, and of 16 bits."""
+    picture = colored((300, 400))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cut = np.dstack([np.asarray(picture), np.full((400, 300), 255, np.uint8)])
+    cut[:150] = 0
+    deep = np.linspace(0, 65535, 400 * 300).reshape(400, 300).astype(np.uint16)
+    return {
+        "turned.jpg": saved(picture.transpose(Image.Transpose.ROTATE_90), quality=95, exif=exif),
+        "cut.png": saved(Image.fromarray(cut), "PNG"),
+        "deep.png": saved(Image.fromarray(deep), "PNG"),
+    }
+
+
+def test_the_lines_of_the_card_read_a_photo_as_prepare_does(folder, clip, tmp_path, own_imports):
+    for name, data in odd_photos().items():
+        (tmp_path / name).write_bytes(data)
+        scope = {}
+        exec(blocks(folder, tmp_path / name)[0], scope)
+        expected = embedded(clip, encode_photo(tmp_path / name, 256))
+        torch.testing.assert_close(scope["embedding"], expected, rtol=0, atol=1e-5)
+
+
+def test_what_reads_a_photo_needs_pillow_alone(folder):
+    tree = ast.parse((folder / "preprocess.py").read_text())
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"PIL", "pillow_heif"}
+
+
+def test_the_lines_of_the_card_give_the_checkpoints_embeddings(folder, clip, photos, tmp_path, own_imports):
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(photos[3])
     expected, scope = embedded(clip, photos[3]), {}
     by_open_clip, words, by_onnx = blocks(folder, photo)
-    assert len([line for line in by_open_clip.splitlines() if line]) == 5
+    assert len([line for line in by_open_clip.splitlines() if line]) == 8
     exec(by_open_clip, scope)
     torch.testing.assert_close(scope["embedding"], expected, rtol=0, atol=1e-5)
     exec(words, scope)

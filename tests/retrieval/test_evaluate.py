@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from shop import draw
 
 from clipfh import UserError
 from clipfh.cli import console, main
@@ -17,6 +18,7 @@ from clipfh.cluster import connect
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.data import images as images_module
+from clipfh.data.prepare import prepare
 from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import build_model, get_preprocess, load_tokenizer
 from clipfh.model.prompts import load_prompts_for
@@ -28,7 +30,7 @@ from clipfh.train.inputs import load_start
 SPLITS = evaluate.splits_of("test")
 SETTINGS = ModelSettings(name=SMALL_MODEL, precision="float32")
 KEYS = {*metrics.KEYS, "num_query", "num_gallery", "num_unmatched", "intervals", "cmc", "random_splits", "variant"}
-KEYS |= {"by_category", "by_gender", "text_to_image", "image_to_text", "rerank"}
+KEYS |= {"by_category", "by_gender", "text_to_image", "image_to_text", "rerank", "prompts_tell_apart"}
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +173,26 @@ def test_figures_of_one_item_without_prompts_are_null_where_there_is_nothing(emb
         found["intervals"]["mAP"] is found["text_to_image"] is found["image_to_text"] is found["random_splits"] is None
     )
     assert "none" in console.format_metrics(found)
+
+
+def texts_told(tmp_path, capsys, layout_of):
+    """What `clipfh evaluate` prints and measures of photos in folders, without a text."""
+    for item in range(30):
+        for view in range(2):
+            draw(tmp_path / "photos" / layout_of(item) / f"{view}.jpg", number=2 * item + view)
+    prepare(tmp_path / "photos", tmp_path / "catalogue")
+    words = ["evaluate", str(tmp_path / "catalogue"), "--out", str(tmp_path / "out"), "--model", SMALL_MODEL]
+    assert main.main([*words, "--split", "val"]) == 0
+    return capsys.readouterr().out, json.loads((tmp_path / "out" / layout.METRICS).read_text())
+
+
+def test_there_are_no_text_figures_where_all_items_have_one_prompt(tmp_path, quick, capsys):
+    said, figures = texts_told(tmp_path, capsys, lambda item: f"item{item}")
+    assert "no text figures: all items have the same prompt" in said and "text to image" not in said
+    assert figures["text_to_image"] is figures["image_to_text"] is None
+
+
+def test_text_figures_of_prompts_that_name_categories_say_so(tmp_path, quick, capsys):
+    said, figures = texts_told(tmp_path, capsys, lambda item: f"{'hats' if item % 2 else 'shoes'}/item{item}")
+    assert "prompts name no more than category and gender" in said
+    assert figures["prompts_tell_apart"] == "kinds" and figures["text_to_image"]["mAP"] > 0
