@@ -14,6 +14,10 @@ USUAL_WEIGHT = {"ce": 0.25, "triplet": 1.0, "center": 5e-4, "supcon": 1.0, "info
 
 # Shared by both stages of a preset: what pretrained CLIP wants, and what random weights want.
 _PRETRAINED: dict[str, Any] = {"loss.supcon": 1.0, "loss.supcon_temperature": 0.07, "batch.items": 64, "batch.views": 4}
+# Weights that were trained without decay lose by it (Zhai et al. 2023, 2303.15343, on pretrained towers)
+_SIGLIP: dict[str, Any] = {**_PRETRAINED, "optimizer.weight_decay": 0.0}
+# Over its 36 blocks what .8 is over twelve groups of them (Liu et al. 2022, 2201.03545, table 6)
+_CONVNEXT: dict[str, Any] = {**_PRETRAINED, "optimizer.layer_decay": 0.93}
 _SCRATCH: dict[str, Any] = {
     "loss.supcon": 1.0,
     "loss.triplet": 1.0,
@@ -51,6 +55,8 @@ _WITH_CAPTIONS: dict[str, Any] = {"loss.supcon": 1.0, "loss.supcon_captions": Tr
 # pipeline that clipfh replaces (losses, prompts, P x K) without its faults.
 PRESETS: dict[str, dict[Stage, dict[str, Any]]] = {
     "recommended": {"image": _PRETRAINED, "joint": {**_PRETRAINED, "loss.infonce": 0.5}},
+    "siglip": {"image": _SIGLIP, "joint": {**_SIGLIP, "loss.sigmoid": 0.5}},
+    "convnext": {"image": _CONVNEXT, "joint": {**_CONVNEXT, "loss.infonce": 0.5}},
     "scratch": {"image": _SCRATCH, "joint": {**_SCRATCH, "loss.infonce": 0.1}},
     "image": {"image": {"loss.triplet": 1.0, "loss.ce": 0.25, "loss.center": 5e-4, "loss.supcon": 0.0}},
     "joint-v1": {
@@ -76,15 +82,14 @@ def loss_terms(shorthand: str) -> dict[str, float]:
 def resolve(stage: str, preset: str | None = None, settings: Mapping[str, Any] | None = None) -> Experiment:
     """The experiment of a stage: defaults, then the preset's settings, then the ones given.
 
-    Without a preset, clipfh-small takes `scratch` and every other model `recommended`.
+    Without a preset, it is the `usual_preset` of the model.
 
     Raises:
         UserError: unknown stage, preset or setting, or a value that does not fit.
     """
     settings = dict(settings or {})
     check("stage", stage)
-    small = settings.get("model.name") == SMALL_MODEL
-    preset = preset or ("scratch" if small else "recommended")
+    preset = preset or usual_preset(settings.get("model.name", ""))
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}")
     if stage not in PRESETS[preset]:
@@ -93,6 +98,13 @@ def resolve(stage: str, preset: str | None = None, settings: Mapping[str, Any] |
         )
     base = PRESETS[preset][stage]
     return replace(Experiment(stage=stage), {**one_budget(base), **one_budget(settings)})
+
+
+def usual_preset(model: str) -> str:
+    """Name of the preset that a model takes where none is named, by its name."""
+    if model == SMALL_MODEL:
+        return "scratch"
+    return next((family for family in ("siglip", "convnext") if family in model.lower()), "recommended")
 
 
 def presets_for(stage: str) -> list[str]:

@@ -56,7 +56,7 @@ def test_unknown_stage_preset_and_a_preset_of_the_other_stage():
         (
             "image",
             "joint-v2",
-            "preset joint-v2 is not for the image stage: its presets are recommended, scratch, image",
+            "preset joint-v2 is not for the image stage: its presets are recommended, siglip, convnext, scratch, image",
         ),
     ]:
         with pytest.raises(UserError, match=message):
@@ -146,3 +146,19 @@ def test_a_temperature_that_the_logit_scale_does_not_reach_is_refused(given):
     with pytest.raises(UserError, match=r"loss.infonce_temperature must be 0, or from 0.01 to 1, not"):
         LossSettings(infonce=1.0, infonce_temperature=given)
     assert LossSettings(infonce=1.0, infonce_temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    "model,preset",
+    [
+        ("ViT-B/16", "recommended"),
+        ("clipfh-small", "scratch"),
+        ("ViT-B-16-SigLIP2", "siglip"),
+        ("hf-hub:Marqo/marqo-fashionSigLIP", "siglip"),
+        ("convnext_base_w", "convnext"),
+    ],
+)
+def test_a_family_has_its_own_usual_preset(model, preset):
+    settings = {"model.name": model}
+    for stage in ("image", "joint"):
+        assert presets.resolve(stage, None, settings) == presets.resolve(stage, preset, settings)
