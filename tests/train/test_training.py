@@ -119,11 +119,10 @@ def test_a_run_repeats_to_the_last_digit(image_run, fitted, tiny):
     assert apart(final(image_run), final(again)) == 0
 
 
-@pytest.mark.parametrize("stage", ["image", "joint"])
-def test_two_workers_train_what_one_does(fitted, stage):
+def test_two_workers_train_what_one_does(fitted):
     loss = {"loss.ce": 0.2, "loss.triplet": 1.0, "loss.center": 1e-3, "loss.infonce": 0.5, "loss.sigmoid": 0.5}
     loss |= {"optimizer.lr": 1e-4}
-    experiment = presets.resolve(stage, None, {**TINY, **loss, "budget.images": 64})
+    experiment = presets.resolve("joint", None, {**TINY, **loss, "budget.images": 64})
     one, two = fitted(experiment, 1), fitted(experiment, 2)
     assert (one / "stream.jsonl").read_text() == (two / "stream.jsonl").read_text()
     losses = [run_folder.read_metrics(run)[-1] for run in (one, two)]
@@ -221,30 +220,31 @@ HERE, OVER_RAY = (), ("--address=local",)
 
 
 @pytest.mark.resilience
-@pytest.mark.parametrize("begins,goes_on", [(HERE, OVER_RAY), (OVER_RAY, HERE)])
-def test_a_killed_command_resumes_to_the_same_end(small_catalogue, undisturbed, tmp_path, begins, goes_on):
+def test_a_killed_command_resumes_to_the_same_end(small_catalogue, undisturbed, tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen(command(small_catalogue, run, *begins), start_new_session=True, stdout=subprocess.PIPE)
-    await_reports(process, run, 2)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert run_folder.latest_step(run) < 60, "killed in mid-run"
-    subprocess.run(command(small_catalogue, run, "--resume", *goes_on), check=True, capture_output=True)
+    for reports, more in ((1, HERE), (3, ("--resume", *OVER_RAY))):
+        process = subprocess.Popen(command(small_catalogue, run, *more), start_new_session=True, stdout=subprocess.PIPE)
+        await_reports(process, run, reports)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert run_folder.latest_step(run) < 60, "killed in mid-run"
+    subprocess.run(command(small_catalogue, run, "--resume", *HERE), check=True, capture_output=True)
     assert_same(run, undisturbed)
     assert len(list((run / "checkpoints").glob("checkpoint_*-*"))) <= 2, "the best and the latest alone are kept"
 
 
 @pytest.mark.resilience
-@pytest.mark.parametrize("number,code,words", [(signal.SIGTERM, 143, "told to end"), (signal.SIGINT, 130, "stopped")])
-def test_a_run_that_is_told_to_end_says_how_to_go_on(small_catalogue, undisturbed, tmp_path, number, code, words):
+def test_a_run_that_is_told_to_end_says_how_to_go_on(small_catalogue, undisturbed, tmp_path):
     run = tmp_path / "run"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command(small_catalogue, run), **pipes)
-    await_reports(process, run, 1)
-    process.send_signal(number)
-    line = f"clipfh: {words}; the same command with --resume goes on from the last checkpoint\n"
-    assert process.communicate()[1] == line
-    assert process.returncode == code
+    told = ((1, (), signal.SIGTERM, 143, "told to end"), (3, ("--resume",), signal.SIGINT, 130, "stopped"))
+    for reports, more, number, code, words in told:
+        process = subprocess.Popen(command(small_catalogue, run, *more), **pipes)
+        await_reports(process, run, reports)
+        process.send_signal(number)
+        line = f"clipfh: {words}; the same command with --resume goes on from the last checkpoint\n"
+        assert process.communicate()[1] == line
+        assert process.returncode == code
     subprocess.run(command(small_catalogue, run, "--resume"), check=True, capture_output=True)
     assert_same(run, undisturbed)
 
