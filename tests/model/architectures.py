@@ -2,13 +2,17 @@
 
     python tests/model/architectures.py [NAME ...]
 
-Models are built on the meta device: they have no weights.
+Models are built on the meta device: they have no weights. Text towers of Hugging Face's are built by configurations
+written here, as the hub has them, without asking it.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+import tempfile
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -39,10 +43,37 @@ class Row:
     """whether the image tower can compute its activations again"""
 
 
+TEXT_TOWERS = {
+    "roberta-base": ("roberta", {"vocab_size": 50265}),
+    "xlm-roberta-base": ("xlm-roberta", {"vocab_size": 250002}),
+    "xlm-roberta-large": ("xlm-roberta", {"vocab_size": 250002, "hidden_size": 1024, "num_hidden_layers": 24}),
+    "google/mt5-base": ("mt5", {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12}),
+    "google/mt5-xl": ("mt5", {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32}),
+    "facebook/nllb-200-distilled-600M": ("m2m_100", {"vocab_size": 256206}),
+    "facebook/nllb-200-distilled-1.3B": ("m2m_100", {"vocab_size": 256206, "encoder_layers": 24}),
+}
+"""Type of each text tower of Hugging Face's in open_clip's list, and what of it is not the type's own"""
+
+
+def build_without_weights(settings: ModelSettings) -> Any:
+    """A model of open_clip's list on the meta device. UserError: it can't be built."""
+    found = architectures.find(settings)
+    if tower := found.model_cfg["text_cfg"].get("hf_model_name"):
+        from transformers import AutoConfig
+
+        kind, options = TEXT_TOWERS[tower]
+        with tempfile.TemporaryDirectory() as folder:
+            AutoConfig.for_model(kind, **options).save_pretrained(folder)
+            cfg = deepcopy(found.model_cfg)
+            cfg["text_cfg"]["hf_model_name"] = folder
+            return build(replace(found, model_cfg=cfg), "meta")
+    return build(found, "meta")
+
+
 def look_at(name: str) -> Row:
     """Build an architecture of open_clip's list without weights, and look at it. UserError: it can't be built."""
     settings = ModelSettings(name=name, pretrained="none")
-    clip = build(architectures.find(settings), "meta")
+    clip = build_without_weights(settings)
     image, text, _ = split_towers(clip)
     freeze(clip, "joint", settings, learn_scale=True)
     heads = Objective(LossSettings(infonce=1.0), 1, 1)
