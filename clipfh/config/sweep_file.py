@@ -17,7 +17,6 @@ from clipfh.config import presets, schema
 from clipfh.config.experiment import (
     LOSS_TERMS,
     MODEL_IDENTITY,
-    SMALL_MODEL,
     Budget,
     Experiment,
     LossSettings,
@@ -317,7 +316,7 @@ def _model(entry: Any) -> dict[str, Any]:
 
 def _base(settings: dict[str, Any], search: Mapping[str, SearchRange]) -> dict[str, Any]:
     """Checked settings, and their preset: the usual one for the model where none is named and there is one model."""
-    usual = "scratch" if settings.get("model.name") == SMALL_MODEL else "recommended"
+    usual = presets.usual_preset(settings.get("model.name", ""))
     preset = settings.pop("preset", None) or ("" if {MODEL, "model.name"} & search.keys() else usual)
     checked = {name: schema.check(name, value) for name, value in settings.items()}
     return {**({"preset": str(preset)} if preset else {}), **schema.with_absolute_paths(checked)}
