@@ -87,7 +87,7 @@ def require_models(sweep: SweepFile) -> None:
     """
     for label in sweep.contenders:
         one = sweep.only([label])
-        settings = one.start(label).model
+        settings = sweep.start(label).model
         architecture = architectures.find(settings)
         if sweep.final.image_size:
             architectures.find(dataclasses.replace(settings, image_size=sweep.final.image_size))

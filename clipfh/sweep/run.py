@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -109,16 +110,16 @@ def estimate_sweep(
     several = len(loaded.contenders) > 1
     if several:
         log(_race_ahead(loaded, opened))
-    for label in loaded.contenders:
-        one = dataclasses.replace(loaded.only([label]), trials=loaded.trials)
-        if address or os.environ.get("RAY_ADDRESS"):
-            with connected(address, loaded.placement, dashboard):
-                measured, at_once = _measure_on_a_worker(one, opened)
-        else:
-            measured, at_once = _measure_here(one, opened, in_a_process=several), 1
-        if several:
-            log(f"\n{label}, if all trials were of it:")
-        log(estimate.told(one, measured, estimate.epoch(opened, one.start(label)), at_once))
+    on_a_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
+    with connected(address, loaded.placement, dashboard) if on_a_cluster else contextlib.nullcontext():
+        for label in loaded.contenders:
+            one = dataclasses.replace(loaded.only([label]), trials=loaded.trials)
+            measured, at_once = (
+                _measure_on_a_worker(one, opened) if on_a_cluster else (_measure_here(one, opened, several), 1)
+            )
+            if several:
+                log(f"\n{label}, if all trials were of it:")
+            log(estimate.told(one, measured, estimate.epoch(opened, loaded.start(label)), at_once))
 
 
 def _race_ahead(loaded: SweepFile, opened: Catalogue) -> str:

@@ -30,11 +30,8 @@ def prepare(
     keep_gib = sweep.placement.keep_gib / len({each.pixels for each in contenders})
     inputs = {}
     for each in contenders:
-        one = sweep.only([each.model])
-        clip = load(one.start(each.model))
-        inputs[model_key(one.start(each.model).model)] = _prepare_one(
-            one, catalogue, clip, feed, keep_gib, each.val_mAP
-        )
+        one, start = sweep.only([each.model]), sweep.start(each.model)
+        inputs[model_key(start.model)] = _prepare_one(one, catalogue, load(start), feed, keep_gib, each.val_mAP)
     return inputs
 
 
