@@ -69,7 +69,7 @@ def read_inshop(store: fs.SubTreeFileSystem, partition: str, with_boxes: bool) -
     for where, path, item_id, split in _partition(store, partition):
         text, color = texts.get(item_id, ("", ""))
         row = {"image_path": path, "item_id": item_id, "split": split, "text": text, "color": color}
-        photos.append(require_photo(row | _inshop_folders(path), where))
+        photos.append(require_photo(row | _named(path), where))
     if unlisted := len(texts.keys() - {photo.item_id for photo in photos}):
         notes.append(f"{unlisted:,} descriptions are of items that are not listed")
     tree = _inshop_tree(store, photos)
@@ -134,10 +134,13 @@ def _tree_notes(store: fs.SubTreeFileSystem, used: str) -> list[str]:
     return [*notes, f"{', '.join(others)} is not used: to use it, move {used} away"] if others and used else notes
 
 
-def _inshop_folders(path: str) -> dict[str, str]:
-    """Gender and category from `img/WOMEN/Dresses/id_00000002/02_1_front.jpg`; any names will do."""
+def _named(path: str) -> dict[str, str]:
+    """What `img/WOMEN/Dresses/id_00000002/02_1_front.jpg` says: gender, category, variant, view; any names will do."""
     *_, gender, category = ["", "", *path.removeprefix("img/").split("/")[:-2]]
-    return {"gender": gender, "category": category}
+    stem = posixpath.splitext(posixpath.basename(path))[0]
+    match = re.fullmatch(r"(\d+)_\d+_(.+)", stem)
+    variant, view = match.groups() if match else ("", stem)
+    return {"gender": gender, "category": category, "variant": variant, "view": view}
 
 
 def _inshop_texts(store: fs.SubTreeFileSystem) -> tuple[dict[str, tuple[str, str]], list[str]]:
@@ -198,7 +201,7 @@ def read_processed(store: fs.SubTreeFileSystem, folder: str) -> Listing:
             split = fields.get("split") or splits.get(path) or splits.get(key)
             text, color = prompts.get(str(item_id)) or prompts.get(path) or ("", "")
             row = {"image_path": path, "item_id": item_id, "text": text, "color": color}
-            row |= {"split": "train" if split == "val" else split, **_inshop_folders(path)}
+            row |= {"split": "train" if split == "val" else split, **_named(path)}
             photos.append(require_photo(row, where))
     return locate_in_layouts(store, photos, [], ("splits/{split}/{path}", "splits/val/{path}", "{path}"))
 

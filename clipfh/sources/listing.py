@@ -128,7 +128,7 @@ def require_photo(row: Mapping[str, Any], where: str) -> Photo:
 
 
 def variant_and_view(path: str) -> tuple[str, str]:
-    """Variant and view by In-Shop's rule, `02_1_front`; for any other name the whole of it is the view."""
+    """Variant and view by a name of In-Shop's, `02_1_front`; for any other name the whole of it is the view."""
     stem = path.rpartition("/")[2].rpartition("\\")[2]
     stem = stem.rpartition(".")[0] or stem
     match = re.fullmatch(r"(\d\d)_\d_(front|side|back|full|flat|additional)", stem)

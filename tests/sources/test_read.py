@@ -120,6 +120,13 @@ def test_inshop_photos_and_notes(tmp_path):
     assert {photo.text for photo in bare.photos} == {""}
 
 
+def test_inshops_rule_for_names_holds_for_any_view_of_an_inshop_source(tmp_path):
+    path = "img/WOMEN/Tees/id_00000001/01_2_viewb.jpg"
+    put(tmp_path / path, path)
+    put(tmp_path / "Eval/list_eval_partition.txt", f"image_name item_id evaluation_status\n{path} id_00000001 train\n")
+    assert [(photo.variant, photo.view) for photo in read_source(tmp_path).photos] == [("01", "viewb")]
+
+
 def test_csv_and_parquet_with_all_columns(tmp_path):
     columns = ("image_path", "item_id", "split", "text", "view", "variant", "gender", "category", "color", "price")
     rows = [
