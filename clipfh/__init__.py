@@ -1,7 +1,8 @@
 """clipfh tunes CLIP to find the same item again in a catalogue of photos.
 
-What the commands do is here as functions: `prepare`, `open_catalogue`, `evaluate`, `train`, `sweep`, `export`, `embed`
-and `search`. Each is loaded when it is first used, so importing this package loads neither torch nor ray.
+What the commands do is here as functions: `prepare`, `open_catalogue`, `audit`, `evaluate`, `train`, `sweep`,
+`export`, `embed` and `search`. Each is loaded when it is first used, so importing this package loads neither torch nor
+ray.
 """
 
 import importlib
@@ -16,14 +17,27 @@ if TYPE_CHECKING:
     from clipfh.data.prepare import prepare
     from clipfh.retrieval.evaluate import evaluate
     from clipfh.retrieval.lookup import embed, search
+    from clipfh.retrieval.review import audit
     from clipfh.sweep.run import sweep
     from clipfh.train.export import export
     from clipfh.train.run import train
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "embed", "evaluate", "export", "open_catalogue", "prepare", "search", "sweep", "train"]
+__all__ = [
+    "UserError",
+    "audit",
+    "embed",
+    "evaluate",
+    "export",
+    "open_catalogue",
+    "prepare",
+    "search",
+    "sweep",
+    "train",
+]
 
 _MODULES = {
+    "audit": "clipfh.retrieval.review",
     "embed": "clipfh.retrieval.lookup",
     "evaluate": "clipfh.retrieval.evaluate",
     "export": "clipfh.train.export",

@@ -27,6 +27,7 @@ def prepare(args: argparse.Namespace) -> None:
             skip_bad_lines=args.skip_bad_lines,
             encoding=args.encoding,
             inshop_boxes=args.inshop_boxes,
+            without=args.without,
             progress=progress,
         )
     rows = [[split, count["images"], count["items"]] for split, count in catalogue.manifest["counts"].items()]
@@ -37,6 +38,33 @@ def prepare(args: argparse.Namespace) -> None:
     for note in catalogue.manifest["notes"]:
         print(f"note: {note}")
     print(f"catalogue {args.out}")
+
+
+def audit(args: argparse.Namespace) -> None:
+    from clipfh.data.audit import describe_copies
+
+    with console.progress("images embedded") as progress:
+        found = clipfh.audit(
+            args.catalogue,
+            checkpoint=args.checkpoint,
+            settings=args.settings,
+            address=args.address,
+            dashboard=args.dashboard,
+            progress=progress,
+        )
+    print("\n".join(describe_copies(found.copies)[:-1]) or "no picture is there twice")
+    if found.suspects is None:
+        print("labels were not looked at: --checkpoint names a model that can tell items apart")
+    else:
+        rows = [[each.path, each.item_id, each.like, f"{each.margin:.3f}"] for each in found.suspects[:20]]
+        print(f"{len(found.suspects):,} views look like another item's" + ", the first 20:" * (len(rows) == 20))
+        if rows:
+            print(console.table(["path", "item", "looks like", "by"], rows))
+    print(f"page {found.page}")
+    if found.without:
+        print(
+            f"{len(found.without):,} photos to leave out by prepare --without: {found.page.with_name(layout.WITHOUT)}"
+        )
 
 
 def prompts(args: argparse.Namespace) -> None:

@@ -112,7 +112,21 @@ COMMANDS = {
             ),
             Argument("--encoding", default="", metavar="NAME", help="of a CSV, such as cp1252 (default: found out)"),
             Argument("--inshop-boxes", action="store_true", help="cut In-Shop's photos to list_bbox_inshop.txt"),
+            Argument(
+                "--without", metavar="FILE", help="photos to leave out, a path a line, as clipfh audit lists them"
+            ),
         ),
+    ),
+    "audit": Command(
+        commands.audit,
+        "CATALOGUE [--checkpoint PATH] [options] [settings]",
+        "show copies, leaks and, with a model, views that look like another item's",
+        (
+            CATALOGUE,
+            Argument("--checkpoint", metavar="PATH", help="a run, sweep, checkpoint, export or weights file"),
+            *CLUSTER,
+        ),
+        ("model",),
     ),
     "prompts": Command(
         commands.prompts,

@@ -30,6 +30,7 @@ from pyarrow import fs
 
 from clipfh import UserError
 from clipfh.config import cores
+from clipfh.data.audit import describe_copies, find_copies, save_copies
 from clipfh.data.catalogue import (
     COLUMNS,
     FORMAT,
@@ -43,7 +44,7 @@ from clipfh.data.catalogue import (
 from clipfh.data.encode import DecodingMemory, encode_listed, start_encoding
 from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, digest
 from clipfh.sources import read as read_module
-from clipfh.sources.listing import UNBLAMED, LeftOut, Photo, ReadOptions
+from clipfh.sources.listing import NOT_WANTED, UNBLAMED, LeftOut, Photo, ReadOptions
 from clipfh.storage import layout
 
 SHARD_IMAGES = (
@@ -74,6 +75,7 @@ def prepare(
     skip_bad_lines: bool = False,
     encoding: str = "",
     inshop_boxes: bool = False,
+    without: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Catalogue:
     """Make the catalogue `out` of `source` on all cores. A catalogue that is there and up to date is reused.
@@ -92,6 +94,8 @@ def prepare(
         skip_bad_lines: leave out lines of a table that can't be used, in place of an error.
         encoding: of a CSV file, such as cp1252; empty finds it out.
         inshop_boxes: cut In-Shop's photos to the boxes of its own file.
+        without: text file with a path a line, as the source writes it: photos to leave out, such as those that `audit`
+            lists. The splits of the others stay as they are.
         progress: called with the number of images done and of all images.
 
     Raises:
@@ -105,7 +109,7 @@ def prepare(
         listing = read_module.read_source(source, options)
         tally = _PhotoCount(len(listing.photos) + len(listing.left_out), max_bad, progress)
         tally.add(0, listing.left_out)
-        photos = assign_splits(listing.photos, val_fraction, seed)
+        photos = _leave_out(without, assign_splits(listing.photos, val_fraction, seed), tally)
         shards = _cut_into_shards(photos)
         settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed, "follow_links": follow_links}
         plan = digest(json.dumps([FORMAT, VERSION, settings]), *(digest(json.dumps(shard.photos)) for shard in shards))
@@ -118,6 +122,8 @@ def prepare(
             _write_shards(pool, folder, shards, _Reader(listing.store, image_size, follow_links), tally)
             pool.shutdown()  # what follows needs memory, the processes none any more
             contents = _describe_contents(folder, shards)
+            copies = find_copies([folder / shard.name for shard in shards])
+            save_copies(folder, copies, contents["hash"])
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -125,10 +131,32 @@ def prepare(
                 "settings": {"source": source, **settings, "max_bad": max_bad},
                 **contents,
                 "left_out": tally.summary(),
-                "notes": listing.notes + contents["notes"],
+                "notes": listing.notes + contents["notes"] + describe_copies(copies),
             }
             _finish(folder, out, manifest)
         return open_catalogue(out)
+
+
+def _leave_out(without: str | Path | None, photos: list[Photo], tally: "_PhotoCount") -> list[Photo]:
+    """The photos that a file does not list.
+
+    Raises:
+        UserError: the file can't be read, or lists none of the photos.
+    """
+    if without is None:
+        return photos
+    try:
+        listed = {line for line in Path(without).read_text(encoding="utf-8").splitlines() if line}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--without {without}: can't be read ({error}): give a text file with a path a line") from error
+    left_out = [(photo.path, NOT_WANTED) for photo in photos if photo.path in listed]
+    if listed and not left_out:
+        raise UserError(
+            f"--without {without}: none of its {len(listed):,} paths is of a photo here, the first is "
+            f"{min(listed)!r}: write paths as the source does, such as {photos[0].path!r}"
+        )
+    tally.add(0, left_out)
+    return [photo for photo in photos if photo.path not in listed]
 
 
 @dataclass(frozen=True)
@@ -256,7 +284,9 @@ def _reuse_up_to_date(out: Path, plan: str, tally: _PhotoCount) -> Catalogue:
     if catalogue.manifest["plan"] != plan:
         raise UserError(f"{out}: holds the catalogue of another source or settings: delete it or choose another --out")
     left_out = catalogue.manifest["left_out"]
-    tally.check(left_out["list"], left_out["count"] - len(left_out["list"]))
+    blamed = sum(count for why, count in left_out["reasons"].items() if not why.startswith(UNBLAMED))
+    listed = [each for each in left_out["list"] if not each[1].startswith(UNBLAMED)]
+    tally.check(listed, blamed - len(listed))
     return catalogue
 
 

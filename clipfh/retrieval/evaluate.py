@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from clipfh import UserError, __version__
 from clipfh.config import schema
 from clipfh.config.experiment import ModelSettings, require
+from clipfh.data import audit
+from clipfh.data.audit import CopyGroup
 from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.data.prompts import tell_apart
 from clipfh.model.architecture import weights_name
@@ -122,6 +125,8 @@ class Embedded:
     """of the items that have a prompt"""
     prompts: list[str]
     """the captions, in their order"""
+    copies: list[CopyGroup] = field(default_factory=list)
+    """of the whole catalogue"""
 
     @property
     def both(self) -> metrics.Embeddings:
@@ -172,7 +177,8 @@ def _assembled(
 ) -> Embedded:
     """The embeddings of the splits' images and of their distinct prompts, with what they are of."""
     tables = [catalogue.rows(split) for split in splits]
-    codes = _codes(tables)
+    copies = audit.read_copies(catalogue)
+    codes = _codes(tables, copies)
     rows = metrics.Embeddings(images, *(torch.from_numpy(c) for c in codes))
     query, gallery = torch.arange(len(images)).split([table.num_rows for table in tables])
     captions, distinct = None, distinct_prompts(catalogue, splits, prompts)
@@ -181,7 +187,7 @@ def _assembled(
         row_of = {text: row for row, text in enumerate(distinct)}
         pairs = [(code, row_of[prompts[name]]) for name, code in code_of.items() if name in prompts]
         captions = metrics.CaptionEmbeddings(texts, *torch.tensor(pairs).T)
-    return Embedded(rows.select(query), rows.select(gallery), tables[0], tables[1], captions, distinct)
+    return Embedded(rows.select(query), rows.select(gallery), tables[0], tables[1], captions, distinct, copies)
 
 
 def distinct_prompts(catalogue: Catalogue, splits: Sequence[str], prompts: dict[str, str]) -> list[str]:
@@ -196,11 +202,15 @@ def prompted(catalogue: Catalogue, splits: Sequence[str], prompts: dict[str, str
     return rows.append_column("prompt", pa.array(map(prompts.get, rows["item_id"].to_pylist()), pa.string()))
 
 
-def _codes(tables: Sequence[pa.Table]) -> list[np.ndarray]:
-    """Codes of item, (item, variant) and path over the rows of all tables; no variant known is a variant of its own."""
+def _codes(tables: Sequence[pa.Table], copies: Sequence[CopyGroup]) -> list[np.ndarray]:
+    """Codes of item, (item, variant) and picture over the rows of all tables.
+
+    No variant known is a variant of its own; photos that are equal to the pixel are one picture.
+    """
     item, variant, path = (_column(tables, name) for name in ("item_id", "variant", "path"))
     pair = [f"{i} {v}" for i, v in zip(item, variant, strict=True)]
-    return [np.unique(names, return_inverse=True)[1] for names in (item, pair, path)]
+    names = (np.unique(names, return_inverse=True)[1] for names in (item, pair))
+    return [*names, audit.picture_codes(path, copies)]
 
 
 def _column(tables: Sequence[pa.Table], name: str) -> list[str]:
@@ -274,17 +284,49 @@ def judge(
     scores = metrics.score(query, gallery, skip_unmatched=True, similarity=similarity)
     overall = scores[0]
     if not skip_unmatched:
-        _require_matched(overall, embedded.query_rows)
+        _require_matched(overall, embedded)
     found = {**metrics.summary(overall), "cmc": metrics.cmc(overall)}
     found["variant"] = {"same": metrics.summary(scores[1]), "cross": metrics.summary(scores[2])}
     for group in ("category", "gender"):
         found[f"by_{group}"] = metrics.by_group(overall, embedded.query_rows[group].to_pylist())
     found["random_splits"] = metrics.random_splits(embedded.both, random_splits) if random_splits else None
+    found["without_copies"] = _figures_without_copies(embedded, similarity)
     return {**found, **_text_figures(embedded)}, overall
 
 
-def _require_matched(scores: metrics.Scores, rows: pa.Table) -> None:
-    lonely = scores.first.isnan().nonzero().flatten().tolist()
+def _figures_without_copies(embedded: Embedded, similarity: metrics.Similarity | None) -> dict[str, Any] | None:
+    """`summary` without the photos that show a picture of another part of the catalogue (leaks).
+
+    Near copies of a query do not count as found. None where there are no copies among the photos.
+    """
+    rows = (embedded.query_rows, embedded.gallery_rows)
+    query_paths, gallery_paths = (table["path"].to_pylist() for table in rows)
+    copied = {photo.path for group in embedded.copies for photo in group.photos}
+    if copied.isdisjoint(query_paths) and copied.isdisjoint(gallery_paths):
+        return None
+    leaked = audit.leaked_paths(embedded.copies)
+    own = torch.tensor([path not in leaked for path in query_paths])
+    theirs = torch.tensor([path not in leaked for path in gallery_paths])
+    picture = torch.from_numpy(audit.picture_codes(query_paths + gallery_paths, embedded.copies, near=True))
+    query = replace(embedded.query, image=picture[: len(own)]).select(own)
+    gallery = replace(embedded.gallery, image=picture[len(own) :]).select(theirs)
+    if not len(query) or not len(gallery):
+        return None
+    numbers = own.nonzero().flatten()
+    among = (lambda asked: similarity(numbers[asked])[:, theirs]) if similarity else None
+    scores = metrics.score(query, gallery, skip_unmatched=True, similarity=among)
+    return metrics.summary(scores[0])
+
+
+def _require_matched(scores: metrics.Scores, embedded: Embedded) -> None:
+    """Raise UserError for queries whose item has no other photo in the gallery, be it a copy of theirs."""
+    rows, gallery = embedded.query_rows, embedded.gallery_rows
+    paths = defaultdict(set)
+    for item, path in zip(gallery["item_id"].to_pylist(), gallery["path"].to_pylist(), strict=True):
+        paths[item].add(path)
+    item, path = (rows[name].to_pylist() for name in ("item_id", "path"))
+    unmatched = scores.first.isnan().nonzero().flatten().tolist()
+    lonely = [row for row in unmatched if not paths[item[row]] - {path[row]}]
     if lonely:
         raise UserError(
             f"{len(lonely):,} of {rows.num_rows:,} queries have no other image of their item in the gallery (the first "

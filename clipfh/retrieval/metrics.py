@@ -46,7 +46,7 @@ class Embeddings:
     embedding: Tensor  # (N, D)
     item: Tensor  # (N,)
     variant: Tensor  # (N,), a code of the pair (item, variant)
-    image: Tensor  # (N,), a code of the path, at least 0: the same photo has the same code
+    image: Tensor  # (N,), a code of the picture, at least 0: the same photo, and a copy of it, has the same code
 
     def __post_init__(self) -> None:
         assert len(self.embedding) == len(self.item) == len(self.variant) == len(self.image)
@@ -98,7 +98,7 @@ def score(
     """Rank the gallery for each query in one pass, judged three ways: overall, same-variant, cross-variant.
 
     *Same-variant* ignores the item's images of other variants, *cross-variant* those of the query's variant: they are
-    neither right nor wrong. A gallery row with the query's own path is left out of all three. `similarity` takes the
+    neither right nor wrong. A gallery row with the query's own picture is left out of all three. `similarity` takes the
     place of the cosine; for given similarities no digit depends on BLOCK, PART or the number of threads.
     UserError: a query has no image of its item to find, unless `skip_unmatched` (it then scores NaN).
     """
@@ -120,9 +120,18 @@ def score(
 
 
 def mean_average_precision(query: Embeddings, gallery: Embeddings) -> float:
-    """The mAP alone, as validation during training wants it. UserError: as `score`."""
-    overall, _, _ = score(query, gallery)
-    return _means(overall.values)["mAP"]
+    """The mAP alone, as validation during training wants it.
+
+    Queries whose item has nothing else than copies of them in the gallery do not count. UserError: all are such.
+    """
+    overall, _, _ = score(query, gallery, skip_unmatched=True)
+    values = overall.values[~overall.values[:, 0].isnan()]
+    if not len(values):
+        raise UserError(
+            f"none of {len(query)} validation queries has another image of its item in the gallery that is no copy of "
+            "it: add photos, or prepare without copies (clipfh audit lists them)"
+        )
+    return _means(values)["mAP"]
 
 
 def cosine(query: Embeddings, gallery: Embeddings) -> Similarity:

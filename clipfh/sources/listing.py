@@ -17,7 +17,8 @@ OUTSIDE = "path leads out of the source"
 LINK = "link that leads out of the source: --follow-links takes it"
 NEEDS_HEIF = "HEIC photo: pip install pillow-heif reads it"
 BAD_LINE = "bad line"
-UNBLAMED = (NEEDS_HEIF, BAD_LINE)
+NOT_WANTED = "listed in the file of --without"
+UNBLAMED = (NEEDS_HEIF, BAD_LINE, NOT_WANTED)
 """Beginnings of reasons that don't count against `--max-bad`."""
 
 LeftOut = tuple[str, str]  # path and why

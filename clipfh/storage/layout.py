@@ -2,6 +2,7 @@
 
 # A catalogue. While it is written it bears the suffix `.partial`, and holds its plan.
 CATALOGUE, PLAN = "catalogue.json", "plan.json"
+AUDIT, AUDIT_PAGE, WITHOUT = "audit.json", "audit.html", "without.txt"
 
 # A run. `checkpoints/` belongs to Ray Train; its snapshot lists the checkpoints that are whole.
 RUN, EXPERIMENT = "run.json", "experiment.json"

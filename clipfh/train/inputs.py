@@ -11,6 +11,7 @@ from torch import nn
 from clipfh import UserError
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment, LossSettings
+from clipfh.data.audit import picture_codes, read_copies
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Feed, fetch
 from clipfh.data.sampler import ItemIndex, make_sampler
@@ -192,11 +193,11 @@ def prepare_inputs(
 
 
 def validation_codes(catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray, int]:
-    """Item code and path code of each validation image, (N,) each, and how many of them are queries."""
+    """Item code and picture code of each validation image, (N,) each, and how many of them are queries."""
     tables = [catalogue.rows(split) for split in VALIDATION]
-    columns = ([value for table in tables for value in table[name].to_pylist()] for name in ("item_id", "path"))
-    item, photo = (np.unique(column, return_inverse=True)[1] for column in columns)
-    return item, photo, tables[0].num_rows
+    names, paths = ([value for table in tables for value in table[name].to_pylist()] for name in ("item_id", "path"))
+    item, picture = np.unique(names, return_inverse=True)[1], picture_codes(paths, read_copies(catalogue))
+    return item, picture, tables[0].num_rows
 
 
 def tokenize_captions(

@@ -1,0 +1,260 @@
+"""What a catalogue repeats: byte copies, pixel copies and near copies, within an item, across items, across splits."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from clipfh.config import cores
+from clipfh.data.catalogue import Catalogue, read_columns
+from clipfh.data.near_copies import SIDE, THUMB, find_near_copies, small_picture, thumbnails
+from clipfh.data.splits import SPLITS
+from clipfh.storage import layout, store
+from clipfh.storage.store import Folder
+
+MANY_ITEMS = 5
+"""Number of items from which on a picture that lies under all of them is taken for a placeholder."""
+BATCH = 64
+PART_OF = {"train": "train", "val_gallery": "val", "val_query": "val", "gallery": "test", "query": "test"}
+"""The part of a catalogue that each of its splits belongs to: a picture in two parts is a leak."""
+
+Kind = Literal["byte", "pixel", "near"]
+Reach = Literal["item", "items", "splits"]
+_QUANTIZATION_TABLE = b"\xff\xdb"
+
+
+@dataclass(frozen=True)
+class CopiedPhoto:
+    """A photo of the catalogue."""
+
+    path: str
+    item_id: str
+    split: str
+
+
+@dataclass(frozen=True)
+class CopyGroup:
+    """Photos that show one picture. Of photos that are equal to the pixel, a group of near copies has the first."""
+
+    kind: Kind
+    photos: list[CopiedPhoto]
+
+    @property
+    def num_items(self) -> int:
+        """Number of items that the picture lies under."""
+        return len({photo.item_id for photo in self.photos})
+
+    @property
+    def reach(self) -> Reach:
+        """Whether the photos are of one item, of several, or of several parts of the catalogue: a leak."""
+        if len({PART_OF[photo.split] for photo in self.photos}) > 1:
+            return "splits"
+        return "items" if self.num_items > 1 else "item"
+
+
+def find_copies(shards: Sequence[Path]) -> list[CopyGroup]:
+    """All copies among the photos of a catalogue's shards, on all cores.
+
+    12 KiB a photo are written to a temporary file beside the shards; about 1.5 KiB a photo are held in memory.
+    """
+    if not shards:
+        return []
+    rows = pa.concat_tables(read_columns(shard, ["path", "item_id", "split"]) for shard in shards)
+    photos = [CopiedPhoto(*row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)]
+    with tempfile.TemporaryFile(dir=shards[0].parent) as file:
+        pictures = np.memmap(file, np.uint8, "w+", shape=(len(photos), SIDE, SIDE, 3))
+        whole, content, thumbs = _scan(shards, pictures)
+        picture = _number_pictures(shards, content, thumbs)
+        first = np.unique(picture, return_index=True)[1]
+        one, other, _ = find_near_copies(thumbs[first], lambda rows: pictures[first[rows]])
+    exact = [rows for rows in _group(range(len(photos)), picture.tolist()).values() if len(rows) > 1]
+    near = join_pairs(zip(first[one].tolist(), first[other].tolist(), strict=True))
+    groups = [
+        CopyGroup("byte" if len({whole[row] for row in its}) == 1 else "pixel", [photos[row] for row in its])
+        for its in exact
+    ]
+    return groups + [CopyGroup("near", [photos[row] for row in its]) for its in near]
+
+
+def _scan(shards: Sequence[Path], pictures: np.ndarray) -> tuple[list[bytes], list[bytes], np.ndarray]:
+    """Fill `pictures`; returns for each photo a digest of its bytes, one of those that make pixels, and a thumbnail."""
+    whole, content, row = [], [], 0
+    thumbs = np.empty((len(pictures), THUMB, THUMB), np.uint8)
+    with ThreadPoolExecutor(cores.available()) as pool:
+        for batch in _read_batches(shards):
+            for place, (digests, picture) in enumerate(pool.map(_look_at, batch), row):
+                whole.append(digests[0])
+                content.append(digests[1])
+                pictures[place] = picture
+            thumbs[row : row + len(batch)] = thumbnails(pictures[row : row + len(batch)])
+            row += len(batch)
+    return whole, content, thumbs
+
+
+def _read_batches(shards: Sequence[Path]) -> Iterator[list[bytes]]:
+    for shard in shards:
+        for batch in pq.ParquetFile(shard).iter_batches(BATCH * cores.available(), columns=["image"]):
+            yield batch["image"].to_pylist()
+
+
+def _look_at(encoded: bytes) -> tuple[tuple[bytes, bytes], np.ndarray]:
+    start = max(0, encoded.find(_QUANTIZATION_TABLE))  # what stands before it in a JPEG is about the photo
+    return (_digest(encoded), _digest(encoded[start:])), small_picture(encoded)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _number_pictures(shards: Sequence[Path], content: list[bytes], thumbs: np.ndarray) -> np.ndarray:
+    """(N,) number of the picture of each photo: photos that are equal to the pixel have one.
+
+    Only photos with equal thumbnails and other contents are decoded to find out.
+    """
+    keys = list(content)
+    for rows in _group(range(len(keys)), (_digest(thumb.tobytes()) for thumb in thumbs)).values():
+        if len({content[row] for row in rows}) > 1:
+            first_of = {content[row]: row for row in reversed(rows)}
+            pixels = dict(zip(first_of, map(_digest_pixels, _read_images(shards, first_of.values())), strict=True))
+            for row in rows:
+                keys[row] = pixels[content[row]]
+    return np.unique(np.array(keys, dtype="S16"), return_inverse=True)[1]
+
+
+def _read_images(shards: Sequence[Path], rows: Iterable[int]) -> Iterator[bytes]:
+    """The encoded images of some rows of all shards, in the order given."""
+    ends = np.cumsum([pq.read_metadata(shard).num_rows for shard in shards])
+    for row in rows:
+        shard = int(np.searchsorted(ends, row, side="right"))
+        image: bytes = read_columns(shards[shard], ["image"])["image"][row - int(ends[shard])].as_py()
+        yield image
+
+
+def _digest_pixels(encoded: bytes) -> bytes:
+    with Image.open(io.BytesIO(encoded)) as image:
+        return _digest(repr(image.size).encode() + image.convert("RGB").tobytes())
+
+
+def _group(members: Iterable[Any], keys: Iterable[Any]) -> dict[Any, list[Any]]:
+    groups = defaultdict(list)
+    for member, key in zip(members, keys, strict=True):
+        groups[key].append(member)
+    return groups
+
+
+def join_pairs(pairs: Iterable[tuple[Any, Any]]) -> list[list[Any]]:
+    """Members that are joined by pairs, directly or through others: groups in the order of their first members."""
+    parent: dict[Any, Any] = {}
+
+    def root(member: Any) -> Any:
+        parent.setdefault(member, member)
+        while parent[member] != member:
+            parent[member] = member = parent[parent[member]]
+        return member
+
+    for one, other in pairs:
+        low, high = sorted((root(one), root(other)))
+        parent[high] = low
+    return [sorted(its) for _, its in sorted(_group(parent, map(root, list(parent))).items())]
+
+
+# What is said of copies
+
+_KINDS: dict[Kind, str] = {
+    "byte": "byte copies",
+    "pixel": "equal to the pixel",
+    "near": "near copies (mirrored, cropped, framed, re-encoded, rescaled or brighter)",
+}
+_REACHES: dict[Reach, str] = {"item": "within an item", "items": "across items", "splits": "across splits: a leak"}
+
+
+def describe_copies(groups: Sequence[CopyGroup]) -> list[str]:
+    """Notes on the copies of a catalogue, a line each."""
+    notes = [
+        f"1 picture lies under {group.num_items:,} items: a placeholder?"
+        for group in groups
+        if group.num_items >= MANY_ITEMS
+    ]
+    images, count = Counter[tuple[Kind, Reach]](), Counter[tuple[Kind, Reach]]()
+    for group in groups:
+        images[group.kind, group.reach] += len(group.photos)
+        count[group.kind, group.reach] += 1
+    for kind, reach in product(_KINDS, _REACHES):
+        if number := count[kind, reach]:
+            among = f"{images[kind, reach]:,} photos in {number:,} group{'s' * (number > 1)}"
+            notes.append(f"{among} are {_KINDS[kind]} {_REACHES[reach]}")
+    advice = "clipfh audit shows them, and lists what prepare --without would leave out; evaluate gives figures without"
+    return [*notes, f"{advice} them"] if notes else []
+
+
+def photos_to_leave_out(groups: Sequence[CopyGroup]) -> list[str]:
+    """Paths of photos without which no picture is there twice.
+
+    One photo of each picture is kept: of test before validation before train, so that the figures of models stay
+    comparable, then the first by its path. Of a placeholder none is.
+    """
+    photos = {photo.path: photo for group in groups for photo in group.photos}
+    joined = join_pairs((group.photos[0].path, photo.path) for group in groups for photo in group.photos)
+    left_out = []
+    for paths in joined:
+        ordered = sorted(paths, key=lambda path: (-SPLITS.index(photos[path].split), path))
+        is_placeholder = len({photos[path].item_id for path in paths}) >= MANY_ITEMS
+        left_out += ordered if is_placeholder else ordered[1:]
+    return left_out
+
+
+# In the catalogue's folder
+
+
+def save_copies(folder: Path, groups: Sequence[CopyGroup], content: str) -> None:
+    """Write `audit.json` into the folder of a catalogue whose manifest has the hash `content`."""
+    copies = [
+        {"kind": group.kind, "reach": group.reach, "photos": [asdict(photo) for photo in group.photos]}
+        for group in groups
+    ]
+    store.write(folder / layout.AUDIT, json.dumps({"catalogue": content, "copies": copies}, indent=1) + "\n")
+
+
+def read_copies(catalogue: Catalogue) -> list[CopyGroup]:
+    """The copies that `prepare` found in a catalogue; none where it did not look for them."""
+    findings = Folder(catalogue.path).read_json(layout.AUDIT)
+    return [
+        CopyGroup(each["kind"], [CopiedPhoto(**photo) for photo in each["photos"]])
+        for each in findings.get("copies", [])
+    ]
+
+
+def load_copies(catalogue: Catalogue) -> list[CopyGroup]:
+    """The copies in a catalogue, which are looked for where `prepare` did not."""
+    if (catalogue.path / layout.AUDIT).is_file():
+        return read_copies(catalogue)
+    return find_copies([path for split in SPLITS for path in catalogue.shards(split)])
+
+
+def picture_codes(paths: Sequence[str], groups: Iterable[CopyGroup], near: bool = False) -> np.ndarray:
+    """(N,) code of the picture of each path. Photos that are equal to the pixel have one, and near copies if asked."""
+    chosen = [group for group in groups if near or group.kind != "near"]
+    joined = join_pairs((group.photos[0].path, photo.path) for group in chosen for photo in group.photos)
+    first_of = {path: its[0] for its in joined for path in its}
+    return np.unique([first_of.get(path, path) for path in paths], return_inverse=True)[1]
+
+
+def leaked_paths(groups: Sequence[CopyGroup]) -> set[str]:
+    """Paths of photos whose picture is in another part of the catalogue too, of train, validation and test."""
+    part = {photo.path: PART_OF[photo.split] for group in groups for photo in group.photos}
+    joined = join_pairs((group.photos[0].path, photo.path) for group in groups for photo in group.photos)
+    return {path for its in joined if len({part[path] for path in its}) > 1 for path in its}

@@ -1,0 +1,312 @@
+"""Near copies among photos: the same picture mirrored, cropped, framed, rescaled, re-encoded or a little brighter.
+
+A near copy shows a window of the other photo (all of it, where nothing was cut off), perhaps mirrored. So each photo is
+looked for by windows of itself among whole photos, in three steps, each slower than the one before and of fewer pairs:
+
+1. Means of 8 x 8 cells of a window and of a whole photo are compared by their cosine. They are split into their even
+   part and the size of their odd part, which mirroring leaves as they are. Whole photos lie in buckets, each around one
+   of them, and a window is compared with those in the nearest buckets alone: there is no table of all pairs.
+2. The nearest photos are compared at 12 x 12, upright and mirrored.
+3. The window is moved and stretched until it fits best (Lucas & Kanade 1981), first at 16 x 16, then at 32 x 32. Then
+   the two are compared in colour, part by part, but for a gain and an offset of the light: two photos of one garment
+   before the same wall agree in most parts, copies in all.
+
+A photo is held as (SIDE, SIDE, 3) uint8, stretched to a square, which may be a file mapped into memory, and as a grey
+thumbnail, (THUMB, THUMB) uint8: 12 KiB and 1 KiB each.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from clipfh.config import cores
+
+SIDE, THUMB = 64, 32
+CELLS = 8
+FLAT = 4.0
+"""Standard deviation of grey levels below which a window shows nothing to compare."""
+COSINE, NEAREST = 0.86, 12
+"""Least cosine of step 1, and how many pairs of each photo go on from there."""
+PROBES = 4
+"""Number of buckets that a window is compared with."""
+CORRELATION = 0.82
+"""Least correlation of step 2."""
+ROUGH, FITTED = 0.85, 5
+"""Largest difference of the fit at 16 x 16, and how many pairs of each photo go on from there."""
+DIFFERENCE = 0.36
+"""Largest difference of a near copy: that of the part of the picture that differs most, by the picture's contrast."""
+CHUNK = 1024
+"""Number of photos, or of pairs, that are worked on at a time."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of photos: photo `whole` shows the window of photo `larger`. (n,) each, and (n, 4)."""
+
+    larger: np.ndarray
+    whole: np.ndarray
+    place: np.ndarray
+    """Left, top, width and height of the window, as shares of the photo's sides."""
+    is_mirrored: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.larger)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Pairs:
+        return Pairs(self.larger[rows], self.whole[rows], self.place[rows], self.is_mirrored[rows])
+
+
+def small_picture(encoded: bytes) -> np.ndarray:
+    """(SIDE, SIDE, 3) uint8 of an encoded image."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        _, box = image.draft("RGB", (SIDE, SIDE)) or ("", (0, 0, *image.size))  # a JPEG's sides may end within a pixel
+        return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX, box))
+
+
+def thumbnails(pictures: np.ndarray) -> np.ndarray:
+    """(n, THUMB, THUMB) uint8 grey thumbnails of pictures (n, SIDE, SIDE, 3)."""
+    step = SIDE // THUMB
+    cells = pictures.reshape(len(pictures), THUMB, step, THUMB, step * 3).astype(np.uint16)
+    return (cells.sum((2, 4)) // (3 * step * step)).astype(np.uint8)
+
+
+Read = Callable[[np.ndarray], np.ndarray]
+"""Function from row numbers (n,) of photos to their pixels, (n, S, S) or (n, S, S, C) uint8."""
+
+
+def find_near_copies(thumbs: np.ndarray, read_pictures: Read) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of near copies among N photos: two row numbers, the first the smaller, and the difference; (n,) each.
+
+    Args:
+        thumbs: (N, THUMB, THUMB) uint8.
+        read_pictures: function from row numbers (n,) to pictures, (n, SIDE, SIDE, 3) uint8.
+    """
+    if len(thumbs) < 2:
+        return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
+    buckets = _Buckets(np.concatenate([_describe(thumbs[rows], _WHOLE)[:, 0] for rows in _chunks(len(thumbs))]))
+
+    def search(rows: slice) -> tuple[Pairs, np.ndarray]:
+        pairs = _orient(_candidates(buckets, thumbs[rows], rows.start), thumbs.__getitem__)
+        pairs, difference = _fit(pairs, thumbs.__getitem__, 16, ROUGH)
+        nearest = _first_of_each(pairs.larger, difference, FITTED)
+        return _fit(pairs[nearest], read_pictures, 32, DIFFERENCE)
+
+    with ThreadPoolExecutor(cores.available()) as pool:
+        pairs, differences = zip(*pool.map(search, _chunks(len(thumbs))), strict=True)
+    difference = np.concatenate(differences)
+    one, other = (np.concatenate(rows) for rows in zip(*((p.larger, p.whole) for p in pairs), strict=True))
+    one, other = np.minimum(one, other), np.maximum(one, other)
+    best = _first_of_each(one << 32 | other, difference, 1)
+    return one[best], other[best], difference[best]
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+
+
+def _first_of_each(group: np.ndarray, value: np.ndarray, number: int) -> np.ndarray:
+    """The rows with the `number` smallest values of each group."""
+    rows = np.lexsort((value, group))
+    starts = np.flatnonzero(np.diff(group[rows], prepend=-1))
+    place = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
+    return rows[place < number]
+
+
+# Step 1: means of cells, in buckets
+
+
+def _grid() -> np.ndarray:
+    """Windows to look by, (W, 4): left, top, width and height, as shares of the photo's sides."""
+    windows = [(0.0, 0.0, 1.0, 1.0)]
+    for side, steps in ((0.9, 3), (0.83, 3), (0.79, 5)):
+        starts = np.linspace(0, 1 - side, steps)
+        windows += [(left, top, side, side) for top in starts for left in starts]
+    return np.array(windows)
+
+
+def _weights(start: np.ndarray, length: np.ndarray, cells: int, pixels: int) -> np.ndarray:
+    """Matrices (n, cells, pixels) to the means of equal cells, from the pixels of a side with stretches of it."""
+    edges = (start[:, None] + length[:, None] * np.linspace(0, 1, cells + 1)) * pixels
+    low, high, pixel = edges[:, :-1, None], edges[:, 1:, None], np.arange(pixels)
+    overlap = np.clip(np.minimum(high, pixel + 1) - np.maximum(low, pixel), 0, None)
+    return (overlap / np.maximum(overlap.sum(2, keepdims=True), 1e-9)).astype(np.float32)
+
+
+def _cell_means(windows: np.ndarray) -> np.ndarray:
+    """Matrix (THUMB * THUMB, W * CELLS * CELLS) from a thumbnail to the means of the cells of all windows."""
+    across = _weights(windows[:, 0], windows[:, 2], CELLS, THUMB)
+    down = _weights(windows[:, 1], windows[:, 3], CELLS, THUMB)
+    return np.ascontiguousarray(np.einsum("wai,wbj->wabij", down, across).reshape(-1, THUMB * THUMB).T)
+
+
+_GRID = _grid()
+_WINDOWS, _WHOLE = _cell_means(_GRID), _cell_means(_GRID[:1])
+
+
+def _describe(thumbs: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Unit vectors (n, W, CELLS * CELLS) of windows of thumbnails, which mirroring leaves as they are; 0 if flat."""
+    means = thumbs.reshape(len(thumbs), -1).astype(np.float32) @ matrix
+    means = means.reshape(len(thumbs), -1, CELLS, CELLS)
+    means -= means.mean((2, 3), keepdims=True)
+    is_flat = means.std((2, 3)) < FLAT
+    left, right = means[..., : CELLS // 2], means[..., : CELLS // 2 - 1 : -1]
+    vectors = np.concatenate([left + right, np.abs(left - right)], axis=3).reshape(*means.shape[:2], -1)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=2, keepdims=True), 1e-9)
+    vectors[is_flat] = 0
+    return vectors
+
+
+class _Buckets:
+    """Unit vectors (N, D) in about 4 sqrt(N) buckets, each around one of the vectors."""
+
+    def __init__(self, vectors: np.ndarray) -> None:
+        count = min(len(vectors), int(4 * np.sqrt(len(vectors))) + 1)
+        self.vectors = vectors
+        self.centres = vectors[np.random.default_rng(0).choice(len(vectors), count, replace=False)]
+        bucket = np.concatenate([(vectors[rows] @ self.centres.T).argmax(1) for rows in _chunks(len(vectors))])
+        self.members = bucket.argsort(kind="stable")
+        self.ends = np.searchsorted(bucket[self.members], np.arange(count + 1))
+
+    def nearest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The nearest two of each near bucket, of a cosine of at least COSINE: query, vector and cosine, (m,) each."""
+        probes = min(PROBES, len(self.centres))
+        bucket = np.argpartition(queries @ self.centres.T, -probes, axis=1)[:, -probes:].ravel()
+        order = bucket.argsort(kind="stable")
+        ends = np.searchsorted(bucket[order], np.arange(len(self.centres) + 1))
+        full = np.flatnonzero(np.diff(ends) * np.diff(self.ends))
+        if not len(full):
+            return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
+        asked = (order[ends[number] : ends[number + 1]] // probes for number in full)
+        parts = [self._nearest_in(number, rows, queries) for number, rows in zip(full.tolist(), asked, strict=True)]
+        query, vector, cosine = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return query, vector, cosine
+
+    def _nearest_in(
+        self, bucket: int, rows: np.ndarray, queries: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        members = self.members[self.ends[bucket] : self.ends[bucket + 1]]
+        cosines = queries[rows] @ self.vectors[members].T
+        number = min(2, len(members))
+        best = np.argpartition(cosines, -number, axis=1)[:, -number:]
+        values = np.take_along_axis(cosines, best, axis=1)
+        row, slot = np.nonzero(values >= COSINE)
+        return rows[row], members[best[row, slot]], values[row, slot]
+
+
+def _candidates(buckets: _Buckets, thumbs: np.ndarray, first: int) -> Pairs:
+    """The NEAREST whole photos to windows of each of some photos, whose row numbers begin with `first`."""
+    windows = _describe(thumbs, _WINDOWS)
+    query, whole, cosine = buckets.nearest(windows.reshape(-1, windows.shape[2]))
+    larger, window = first + query // len(_GRID), query % len(_GRID)
+    differ = np.flatnonzero(larger != whole)
+    rows = differ[_first_of_each((larger << 32 | whole)[differ], -cosine[differ], 1)]
+    rows = rows[_first_of_each(larger[rows], -cosine[rows], NEAREST)]
+    return Pairs(larger[rows], whole[rows], _GRID[window[rows]], np.zeros(len(rows), bool))
+
+
+# Steps 2 and 3: pixels
+
+
+def _sample(images: np.ndarray, place: np.ndarray, side: int) -> np.ndarray:
+    """Windows (n, 4) of images (n, C, S, S), at (n, C, side, side): each pixel the mean of what it covers."""
+    across, down = (_weights(place[:, axis], place[:, axis + 2], side, images.shape[2]) for axis in (0, 1))
+    return down[:, None] @ images @ across[:, None].transpose(0, 1, 3, 2)
+
+
+def _take(read: Read, rows: np.ndarray) -> np.ndarray:
+    """Photos to compute with: (n, C, S, S) float32."""
+    taken = read(rows).astype(np.float32)
+    return taken[:, None] if taken.ndim == 3 else np.ascontiguousarray(taken.transpose(0, 3, 1, 2))
+
+
+def _whole_place(count: int) -> np.ndarray:
+    return np.broadcast_to([0.0, 0.0, 1.0, 1.0], (count, 4))
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Pearson's of each of n images with another, (n,)."""
+    one, other = (each.reshape(len(each), -1) for each in (one, other))
+    one, other = one - one.mean(1, keepdims=True), other - other.mean(1, keepdims=True)
+    return (one * other).sum(1) / np.maximum(np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1), 1e-9)
+
+
+def _orient(pairs: Pairs, read: Read) -> Pairs:
+    """The pairs whose window and photo correlate, upright or mirrored."""
+    kept = []
+    for rows in _chunks(len(pairs)):
+        part = pairs[rows]
+        larger, whole = (_take(read, each) for each in (part.larger, part.whole))
+        window, whole = _sample(larger, part.place, 12), _sample(whole, _whole_place(len(part)), 12)
+        upright, mirrored = _correlation(window, whole), _correlation(window[..., ::-1], whole)
+        part = replace(part, is_mirrored=mirrored > upright)
+        kept.append(part[np.maximum(upright, mirrored) >= CORRELATION])
+    return _concatenate(kept, pairs)
+
+
+def _concatenate(parts: list[Pairs], empty: Pairs) -> Pairs:
+    columns = ((part.larger, part.whole, part.place, part.is_mirrored) for part in parts)
+    return Pairs(*(np.concatenate(column) for column in zip(*columns, strict=True))) if parts else empty
+
+
+def _fit(pairs: Pairs, read: Read, side: int, most: float) -> tuple[Pairs, np.ndarray]:
+    """Move and stretch the windows until they fit, at `side` pixels.
+
+    Returns the pairs whose difference is then `most` or less, and their differences.
+    """
+    kept, differences = [], []
+    for rows in _chunks(len(pairs)):
+        part = pairs[rows]
+        larger, whole = (_take(read, each) for each in (part.larger, part.whole))
+        place = part.place.copy()
+        larger[part.is_mirrored] = larger[part.is_mirrored, ..., ::-1]
+        place[part.is_mirrored, 0] = 1 - place[part.is_mirrored, 0] - place[part.is_mirrored, 2]
+        whole = _sample(whole, _whole_place(len(part)), side)
+        place = _align(larger.mean(1), whole.mean(1), place)
+        difference = _difference(_sample(larger, place, 16), _sample(whole, _whole_place(len(part)), 16))
+        place[part.is_mirrored, 0] = 1 - place[part.is_mirrored, 0] - place[part.is_mirrored, 2]
+        near = difference <= most
+        kept.append(replace(part, place=place)[near])
+        differences.append(difference[near])
+    return _concatenate(kept, pairs), np.concatenate([*differences, np.zeros(0)])
+
+
+def _align(images: np.ndarray, targets: np.ndarray, place: np.ndarray, steps: int = 4) -> np.ndarray:
+    """Windows (n, 4) of images (n, S, S) that fit targets (n, side, side), from windows near them.
+
+    A target is taken for gain * window + offset, to first order in the window's place: each step solves for all six.
+    """
+    side = targets.shape[1]
+    along = (np.arange(side) + 0.5) / side
+    for _ in range(steps):
+        window = _sample(images[:, None], place, side)[:, 0]
+        down, across = np.gradient(window, 1 / side, axis=(1, 2))
+        across, down = across / place[:, 2, None, None], down / place[:, 3, None, None]
+        slopes = [across, down, along * across, along[:, None] * down, window, np.ones_like(window)]
+        slope = np.stack([each.astype(np.float32).reshape(len(images), -1) for each in slopes], axis=1)
+        normal = (slope @ slope.transpose(0, 2, 1)).astype(np.float64)
+        normal += np.eye(6) * 1e-6 * (1 + np.trace(normal, axis1=1, axis2=2)[:, None, None])
+        answer = np.linalg.solve(normal, slope @ targets.reshape(len(images), -1, 1))[..., 0]
+        gain = np.maximum(answer[:, 4:5], 0.2)
+        place = place + np.clip(answer[:, :4] / gain, -0.05, 0.05)
+        place[:, 2:] = np.clip(place[:, 2:], 0.6, 1)
+        place[:, :2] = np.clip(place[:, :2], 0, 1 - place[:, 2:])
+    return place
+
+
+def _difference(window: np.ndarray, whole: np.ndarray, parts: int = 4) -> np.ndarray:
+    """Difference (n,) of images (n, C, side, side): root mean square in the worst of 4 x 4 parts, by the contrast.
+
+    A gain and an offset, the same everywhere, are no difference.
+    """
+    count, channels, side, _ = whole.shape
+    one, other = window.reshape(count, -1), whole.reshape(count, -1)
+    one, other = one - one.mean(1, keepdims=True), other - other.mean(1, keepdims=True)
+    gain = (one * other).sum(1, keepdims=True) / np.maximum((one**2).sum(1, keepdims=True), 1e-9)
+    squares = ((gain * one - other) ** 2).reshape(count, channels, parts, side // parts, parts, -1)
+    return np.sqrt(squares.mean((1, 3, 5)).max((1, 2))) / np.maximum(other.std(1), 1e-9)

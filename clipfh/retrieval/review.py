@@ -1,0 +1,213 @@
+"""`audit`: the copies in a catalogue, and views that look like another item's; as JSON, a list of paths, and a page."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from jinja2 import Environment, PackageLoader
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clipfh import UserError, __version__
+from clipfh.config import schema
+from clipfh.data import audit as copies_module
+from clipfh.data import images
+from clipfh.data.audit import MANY_ITEMS, CopyGroup
+from clipfh.data.catalogue import Catalogue, open_catalogue
+from clipfh.data.splits import SPLITS
+from clipfh.model.checkpoint import load_model
+from clipfh.retrieval import evaluate, metrics
+from clipfh.retrieval.embed import OnProgress, connection
+from clipfh.storage import layout, store
+
+SHOWN_GROUPS, SHOWN_PHOTOS = 60, 6
+"""How many groups of a kind the page shows, and how many photos of each."""
+THUMBNAIL = (200, 270)
+MARGIN = 0.0
+"""Least margin of a suspect."""
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A view that looks like another item's."""
+
+    path: str
+    item_id: str
+    split: str
+    like: str
+    """The item that it looks like."""
+    margin: float
+    """Cosine with the mean of that item's views, minus the cosine with the mean of its own item's other views."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit` found and wrote."""
+
+    copies: list[CopyGroup]
+    suspects: list[Suspect] | None
+    """Most suspicious first; None without a model."""
+    without: list[str]
+    """Paths in the list for `prepare --without`."""
+    page: Path
+    """The page with pictures; the list and `audit.json` lie beside it."""
+
+
+def audit(
+    catalogue: Catalogue | str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    address: str | None = None,
+    dashboard: bool = False,
+    progress: OnProgress | None = None,
+) -> Audit:
+    """Look through a catalogue for copies and, with a model, for wrong labels, as `clipfh audit` does.
+
+    Writes `audit.json`, `audit.html` and `without.txt` into the catalogue's folder. The list has all but one photo of
+    each picture, and suspects of train. Suspects of validation and test are left to a person: without them, figures
+    would be too good.
+
+    Args:
+        catalogue: its path, or the opened catalogue.
+        checkpoint: a run, sweep, checkpoint, export or weights file; without one or a model in the settings, labels are
+            not looked at.
+        settings: dotted settings of the model.
+        address: Ray cluster to embed over.
+        dashboard: serve Ray's dashboard, where a cluster is started.
+        progress: called with the number of images embedded and of all images.
+
+    Raises:
+        UserError: the catalogue, the model or a setting does not fit, or the folder can't be written.
+    """
+    opened = open_catalogue(catalogue)
+    try:
+        copies = copies_module.load_copies(opened)
+        suspects = None
+        if checkpoint or settings:
+            clip, experiment, _ = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
+            splits = [split for split in SPLITS if opened.num_images(split)]
+            with connection(address, dashboard):
+                embedding = evaluate.choose_encoder(clip, experiment.model).images(opened, splits, progress)
+            rows = pa.concat_tables(opened.rows(split).select(["path", "item_id", "split"]) for split in splits)
+            suspects = find_suspects(embedding, rows)
+        without = copies_module.photos_to_leave_out(copies)
+        without += [each.path for each in suspects or [] if each.split == "train" and each.path not in set(without)]
+        page = opened.path / layout.AUDIT_PAGE
+        _write(opened, copies, suspects, without)
+    except OSError as error:
+        raise UserError(f"{opened.path}: can't be written ({error}): audit a copy of it in another folder") from error
+    return Audit(copies, suspects, without, page)
+
+
+def _write(catalogue: Catalogue, copies: list[CopyGroup], suspects: list[Suspect] | None, without: list[str]) -> None:
+    copies_module.save_copies(catalogue.path, copies, catalogue.manifest["hash"])
+    if suspects is not None:
+        file = catalogue.path / layout.AUDIT
+        findings = json.loads(file.read_bytes()) | {"suspects": [asdict(each) for each in suspects]}
+        store.write(file, json.dumps(findings, indent=1) + "\n")
+    store.write(catalogue.path / layout.WITHOUT, "".join(f"{path}\n" for path in without))
+    store.write(catalogue.path / layout.AUDIT_PAGE, render_page(catalogue, copies, suspects, without))
+
+
+def find_suspects(embedding: Tensor, rows: pa.Table, margin: float = MARGIN) -> list[Suspect]:
+    """Views that are nearer to another item than to the other views of their own, the most suspicious first.
+
+    Items of a single view are compared with, but are not suspected.
+
+    Args:
+        embedding: (N, D) unit vectors.
+        rows: path, item_id and split of each.
+        margin: least margin of a suspect.
+    """
+    encoded = rows["item_id"].combine_chunks().dictionary_encode()
+    item = torch.from_numpy(encoded.indices.to_numpy().copy()).long()
+    sums = torch.zeros(len(encoded.dictionary), embedding.shape[1]).index_add_(0, item, embedding)
+    own = (normalize(sums[item] - embedding) * embedding).sum(1)
+    own[item.bincount()[item] < 2] = torch.inf
+    other, like = _nearest_others(embedding, item, normalize(sums))
+    margins = other - own
+    order = margins.argsort(descending=True, stable=True)
+    order = order[margins[order] > margin]
+    names, columns = encoded.dictionary.to_pylist(), rows.take(order.tolist()).to_pylist()
+    return [
+        Suspect(row["path"], row["item_id"], row["split"], names[which], amount)
+        for row, which, amount in zip(columns, like[order].tolist(), margins[order].tolist(), strict=True)
+    ]
+
+
+def _nearest_others(embedding: Tensor, item: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine (N,) with the nearest mean of another item, and which that is."""
+    parts = []
+    for rows in metrics.blocks_of_rows(len(embedding), len(means)):
+        cosines = embedding[rows] @ means.T
+        cosines[torch.arange(len(rows)), item[rows]] = -torch.inf
+        parts.append(cosines.max(1))
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+# The page
+
+
+def render_page(
+    catalogue: Catalogue, copies: Sequence[CopyGroup], suspects: Sequence[Suspect] | None, without: Sequence[str]
+) -> str:
+    """One HTML file, without network or script: copies and suspects, with their pictures side by side."""
+    sections, listed = _sections(copies), list(suspects or [])[:SHOWN_GROUPS]
+    others = _some_views(catalogue, {name for each in listed for name in (each.item_id, each.like)})
+    shown = [
+        (each, [path for path in others[each.item_id] if path != each.path][:2], others[each.like][:2])
+        for each in listed
+    ]
+    paths = {photo.path for section in sections for group in section["groups"] for photo in group.photos[:SHOWN_PHOTOS]}
+    paths |= {path for each, own, like in shown for path in (each.path, *own, *like)}
+    encoded = catalogue.images_at(sorted(paths))
+    pages = Environment(loader=PackageLoader("clipfh.retrieval", ""), autoescape=True)
+    return pages.get_template("audit.html").render(
+        catalogue=catalogue,
+        notes=copies_module.describe_copies(copies)[:-1],
+        sections=sections,
+        suspects=shown if suspects is not None else None,
+        num_suspects=len(suspects or []),
+        num_without=len(without),
+        pictures={path: images.thumbnail(data, *THUMBNAIL) for path, data in encoded.items()},
+        shown_photos=SHOWN_PHOTOS,
+        version=__version__,
+        list_name=layout.WITHOUT,
+    )
+
+
+def _sections(copies: Sequence[CopyGroup]) -> list[dict[str, Any]]:
+    """Groups of copies under headings, those that harm most first, SHOWN_GROUPS of each."""
+    headings = {
+        "many": f"One picture under {MANY_ITEMS} items or more",
+        "splits": "Across splits: leaks",
+        "items": "Across items",
+        "item": "Within an item",
+    }
+    groups = defaultdict[str, list[CopyGroup]](list)
+    for group in copies:
+        groups["many" if group.num_items >= MANY_ITEMS else group.reach].append(group)
+    return [
+        {"title": title, "count": len(groups[key]), "groups": groups[key][:SHOWN_GROUPS]}
+        for key, title in headings.items()
+        if groups[key]
+    ]
+
+
+def _some_views(catalogue: Catalogue, items: set[str], number: int = 3) -> dict[str, list[str]]:
+    """The first paths of some items."""
+    views = defaultdict[str, list[str]](list)
+    for split in SPLITS:
+        rows = catalogue.rows(split)
+        for item, path in zip(rows["item_id"].to_pylist(), rows["path"].to_pylist(), strict=True):
+            if item in items and len(views[item]) < number:
+                views[item].append(path)
+    return views
