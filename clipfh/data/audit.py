@@ -28,6 +28,8 @@ from clipfh.storage.store import Folder
 
 MANY_ITEMS = 5
 """Number of items from which on a picture that lies under all of them is taken for a placeholder."""
+ALMOST = 0.1
+"""Largest difference of near copies that are decoded to see whether they are equal to the pixel."""
 BATCH = 64
 PART_OF = {"train": "train", "val_gallery": "val", "val_query": "val", "gallery": "test", "query": "test"}
 """The part of a catalogue that each of its splits belongs to: a picture in two parts is a leak."""
@@ -80,14 +82,15 @@ def find_copies(shards: Sequence[Path]) -> list[CopyGroup]:
         whole, content, thumbs = _scan(shards, pictures)
         picture = _number_pictures(shards, content, thumbs)
         first = np.unique(picture, return_index=True)[1]
-        one, other, _ = find_near_copies(thumbs[first], lambda rows: pictures[first[rows]])
+        one, other, difference = find_near_copies(thumbs[first], lambda rows: pictures[first[rows]])
+    near = np.stack([first[one], first[other]], axis=1)
+    picture, near = _join_equal(shards, picture, near, difference <= ALMOST)
     exact = [rows for rows in _group(range(len(photos)), picture.tolist()).values() if len(rows) > 1]
-    near = join_pairs(zip(first[one].tolist(), first[other].tolist(), strict=True))
     groups = [
         CopyGroup("byte" if len({whole[row] for row in its}) == 1 else "pixel", [photos[row] for row in its])
         for its in exact
     ]
-    return groups + [CopyGroup("near", [photos[row] for row in its]) for its in near]
+    return groups + [CopyGroup("near", [photos[row] for row in its]) for its in join_pairs(near.tolist())]
 
 
 def _scan(shards: Sequence[Path], pictures: np.ndarray) -> tuple[list[bytes], list[bytes], np.ndarray]:
@@ -126,22 +129,41 @@ def _number_pictures(shards: Sequence[Path], content: list[bytes], thumbs: np.nd
     Only photos with equal thumbnails and other contents are decoded to find out.
     """
     keys = list(content)
-    for rows in _group(range(len(keys)), (_digest(thumb.tobytes()) for thumb in thumbs)).values():
-        if len({content[row] for row in rows}) > 1:
-            first_of = {content[row]: row for row in reversed(rows)}
-            pixels = dict(zip(first_of, map(_digest_pixels, _read_images(shards, first_of.values())), strict=True))
-            for row in rows:
-                keys[row] = pixels[content[row]]
+    groups = _group(range(len(keys)), (_digest(thumb.tobytes()) for thumb in thumbs)).values()
+    firsts = [{content[row]: row for row in reversed(rows)} for rows in groups]
+    pixels = _digest_pixels_of(shards, {row for first_of in firsts if len(first_of) > 1 for row in first_of.values()})
+    for rows, first_of in zip(groups, firsts, strict=True):
+        for row in rows if len(first_of) > 1 else []:
+            keys[row] = pixels[first_of[content[row]]]
     return np.unique(np.array(keys, dtype="S16"), return_inverse=True)[1]
 
 
-def _read_images(shards: Sequence[Path], rows: Iterable[int]) -> Iterator[bytes]:
-    """The encoded images of some rows of all shards, in the order given."""
-    ends = np.cumsum([pq.read_metadata(shard).num_rows for shard in shards])
-    for row in rows:
-        shard = int(np.searchsorted(ends, row, side="right"))
-        image: bytes = read_columns(shards[shard], ["image"])["image"][row - int(ends[shard])].as_py()
-        yield image
+def _join_equal(
+    shards: Sequence[Path], picture: np.ndarray, near: np.ndarray, is_almost_equal: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find those of the near pairs (n, 2) that are equal to the pixel, in files of two formats.
+
+    Returns the pictures with these joined, and the other pairs.
+    """
+    pixels = _digest_pixels_of(shards, set(near[is_almost_equal].ravel().tolist()))
+    is_equal = np.array([one in pixels and pixels[one] == pixels.get(other) for one, other in near.tolist()], bool)
+    number_of = dict[int, int]()
+    for numbers in join_pairs(picture[near[is_equal]].tolist()):
+        number_of |= dict.fromkeys(numbers, numbers[0])
+    return np.array([number_of.get(number, number) for number in picture.tolist()]), near[~is_equal]
+
+
+def _digest_pixels_of(shards: Sequence[Path], rows: set[int]) -> dict[int, bytes]:
+    """Digests of the decoded pixels of some rows of all shards."""
+    digests, start = dict[int, bytes](), 0
+    with ThreadPoolExecutor(cores.available()) as pool:
+        for shard in shards:
+            count = pq.read_metadata(shard).num_rows
+            if here := [row for row in range(start, start + count) if row in rows]:
+                images = read_columns(shard, ["image"])["image"].take([row - start for row in here]).to_pylist()
+                digests |= dict(zip(here, pool.map(_digest_pixels, images), strict=True))
+            start += count
+    return digests
 
 
 def _digest_pixels(encoded: bytes) -> bytes:

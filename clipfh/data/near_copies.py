@@ -37,7 +37,7 @@ PROBES = 4
 """Number of buckets that a window is compared with."""
 CORRELATION = 0.82
 """Least correlation of step 2."""
-ROUGH, FITTED = 0.85, 5
+ROUGH, FITTED = 0.93, 4
 """Largest difference of the fit at 16 x 16, and how many pairs of each photo go on from there."""
 DIFFERENCE = 0.36
 """Largest difference of a near copy: that of the part of the picture that differs most, by the picture's contrast."""
@@ -127,7 +127,9 @@ def _grid() -> np.ndarray:
     for side, steps in ((0.9, 3), (0.83, 3), (0.79, 5)):
         starts = np.linspace(0, 1 - side, steps)
         windows += [(left, top, side, side) for top in starts for left in starts]
-    return np.array(windows)
+    framed = (0.083, 0.065, 0.834, 0.87)  # what is within a frame as wide on all sides, of an upright photo of 3 to 4
+    lying = (framed[1], framed[0], framed[3], framed[2])
+    return np.array([*windows, framed, lying])
 
 
 def _weights(start: np.ndarray, length: np.ndarray, cells: int, pixels: int) -> np.ndarray:

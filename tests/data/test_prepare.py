@@ -368,7 +368,10 @@ def test_killed_in_the_middle_and_started_again(tmp_path, monkeypatch):
 
     made = prepare(source, out, max_bad=0.1)
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
-    assert sorted(path.name for path in out.iterdir() if path.suffix != ".parquet") == ["catalogue.json"]
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".parquet") == [
+        "audit.json",
+        "catalogue.json",
+    ]
     assert not (tmp_path / "out.partial").exists()
     at_once = prepare(source, tmp_path / "at once", max_bad=0.1)
     assert at_once.manifest["left_out"]["count"] == 1

@@ -1,0 +1,154 @@
+"""What `audit` shows of a catalogue, and how copies count in an evaluation."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from clipfh import UserError
+from clipfh.data import audit
+from clipfh.data.audit import CopiedPhoto, CopyGroup
+from clipfh.data.catalogue import open_catalogue
+from clipfh.retrieval import evaluate, metrics, review
+from clipfh.retrieval.evaluate import Embedded
+
+ITEMS, VIEWS = 30, 4
+
+
+def embeddings(spread: float = 0.4) -> tuple[torch.Tensor, list[str]]:
+    """Views around the mean of their item, and the items."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(ITEMS, 16, generator=generator).repeat_interleave(VIEWS, 0)
+    noise = torch.randn(means.shape, generator=generator)
+    return normalize(means + spread * noise), [f"item{row // VIEWS}" for row in range(len(means))]
+
+
+def table(items: list[str]) -> pa.Table:
+    paths = [f"{row}.jpg" for row in range(len(items))]
+    return pa.table({"path": paths, "item_id": items, "split": ["train"] * len(items)})
+
+
+def test_views_under_the_wrong_item_are_suspected():
+    embedding, items = embeddings()
+    wrong = {5: "item9", 42: "item2"}
+    suspects = review.find_suspects(embedding, table([wrong.get(row, item) for row, item in enumerate(items)]))
+    assert {(each.path, each.item_id, each.like) for each in suspects} == {
+        ("5.jpg", "item9", "item1"),
+        ("42.jpg", "item2", "item10"),
+    }
+    assert [each.margin for each in suspects] == sorted((each.margin for each in suspects), reverse=True)
+    assert review.find_suspects(embedding, table(items)) == []
+
+
+def test_margins_are_those_of_a_loop_and_single_views_are_not_suspected():
+    embedding, items = embeddings(spread=2.0)
+    items[:2] = ["single", "item7"]
+    suspects = {each.path: each for each in review.find_suspects(embedding, table(items), margin=-9)}
+    assert len(suspects) == len(items) - 1 and "0.jpg" not in suspects
+    names = np.array(items)
+    for row in range(1, len(items)):
+        mean = {
+            name: normalize(embedding[(names == name) & (np.arange(len(names)) != row)].sum(0), dim=0)
+            for name in set(items)
+        }
+        own = float(embedding[row] @ mean.pop(items[row]))
+        like = max(mean, key=lambda name: float(embedding[row] @ mean[name]))
+        assert suspects[f"{row}.jpg"].like == like
+        assert suspects[f"{row}.jpg"].margin == pytest.approx(float(embedding[row] @ mean[like]) - own, abs=1e-5)
+
+
+# Copies in an evaluation: items a and b with a query each, and gallery photos
+
+
+def evaluation(copies: list[CopyGroup]) -> Embedded:
+    """Query a0 is nearest to its copy a1, then to b1, then to a2; query b0 finds b1 first."""
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    gallery = normalize(torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.2, 1.0]]))
+    names = [["a", "b"], ["a", "b", "a"]]
+    paths = [["a0", "b0"], ["a1", "b1", "a2"]]
+    rows = [
+        pa.table(
+            {"item_id": n, "path": p, "variant": [""] * len(n), "category": ["c"] * len(n), "gender": ["g"] * len(n)}
+        )
+        for n, p in zip(names, paths, strict=True)
+    ]
+    codes = [torch.from_numpy(code) for code in evaluate._codes(rows, copies)]
+    both = metrics.Embeddings(torch.cat([query, gallery]), *codes)
+    split = both.select(torch.arange(2)), both.select(torch.arange(2, 5))
+    return Embedded(*split, *rows, None, [], copies)
+
+
+def group(kind, *photos):
+    return CopyGroup(kind, [CopiedPhoto(path, path[0], split) for path, split in photos])
+
+
+BYTE = group("byte", ("a0", "query"), ("a1", "gallery"))
+NEAR = dataclasses.replace(BYTE, kind="near")
+
+
+def test_a_copy_of_the_query_does_not_count_as_found():
+    plain, copied = (evaluate.figures(evaluation(copies), 0) for copies in ([], [BYTE]))
+    assert plain["mAP"] == pytest.approx((np.mean([1, 2 / 3]) + 0.5) / 2)
+    assert copied["mAP"] == pytest.approx((1 / 2 + 0.5) / 2), "without a1, a2 is the second"
+    assert plain["without_copies"] is None and copied["without_copies"]["mAP"] == copied["mAP"]
+
+
+def test_near_copies_count_as_found_and_figures_without_them_stand_beside():
+    found = evaluate.figures(evaluation([NEAR]), 0)
+    assert found["mAP"] == evaluate.figures(evaluation([]), 0)["mAP"]
+    assert found["without_copies"]["mAP"] == evaluate.figures(evaluation([BYTE]), 0)["mAP"]
+
+
+def test_leaks_are_left_out_of_the_figures_without_copies():
+    leak = group("near", ("b0", "query"), ("t", "train"))
+    found = evaluate.figures(evaluation([leak]), 0)
+    assert (found["num_query"], found["without_copies"]["num_query"], found["without_copies"]["num_gallery"]) == (
+        2,
+        1,
+        3,
+    )
+
+
+def test_figures_without_copies_follow_a_similarity_too():
+    embedded = evaluation([NEAR, group("near", ("b1", "gallery"), ("t", "train"))])
+    similarity = metrics.cosine(embedded.query, embedded.gallery)
+    by_similarity, by_cosine = (evaluate.judge(embedded, 0, similarity=each)[0] for each in (similarity, None))
+    assert by_similarity["without_copies"] == by_cosine["without_copies"]
+
+
+def test_a_query_with_nothing_but_copies_is_counted_and_one_with_nothing_is_refused():
+    only_copies = evaluation([group("byte", ("b0", "query"), ("b1", "gallery"))])
+    found = evaluate.figures(only_copies, 0)
+    assert (found["num_query"], found["num_unmatched"]) == (1, 1)
+    lonely = dataclasses.replace(only_copies, gallery=only_copies.gallery.select(torch.tensor([0, 2])))
+    lonely = dataclasses.replace(lonely, gallery_rows=only_copies.gallery_rows.take([0, 2]))
+    with pytest.raises(UserError, match="1 of 2 queries have no other image"):
+        evaluate.figures(lonely, 0)
+
+
+def test_validation_counts_no_copies_and_refuses_nothing_but_copies():
+    embedded = evaluation([BYTE])
+    assert metrics.mean_average_precision(embedded.query, embedded.gallery) == pytest.approx(0.5)
+    copies = embedded.gallery.select(torch.tensor([0]))
+    with pytest.raises(UserError, match="no copy"):
+        metrics.mean_average_precision(embedded.query.select(torch.tensor([0])), copies)
+
+
+# The command
+
+
+def test_the_audit_of_a_catalogue_is_a_page_a_list_and_json(small_catalogue, tmp_path, monkeypatch):
+    monkeypatch.setattr(review, "MARGIN", -9)
+    opened = open_catalogue(small_catalogue.path)
+    rows = opened.rows("train")["path"].to_pylist()
+    kept, leaked = opened.rows("query").to_pylist()[0], opened.rows("train").to_pylist()[0]
+    copies = [CopyGroup("near", [CopiedPhoto(row["path"], row["item_id"], row["split"]) for row in (leaked, kept)])]
+    suspects = [review.Suspect(rows[1], "item", "train", leaked["item_id"], 0.5)]
+    page = review.render_page(opened, copies, suspects, audit.photos_to_leave_out(copies))
+    assert page.count("data:image/webp") >= 3 and kept["path"] in page and "a leak" in page
+    assert audit.photos_to_leave_out(copies) == [leaked["path"]], "the test photo is kept"
+    assert json.dumps(page)
