@@ -126,7 +126,7 @@ SPELLINGS: tuple[Callable[[str], str], ...] = (str, _as_url, _unquoted)
 
 
 class _LikeNames:
-    """Finds files by names that differ in case, or in how their letters are composed, from what is listed."""
+    """Finds files by names that differ in case, in how letters are composed, or by a suffix, from what is listed."""
 
     def __init__(self, store: fs.SubTreeFileSystem) -> None:
         self.store = store
@@ -140,7 +140,8 @@ class _LikeNames:
         """The one file that a path can mean; empty where there is none, or several."""
         place = ""
         for part in path.split("/"):
-            names = self._names(place).get(_fold(part), [])
+            listed = self._names(place)
+            names = listed.get(_fold(part)) or listed.get(f"{_fold(part)}/", [])
             if len(names) != 1:
                 return ""
             place = posixpath.join(place, names[0])
@@ -151,6 +152,8 @@ class _LikeNames:
             names = self.folders[folder] = {}
             for name in self._list(folder):
                 names.setdefault(_fold(name), []).append(name)
+                if is_image(name):  # lists may name it without its suffix; no name has a slash in it
+                    names.setdefault(f"{_fold(posixpath.splitext(name)[0])}/", []).append(name)
         return self.folders[folder]
 
     def _list(self, folder: str) -> list[str]:

@@ -14,6 +14,7 @@ from clipfh import UserError
 from clipfh.sources import folders, inshop
 from clipfh.sources.files import ARCHIVE_SUFFIXES, File, first_file, walk
 from clipfh.sources.folders import read_folders
+from clipfh.sources.list_files import find_lists
 from clipfh.sources.listing import Listing, ReadOptions
 from clipfh.sources.parquet_tables import read_parquet
 from clipfh.sources.tables import read_csv
@@ -99,6 +100,9 @@ def _read_plain_folder(store: fs.SubTreeFileSystem, files: list[File], options: 
         if first_file(store, folder + "image_paths.json"):
             return inshop.read_processed(store, folder)
     inshop.require_partition(store, files)
+    if read_lists := find_lists(store):
+        _require_for(store.base_path, skip_bad_lines=options.skip_bad_lines)
+        return read_lists(store)
     if folders.pass_over(files)[0]:
         _require_for(store.base_path, skip_bad_lines=options.skip_bad_lines)
         return read_folders(store, files)

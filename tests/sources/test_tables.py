@@ -64,6 +64,7 @@ SPELLINGS = {
     "another case": lambda path, root: path.upper(),
     "Windows": lambda path, root: path.replace("/", "\\"),
     "blanks": lambda path, root: f"  {path} ",
+    "without its suffix": lambda path, root: path.rpartition(".")[0],
     "absolute": lambda path, root: f"{root}/{path}",
     "URL": lambda path, root: (root / path).as_uri(),
     "URL of localhost": lambda path, root: f"file://localhost{root}/{path}",
