@@ -93,10 +93,18 @@ def _separator(text: str) -> tuple[str, str, int]:
 
 
 def column_names(header: Sequence[str]) -> list[str]:
-    """Names of columns as they are meant: our own in any case, with blanks and quotes around them."""
+    """Names of columns as they are meant: our own in any case, with blanks and quotes around them.
+
+    Where there is no image_path, it is what Hugging Face or open_clip call so.
+    """
     names = [name.strip().strip('"') for name in header]
-    ours = (*COLUMNS, *BOX_COLUMNS)
-    return [name.casefold() if name.casefold() in ours else name for name in names]
+    ours = (*COLUMNS, *BOX_COLUMNS, *_OTHER_PATHS)
+    names = [name.casefold() if name.casefold() in ours else name for name in names]
+    other = next((name for name in _OTHER_PATHS if name in names and "image_path" not in names), None)
+    return ["image_path" if name == other else name for name in names]
+
+
+_OTHER_PATHS = ("file_name", "filepath")
 
 
 _ENCODINGS = (

@@ -133,6 +133,12 @@ def test_all_bad_lines_are_told_at_once_and_left_out_by_an_option(shop):
     assert listing.left_out[0] == (f"{shop}/list.csv line 3", "bad line: no item_id") and len(listing.left_out) == 4
 
 
+@pytest.mark.parametrize("name", ["file_name", "filepath", "Image_Path", ' "image_path" '])
+def test_the_column_of_paths_is_known_by_the_names_of_hubs_too(shop, name):
+    (shop / "list.csv").write_text(f"{name},ITEM_ID\n{FILES[0]},a\n")
+    assert files_of(read_source(shop / "list.csv")) == [FILES[0]]
+
+
 def test_ids_that_a_spreadsheet_spoiled_are_noted_and_blanks_stripped(shop):
     ids = ["4.00638E+12", "5,01E12", "nan", "#N/A", "SKU-1", "sku-1", "7", "7.0", " A ", "A", "plain"]
     rows = "".join(f'{FILES[0]},"{item}"\n' for item in ids)
