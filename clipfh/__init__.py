@@ -6,6 +6,7 @@ ray.
 """
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,10 @@ _MODULES = {
     "train": "clipfh.train.run",
 }
 """The module of each public function."""
+
+
+# Else Ray, as it starts under `uv run`, would pack the folder that the command is run in, and send it to every process
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
 class _Package(ModuleType):

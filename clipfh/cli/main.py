@@ -17,6 +17,14 @@ from clipfh.cli.options import parse
 from clipfh.storage import layout
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SHORT_OF = {
+    "OutOfMemoryError": "Ray ended a process because its machine's memory was nearly full: run fewer at once "
+    "(placement.concurrent, --workers), take smaller parts (--batch.chunk, --keep-gib), or end other programs",
+    "OutOfDiskError": "Ray's memory for data is full, and so is the disk of its temporary folder, to which it would "
+    "move data: free some of that disk, or set RAY_TMPDIR to a folder on another",
+}
+"""What Ray says by its errors of these names, and remedies."""
+
 WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -65,6 +73,9 @@ def explain(error: BaseException, args: argparse.Namespace | None) -> str | None
             return f"no room on disk for {where}: free some; {_remedy(args)}"
         if isinstance(each, WRONG_PATH) and each.filename and each.strerror:
             return f"{each.filename}: {each.strerror.lower()}: check the path"
+    for name, line in SHORT_OF.items():
+        if any(type(each).__name__ == name or f"ray.exceptions.{name}:" in str(each) for each in causes(error)):
+            return f"{line}; {_remedy(args)}"
     lost = next((each for each in causes(error) if type(each).__name__ in LOST), None)
     return f"Ray lost a process or a node ({' '.join(str(lost).split())[:160]}): {_remedy(args)}" if lost else None
 

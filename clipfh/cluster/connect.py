@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,6 +66,38 @@ def _environment() -> dict[str, Any]:
     return ray_private.shared_env({name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")})
 
 
+LONGEST = 39
+"""Letters of a temporary folder below which Ray's sockets fit into the 107 that Linux allows"""
+
+
+def _choose_short_folder() -> None:
+    """Give Ray a short temporary folder where TMPDIR is a long one, as batch systems set it.
+
+    Raises:
+        UserError: there is none.
+    """
+    named = os.environ.get("RAY_TMPDIR")
+    folder = named or tempfile.gettempdir()
+    if len(folder) <= LONGEST:
+        return
+    short = next((each for each in ("/tmp", "/var/tmp", "/dev/shm") if os.access(each, os.W_OK)), None)
+    if named or not short:
+        raise UserError(
+            f"{'RAY_TMPDIR' if named else 'TMPDIR'} {folder} is too long for Ray's sockets: set RAY_TMPDIR to a folder "
+            f"of at most {LONGEST} letters on a local disk"
+        )
+    os.environ["RAY_TMPDIR"] = short
+
+
+def _keep_token_here() -> None:
+    """Have a token for a cluster of our own without a file in the user's home, which may be read-only.
+
+    Ray would leave one there, and every `ray start` from then on would ask for it.
+    """
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
 def _start(workers: int, dashboard: bool) -> None:
     """Start a cluster for runs with so many workers each.
 
@@ -72,6 +106,9 @@ def _start(workers: int, dashboard: bool) -> None:
     """
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for each run; nobody takes this machine away
     slots = max(2 * cores.available(), 4, 4 * workers)
+    _choose_short_folder()
+    if not dashboard:  # whose page asks for the token, which people then find in its usual place
+        _keep_token_here()
     try:
         ray.init("local", num_cpus=slots, include_dashboard=dashboard, runtime_env=_environment(), **QUIET)
     except Exception as error:
@@ -85,8 +122,14 @@ def _start(workers: int, dashboard: bool) -> None:
 
 
 def _join(address: str) -> None:
+    has_token = ray_private.show_token()
     if address != "auto":
         _check_reachable(address)
+        if not has_token and ray_private.checks_tokens(address):
+            raise UserError(
+                f"the cluster at --address {address} checks tokens: set RAY_AUTH_MODE=token, and its token in "
+                "RAY_AUTH_TOKEN or the token's file in RAY_AUTH_TOKEN_PATH"
+            )
     try:
         ray.init(address, runtime_env=_environment(), **QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:

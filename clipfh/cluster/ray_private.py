@@ -12,6 +12,9 @@ Environment                  `RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR`, `PL_D
                              to their processes; a process serves another's task only if its environment is the same.
 Remarks                      `_private.worker.print_to_stdstream`, patched. `log_to_driver=False` silences workers, not
                              raylets. Next: whether `listen_error_messages` heeds that option.
+Token                        `maybe_enable_token_auth_if_token_available`. `ray start` calls it, `ray.init(address)`
+                             doesn't: a cluster that checks tokens is then "not there". Next: whether it does.
+                             `/ray.rpc.NodeInfoGcsService/GetClusterId`, by which a cluster says that it checks them.
 Autoscaler                   `_private.state.state.get_cluster_config`. `autoscaler.sdk` asks for nodes, but doesn't
                              say which could come. Next: `get_cluster_status` of `autoscaler.v2`.
 Key-value store              `experimental.internal_kv`. A named actor would be a process more, and would lose its state
@@ -45,6 +48,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +63,9 @@ from clipfh import UserError, mendable
 SUPPORTED = (2, 60)
 """The release of Ray whose private parts these are."""
 
+ASK_FOR_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+"""What Ray's head answers at once, to those who may ask."""
+
 HEAD = "node:__internal_head__"
 """A resource that every Ray head has. Trials take a sliver of it: so they are on the head, and take no CPU."""
 
@@ -66,6 +73,34 @@ PRESTARTED_S = 3600
 """Seconds for which a process that was started beforehand waits for its actor."""
 
 logger = logging.getLogger(__name__)
+
+
+def show_token() -> bool:
+    """Let this process show the user's token, if there is one, to the clusters that it joins; others don't look at it.
+
+    Returns:
+        Whether it does, or RAY_AUTH_MODE says what to do.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+
+    before = setup.logger.level
+    setup.logger.setLevel(logging.ERROR)  # what it says is for those who start a cluster
+    try:
+        return "RAY_AUTH_MODE" in os.environ or setup.maybe_enable_token_auth_if_token_available(False)
+    finally:
+        setup.logger.setLevel(before)
+
+
+def checks_tokens(address: str) -> bool:
+    """Whether the head at HOST:PORT answers only to those who show a token."""
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(ASK_FOR_ID)(b"", timeout=5)
+        except grpc.RpcError as error:
+            return error.code() == grpc.StatusCode.UNAUTHENTICATED
+    return False
 
 
 def require_supported_version() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import tempfile
 import threading
@@ -13,9 +14,43 @@ from types import TracebackType
 CLAIMED, NEW = ".claim", ".new"
 
 
+CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux keeps the limits of containers and services, and tells in which of them a process is"""
+
+
 def available() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those of its affinity, and no more than the quota of its container gives."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, quota())))
+
+
+def quota(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
+    """CPUs that control groups give this process, as Kubernetes and Docker limit containers; infinity without a limit.
+
+    A group's limit holds for all groups below it. Both versions of Linux's control groups are read.
+    """
+    lines = membership.read_text().splitlines() if membership.is_file() else []
+    groups = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+    cpu = next((path for controllers, path in groups.items() if "cpu" in controllers.split(",")), "/")
+    limits = [_limit(folder / "cpu.max") for folder in _upwards(root, groups.get("", "/"))]
+    for top in (root / "cpu", root / "cpu,cpuacct"):
+        limits += [_limit(each / "cpu.cfs_quota_us", each / "cpu.cfs_period_us") for each in _upwards(top, cpu)]
+    return min(limits)
+
+
+def _upwards(root: Path, group: str) -> list[Path]:
+    """The folders of a group and of all groups that it is in. A container sees its own as the root."""
+    folder = root / group.strip("/")
+    return [folder, *(each for each in folder.parents if each.is_relative_to(root))]
+
+
+def _limit(*files: Path) -> float:
+    """Microseconds of CPU in a period by its microseconds; infinity where the files set no limit."""
+    try:
+        quota, period = " ".join(file.read_text() for file in files).split()
+    except (OSError, ValueError):
+        return math.inf
+    return math.inf if quota in ("max", "-1") else int(quota) / int(period)
 
 
 class Share:

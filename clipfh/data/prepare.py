@@ -46,6 +46,7 @@ from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, digest
 from clipfh.sources import read as read_module
 from clipfh.sources.listing import NOT_WANTED, UNBLAMED, LeftOut, Photo, ReadOptions
 from clipfh.storage import layout
+from clipfh.storage.output import require_folder
 
 SHARD_IMAGES = (
     512  # size of a process's task, which a kill may lose; smaller where there would be too few shards for the cores
@@ -103,6 +104,7 @@ def prepare(
     """
     if not (0 <= val_fraction < 1 and 0 <= max_bad <= 1 and image_size > 0):
         raise UserError("--val-fraction must be in [0, 1), --max-bad in [0, 1], --image-size above 0: change it")
+    require_folder(out)
     source, out = str(source), Path(out).absolute()
     with _processes() as pool:
         options = ReadOptions(follow_links, skip_bad_lines, encoding, inshop_boxes)

@@ -2,13 +2,13 @@
 
 import json
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from clipfh import UserError
+from clipfh.config import cores
 from clipfh.demo.drawing import VIEWS, draw
 from clipfh.demo.garments import describe, make_garment, make_rng
 from clipfh.storage import store
@@ -60,7 +60,7 @@ def write_source(out: Path, *, items: int, seed: int, size: int = 96, train_shar
         for name in ("Eval", "Anno"):
             (folder / name).mkdir()
         numbers = range(1, items + 1)
-        with ProcessPoolExecutor(min(8, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(min(8, cores.available()), multiprocessing.get_context("spawn")) as pool:
             photos = list(pool.map(_write_photos, [(folder, seed, i, size) for i in numbers], chunksize=4))
         rows = _partition(photos, train_share, seed)
         lines = [str(len(rows)), "image_name item_id evaluation_status", *(" ".join(row) for row in rows)]

@@ -27,6 +27,7 @@ from clipfh.model import onnx
 from clipfh.model.architecture import load_open_clip, weights_name
 from clipfh.model.clip import architecture_of, get_preprocess, load_tokenizer
 from clipfh.storage import layout, store
+from clipfh.storage.output import require_folder
 from clipfh.storage.store import Folder
 
 TOLERANCE = 1e-5
@@ -59,6 +60,7 @@ def write_export(
     Raises:
         UserError: something is there already, or a library for ONNX is missing.
     """
+    require_folder(out)
     out, photos = Path(out), photos if len(photos) > 1 else _noise()
     if out.is_file() or not Folder(out).is_empty():
         raise UserError(f"--out {out} is not empty: remove it, or name another folder")

@@ -30,7 +30,7 @@ from clipfh.model.prompts import load_prompts_for, notes_on_prompts
 from clipfh.retrieval import embed, embedding_file, metrics
 from clipfh.retrieval import rerank as reranking
 from clipfh.storage import layout
-from clipfh.storage.output import all_or_nothing, is_in_use
+from clipfh.storage.output import all_or_nothing, is_in_use, require_folder
 from clipfh.storage.store import Folder
 
 TOP = 50
@@ -89,6 +89,7 @@ def evaluate(
     Raises:
         UserError: the catalogue, the folder, the model or a setting does not fit.
     """
+    require_folder(out)
     opened, out = open_catalogue(catalogue), Path(out)
     require(random_splits >= 0, "random-splits", "0 or more", random_splits)
     if is_in_use(out) and not any((out / file).exists() for file in (layout.PREDICTIONS, layout.EMBEDDINGS)):

@@ -34,6 +34,7 @@ from clipfh.model.prompts import load_prompts_for
 from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.retrieval import embedding_file, evaluate, metrics
 from clipfh.retrieval.embed import OnProgress, connection
+from clipfh.storage.output import require_folder
 
 THUMBNAIL = (320, 440)
 """Pixels that a picture on the page fits into: about twice what a screen shows."""
@@ -87,6 +88,7 @@ def embed(
     Raises:
         UserError: the catalogue, the file, the model or a setting does not fit.
     """
+    require_folder(out)
     opened, out = open_catalogue(catalogue), Path(out)
     if out.is_dir() or (out.exists() and embedding_file.mark_of(out) is None):
         raise UserError(f"--out {out} is there, and holds no embeddings to replace: name another file")

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from clipfh import UserError
+
+
+def require_folder(out: str | Path) -> None:
+    """Raise UserError where a result should be written to object storage, such as s3://shop/runs, which can't be yet.
+
+    A `Path` of such an address has lost one of its slashes.
+    """
+    if re.match(r"(?!file:)[A-Za-z][\w+.-]+:/", str(out)):
+        raise UserError(
+            f"--out {out}: results can't be written to object storage: give a folder (on a disk that all nodes share, "
+            "with a cluster), and copy it there"
+        )
 
 
 def is_in_use(out: Path) -> bool:
@@ -19,6 +34,7 @@ def all_or_nothing(out: Path, result: str) -> Iterator[None]:
 
     The user can then give the corrected command with the same --out.
     """
+    require_folder(out)
     was_there, was_in_use = out.exists(), is_in_use(out)
     try:
         yield

@@ -32,7 +32,7 @@ POLL_SECONDS, AWAY_SECONDS, LAST_SECONDS = 1.0, 30.0, 60.0
 
 
 def require(tracker: str | None) -> None:
-    """Raise UserError where the tracker's library or its key is missing."""
+    """Raise UserError where the tracker's library, its key or its experiment is missing."""
     if tracker and importlib.util.find_spec(tracker) is None:
         raise UserError(f"--track {tracker} needs {LIBRARIES[tracker]}: pip install {LIBRARIES[tracker]}")
     if tracker == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
@@ -40,6 +40,34 @@ def require(tracker: str | None) -> None:
 
         if not wandb.login(prompt=False):
             raise UserError("--track wandb finds no API key: run wandb login, or set WANDB_MODE=offline")
+    if tracker == "mlflow":
+        _require_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+
+
+def _require_experiment(name: str) -> None:
+    """Raise UserError where the experiment was deleted, so that MLflow takes nothing for it and none of its name.
+
+    A server that does not answer is no reason: training goes on without it, and it is asked again.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    _ask_briefly()
+    try:
+        experiment = MlflowClient().get_experiment_by_name(name)
+    except MlflowException:
+        return
+    if experiment and experiment.lifecycle_stage == "deleted":
+        raise UserError(
+            f"--track mlflow: the experiment {name} is deleted: restore it (mlflow experiments restore --experiment-id "
+            f"{experiment.experiment_id}), or name another by MLFLOW_EXPERIMENT_NAME"
+        )
+
+
+def _ask_briefly() -> None:
+    """Have MLflow try twice for some seconds where nothing else is set, in place of minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 
 @contextlib.contextmanager
@@ -170,8 +198,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 def main(tracker: str, out: Path) -> None:
     """Send until the input ends, then once more."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    _ask_briefly()
     logging.disable(logging.ERROR)  # what they tell of themselves is not for the command's output
     mirror, is_over, is_away = Mirror(tracker, out), False, False
     while not is_over:

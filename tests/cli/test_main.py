@@ -1,11 +1,15 @@
 """What a user can mend is one line and exit code 2; nothing is started for it."""
 
+import functools
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
+from ray.exceptions import OutOfDiskError, OutOfMemoryError
 
+import clipfh
 from clipfh.cli import main, options
 from clipfh.model.checkpoint import load_model
 
@@ -108,6 +112,34 @@ def test_a_lost_node_is_one_line_that_says_how_to_go_on(tmp_path):
     assert line.startswith("Ray lost a process or a node (") and line.endswith(
         "--resume goes on from the last checkpoint"
     )
+
+
+@pytest.mark.parametrize(
+    "error,cause",
+    [
+        (OutOfMemoryError("1 worker(s) were killed"), "memory was nearly full"),
+        (OutOfDiskError(), "set RAY_TMPDIR to a"),
+    ],
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_machine_that_is_full_is_one_line_with_a_remedy(error, cause, as_text):
+    if as_text:  # as it comes from another process
+        error = RuntimeError(f"Traceback:\n  ...\nray.exceptions.{type(error).__name__}: {error}")
+    args = options.parse(["evaluate", "catalogue", "--out", "new"])
+    line = main.explain(error, args)
+    assert cause in line and line.endswith("; give the same command again") and "\n" not in line
+
+
+def test_results_for_object_storage_are_refused_before_anything_is_done(small_catalogue, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = str(small_catalogue.path)
+    for command in (["prepare", "--source", path], ["evaluate", path], ["train", "image", path], ["embed", path]):
+        for out in ("s3://shop/x", "gs://shop/x"):
+            assert f"--out {out}: results can't be written to object storage" in refused(capsys, *command, "--out", out)
+    for write in (clipfh.prepare, clipfh.evaluate, clipfh.embed, functools.partial(clipfh.train, "image")):
+        with pytest.raises(clipfh.UserError, match="can't be written to object storage"):
+            write(path, Path("s3://shop/x"))
+    assert not list(tmp_path.iterdir())
 
 
 def interrupted(_path):

@@ -1,7 +1,10 @@
 """Claims of real processes to this machine's cores."""
 
+import math
 import subprocess
 import sys
+
+import pytest
 
 from clipfh.config import cores
 
@@ -49,3 +52,36 @@ def test_more_runs_than_cores_have_a_thread_each(tmp_path, monkeypatch):
     monkeypatch.setattr(cores, "available", lambda: 2)
     with cores.Share(tmp_path) as first, cores.Share(tmp_path) as second, cores.Share(tmp_path) as third:
         assert [first.threads(), second.threads(), third.threads()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "files,membership,cpus",
+    [
+        ({"cpu.max": "150000 100000\n"}, "0::/\n", 1.5),
+        ({"cpu.max": "max 100000\n"}, "0::/\n", math.inf),
+        (
+            {"a.slice/cpu.max": "200000 100000\n", "a.slice/b.service/cpu.max": "max 100000\n"},
+            "0::/a.slice/b.service\n",
+            2,
+        ),
+        (
+            {"cpu,cpuacct/cpu.cfs_quota_us": "50000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"},
+            "4:cpu,cpuacct:/\n",
+            0.5,
+        ),
+        ({"cpu/pod/cpu.cfs_quota_us": "300000\n", "cpu/pod/cpu.cfs_period_us": "100000\n"}, "4:cpu,cpuacct:/pod\n", 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, "4:cpu:/\n", math.inf),
+        ({}, None, math.inf),
+    ],
+)
+def test_a_containers_quota_is_what_counts_as_cores(tmp_path, monkeypatch, files, membership, cpus):
+    for name, text in files.items():
+        file = tmp_path / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    if membership:
+        (tmp_path / "member").write_text(membership)
+    assert cores.quota(tmp_path / "cgroup", tmp_path / "member") == cpus
+    monkeypatch.setattr(cores, "quota", lambda: cpus)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    assert cores.available() == (64 if cpus == math.inf else max(1, math.ceil(cpus)))

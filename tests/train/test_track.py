@@ -8,6 +8,7 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
+from clipfh import UserError
 from clipfh.cli import main
 from clipfh.config import presets, schema
 from clipfh.train import track
@@ -79,6 +80,18 @@ def logged(file):
         if "val_mAP" in values:
             yield record.history.step.num, values["val_mAP"]
         at += 7 + size
+
+
+def test_a_deleted_experiment_is_told_before_anything_starts(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    track.require("mlflow")
+    number = MlflowClient().create_experiment("clipfh")
+    track.require("mlflow")
+    MlflowClient().delete_experiment(number)
+    with pytest.raises(UserError, match=f"the experiment clipfh is deleted: restore it .* --experiment-id {number}"):
+        track.require("mlflow")
 
 
 def test_a_server_that_is_away_is_told_and_awaited_no_longer_than_asking_takes(sweep, monkeypatch, capfd):
