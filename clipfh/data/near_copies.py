@@ -231,6 +231,11 @@ def _whole_place(count: int) -> np.ndarray:
     return np.broadcast_to([0.0, 0.0, 1.0, 1.0], (count, 4))
 
 
+def _inner(place: np.ndarray) -> np.ndarray:
+    """Windows (n, 4) without a sixteenth at each edge, where the pixels of a frame run into those of the photo."""
+    return np.concatenate([place[:, :2] + place[:, 2:] / 16, place[:, 2:] * 14 / 16], axis=1)
+
+
 def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Pearson's of each of n images with another, (n,)."""
     one, other = (each.reshape(len(each), -1) for each in (one, other))
@@ -268,9 +273,12 @@ def _fit(pairs: Pairs, read: Read, side: int, most: float) -> tuple[Pairs, np.nd
         place = part.place.copy()
         larger[part.is_mirrored] = larger[part.is_mirrored, ..., ::-1]
         place[part.is_mirrored, 0] = 1 - place[part.is_mirrored, 0] - place[part.is_mirrored, 2]
-        whole = _sample(whole, _whole_place(len(part)), side)
-        place = _align(larger.mean(1), whole.mean(1), place)
-        difference = _difference(_sample(larger, place, 16), _sample(whole, _whole_place(len(part)), 16))
+        target = _sample(whole, _whole_place(len(part)), side)
+        place = _align(larger.mean(1), target.mean(1), place)
+        window, middle = (
+            _sample(*each, 16) for each in ((larger, _inner(place)), (whole, _inner(_whole_place(len(part)))))
+        )
+        difference = _difference(window, middle)
         place[part.is_mirrored, 0] = 1 - place[part.is_mirrored, 0] - place[part.is_mirrored, 2]
         near = difference <= most
         kept.append(replace(part, place=place)[near])
@@ -282,6 +290,7 @@ def _align(images: np.ndarray, targets: np.ndarray, place: np.ndarray, steps: in
     """Windows (n, 4) of images (n, S, S) that fit targets (n, side, side), from windows near them.
 
     A target is taken for gain * window + offset, to first order in the window's place: each step solves for all six.
+    Pixels at the edges have no say, since those of a frame run into them.
     """
     side = targets.shape[1]
     along = (np.arange(side) + 0.5) / side
@@ -290,7 +299,9 @@ def _align(images: np.ndarray, targets: np.ndarray, place: np.ndarray, steps: in
         down, across = np.gradient(window, 1 / side, axis=(1, 2))
         across, down = across / place[:, 2, None, None], down / place[:, 3, None, None]
         slopes = [across, down, along * across, along[:, None] * down, window, np.ones_like(window)]
-        slope = np.stack([each.astype(np.float32).reshape(len(images), -1) for each in slopes], axis=1)
+        slope = np.zeros((len(images), 6, side, side), np.float32)
+        slope[:, :, 1:-1, 1:-1] = np.stack(slopes, axis=1)[:, :, 1:-1, 1:-1]
+        slope = slope.reshape(len(images), 6, -1)
         normal = (slope @ slope.transpose(0, 2, 1)).astype(np.float64)
         normal += np.eye(6) * 1e-6 * (1 + np.trace(normal, axis1=1, axis2=2)[:, None, None])
         answer = np.linalg.solve(normal, slope @ targets.reshape(len(images), -1, 1))[..., 0]

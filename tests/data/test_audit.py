@@ -20,7 +20,7 @@ from clipfh.sources.listing import NOT_WANTED
 def photo(number: int, size=(150, 200)) -> Image.Image:
     """A picture of its own: coarse tiles, and finer ones on them."""
     rng = np.random.default_rng(number)
-    coarse, fine = (Image.fromarray(rng.integers(0, 256, (n, n - 1, 3), dtype=np.uint8)) for n in (6, 17))
+    coarse, fine = (Image.fromarray(rng.integers(0, 256, (n, n - 1, 3), dtype=np.uint8)) for n in (6, 11))
     return Image.blend(coarse.resize(size, Image.Resampling.BICUBIC), fine.resize(size, Image.Resampling.BICUBIC), 0.2)
 
 
