@@ -35,6 +35,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
         table(["", "value", "95% interval"], [[key, _value(metrics[key]), _interval(metrics, key)] for key in keys])
     ]
     parts = {"same variant": metrics["variant"]["same"], "cross variant": metrics["variant"]["cross"]}
+    parts |= {"without copies": metrics["without_copies"]}
     parts |= {"text to image": metrics["text_to_image"], "image to text": metrics["image_to_text"]}
     rows = [
         [name, _value(part["mAP"]), _value(part["rank1"]), part["num_query"]] for name, part in parts.items() if part

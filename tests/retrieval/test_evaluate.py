@@ -31,6 +31,7 @@ SPLITS = evaluate.splits_of("test")
 SETTINGS = ModelSettings(name=SMALL_MODEL, precision="float32")
 KEYS = {*metrics.KEYS, "num_query", "num_gallery", "num_unmatched", "intervals", "cmc", "random_splits", "variant"}
 KEYS |= {"by_category", "by_gender", "text_to_image", "image_to_text", "rerank", "prompts_tell_apart"}
+KEYS |= {"without_copies"}
 
 
 @pytest.fixture(scope="module")
