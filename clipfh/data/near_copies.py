@@ -307,9 +307,9 @@ def _align(images: np.ndarray, targets: np.ndarray, place: np.ndarray, steps: in
         down, across = np.gradient(window, 1 / side, axis=(1, 2))
         across, down = across / place[:, 2, None, None], down / place[:, 3, None, None]
         slopes = [across, down, along * across, along[:, None] * down, window, np.ones_like(window)]
-        slope = np.zeros((len(images), 6, side, side), np.float32)
-        slope[:, :, 1:-1, 1:-1] = np.stack(slopes, axis=1)[:, :, 1:-1, 1:-1]
-        slope = slope.reshape(len(images), 6, -1)
+        inside = np.zeros((len(images), 6, side, side), np.float32)
+        inside[:, :, 1:-1, 1:-1] = np.stack(slopes, axis=1)[:, :, 1:-1, 1:-1]
+        slope = inside.reshape(len(images), 6, -1)
         normal = (slope @ slope.transpose(0, 2, 1)).astype(np.float64)
         normal += np.eye(6) * 1e-6 * (1 + np.trace(normal, axis1=1, axis2=2)[:, None, None])
         answer = np.linalg.solve(normal, slope @ targets.reshape(len(images), -1, 1))[..., 0]
