@@ -156,7 +156,9 @@ def test_a_second_evaluation_embeds_nothing(small_catalogue, folder, options, ca
 def test_a_query_without_a_match_is_named_or_left_out(embedded, tmp_path):
     item = embedded.query.item[3]
     alone = (embedded.query.item == item).nonzero().flatten()
-    lacking = dataclasses.replace(embedded, gallery=embedded.gallery.select(embedded.gallery.item != item))
+    others = embedded.gallery.item != item
+    rows = embedded.gallery_rows.filter(others.numpy())
+    lacking = dataclasses.replace(embedded, gallery=embedded.gallery.select(others), gallery_rows=rows)
     path = embedded.query_rows["path"][int(alone[0])].as_py()
     with pytest.raises(UserError, match=rf"^{len(alone)} of \d+ queries .*{path}.*--skip-unmatched"):
         evaluate.figures(lacking, 0)
