@@ -97,7 +97,7 @@ def audit(
             with connection(address, dashboard):
                 embedding = evaluate.choose_encoder(clip, experiment.model).images(opened, splits, progress)
             rows = pa.concat_tables(opened.rows(split).select(["path", "item_id", "split"]) for split in splits)
-            suspects = find_suspects(embedding, rows)
+            suspects = find_suspects(embedding, rows, MARGIN)
         without = copies_module.photos_to_leave_out(copies)
         without += [each.path for each in suspects or [] if each.split == "train" and each.path not in set(without)]
         page = opened.path / layout.AUDIT_PAGE
@@ -168,7 +168,7 @@ def render_page(
     ]
     paths = {photo.path for section in sections for group in section["groups"] for photo in group.photos[:SHOWN_PHOTOS]}
     paths |= {path for each, own, like in shown for path in (each.path, *own, *like)}
-    encoded = catalogue.images_at(sorted(paths))
+    encoded = catalogue.images_at(sorted(paths)) if paths else {}
     pages = Environment(loader=PackageLoader("clipfh.retrieval", ""), autoescape=True)
     return pages.get_template("audit.html").render(
         catalogue=catalogue,

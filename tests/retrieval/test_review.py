@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+import clipfh
 from clipfh import UserError
+from clipfh.cli import main
 from clipfh.data import audit
 from clipfh.data.audit import CopiedPhoto, CopyGroup
-from clipfh.data.catalogue import open_catalogue
 from clipfh.retrieval import evaluate, metrics, review
 from clipfh.retrieval.evaluate import Embedded
 
@@ -141,14 +143,23 @@ def test_validation_counts_no_copies_and_refuses_nothing_but_copies():
 # The command
 
 
-def test_the_audit_of_a_catalogue_is_a_page_a_list_and_json(small_catalogue, tmp_path, monkeypatch):
-    monkeypatch.setattr(review, "MARGIN", -9)
-    opened = open_catalogue(small_catalogue.path)
-    rows = opened.rows("train")["path"].to_pylist()
-    kept, leaked = opened.rows("query").to_pylist()[0], opened.rows("train").to_pylist()[0]
+def test_the_page_shows_copies_and_the_list_keeps_the_test_photo(small_catalogue):
+    leaked, kept = (small_catalogue.rows(split).to_pylist()[0] for split in ("train", "query"))
     copies = [CopyGroup("near", [CopiedPhoto(row["path"], row["item_id"], row["split"]) for row in (leaked, kept)])]
-    suspects = [review.Suspect(rows[1], "item", "train", leaked["item_id"], 0.5)]
-    page = review.render_page(opened, copies, suspects, audit.photos_to_leave_out(copies))
-    assert page.count("data:image/webp") >= 3 and kept["path"] in page and "a leak" in page
-    assert audit.photos_to_leave_out(copies) == [leaked["path"]], "the test photo is kept"
-    assert json.dumps(page)
+    without = audit.photos_to_leave_out(copies)
+    assert without == [leaked["path"]]
+    page = review.render_page(small_catalogue, copies, None, without)
+    assert page.count("data:image/webp") == 2 and kept["path"] in page and "a leak" in page
+
+
+def test_a_model_names_suspects_and_those_of_train_alone_are_listed(small_catalogue, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(small_catalogue.path, tmp_path / "catalogue")
+    assert main.main(["audit", str(folder), "--model", "clipfh-small"]) == 0
+    assert (folder / "without.txt").read_text() == "" and "Not looked for" not in (folder / "audit.html").read_text()
+    monkeypatch.setattr(review, "MARGIN", -0.001)
+    found = clipfh.audit(folder, settings={"model.name": "clipfh-small"})
+    assert found.suspects and {each.split for each in found.suspects} > {"train"}
+    of_train = [each.path for each in found.suspects if each.split == "train"]
+    assert found.without == of_train == (folder / "without.txt").read_text().split()
+    assert len(json.loads((folder / "audit.json").read_text())["suspects"]) == len(found.suspects)
+    assert "views look like another item's" in capsys.readouterr().out
