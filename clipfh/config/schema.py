@@ -124,6 +124,8 @@ def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
         found["text.file"] = str(Path(file).absolute())
     if (file := found.get("model.pretrained")) and Path(file).is_file():
         found["model.pretrained"] = str(Path(file).absolute())
+    if (name := str(found.get("model.name", ""))).startswith("local-dir:"):
+        found["model.name"] = f"local-dir:{Path(name.removeprefix('local-dir:')).absolute()}"
     return found
 
 

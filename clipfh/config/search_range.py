@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 SWITCH = "?"
 """Ends the name of the parameter by which Optuna switches a setting between its range and its `or`."""
 
+MANY = 1000
+"""Values of a range, or points of a space, that are too many to be tried out"""
+
 Kind = Literal["loguniform", "uniform", "int", "choice"]
 
 
@@ -28,6 +31,16 @@ class SearchRange:
     def ends(self) -> tuple[Any, ...]:
         """Low, high or the choices, and the value of `or`."""
         return self.values if self.off is None else (*self.values, self.off)
+
+    @property
+    def all_values(self) -> tuple[Any, ...]:
+        """Every value that may be drawn; none where there are too many to count."""
+        if self.kind == "choice":
+            return self.ends
+        if self.kind != "int" or self.values[1] - self.values[0] >= MANY:
+            return ()
+        numbers = range(self.values[0], self.values[1] + 1)
+        return tuple(numbers) if self.off is None else (*numbers, self.off)
 
     @property
     def distribution(self) -> optuna.distributions.BaseDistribution:

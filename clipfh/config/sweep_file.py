@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from clipfh.config.experiment import (
     Stage,
     require,
 )
+from clipfh.config.search_range import MANY as MANY_POINTS
 from clipfh.config.search_range import SWITCH, Kind, SearchRange
 
 if TYPE_CHECKING:
@@ -167,11 +169,25 @@ class SweepFile:
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of ends and choices, an option of a loss term only where the term is on."""
+        return self._points({name: searched.ends for name, searched in self.search.items()})
+
+    def space(self) -> list[dict[str, Any]]:
+        """Every point of the space, where so few are there that trials may try them all; else none."""
+        values = {name: searched.all_values for name, searched in self.search.items()}
+        few = values and 0 < math.prod(map(len, values.values())) <= MANY_POINTS
+        return self._points(values) if few else []
+
+    def _points(self, values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         points: list[dict[str, Any]] = [{}]
-        for name in sorted(self.search, key=_term_of):
-            ends = [{name: end} for end in self.search[name].ends]
-            points = [{**point, **end} for point in points for end in (ends if self._is_on(name, point) else [{}])]
+        for name in sorted(values, key=_term_of):
+            each = [{name: value} for value in values[name]]
+            points = [{**point, **one} for point in points for one in (each if self._is_on(name, point) else [{}])]
         return points
+
+    def within_space(self) -> SweepFile:
+        """The sweep with no more trials than its space has points."""
+        points = self.space()
+        return dataclasses.replace(self, trials=min(self.trials, len(points))) if points else self
 
     def _is_on(self, name: str, drawn: Mapping[str, Any]) -> bool:
         """Whether a setting counts, given those drawn before it: all but the options of a term that is off."""

@@ -28,6 +28,9 @@ from clipfh.sweep.trial import OBJECTIVE
 ROW = "leaderboard"
 """User attribute of a trial that is over: its line of the leaderboard."""
 
+REPEATED = "repeated"
+"""User attribute of a draw of settings that the sweep had tried: it was not trained, and has no number."""
+
 EARLIER = "earlier"
 """User attribute of a trial copied from an earlier sweep: that sweep's folder."""
 
@@ -55,14 +58,14 @@ def open_study(
         else:
             study.add_trials(earlier_trials(sweep, tell))
             for point in sweep.points:
-                study.enqueue_trial({k: v for n, x in point.items() for k, v in sweep.search[n].point(n, x).items()})
+                study.enqueue_trial(_parameters(sweep, point))
         store.write(out / STUDY, (Path(folder) / STUDY).read_bytes())
     return _load_study(out / STUDY)
 
 
 def _add_again(study: optuna.Study, trial: FrozenTrial, out: Path, retry_failed: bool) -> None:
     """Copy a trial as it is where it is over, else as one that waits with the settings that it had."""
-    if trial.state.is_finished() and not trial.user_attrs.keys() & {ROW, EARLIER}:
+    if trial.state.is_finished() and not trial.user_attrs.keys() & {ROW, EARLIER, REPEATED}:
         raise UserError(
             f"--resume: {out} was begun by an older version, which kept its trials elsewhere: start another sweep "
             f"whose file has `earlier: {out}`, which knows what these trials came to"
@@ -76,7 +79,7 @@ def _add_again(study: optuna.Study, trial: FrozenTrial, out: Path, retry_failed:
 
 def own_trials(study: optuna.Study) -> dict[str, FrozenTrial]:
     """The sweep's own trials, by number ('0001' for the first), with those that wait."""
-    own = [trial for trial in study.get_trials(deepcopy=False) if EARLIER not in trial.user_attrs]
+    own = [trial for trial in study.get_trials(deepcopy=False) if not {EARLIER, REPEATED} & trial.user_attrs.keys()]
     return {f"{number:04d}": trial for number, trial in enumerate(own, 1)}
 
 
@@ -90,6 +93,36 @@ def ask(study: optuna.Study, sweep: SweepFile) -> optuna.Trial:
     place = next((trial.number for trial in trials if trial.state == TrialState.WAITING), len(trials))
     study.sampler = _sampler(sweep, place)
     return study.ask()
+
+
+DRAWS = 20
+"""Draws of tried settings after which an untried point of a small space is taken."""
+
+
+def propose(study: optuna.Study, sweep: SweepFile) -> tuple[optuna.Trial, dict[str, Any]]:
+    """The next trial and its settings. What a trial of the sweep has tried, or tries now, is not drawn again.
+
+    Of a space without an untried point any point is proposed.
+    """
+    own = [trial for trial in own_trials(study).values() if trial.state != TrialState.WAITING]
+    tried = [sweep.sampled(trial) for trial in own if trial.state != TrialState.FAIL or ROW in trial.user_attrs]
+    for _ in range(DRAWS):
+        is_waiting = any(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+        trial = ask(study, sweep)
+        settings = sweep.sampled(trial)
+        if is_waiting or settings not in tried:
+            return trial, settings
+        trial.set_user_attr(REPEATED, True)
+        study.tell(trial, state=TrialState.FAIL)
+    if untried := [point for point in sweep.space() if point not in tried]:
+        study.enqueue_trial(_parameters(sweep, untried[0]))
+    trial = ask(study, sweep)
+    return trial, sweep.sampled(trial)
+
+
+def _parameters(sweep: SweepFile, point: Mapping[str, Any]) -> dict[str, Any]:
+    """Optuna's parameters of a point."""
+    return {key: value for name, each in point.items() for key, value in sweep.search[name].point(name, each).items()}
 
 
 def _sampler(sweep: SweepFile, place: int) -> optuna.samplers.BaseSampler:
@@ -119,8 +152,7 @@ class StudySearcher(Searcher):
         """The next trial; None while there is no room for it."""
         if len(self.running) >= self.room():
             return None
-        trial = ask(self.study, self.sweep)
-        settings = self.sweep.sampled(trial)
+        trial, settings = propose(self.study, self.sweep)
         self.running[trial_id] = trial
         number = next(name for name, each in own_trials(self.study).items() if each.number == trial.number)
         return {"number": number, "settings": settings}

@@ -108,7 +108,8 @@ def run(
     """
     out, started = Path(out).absolute(), time.monotonic()
     catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
-    _begin(sweep, out, resume)
+    sweep = _within_space(sweep, tell)
+    _begin(sweep, out, resume, tell)
     _require_same(catalogue, sweep, out, tell)
     earlier_trials(sweep)  # says what does not fit
     resources = resolve_placement(sweep.placement, alone=False, log=tell)
@@ -116,7 +117,7 @@ def run(
     load = functools.lru_cache(maxsize=1)(load_start)
     contenders = race.run(sweep, catalogue, out, resources, load, tell)
     zero_shot = [each.row(sweep) for each in contenders]
-    sweep = race.narrow(sweep, contenders, tell)
+    sweep = _within_space(race.narrow(sweep, contenders, tell), tell)
     study = open_study(sweep, out, retry_failed, tell)
     feed = SharingFeed(stream)
     context = _Context(sweep, catalogue, out, contenders, load, feed, resources, tell)
@@ -129,7 +130,7 @@ def run(
         run_trials(Watch(searcher, board, tell, each_report, keeper.trials, ask), inputs, resources)
     rows = board.write()
     keeper.trials(rows)
-    winner = _winner(context, inputs, rows)
+    winner = _with_earlier(context, _winner(context, inputs, rows))
     about = {"resources": dataclasses.asdict(resources), "notes": notes}
     summary = _finish(context, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
     keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
@@ -138,16 +139,33 @@ def run(
     return summary
 
 
-def _begin(sweep: SweepFile, out: Path, resume: bool) -> None:
+def _within_space(sweep: SweepFile, tell: Callable[[str], None]) -> SweepFile:
+    """The sweep with no more trials than its space has points: nothing is trained twice."""
+    within = sweep.within_space()
+    if within.trials < sweep.trials:
+        tell(f"note: the space has {within.trials} points, so there are {within.trials} trials and not {sweep.trials}")
+    return within
+
+
+def _begin(sweep: SweepFile, out: Path, resume: bool, tell: Callable[[str], None]) -> None:
+    """Make the sweep's folder, or see that it is the one to go on with. A resumed sweep may have more trials.
+
+    Raises:
+        UserError: the folder holds something else, or nothing to resume.
+    """
     file = out / layout.SWEEP
     if resume and not file.exists():
         raise UserError(f"--resume: {out} holds no sweep; leave --resume out to start one")
     if not resume and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty: --resume goes on with its sweep, or name another folder")
-    if resume and (change := _change(file.read_text(), sweep_file.to_yaml(sweep))):
+    more = sweep.trials - sweep_file.load(file).trials if resume else 0
+    before = dataclasses.replace(sweep, trials=sweep.trials - max(0, more))
+    if resume and (change := _change(file.read_text(), sweep_file.to_yaml(before))):
         raise UserError(
             f"--resume: the sweep file differs from {file} ({change}): resume with the same, or another --out"
         )
+    if more:
+        tell(f"{more} more trials than the sweep had")
     out.mkdir(parents=True, exist_ok=True)
     store.write(file, sweep_file.to_yaml(sweep))
 
@@ -216,6 +234,23 @@ def _winner(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row
         return dataclasses.replace(winner, run=whole_run, refit=True)
     context.tell(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
     return dataclasses.replace(winner, diverged=diverged)
+
+
+def _with_earlier(context: _Context, winner: _Winner) -> _Winner:
+    """The winner, or the best of the sweep that `earlier` names, where that is better on the same validation items."""
+    folder = Folder(context.sweep.earlier)
+    if not context.sweep.earlier or not folder.exists(layout.SUMMARY):
+        return winner
+    summary, name = folder.read_json(layout.SUMMARY), f"the best of {folder}"
+    if not folder.exists(f"{layout.BEST}/{layout.EXPORTED_WEIGHTS}"):
+        context.tell(f"note: {name} can't win: its export is not there")
+    elif folder.read_json(layout.SWEEP_INPUTS)["hash"] != context.catalogue.manifest["hash"]:
+        context.tell(f"note: {name} can't win: it was selected on another catalogue")
+    elif summary["val_mAP"] > winner.val_mAP:
+        context.tell(f"{name} is better than all of this sweep: val mAP {summary['val_mAP']:.3f}")
+        trial, run = f"{folder.name}-{summary['best_trial']}", folder.local_path(layout.BEST)
+        return dataclasses.replace(winner, trial=trial, val_mAP=summary["val_mAP"], run=run, refit=False, diverged="")
+    return winner
 
 
 def _at_final_size(context: _Context, experiment: Experiment) -> Experiment:

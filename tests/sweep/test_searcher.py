@@ -205,3 +205,31 @@ def test_a_study_that_cant_be_read_is_refused(tmp_path):
     journal.write_bytes(journal.read_bytes().replace(b'"op_code"', b'"op_co', 1))
     with pytest.raises(UserError, match="study.journal can't be read"):
         open_searcher(tmp_path)
+
+
+SMALL_SPACE = {"search": {"batch.views": {"choice": [2, 4]}, "batch.items": {"choice": [8, 16]}}, "points": []}
+
+
+def test_a_space_of_four_points_has_four_trials_and_none_twice(tmp_path):
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({**FILE, **SMALL_SPACE}))
+    assert sweep_file.load(tmp_path / "x.yaml").within_space().trials == 4
+    searcher = open_searcher(tmp_path, **SMALL_SPACE)
+    settings = [trial["settings"] for trial in run(searcher, 2)]
+    searcher = open_searcher(tmp_path, **SMALL_SPACE)  # a resumed one knows them
+    both = [searcher.suggest(name) for name in ("c", "d")]  # and so do trials that run at once
+    settings += [trial["settings"] for trial in both]
+    assert len({tuple(sorted(each.items())) for each in settings}) == 4
+    assert [trial["number"] for trial in both] == ["0003", "0004"]
+
+
+@pytest.mark.parametrize(
+    "ranges,points",
+    [
+        ({"batch.views": {"int": [2, 4]}, "loss.triplet": {"choice": [0.0, 1.0]}}, 6),
+        ({"batch.views": {"int": [2, 4]}, "optimizer.lr": {"loguniform": [1e-4, 1e-2]}}, 0),
+        ({"loss.triplet": {"choice": [0.0, 1.0]}, "loss.triplet_margin": {"choice": [0.1, 0.2]}}, 3),
+    ],
+)
+def test_points_of_a_space_are_counted_where_there_are_few(tmp_path, ranges, points):
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({**FILE, "search": ranges}))
+    assert len(sweep_file.load(tmp_path / "x.yaml").space()) == points
