@@ -43,10 +43,11 @@ class Row:
     """whether the image tower can compute its activations again"""
 
 
+LARGE = {"num_attention_heads": 16, "intermediate_size": 4096}
 TEXT_TOWERS = {
     "roberta-base": ("roberta", {"vocab_size": 50265}),
     "xlm-roberta-base": ("xlm-roberta", {"vocab_size": 250002}),
-    "xlm-roberta-large": ("xlm-roberta", {"vocab_size": 250002, "hidden_size": 1024, "num_hidden_layers": 24}),
+    "xlm-roberta-large": ("xlm-roberta", {"vocab_size": 250002, "hidden_size": 1024, "num_hidden_layers": 24, **LARGE}),
     "google/mt5-base": ("mt5", {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12}),
     "google/mt5-xl": ("mt5", {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32}),
     "facebook/nllb-200-distilled-600M": ("m2m_100", {"vocab_size": 256206}),
