@@ -65,7 +65,7 @@ class Architecture:
 
     def to_open_clip(self) -> str:
         """The JSON that open_clip reads in a folder with the tokenizer's files, of which it tells no place."""
-        return replace(self, tokenizer_folder="").to_json()
+        return json.dumps({"model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg}, indent=2)
 
     @property
     def size(self) -> int:
