@@ -105,5 +105,5 @@ def freeze(clip: nn.Module, stage: str, settings: ModelSettings, learn_scale: bo
     for name, parameter in text.parameters.items():
         # CoCa's decoder writes captions, and has no part in embeddings
         parameter.requires_grad_(stage == "joint" and not name.startswith("text_decoder."))
-    for name, parameter in scale.items():
-        parameter.requires_grad_(stage == "joint" and learn_scale and name == "logit_scale")
+    for parameter in scale.values():
+        parameter.requires_grad_(stage == "joint" and learn_scale)
