@@ -103,7 +103,7 @@ def load(path: str | Path) -> Weights:
 
 
 def read_architecture(path: str | Path) -> Architecture | None:
-    """The architecture that a checkpoint or an export keeps; those of old versions keep none."""
+    """The architecture that a run, a checkpoint or an export keeps; those of old versions keep none."""
     folder = Folder(path)
     if folder.exists(layout.ARCHITECTURE):
         return architectures.parse(folder.read_text(layout.ARCHITECTURE), f"{folder}/{layout.ARCHITECTURE}")

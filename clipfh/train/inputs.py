@@ -76,6 +76,7 @@ def open_run(
     clip = _build_again(out, experiment) if has_weights else load_start(experiment, known["warm_start"])
     folder.make()
     folder.write(layout.EXPERIMENT, schema.to_json(experiment))
+    folder.write(layout.ARCHITECTURE, architecture_of(clip).to_json())
     folder.write(layout.RUN, json.dumps({"catalogue": str(catalogue.path), **known}, indent=2) + "\n")
     return clip, experiment
 
@@ -139,8 +140,7 @@ def _may_be(named: str, name: str) -> bool:
 
 def _build_again(out: Path, experiment: Experiment) -> nn.Module:
     """The model of a run that has checkpoints, whose weights are still to be loaded."""
-    own = checkpoint.read_architecture(Folder(out).local_path(layout.CHECKPOINTS) / run_folder.best_of(out))
-    return build(own or architectures.find(experiment.model))
+    return build(checkpoint.read_architecture(out) or architectures.find(experiment.model))
 
 
 VALIDATION = ("val_query", "val_gallery")
