@@ -30,7 +30,11 @@ def read_state(file: Path) -> tuple[dict[str, Tensor], str]:
     Raises:
         UserError: it can't be read, or holds no weights under such names.
     """
-    tree = read_file(file)
+    return _state_of(read_file(file), file)
+
+
+def _state_of(tree: Any, file: Path) -> tuple[dict[str, Tensor], str]:
+    """The weights of what a file holds, as `read_state` has them."""
     state = next((tree[key] for key in STATES if isinstance(tree, dict) and isinstance(tree.get(key), dict)), tree)
     tensors = isinstance(state, dict) and {str(name): each for name, each in state.items() if name not in NO_WEIGHTS}
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
@@ -64,9 +68,12 @@ def readable(file: Path) -> Iterator[Path]:
     if not file.is_file() or file.suffix in (".npz", ".npy"):  # open_clip reads big_vision's itself
         yield file
         return
-    state, _ = read_state(file)
-    as_it_is = read_file(file)
-    if set(as_it_is) - set(NO_WEIGHTS) == set(state):
+    tree = read_file(file)
+    state, _ = _state_of(tree, file)
+    is_plain = set(tree) - set(NO_WEIGHTS) == set(state)
+    del tree
+    if is_plain:
+        del state  # open_clip reads them anew
         yield file
         return
     with tempfile.TemporaryDirectory() as folder:
