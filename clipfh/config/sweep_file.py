@@ -162,7 +162,7 @@ class SweepFile:
     def sampled(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
         """A trial's settings. An option of a loss term is drawn only where the term is on."""
         drawn: dict[str, Any] = {}
-        for name in sorted(self.search, key=_term_of):
+        for name in sorted(self.search, key=_parse_term):
             if self._is_on(name, drawn):
                 drawn[name] = self.search[name].suggest(trial, name)
         return drawn
@@ -179,7 +179,7 @@ class SweepFile:
 
     def _points(self, values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         points: list[dict[str, Any]] = [{}]
-        for name in sorted(values, key=_term_of):
+        for name in sorted(values, key=_parse_term):
             each = [{name: value} for value in values[name]]
             points = [{**point, **one} for point in points for one in (each if self._is_on(name, point) else [{}])]
         return points
@@ -191,7 +191,7 @@ class SweepFile:
 
     def _is_on(self, name: str, drawn: Mapping[str, Any]) -> bool:
         """Whether a setting counts, given those drawn before it: all but the options of a term that is off."""
-        term = _term_of(name)
+        term = _parse_term(name)
         return not term or bool(drawn.get(f"loss.{term}", self._weight(term)))
 
     def _weight(self, term: str) -> float:
@@ -246,7 +246,7 @@ def label_models(models: Sequence[Mapping[str, Any]]) -> list[str]:
     return brief if len(set(brief)) == len(brief) else whole
 
 
-def _term_of(name: str) -> str:
+def _parse_term(name: str) -> str:
     """'triplet' for loss.triplet_margin; '' for what is no option of a term (those sort first)."""
     term, _, option = name.removeprefix("loss.").partition("_")
     return term if name.startswith("loss.") and option and term in LOSS_TERMS else ""

@@ -131,7 +131,7 @@ def _number_pictures(shards: Sequence[Path], content: list[bytes], thumbs: np.nd
     keys = list(content)
     groups = _group(range(len(keys)), (_digest(thumb.tobytes()) for thumb in thumbs)).values()
     firsts = [{content[row]: row for row in reversed(rows)} for rows in groups]
-    pixels = _digest_pixels_of(shards, {row for first_of in firsts if len(first_of) > 1 for row in first_of.values()})
+    pixels = _digest_rows(shards, {row for first_of in firsts if len(first_of) > 1 for row in first_of.values()})
     for rows, first_of in zip(groups, firsts, strict=True):
         for row in rows if len(first_of) > 1 else []:
             keys[row] = pixels[first_of[content[row]]]
@@ -145,7 +145,7 @@ def _join_equal(
 
     Returns the pictures with these joined, and the other pairs.
     """
-    pixels = _digest_pixels_of(shards, set(near[is_almost_equal].ravel().tolist()))
+    pixels = _digest_rows(shards, set(near[is_almost_equal].ravel().tolist()))
     is_equal = np.array([one in pixels and pixels[one] == pixels.get(other) for one, other in near.tolist()], bool)
     number_of = dict[int, int]()
     for numbers in join_pairs(picture[near[is_equal]].tolist()):
@@ -153,7 +153,7 @@ def _join_equal(
     return np.array([number_of.get(number, number) for number in picture.tolist()]), near[~is_equal]
 
 
-def _digest_pixels_of(shards: Sequence[Path], rows: set[int]) -> dict[int, bytes]:
+def _digest_rows(shards: Sequence[Path], rows: set[int]) -> dict[int, bytes]:
     """Digests of the decoded pixels of some rows of all shards."""
     digests, start = dict[int, bytes](), 0
     with ThreadPoolExecutor(cores.available()) as pool:

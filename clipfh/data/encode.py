@@ -81,7 +81,7 @@ def _read(store: fs.SubTreeFileSystem, photo: Photo, follow_links: bool) -> byte
     if photo.file.endswith(".tar"):
         return _read_bytes(store, photo.file, *photo.part)
     group, row = photo.part
-    image = _images_of(store, photo.file, group)[row]
+    image = _read_images(store, photo.file, group)[row]
     if image is None:
         raise RefusedPhotoError(NO_IMAGE)
     return image
@@ -104,7 +104,7 @@ _row_groups: dict[tuple[str, int], list[bytes | None]] = {}
 """The images of the row group that was read last."""
 
 
-def _images_of(store: fs.SubTreeFileSystem, file: str, group: int) -> list[bytes | None]:
+def _read_images(store: fs.SubTreeFileSystem, file: str, group: int) -> list[bytes | None]:
     key = (store.base_path + file, group)
     if key not in _row_groups:
         _row_groups.clear()

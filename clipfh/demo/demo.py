@@ -10,7 +10,7 @@ SWEEP = Path(__file__).resolve().parents[2] / "sweeps" / "demo.yaml"
 ITEMS, PHOTO_SIZE, SEED = 400, 96, 0
 
 
-def run(out: Path, tell: Callable[[str], None] = print) -> None:
+def run(out: Path, log: Callable[[str], None] = print) -> None:
     """Draw garments, make a catalogue of them, search settings for the small model on it, export the best.
 
     Raises:
@@ -26,17 +26,17 @@ def run(out: Path, tell: Callable[[str], None] = print) -> None:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty: remove it, or name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    tell(f"1. drawing {ITEMS} garments: {out}/photos")
+    log(f"1. drawing {ITEMS} garments: {out}/photos")
     write_source(out / "photos", items=ITEMS, seed=SEED, size=PHOTO_SIZE)
-    tell(f"2. clipfh prepare --source {out}/photos --out {out}/catalogue --image-size {PHOTO_SIZE}")
+    log(f"2. clipfh prepare --source {out}/photos --out {out}/catalogue --image-size {PHOTO_SIZE}")
     made = prepare(str(out / "photos"), out / "catalogue", image_size=PHOTO_SIZE, seed=SEED)
-    tell(
+    log(
         "   "
         + ", ".join(f"{split} {count['images']:,}" for split, count in made.manifest["counts"].items())
         + " images"
     )
-    tell(f"3. clipfh sweep sweeps/demo.yaml {out}/catalogue --out {out}/sweep")
+    log(f"3. clipfh sweep sweeps/demo.yaml {out}/catalogue --out {out}/sweep")
     loaded = sweep_file.load(SWEEP)
     with connected(placement=loaded.placement):
-        summary = sweep.run(loaded, made, out / "sweep", tell=lambda line: tell("   " + line))
-    tell("\n" + sweep.outcome(summary, out / "sweep"))
+        summary = sweep.run(loaded, made, out / "sweep", log=lambda line: log("   " + line))
+    log("\n" + sweep.outcome(summary, out / "sweep"))

@@ -26,7 +26,7 @@ from clipfh.learn.objective import Labels, Objective
 from clipfh.learn.optimizer import ExponentialMovingAverage
 from clipfh.learn.tally import StepTally, UncheckedStep
 from clipfh.model import lora
-from clipfh.model.clip import architecture_of
+from clipfh.model.clip import get_architecture
 from clipfh.model.devices import resolve_precision
 from clipfh.model.layers import freeze
 from clipfh.model.towers import Towers, clamp_logit_scale, embed_images, recompute_blocks, text_features
@@ -80,7 +80,7 @@ class Learner:
         self.towers = Towers(clip, experiment.batch.chunk).to(on).train()
         self.forward = self._wrapped()
         dtype = self.towers.mean.dtype
-        dim, has_bias = architecture_of(clip).embed_dim, clip.logit_bias is not None
+        dim, has_bias = get_architecture(clip).embed_dim, clip.logit_bias is not None
         self.objective = Objective(experiment.loss, dim, len(index.names), has_bias).to(on, dtype)
         self.optimizer = optimizer.make_adamw(clip, self.objective, experiment.optimizer, on)
         self.lr_schedule = optimizer.cosine_schedule(

@@ -18,7 +18,7 @@ from clipfh.config.experiment import Experiment, ModelSettings
 from clipfh.data.catalogue import Catalogue
 from clipfh.model import architecture as architectures
 from clipfh.model.architecture import Architecture
-from clipfh.model.clip import architecture_of, load_initial_model, load_weights, resize
+from clipfh.model.clip import get_architecture, load_initial_model, load_weights, resize
 from clipfh.model.state_dicts import read_state
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
@@ -155,7 +155,7 @@ def notes_on_model(clip: nn.Module, settings: ModelSettings, weights: str, catal
     Raises:
         UserError: `image_size` asks for more pixels than the catalogue keeps.
     """
-    architecture, notes, kept = architecture_of(clip), [], catalogue.manifest["settings"]["image_size"]
+    architecture, notes, kept = get_architecture(clip), [], catalogue.manifest["settings"]["image_size"]
     if kept < architecture.size:
         few = f"takes images of {architecture.size} pixels, and the catalogue keeps {kept}"
         remedy = f"clipfh prepare --image-size {architecture.size} keeps enough"
@@ -183,7 +183,7 @@ def _require_model(weights: Weights, settings: Mapping[str, Any]) -> None:
         )
 
 
-def files_of(path: str | Path) -> list[Path]:
+def list_weight_files(path: str | Path) -> list[Path]:
     """The files from which `load` has its weights. UserError: as `find`."""
     place = find(path)
     if place.is_file():
@@ -202,5 +202,5 @@ def find(path: str | Path) -> Path:
     if folder.exists(f"{layout.BEST}/{layout.EXPORTED_WEIGHTS}"):
         return folder.local_path(layout.BEST)
     if folder.exists(layout.CHECKPOINTS):
-        return (folder / layout.CHECKPOINTS).local_path(run_folder.best_of(path))
+        return (folder / layout.CHECKPOINTS).local_path(run_folder.find_best_checkpoint(path))
     raise UserError(f"{path} holds no weights: give a run, a checkpoint, an export or a weights file")

@@ -130,7 +130,7 @@ def resize(clip: nn.Module, settings: ModelSettings) -> nn.Module:
     Raises:
         UserError: its image tower is not made for that size.
     """
-    native = architecture_of(clip)
+    native = get_architecture(clip)
     if settings.image_size in (0, native.size):
         return clip
     resized = build(architectures.resized(native, settings.image_size, settings.name))
@@ -158,7 +158,7 @@ def load_weights(architecture: Architecture, state: Mapping[str, Tensor], where:
     return clip
 
 
-def architecture_of(clip: nn.Module) -> Architecture:
+def get_architecture(clip: nn.Module) -> Architecture:
     """The architecture that a model of `build` was built by."""
     architecture: Any = clip.architecture
     return architecture
@@ -179,7 +179,7 @@ def get_preprocess(model: nn.Module) -> Preprocess:
 
 def model_fingerprint(clip: nn.Module, settings: ModelSettings) -> str:
     """A hash of all that an embedding depends on besides its image: architecture, weights, preprocessing, precision."""
-    parts = [architecture_of(clip).to_open_clip(), settings.precision, asdict(get_preprocess(clip))]
+    parts = [get_architecture(clip).to_open_clip(), settings.precision, asdict(get_preprocess(clip))]
     sha = hashlib.sha256(json.dumps(parts).encode())
     for name, tensor in sorted(clip.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

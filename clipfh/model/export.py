@@ -25,7 +25,7 @@ from clipfh.data.catalogue import Catalogue
 from clipfh.data.splits import SPLITS
 from clipfh.model import onnx
 from clipfh.model.architecture import load_open_clip, weights_name
-from clipfh.model.clip import architecture_of, get_preprocess, load_tokenizer
+from clipfh.model.clip import get_architecture, get_preprocess, load_tokenizer
 from clipfh.storage import layout, store
 from clipfh.storage.output import require_folder
 from clipfh.storage.store import Folder
@@ -68,7 +68,7 @@ def write_export(
         onnx.require_libraries()
     clip = clip.cpu().eval()
     with store.whole_folder(out) as folder:
-        architecture = architecture_of(clip)
+        architecture = get_architecture(clip)
         weights = {name: tensor.detach().contiguous() for name, tensor in clip.state_dict().items()}
         save_file(weights, folder / layout.EXPORTED_WEIGHTS)
         (folder / layout.OPEN_CLIP_CONFIG).write_text(architecture.to_open_clip())
@@ -134,7 +134,7 @@ def card(experiment: Experiment, evidence: Evidence, clip: nn.Module, with_onnx:
         start=f"the weights {plain(start)}" if start else "random weights",
         is_untuned="test" in evidence and evidence["test"] == evidence["zero_shot"],
         size=get_preprocess(clip).size,
-        context=load_tokenizer(architecture_of(clip)).context_length,
+        context=load_tokenizer(get_architecture(clip)).context_length,
         onnx={tower.encode.removeprefix("encode_"): tower for tower in onnx.TOWERS} if with_onnx else None,
         catalogue=_data(evidence.get("catalogue") or {}),
         image_size=(evidence.get("catalogue") or {}).get("image_size", photo.IMAGE_SIZE),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from clipfh import UserError
 from clipfh.data import images
 from clipfh.data.images import Preprocess
-from clipfh.model.clip import architecture_of, get_preprocess, load_tokenizer
+from clipfh.model.clip import get_architecture, get_preprocess, load_tokenizer
 from clipfh.storage import layout
 
 TOLERANCE = 1e-4
@@ -74,7 +74,7 @@ def write_towers(clip: nn.Module, folder: Path, photos: Sequence[bytes], texts: 
     folder.mkdir(parents=True)
     preprocess = get_preprocess(clip)
     (folder / layout.PREPROCESSOR).write_text(json.dumps(describe_preprocessing(preprocess), indent=2) + "\n")
-    samples = (pixel_values(photos, preprocess), load_tokenizer(architecture_of(clip))(list(texts)))
+    samples = (pixel_values(photos, preprocess), load_tokenizer(get_architecture(clip))(list(texts)))
     for tower, sample in zip(TOWERS, samples, strict=True):
         _write_tower(_NormalizedTower(clip, tower.encode).eval(), tower, folder / tower.file, sample)
 

@@ -30,10 +30,10 @@ def read_state(file: Path) -> tuple[dict[str, Tensor], str]:
     Raises:
         UserError: it can't be read, or holds no weights under such names.
     """
-    return _state_of(read_file(file), file)
+    return _find_state(read_file(file), file)
 
 
-def _state_of(tree: Any, file: Path) -> tuple[dict[str, Tensor], str]:
+def _find_state(tree: Any, file: Path) -> tuple[dict[str, Tensor], str]:
     """The weights of what a file holds, as `read_state` has them."""
     state = next((tree[key] for key in STATES if isinstance(tree, dict) and isinstance(tree.get(key), dict)), tree)
     tensors = isinstance(state, dict) and {str(name): each for name, each in state.items() if name not in NO_WEIGHTS}
@@ -69,7 +69,7 @@ def readable(file: Path) -> Iterator[Path]:
         yield file
         return
     tree = read_file(file)
-    state, _ = _state_of(tree, file)
+    state, _ = _find_state(tree, file)
     is_plain = set(tree) - set(NO_WEIGHTS) == set(state)
     del tree
     if is_plain:

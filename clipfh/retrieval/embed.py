@@ -21,7 +21,7 @@ from clipfh.config.experiment import ModelSettings
 from clipfh.data import images as images_module
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.images import Preprocess
-from clipfh.model.clip import architecture_of, get_preprocess, load_tokenizer
+from clipfh.model.clip import get_architecture, get_preprocess, load_tokenizer
 from clipfh.model.devices import choose_device, explain_out_of_memory, resolve_precision
 from clipfh.model.towers import Towers, embed_images, embed_texts
 
@@ -68,7 +68,7 @@ class InProcessEncoder:
     def __init__(self, clip: nn.Module, settings: ModelSettings) -> None:
         device = choose_device(min(1, torch.cuda.device_count()))  # also one that does not work, as Ray does
         self.settings, self.preprocess = settings, get_preprocess(clip)
-        self.architecture = architecture_of(clip)
+        self.architecture = get_architecture(clip)
         self.towers = Towers(clip).to(device)
         self.precision = resolve_precision(settings.precision, device)
 

@@ -18,7 +18,7 @@ from clipfh.config.experiment import ModelSettings
 from clipfh.data import images as images_module
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.images import Preprocess
-from clipfh.model.clip import architecture_of, get_preprocess, load_tokenizer
+from clipfh.model.clip import get_architecture, get_preprocess, load_tokenizer
 from clipfh.model.devices import choose_device, resolve_precision
 from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.retrieval import embed
@@ -58,7 +58,7 @@ class RayEncoder:
 
     def __init__(self, clip: nn.Module, settings: ModelSettings) -> None:
         self.settings, self.preprocess = settings, get_preprocess(clip)
-        self.architecture = architecture_of(clip)
+        self.architecture = get_architecture(clip)
         self.clip = ray.put(clip)  # Ray copies what it holds: the caller's model stays as it is
 
     def images(self, catalogue: Catalogue, splits: Sequence[str], progress: embed.OnProgress | None = None) -> Tensor:

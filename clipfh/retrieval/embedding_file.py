@@ -31,7 +31,7 @@ def write(file: Path, rows: pa.Table, embedding: Tensor, mark: str) -> None:
         pq.write_table(table, new, compression="none", use_dictionary=False)
 
 
-def mark_of(file: Path) -> str | None:
+def read_mark(file: Path) -> str | None:
     """What the embeddings of a file were made of; None where it is no file of embeddings. UserError: can't be read."""
     try:
         mark = (pq.read_schema(file).metadata or {}).get(MARK.encode())

@@ -25,7 +25,7 @@ from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.data.prompts import tell_apart
 from clipfh.model.architecture import weights_name
 from clipfh.model.checkpoint import load_model, notes_on_model
-from clipfh.model.clip import architecture_of, load_tokenizer, model_fingerprint
+from clipfh.model.clip import get_architecture, load_tokenizer, model_fingerprint
 from clipfh.model.prompts import load_prompts_for, notes_on_prompts
 from clipfh.retrieval import embed, embedding_file, metrics
 from clipfh.retrieval import rerank as reranking
@@ -94,12 +94,12 @@ def evaluate(
     require(random_splits >= 0, "random-splits", "0 or more", random_splits)
     if is_in_use(out) and not any((out / file).exists() for file in (layout.PREDICTIONS, layout.EMBEDDINGS)):
         raise UserError(f"--out {out} is not empty, and holds no evaluation to replace: name another folder")
-    splits = splits_of(split)
+    splits = get_splits(split)
     opened.require(*splits)
     clip, experiment, weights = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
     for note in notes_on_model(clip, experiment.model, weights or weights_name(experiment.model), opened):
         log(note)
-    prompts = load_prompts_for(opened, experiment, load_tokenizer(architecture_of(clip)), *splits)
+    prompts = load_prompts_for(opened, experiment, load_tokenizer(get_architecture(clip)), *splits)
     notes = notes_on_prompts(opened, experiment)
     mark = fingerprint(opened, splits, clip, experiment.model, prompts)
     embedded = reused = kept(out, mark, opened, splits, prompts)
@@ -248,7 +248,7 @@ def kept(
 def _read(folder: Folder, name: str, mark: str) -> Tensor | None:
     """The embeddings in a file; None where there is none or its mark is another."""
     file = folder.local_path(name)
-    return embedding_file.read(file)[1] if folder.exists(name) and embedding_file.mark_of(file) == mark else None
+    return embedding_file.read(file)[1] if folder.exists(name) and embedding_file.read_mark(file) == mark else None
 
 
 def measure(
@@ -388,7 +388,7 @@ def predictions(embedded: Embedded, top: int = TOP, similarity: metrics.Similari
     )
 
 
-def splits_of(name: str) -> tuple[str, str]:
+def get_splits(name: str) -> tuple[str, str]:
     """Query and gallery split of `test` or `val`."""
     pairs = {"test": ("query", "gallery"), "val": ("val_query", "val_gallery")}
     if name not in pairs:

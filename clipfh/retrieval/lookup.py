@@ -24,7 +24,7 @@ from clipfh.model import checkpoint as checkpoint_module
 from clipfh.model.architecture import weights_name
 from clipfh.model.checkpoint import load_model, notes_on_model
 from clipfh.model.clip import (
-    architecture_of,
+    get_architecture,
     get_preprocess,
     load_tokenizer,
     model_fingerprint,
@@ -90,13 +90,13 @@ def embed(
     """
     require_folder(out)
     opened, out = open_catalogue(catalogue), Path(out)
-    if out.is_dir() or (out.exists() and embedding_file.mark_of(out) is None):
+    if out.is_dir() or (out.exists() and embedding_file.read_mark(out) is None):
         raise UserError(f"--out {out} is there, and holds no embeddings to replace: name another file")
     clip, experiment, weights = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
     for note in notes_on_model(clip, experiment.model, weights or weights_name(experiment.model), opened):
         log(note)
     splits = [split for split in SPLITS if opened.num_images(split)]
-    prompts = load_prompts_for(opened, experiment, load_tokenizer(architecture_of(clip)), *splits)
+    prompts = load_prompts_for(opened, experiment, load_tokenizer(get_architecture(clip)), *splits)
     with connection(address, dashboard):
         embedding = evaluate.choose_encoder(clip, experiment.model).images(opened, splits, progress)
     rows, origin = evaluate.prompted(opened, splits, prompts), describe_provenance(clip, experiment, weights, opened)
@@ -168,7 +168,7 @@ def open_index(file: str | Path) -> SearchIndex:
     file = Path(file)
     if not file.is_file():
         raise UserError(f"--embeddings {file}: no such file: make one with clipfh embed CATALOGUE --out {file.name}")
-    provenance = _parse_provenance(embedding_file.mark_of(file))
+    provenance = _parse_provenance(embedding_file.read_mark(file))
     if provenance is None:
         raise UserError(f"{file} is no file of clipfh embed: make one with clipfh embed CATALOGUE --out {file.name}")
     return SearchIndex(file, *embedding_file.read(file), provenance)
@@ -213,7 +213,7 @@ def embed_photo(index: SearchIndex, clip: nn.Module, settings: ModelSettings, fi
 
 def embed_words(clip: nn.Module, settings: ModelSettings, words: str) -> Tensor:
     """Unit embedding (D,) of some words."""
-    tokens = load_tokenizer(architecture_of(clip))([words])
+    tokens = load_tokenizer(get_architecture(clip))([words])
     return embed_texts(_towers_on_device(clip), tokens, resolve_precision(settings.precision, choose_device()))[0].cpu()
 
 

@@ -93,7 +93,7 @@ def _look_local(root: str, path: str) -> File | None:
     return File(path, _stamp(stat)) if (stat.st_mode & 0o170000) == 0o100000 else None
 
 
-def stamp_of(store: fs.SubTreeFileSystem, path: str) -> str:
+def read_stamp(store: fs.SubTreeFileSystem, path: str) -> str:
     """Size and time of change of a file that is there."""
     return next((file.stamp for file in look(store, [path]) if file), "")
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from clipfh import UserError
-from clipfh.sources.files import locate, stamp_of
+from clipfh.sources.files import locate, read_stamp
 from clipfh.sources.listing import BOX_COLUMNS, COLUMNS, Listing, Photo, ReadOptions, split_named
 from clipfh.sources.tables import TableRows, check_columns, column_names
 
@@ -31,7 +31,7 @@ def read_parquet(store: fs.SubTreeFileSystem, files: Sequence[str], options: Rea
             table = pq.ParquetFile(opened)
             columns = _choose_columns(table.schema_arrow, f"{store.base_path}{file}")
             notes |= dict.fromkeys(columns.notes)
-            place = {"file": file, "stamp": stamp_of(store, file)} if columns.image else {}
+            place = {"file": file, "stamp": read_stamp(store, file)} if columns.image else {}
             for number, part, row in _rows(table, columns):
                 row["image_path"] = row.get("image_path") or (file if place else "")
                 row["split"] = row.get("split") or (split_of_shard(file) if several else "")

@@ -10,7 +10,7 @@ from typing import Any
 from pyarrow import fs
 
 from clipfh import UserError
-from clipfh.sources.files import File, is_image, locate, stamp_of
+from clipfh.sources.files import File, is_image, locate, read_stamp
 from clipfh.sources.folders import pass_over
 from clipfh.sources.listing import BadRow, Listing, Photo, make_photo
 
@@ -31,7 +31,7 @@ def read_tars(store: fs.SubTreeFileSystem, files: Sequence[str]) -> Listing:
 
 
 def _read_tar(store: fs.SubTreeFileSystem, file: str, notes: dict[str, None]) -> list[Photo]:
-    where, stamp = f"{store.base_path}{file}", stamp_of(store, file)
+    where, stamp = f"{store.base_path}{file}", read_stamp(store, file)
     with store.open_input_file(file) as opened:
         try:
             with tarfile.open(fileobj=opened, mode="r:") as tar:

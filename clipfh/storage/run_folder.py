@@ -23,7 +23,7 @@ def wait_for(file: str | Path, tell: Callable[[str], None] = lambda line: None) 
 
     Args:
         file: of a run (`layout.EXPERIMENT`) or a sweep (`layout.SWEEP`), absolute or a URI.
-        tell: takes a line where it is away.
+        log: takes a line where it is away.
 
     Raises:
         UserError: it does not come back.
@@ -80,7 +80,7 @@ class History:
             self.folder.write(name, "".join(f"{line}\n" for line in lines))
 
 
-def best_of(run: str | Path) -> str:
+def find_best_checkpoint(run: str | Path) -> str:
     """Name of the run's checkpoint with the highest validation mAP, or of the last of a run without validation.
 
     Ray Train's own list says so: a folder that is not on that list may be half-written.

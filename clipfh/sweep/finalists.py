@@ -43,7 +43,7 @@ def retrain(
     inputs: Mapping[ModelKey, Inputs],
     folder: Path,
     resources: Resources,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, list[float]]:
     """Train leading settings with several seeds each; returns each trial's validation mAPs, seed by seed.
 
@@ -56,7 +56,7 @@ def retrain(
         for number in numbers
     }
     jobs = {run_path(folder, *key): experiment for key, experiment in seeded.items()}
-    _train_all(jobs, sweep, inputs, resources, tell)
+    _train_all(jobs, sweep, inputs, resources, log)
     return {trial: [score(run_path(folder, trial, number)) for number in numbers] for trial in leading}
 
 
@@ -91,12 +91,12 @@ def refit(
     inputs: Mapping[ModelKey, Inputs],
     folder: Path,
     resources: Resources,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Path:
     """Train on inputs that hold the validation items too, to the end of the budget; returns the run's folder."""
     whole = dataclasses.replace(experiment, budget=dataclasses.replace(experiment.budget, patience=0))
     out = folder / "refit"
-    _train_all({out: whole}, sweep, inputs, resources, tell)
+    _train_all({out: whole}, sweep, inputs, resources, log)
     return out
 
 
@@ -105,7 +105,7 @@ def _train_all(
     sweep: SweepFile,
     inputs: Mapping[ModelKey, Inputs],
     resources: Resources,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Train each experiment in its folder, as many at a time as trials run; an autoscaler is asked for their room."""
     over = threading.Event()
@@ -118,7 +118,7 @@ def _train_all(
         with autoscaler_request(sweep.placement, resources) as ask:
             ask(len(jobs))
             for number, run in enumerate(as_completed(running), 1):
-                tell(_outcome(running[run], run))
+                log(_outcome(running[run], run))
                 run.result()
                 ask(len(jobs) - number)
     finally:  # also on Ctrl-C: the threads wait for runs, or for their turn, which end here

@@ -28,7 +28,7 @@ from clipfh.learn.learner import count_trained
 from clipfh.model import architecture as architectures
 from clipfh.model.architecture import load_open_clip
 from clipfh.model.checkpoint import notes_on_model
-from clipfh.model.clip import architecture_of, build, build_model, get_preprocess, load_tokenizer
+from clipfh.model.clip import build, build_model, get_architecture, get_preprocess, load_tokenizer
 from clipfh.model.devices import choose_device, resolve_precision
 from clipfh.model.prompts import load_prompts_for
 from clipfh.model.towers import Towers, embed_images
@@ -114,7 +114,7 @@ def run(
     out: Path,
     resources: Resources,
     load: Load,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Contender]:
     """Measure the models of a sweep, the cheapest first, and choose those to search; returns all, the best first.
 
@@ -123,7 +123,7 @@ def run(
     Raises:
         UserError: a model or its prompts can't be had.
     """
-    contenders = read(out) or _enter_all(sweep, catalogue, resources, load, tell)
+    contenders = read(out) or _enter_all(sweep, catalogue, resources, load, log)
     several = len(contenders) > 1
     for i in sorted(range(len(contenders)), key=lambda i: contenders[i].milliseconds):
         each = contenders[i]
@@ -134,7 +134,7 @@ def run(
             )
             if several:
                 _write(out, contenders)
-        tell(str(each) if several else f"trial {each.trial}, the zero-shot model: val mAP {each.val_mAP:.3f}")
+        log(str(each) if several else f"trial {each.trial}, the zero-shot model: val mAP {each.val_mAP:.3f}")
     ranked = sorted(contenders, key=lambda each: (-each.val_mAP, each.milliseconds))
     chosen = ranked[: sweep.race.keep or None]
     ranked = [dataclasses.replace(each, kept=each in chosen) for each in ranked]
@@ -143,15 +143,15 @@ def run(
     return ranked
 
 
-def narrow(sweep: SweepFile, contenders: Sequence[Contender], tell: Callable[[str], None]) -> SweepFile:
+def narrow(sweep: SweepFile, contenders: Sequence[Contender], log: Callable[[str], None]) -> SweepFile:
     """The sweep of the models that go into the search."""
     if not sweep.race.keep:
         return sweep
     kept = [each.model for each in contenders if each.kept]
     small = sweep.only(kept)
-    tell(f"the race is over: {', '.join(kept)} of {len(contenders)} models go into the search")
+    log(f"the race is over: {', '.join(kept)} of {len(contenders)} models go into the search")
     if sweep.sampler != "grid" and (lost := len(sweep.points) - len(small.points)):
-        tell(f"note: {lost} of {len(sweep.points)} points are of models that do not, and are not tried")
+        log(f"note: {lost} of {len(sweep.points)} points are of models that do not, and are not tried")
     return small
 
 
@@ -166,13 +166,13 @@ def _write(out: Path, contenders: Sequence[Contender]) -> None:
 
 
 def _enter_all(
-    sweep: SweepFile, catalogue: Catalogue, resources: Resources, load: Load, tell: Callable[[str], None]
+    sweep: SweepFile, catalogue: Catalogue, resources: Resources, load: Load, log: Callable[[str], None]
 ) -> list[Contender]:
     """Load each model, with its prompts. UserError: one line on all that can't be had."""
     labels, entered, errors = list(sweep.contenders), [], []
     for number, label in enumerate(labels, 1):
         try:
-            clip = _load_whole(sweep, sweep.start(label), catalogue, load, tell)
+            clip = _load_whole(sweep, sweep.start(label), catalogue, load, log)
         except UserError as error:
             errors.append(str(error))
             continue
@@ -187,16 +187,16 @@ def _enter_all(
 
 
 def _load_whole(
-    sweep: SweepFile, start: Experiment, catalogue: Catalogue, load: Load, tell: Callable[[str], None]
+    sweep: SweepFile, start: Experiment, catalogue: Catalogue, load: Load, log: Callable[[str], None]
 ) -> nn.Module:
     """Load a model and its prompts, and tell what to know of it beside the catalogue. UserError: it can't be had."""
     clip = load(start)
     for note in notes_on_model(clip, start.model, architectures.weights_name(start.model), catalogue):
-        tell(note)
+        log(note)
     if sweep.final.image_size:
         larger = dataclasses.replace(start.model, image_size=sweep.final.image_size)
         notes_on_model(build(architectures.find(larger), "meta"), larger, "", catalogue)
-    load_prompts_for(catalogue, start, load_tokenizer(architecture_of(clip)), *VALIDATION)
+    load_prompts_for(catalogue, start, load_tokenizer(get_architecture(clip)), *VALIDATION)
     return clip
 
 
@@ -241,6 +241,6 @@ def _measure(folder: Path, catalogue: Catalogue, start: Experiment, load: Load) 
 
 def embed(catalogue: Catalogue, experiment: Experiment, clip: nn.Module, split: str) -> evaluate.Embedded:
     """Embeddings of "val" or "test" by a model, in float32, as it is exported."""
-    splits, exact = evaluate.splits_of(split), dataclasses.replace(experiment.model, precision="float32")
-    prompts = load_prompts_for(catalogue, experiment, load_tokenizer(architecture_of(clip)), *splits)
+    splits, exact = evaluate.get_splits(split), dataclasses.replace(experiment.model, precision="float32")
+    prompts = load_prompts_for(catalogue, experiment, load_tokenizer(get_architecture(clip)), *splits)
     return repeat_interrupted(lambda: evaluate.embed_splits(catalogue, splits, clip, exact, prompts))

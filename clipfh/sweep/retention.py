@@ -68,7 +68,7 @@ def free(run: Path, weights: bool) -> int:
     if not (latest := run_folder.latest_step(run)):
         return 0
     before, freed = sum(_size(folder)), run_folder.read_freed(run)
-    kept = (freed["kept"] if freed else run_folder.best_of(run)) if weights else ""
+    kept = (freed["kept"] if freed else run_folder.find_best_checkpoint(run)) if weights else ""
     store.write(run / layout.FREED, json.dumps({"step": latest, "kept": kept}))
     for each in folder.glob("checkpoint_*/"):
         if each.name != kept:

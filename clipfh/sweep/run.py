@@ -19,7 +19,7 @@ from clipfh.cluster.resources import max_concurrent_runs, resolve_placement
 from clipfh.config import sweep_file
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue, open_catalogue
-from clipfh.retrieval.evaluate import splits_of
+from clipfh.retrieval.evaluate import get_splits
 from clipfh.storage import layout
 from clipfh.storage.output import all_or_nothing
 from clipfh.sweep import estimate, race
@@ -87,7 +87,7 @@ def sweep(
         log(f"Ray's logs: {connect.logs()}")
         with tracking.following(track, out):
             how = {"resume": resume, "retry_failed": retry_failed}
-            return SweepResult(out, sweep_module.run(loaded, opened, out, **how, tell=log, each_report=each_report))
+            return SweepResult(out, sweep_module.run(loaded, opened, out, **how, log=log, each_report=each_report))
 
 
 def estimate_sweep(
@@ -124,7 +124,7 @@ def estimate_sweep(
 
 def _race_ahead(loaded: SweepFile, opened: Catalogue) -> str:
     """What comes before the search of several models, for a person."""
-    images, number = sum(map(opened.num_images, splits_of("val"))), len(loaded.contenders)
+    images, number = sum(map(opened.num_images, get_splits("val"))), len(loaded.contenders)
     kept = f"the best {loaded.race.keep} go" if loaded.race.keep else "all of them go"
     return f"{number} models are measured zero-shot on {images:,} validation images; {kept} into the search"
 

@@ -36,7 +36,7 @@ EARLIER = "earlier"
 
 
 def open_study(
-    sweep: SweepFile, out: Path, retry_failed: bool = False, tell: Callable[[str], None] = lambda line: None
+    sweep: SweepFile, out: Path, retry_failed: bool = False, log: Callable[[str], None] = lambda line: None
 ) -> optuna.Study:
     """Open the study of the sweep in `out`, or make it.
 
@@ -56,7 +56,7 @@ def open_study(
             for trial in _load_study(out / STUDY).trials:
                 _add_again(study, trial, out, retry_failed)
         else:
-            study.add_trials(earlier_trials(sweep, tell))
+            study.add_trials(earlier_trials(sweep, log))
             for point in sweep.points:
                 study.enqueue_trial(_parameters(sweep, point))
         store.write(out / STUDY, (Path(folder) / STUDY).read_bytes())
@@ -186,7 +186,7 @@ def _load_study(journal: Path) -> optuna.Study:
         raise UserError(f"{journal} can't be read ({error}): start another sweep") from error
 
 
-def earlier_trials(sweep: SweepFile, tell: Callable[[str], None] = lambda line: None) -> list[FrozenTrial]:
+def earlier_trials(sweep: SweepFile, log: Callable[[str], None] = lambda line: None) -> list[FrozenTrial]:
     """What another sweep's study knows of the settings searched here. Trials of models not searched here are left out.
 
     Raises:
@@ -210,7 +210,7 @@ def earlier_trials(sweep: SweepFile, tell: Callable[[str], None] = lambda line: 
         if MODEL in trial.params:
             trial.distributions = {**trial.distributions, MODEL: models.distribution}
     if lost := len(trials) - len(fitting):
-        tell(f"note: {lost} of {len(trials)} trials of {sweep.earlier} are of models that are not searched here")
+        log(f"note: {lost} of {len(trials)} trials of {sweep.earlier} are of models that are not searched here")
     return fitting
 
 

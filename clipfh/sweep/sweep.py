@@ -50,7 +50,7 @@ class _Context:
     """loads the model that an experiment starts from"""
     feed: SharingFeed
     resources: Resources
-    tell: Callable[[str], None]
+    log: Callable[[str], None]
 
     def contender(self, experiment: Experiment) -> Contender:
         """The contender whose model an experiment starts from."""
@@ -89,7 +89,7 @@ def run(
     *,
     resume: bool = False,
     retry_failed: bool = False,
-    tell: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     each_report: bool = True,
 ) -> dict[str, Any]:
     """Run a sweep to its end on the connected cluster; returns what `summary.json` holds.
@@ -100,7 +100,7 @@ def run(
         out: the sweep's folder.
         resume: go on with what the folder holds.
         retry_failed: train its failed trials again too.
-        tell: takes a line for a person.
+        log: takes a line for a person.
         each_report: tell of each report of each trial.
 
     Raises:
@@ -108,26 +108,26 @@ def run(
     """
     out, started = Path(out).absolute(), time.monotonic()
     catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
-    sweep = _within_space(sweep, tell)
-    _begin(sweep, out, resume, tell)
-    _require_same(catalogue, sweep, out, tell)
+    sweep = _within_space(sweep, log)
+    _begin(sweep, out, resume, log)
+    _require_same(catalogue, sweep, out, log)
     earlier_trials(sweep)  # says what does not fit
-    resources = resolve_placement(sweep.placement, alone=False, log=tell)
-    tell(f"{sweep.trials} trials, {max_concurrent_runs(sweep.placement, resources)} at once, each {resources}")
+    resources = resolve_placement(sweep.placement, alone=False, log=log)
+    log(f"{sweep.trials} trials, {max_concurrent_runs(sweep.placement, resources)} at once, each {resources}")
     load = functools.lru_cache(maxsize=1)(load_start)
-    contenders = race.run(sweep, catalogue, out, resources, load, tell)
+    contenders = race.run(sweep, catalogue, out, resources, load, log)
     zero_shot = [each.row(sweep) for each in contenders]
-    sweep = _within_space(race.narrow(sweep, contenders, tell), tell)
-    study = open_study(sweep, out, retry_failed, tell)
+    sweep = _within_space(race.narrow(sweep, contenders, log), log)
+    study = open_study(sweep, out, retry_failed, log)
     feed = SharingFeed(stream)
-    context = _Context(sweep, catalogue, out, contenders, load, feed, resources, tell)
+    context = _Context(sweep, catalogue, out, contenders, load, feed, resources, log)
     inputs = shared_inputs.prepare(sweep, catalogue, context.kept, load, feed)
     for note in (notes := shared_inputs.notes(sweep, inputs)):
-        tell(note)
+        log(note)
     board, keeper = Leaderboard(out, sweep, study, zero_shot), retention.Keeper(sweep, out)
     searcher = StudySearcher(sweep, study, functools.partial(max_concurrent_runs, sweep.placement, resources))
     with autoscaler_request(sweep.placement, resources) as ask:
-        run_trials(Watch(searcher, board, tell, each_report, keeper.trials, ask), inputs, resources)
+        run_trials(Watch(searcher, board, log, each_report, keeper.trials, ask), inputs, resources)
     rows = board.write()
     keeper.trials(rows)
     winner = _with_earlier(context, _winner(context, inputs, rows))
@@ -135,19 +135,19 @@ def run(
     summary = _finish(context, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
     keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
     keeper.finals(winner.run)
-    tell(str(keeper))
+    log(str(keeper))
     return summary
 
 
-def _within_space(sweep: SweepFile, tell: Callable[[str], None]) -> SweepFile:
+def _within_space(sweep: SweepFile, log: Callable[[str], None]) -> SweepFile:
     """The sweep with no more trials than its space has points: nothing is trained twice."""
     within = sweep.within_space()
     if within.trials < sweep.trials:
-        tell(f"note: the space has {within.trials} points, so there are {within.trials} trials and not {sweep.trials}")
+        log(f"note: the space has {within.trials} points, so there are {within.trials} trials and not {sweep.trials}")
     return within
 
 
-def _begin(sweep: SweepFile, out: Path, resume: bool, tell: Callable[[str], None]) -> None:
+def _begin(sweep: SweepFile, out: Path, resume: bool, log: Callable[[str], None]) -> None:
     """Make the sweep's folder, or see that it is the one to go on with. A resumed sweep may have more trials.
 
     Raises:
@@ -165,7 +165,7 @@ def _begin(sweep: SweepFile, out: Path, resume: bool, tell: Callable[[str], None
             f"--resume: the sweep file differs from {file} ({change}): resume with the same, or another --out"
         )
     if more:
-        tell(f"{more} more trials than the sweep had")
+        log(f"{more} more trials than the sweep had")
     out.mkdir(parents=True, exist_ok=True)
     store.write(file, sweep_file.to_yaml(sweep))
 
@@ -177,7 +177,7 @@ def _change(before: str, now: str) -> str:
     return "" if before == now else f"{first[0]} there, {first[1]} here"
 
 
-def _require_same(catalogue: Catalogue, sweep: SweepFile, out: Path, tell: Callable[[str], None]) -> None:
+def _require_same(catalogue: Catalogue, sweep: SweepFile, out: Path, log: Callable[[str], None]) -> None:
     """Keep beside the sweep what it is made of; where that is kept already, see that it still is the same.
 
     Raises:
@@ -188,9 +188,7 @@ def _require_same(catalogue: Catalogue, sweep: SweepFile, out: Path, tell: Calla
     now = {"catalogue": str(catalogue.path), "hash": catalogue.manifest["hash"], "contents": contents}
     before = json.loads(file.read_text()) if file.exists() else now
     if resumed and not file.exists():
-        tell(
-            f"note: {out} was begun by an older version: whether catalogue and prompts are still the same is not known"
-        )
+        log(f"note: {out} was begun by an older version: whether catalogue and prompts are still the same is not known")
     if before["hash"] != now["hash"]:
         raise UserError(
             f"--resume: {out} was begun on another catalogue than {catalogue.path}, "
@@ -214,11 +212,11 @@ def _winner(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row
     trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
     run, again = out / layout.TRIALS / trial, dict[str, list[float]]()
     if leading := finalists.leaders(rows, out, asked.top):
-        context.tell(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
+        context.log(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
         if asked.image_size:
             leading = {number: _at_final_size(context, each) for number, each in leading.items()}
             inputs = shared_inputs.prepare_larger(leading.values(), context.catalogue, context.load, context.feed)
-        again = finalists.retrain(leading, context.sweep, inputs, folder, context.resources, context.tell)
+        again = finalists.retrain(leading, context.sweep, inputs, folder, context.resources, context.log)
         trial = finalists.best_trial(again)
         score, run = mean(again[trial]), finalists.best_run(folder, trial, again[trial])
     zero_shot = context.contenders[0]
@@ -228,11 +226,11 @@ def _winner(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row
     winner = _Winner(trial, context.contender(experiment), score, run, again)
     if not asked.refit:
         return winner
-    context.tell(f"now trial {trial}'s settings on train and validation items together")
+    context.log(f"now trial {trial}'s settings on train and validation items together")
     whole_run = _refit(context, _at_final_size(context, experiment))
     if not (diverged := finalists.read_divergence(whole_run)):
         return dataclasses.replace(winner, run=whole_run, refit=True)
-    context.tell(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
+    context.log(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
     return dataclasses.replace(winner, diverged=diverged)
 
 
@@ -243,11 +241,11 @@ def _with_earlier(context: _Context, winner: _Winner) -> _Winner:
         return winner
     summary, name = folder.read_json(layout.SUMMARY), f"the best of {folder}"
     if not folder.exists(f"{layout.BEST}/{layout.EXPORTED_WEIGHTS}"):
-        context.tell(f"note: {name} can't win: its export is not there")
+        context.log(f"note: {name} can't win: its export is not there")
     elif folder.read_json(layout.SWEEP_INPUTS)["hash"] != context.catalogue.manifest["hash"]:
-        context.tell(f"note: {name} can't win: it was selected on another catalogue")
+        context.log(f"note: {name} can't win: it was selected on another catalogue")
     elif summary["val_mAP"] > winner.val_mAP:
-        context.tell(f"{name} is better than all of this sweep: val mAP {summary['val_mAP']:.3f}")
+        context.log(f"{name} is better than all of this sweep: val mAP {summary['val_mAP']:.3f}")
         trial, run = f"{folder.name}-{summary['best_trial']}", folder.local_path(layout.BEST)
         return dataclasses.replace(winner, trial=trial, val_mAP=summary["val_mAP"], run=run, refit=False, diverged="")
     return winner
@@ -265,12 +263,12 @@ def _refit(context: _Context, experiment: Experiment) -> Path:
     inputs = prepare_inputs(context.catalogue, experiment, clip, stream, with_validation=True)
     by_model = {model_key(experiment.model): inputs}
     folder = context.out / layout.FINAL
-    return finalists.refit(experiment, context.sweep, by_model, folder, context.resources, context.tell)
+    return finalists.refit(experiment, context.sweep, by_model, folder, context.resources, context.log)
 
 
 def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
     """The winner and the zero-shot model on the test split, the export, the summary, the report."""
-    context.tell(f"winner: trial {winner.trial}, val mAP {winner.val_mAP:.3f}; now the test split")
+    context.log(f"winner: trial {winner.trial}, val mAP {winner.val_mAP:.3f}; now the test split")
     start, out = context.sweep.start(winner.contender.model), context.out
     experiment, zero_shot = start, context.load(start)
     best = zero_shot

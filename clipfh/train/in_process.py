@@ -90,13 +90,13 @@ class _LocalSession:
     Args:
         out: the run's folder.
         score: the metric whose highest value is the best.
-        tell: takes each report.
+        on_report: takes each report.
     """
 
     node = socket.gethostname()
 
-    def __init__(self, out: Path, score: str, tell: Callable[[dict[str, Any]], None]) -> None:
-        self.folder, self.score, self.tell = Folder(out) / layout.CHECKPOINTS, score, tell
+    def __init__(self, out: Path, score: str, on_report: Callable[[dict[str, Any]], None]) -> None:
+        self.folder, self.score, self.on_report = Folder(out) / layout.CHECKPOINTS, score, on_report
         self.known = self.folder.read_json(layout.SNAPSHOT) or _empty_list()
         self._remove_all_but([result["checkpoint_dir_name"] for result in self.known["checkpoint_results"]])
 
@@ -111,7 +111,7 @@ class _LocalSession:
         with store.whole_folder(self.folder.local_path(name)) as new:
             save(new)
         self._add({"version": 0, "checkpoint_dir_name": name, "metrics": metrics})
-        self.tell(metrics)
+        self.on_report(metrics)
 
     def is_ending(self) -> bool:
         return False
@@ -163,7 +163,7 @@ def wanted(placement: Placement, address: str | None, out: str) -> bool:
 
 
 def run_training(
-    placement: Placement, experiment: Experiment, inputs: Inputs, out: Path, tell: Callable[[dict[str, Any]], None]
+    placement: Placement, experiment: Experiment, inputs: Inputs, out: Path, on_report: Callable[[dict[str, Any]], None]
 ) -> None:
     """Train in this thread, or go on training what `out` holds; as `driver.run_training` does over a cluster.
 
@@ -172,9 +172,9 @@ def run_training(
         experiment: what to compute.
         inputs: what the run reads, of this experiment's model, prompts and catalogue, held by a `Feed`.
         out: the run's folder, which holds its `experiment.json`.
-        tell: takes each report.
+        on_report: takes each report.
     """
-    session = _LocalSession(out, "step" if inputs.validation is None else "val_mAP", tell)
+    session = _LocalSession(out, "step" if inputs.validation is None else "val_mAP", on_report)
     threads, shares_cores = choose_threads(placement)
     worker.train_loop(Job(experiment, inputs, str(out.absolute()), 0, threads, shares_cores), session, InProcessFeed())
 

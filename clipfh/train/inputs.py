@@ -20,8 +20,8 @@ from clipfh.model import architecture as architectures
 from clipfh.model import checkpoint
 from clipfh.model.architecture import Architecture
 from clipfh.model.clip import (
-    architecture_of,
     build,
+    get_architecture,
     get_preprocess,
     load_initial_model,
     load_tokenizer,
@@ -76,7 +76,7 @@ def open_run(
     clip = _build_again(out, experiment) if has_weights else load_start(experiment, known["warm_start"])
     folder.make()
     folder.write(layout.EXPERIMENT, schema.to_json(experiment))
-    folder.write(layout.ARCHITECTURE, architecture_of(clip).to_json())
+    folder.write(layout.ARCHITECTURE, get_architecture(clip).to_json())
     folder.write(layout.RUN, json.dumps({"catalogue": str(catalogue.path), **known}, indent=2) + "\n")
     return clip, experiment
 
@@ -176,10 +176,10 @@ def prepare_inputs(
     preprocess = get_preprocess(clip)
     if keep_gib:
         images = feed.cache_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
-    captions, num_cut = tokenize_captions(catalogue, index.names, experiment, architecture_of(clip), *splits)
+    captions, num_cut = tokenize_captions(catalogue, index.names, experiment, get_architecture(clip), *splits)
     weights = {name: tensor.numpy() for name, tensor in clip.state_dict().items()}
     return Inputs(
-        architecture=architecture_of(clip),
+        architecture=get_architecture(clip),
         images=images,
         captions=feed.put(captions),
         weights=feed.put(weights) if warm or architectures.weights_name(experiment.model) else None,

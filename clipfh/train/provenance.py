@@ -20,7 +20,7 @@ def contents(experiment: Experiment, warm_start: str | None, has_weights: bool =
         has_weights: there is a checkpoint to go on from, so no other weights are read.
     """
     pretrained = [Path(experiment.model.pretrained)] if experiment.model.pretrained else []
-    weights = checkpoint.files_of(warm_start) if warm_start and not has_weights else []
+    weights = checkpoint.list_weight_files(warm_start) if warm_start and not has_weights else []
     named = {
         "--text.file": [Path(experiment.text.file)] if experiment.text.file else [],
         "--model.pretrained": [] if has_weights or warm_start else [file for file in pretrained if file.is_file()],

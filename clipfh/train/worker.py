@@ -23,7 +23,7 @@ from clipfh.data.transfer import prefetch
 from clipfh.learn.learner import Learner, Validation
 from clipfh.learn.tally import Diverged, StepTally
 from clipfh.model import checkpoint as checkpoint_module
-from clipfh.model.clip import architecture_of, build
+from clipfh.model.clip import build, get_architecture
 from clipfh.model.devices import choose_device, explain_out_of_memory, precision_notes
 from clipfh.storage import layout
 from clipfh.storage.run_folder import History
@@ -246,7 +246,7 @@ class _Reports:
 
     def _save(self, metrics: dict[str, Any], folder: Path) -> None:
         learner = self.learner
-        weights, architecture = learner.weights(), architecture_of(learner.clip)
+        weights, architecture = learner.weights(), get_architecture(learner.clip)
         checkpoint_module.save(folder, learner.experiment, architecture, *weights, learner.state(), metrics)
 
     def make_last(self, diverged: Diverged, inputs: Inputs) -> None:

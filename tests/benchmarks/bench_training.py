@@ -297,7 +297,7 @@ def _sweep(opened: Catalogue, folder: Path) -> list[dict]:
         elif line.startswith("winner"):
             starts.append(time.time())  # the end of the search
 
-    sweep.run(sweep_file.load(folder / "sweep.yaml"), opened, folder / "sweep", tell=tell)
+    sweep.run(sweep_file.load(folder / "sweep.yaml"), opened, folder / "sweep", log=tell)
     *starts, end = starts
     trials = [run_folder.read_metrics(run) for run in sorted((folder / "sweep/trials").glob("*")) if run.name != "0000"]
     waits = [lines[0]["began"] - start for lines, start in zip(trials, starts, strict=True)]

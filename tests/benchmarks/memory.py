@@ -48,7 +48,7 @@ def search(catalogue: str, at_once: int, folder: Path) -> None:
             connect.disconnect()
             sys.exit()
 
-    sweep.run(sweep_file.load(folder / "sweep.yaml"), catalogues.open_catalogue(catalogue), folder / "sweep", tell=tell)
+    sweep.run(sweep_file.load(folder / "sweep.yaml"), catalogues.open_catalogue(catalogue), folder / "sweep", log=tell)
 
 
 def peak(catalogue: str, at_once: int) -> tuple[float, list[tuple[float, str]]]:

@@ -25,7 +25,7 @@ from clipfh.learn.learner import ItemCaptions
 from clipfh.learn.tally import StepTally
 from clipfh.model import checkpoint
 from clipfh.model.architecture import find as find_architecture
-from clipfh.model.clip import architecture_of, load_initial_model, load_tokenizer
+from clipfh.model.clip import get_architecture, load_initial_model, load_tokenizer
 from clipfh.model.towers import Towers, recompute_blocks
 
 P, K, ITEMS = 4, 2, 7
@@ -416,7 +416,7 @@ def test_a_report_warns_of_a_collapse_only_after_the_warm_up():
 def test_a_restored_learner_goes_on_as_if_nothing_had_been(term: str, tmp_path: Path):
     one, other = learner_for("joint", term), learner_for("joint", term)
     train(one, steps=3)
-    checkpoint.save(tmp_path, one.experiment, architecture_of(one.clip), *one.weights(), one.state(), {})
+    checkpoint.save(tmp_path, one.experiment, get_architecture(one.clip), *one.weights(), one.state(), {})
     raw, average, state, _ = checkpoint.load_training(tmp_path)
     other.restore(raw, average, state)
     for each in (one, other):

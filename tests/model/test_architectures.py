@@ -23,7 +23,7 @@ from clipfh.learn.learner import ItemCaptions, Learner
 from clipfh.model import architecture as architectures
 from clipfh.model import checkpoint, export
 from clipfh.model.architecture import Architecture
-from clipfh.model.clip import architecture_of, build, load_initial_model, load_tokenizer
+from clipfh.model.clip import build, get_architecture, load_initial_model, load_tokenizer
 from clipfh.model.layers import split_towers
 from clipfh.storage import layout
 
@@ -169,7 +169,7 @@ def train_steps(experiment: Experiment) -> Learner:
     """A learner after two steps. What is trained must have moved, and nothing else."""
     one = make_learner(experiment)
     before = {name: p.detach().clone() for name, p in one.clip.named_parameters()}
-    size = architecture_of(one.clip).size
+    size = get_architecture(one.clip).size
     images = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
     for _ in range(2):
         one.train_step(np.arange(4), images)
@@ -190,7 +190,7 @@ def test_a_family_trains_in_both_stages_and_its_export_is_the_model(folder, with
     one = train_steps(presets.resolve("joint", "recommended", settings_of(folder)))
     out = export.write_export(one.clip, one.experiment, tmp_path / "export", with_onnx=with_onnx)  # compares to 1e-5
     again = load_initial_model(ModelSettings(name=f"local-dir:{out}"), 0)
-    size = architecture_of(again).size
+    size = get_architecture(again).size
     pixels = torch.rand(2, 3, size, size)
     with torch.no_grad():
         torch.testing.assert_close(again.eval().encode_image(pixels), one.clip.eval().encode_image(pixels))
@@ -199,7 +199,7 @@ def test_a_family_trains_in_both_stages_and_its_export_is_the_model(folder, with
 def make_learner(experiment: Experiment) -> Learner:
     clip = load_initial_model(experiment.model, 0)
     index = ItemIndex(np.array([0, 0, 1, 1], np.int32), np.zeros(2, np.int32), ["a", "b"], np.array([4]))
-    tokens = load_tokenizer(architecture_of(clip))(["a red dress", "a coat"]).numpy().astype(np.int32)
+    tokens = load_tokenizer(get_architecture(clip))(["a red dress", "a coat"]).numpy().astype(np.int32)
     return Learner(experiment, clip, index, ItemCaptions(tokens, np.arange(2, dtype=np.int32)), torch.device("cpu"))
 
 
@@ -221,7 +221,7 @@ def test_other_sizes_of_images_are_those_of_open_clip(folder, size, tmp_path):
     out = export.write_export(clip, experiment, tmp_path / "export")
     assert architectures.read_folder(out).size == size == checkpoint.load_model(out, {})[0].visual.image_size[0]
     back, _, _ = checkpoint.load_model(out, {"model.image_size": architectures.read_folder(folder).size})
-    assert architecture_of(back).size != size
+    assert get_architecture(back).size != size
 
 
 @pytest.mark.parametrize(

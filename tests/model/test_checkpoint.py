@@ -9,7 +9,7 @@ from clipfh import UserError
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.model import checkpoint
-from clipfh.model.clip import architecture_of, load_initial_model
+from clipfh.model.clip import get_architecture, load_initial_model
 from clipfh.train.inputs import load_start
 
 SMALL = ModelSettings(name=SMALL_MODEL)
@@ -141,13 +141,13 @@ def test_the_activation_of_weights_is_told_or_their_own(short_vit, small_catalog
     run = tmp_path / "run"
     run.mkdir()
     experiment = presets.resolve("image", None, {"model.name": "ViT-B/32", "model.pretrained": "none"})
-    checkpoint.save(run, experiment, architecture_of(clip), clip.state_dict(), {}, {}, {})
+    checkpoint.save(run, experiment, get_architecture(clip), clip.state_dict(), {}, {}, {})
     other = presets.resolve("image", None, {"model.name": "ViT-B-32", "model.pretrained": "none"})
     with pytest.raises(UserError, match="holds ViT-B/32 with QuickGELU, .* ViT-B-32 with GELU: give --model ViT-B/32"):
         load_start(other, str(run))
     with pytest.raises(UserError, match=r"holds ViT-B/32 \(QuickGELU\), not ViT-B-32 \(GELU\): leave --model out"):
         checkpoint.load_model(run, {"model.name": "ViT-B-32"})
-    assert architecture_of(load_start(experiment, str(run))).activation == "QuickGELU"
+    assert get_architecture(load_start(experiment, str(run))).activation == "QuickGELU"
 
 
 def test_more_pixels_than_the_catalogue_keeps_are_told(short_vit, small_catalogue):

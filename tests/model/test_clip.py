@@ -13,8 +13,8 @@ from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.model import devices, hub, onnx
 from clipfh.model.architecture import architecture_name, find
 from clipfh.model.clip import (
-    architecture_of,
     build_model,
+    get_architecture,
     get_preprocess,
     load_initial_model,
     load_tokenizer,
@@ -132,9 +132,9 @@ def nothing_is_large(monkeypatch):
 def preprocessings(settings) -> list[dict]:
     """As zero-shot, training, a checkpoint, the export's two files and the pixels of training have it."""
     zero_shot, built = load_initial_model(settings, 0), build_model(settings)
-    loaded = load_weights(architecture_of(built), zero_shot.state_dict(), "a checkpoint")
+    loaded = load_weights(get_architecture(built), zero_shot.state_dict(), "a checkpoint")
     found = [asdict(get_preprocess(each)) for each in (zero_shot, built, loaded)]
-    exported = json.loads(architecture_of(loaded).to_open_clip())
+    exported = json.loads(get_architecture(loaded).to_open_clip())
     size = exported["model_cfg"]["vision_cfg"].get("image_size", 224)
     processor = onnx.describe_preprocessing(get_preprocess(loaded))
     towers = {key: tuple(getattr(Towers(built), key).double().flatten().tolist()) for key in ("mean", "std")}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from clipfh import UserError
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.model import lora
-from clipfh.model.clip import architecture_of, build_model, load_weights
+from clipfh.model.clip import build_model, get_architecture, load_weights
 from clipfh.model.layers import freeze
 
 RANK = 4
@@ -147,5 +147,5 @@ def test_the_number_of_trained_parameters_is_known_before_the_model_is_adapted()
 def test_merged_weights_are_loaded_as_those_of_any_model():
     clip = moved(adapted())
     with torch.no_grad():
-        loaded = load_weights(architecture_of(clip), lora.merged_state(clip), "a run").eval()
+        loaded = load_weights(get_architecture(clip), lora.merged_state(clip), "a run").eval()
         torch.testing.assert_close(features(loaded)[0], features(clip)[0])

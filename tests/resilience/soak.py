@@ -44,7 +44,7 @@ def one(folder: Path, number: int, trials: int, dashboard: bool) -> None:
     started = time.monotonic()
     opened = catalogue.open_catalogue(folder / "catalogue")
     loaded = sweep_file.load(folder / "soak.yaml", {"seed": number})
-    summary = sweep.run(loaded, opened, folder / f"sweep-{number}", tell=lambda line: None)
+    summary = sweep.run(loaded, opened, folder / f"sweep-{number}", log=lambda line: None)
     ended = time.monotonic()
     while held(total) and time.monotonic() - ended < 30:
         time.sleep(0.1)

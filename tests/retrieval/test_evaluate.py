@@ -27,7 +27,7 @@ from clipfh.retrieval import embed, embed_ray, evaluate, metrics
 from clipfh.storage import layout
 from clipfh.train.inputs import load_start
 
-SPLITS = evaluate.splits_of("test")
+SPLITS = evaluate.get_splits("test")
 SETTINGS = ModelSettings(name=SMALL_MODEL, precision="float32")
 KEYS = {*metrics.KEYS, "num_query", "num_gallery", "num_unmatched", "intervals", "cmc", "random_splits", "variant"}
 KEYS |= {"by_category", "by_gender", "text_to_image", "image_to_text", "rerank", "prompts_tell_apart"}
@@ -126,7 +126,7 @@ def test_kept_embeddings_come_back_and_nothing_else_does(small_catalogue, clip, 
     manifest = {**small_catalogue.manifest, "hash": "another"}
     assert kept(weights=changed) is None
     assert kept(settings=dataclasses.replace(SETTINGS, precision="bfloat16")) is None
-    assert kept(splits=evaluate.splits_of("val")) is None
+    assert kept(splits=evaluate.get_splits("val")) is None
     assert kept(prompts={**prompts, item: "a red shirt"}) is None
     assert kept(catalogue=dataclasses.replace(small_catalogue, manifest=manifest)) is None
     (folder / layout.EMBEDDINGS).write_bytes(b"PAR1 cut short")

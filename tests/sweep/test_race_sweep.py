@@ -64,7 +64,7 @@ def assert_right(out: Path) -> None:
 def test_a_race_of_three_models_ends_on_the_right_one(ray_cluster, small_catalogue, tmp_path):
     write(tmp_path, final={"top": 1, "seeds": 1, "image_size": 48})
     out = tmp_path / "out"
-    sweep.run(sweep_file.load(tmp_path / "models.yaml"), small_catalogue, out, tell=lambda line: None)
+    sweep.run(sweep_file.load(tmp_path / "models.yaml"), small_catalogue, out, log=lambda line: None)
     assert_right(out)
     (final,) = out.glob("final/*/experiment.json")
     searched = json.loads((out / "trials" / final.parent.name[:4] / "experiment.json").read_text())["model"]

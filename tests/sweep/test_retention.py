@@ -123,7 +123,7 @@ def test_a_trial_without_weights_says_why_and_stays_where_it_ended(make_keeper, 
     with pytest.raises(UserError, match="0005: its weights were not kept: `placement: {keep_weights: all}`"):
         checkpoint.load(run)
     assert run_folder.latest_step(run) == 4 and run_folder.latest_step(tmp_path / "trials/0003") == 12
-    assert run_folder.best_of(tmp_path / "trials/0003") == "checkpoint_8"
+    assert run_folder.find_best_checkpoint(tmp_path / "trials/0003") == "checkpoint_8"
     trial._clear_of_another(run, schema.load_experiment(run / layout.EXPERIMENT))
     assert not (run / "checkpoints").exists(), "trained anew, it begins anew"
 

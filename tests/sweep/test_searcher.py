@@ -160,7 +160,7 @@ def test_an_earlier_search_of_other_models_tells_of_those_that_are_searched_here
     (tmp_path / "second").mkdir()
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({**FILE, **both}))
     lines = []
-    second = open_study(sweep_file.load(tmp_path / "x.yaml"), tmp_path / "second", tell=lines.append)
+    second = open_study(sweep_file.load(tmp_path / "x.yaml"), tmp_path / "second", log=lines.append)
     assert [trial.params["model"] for trial in second.trials] == [model for model in drawn if model != "RN50"]
     lost = drawn.count("RN50")
     assert lost and lines == [f"note: {lost} of 10 trials of {tmp_path}/first are of models that are not searched here"]

@@ -66,7 +66,7 @@ def test_a_space_whose_losses_may_leave_too_few_items_is_refused(tmp_path, monke
 def finished(ray_cluster, small_catalogue, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "tiny.yaml").write_text(TEXT)
-    summary = sweep.run(sweep_file.load(folder / "tiny.yaml"), small_catalogue, folder / "out", tell=lambda line: None)
+    summary = sweep.run(sweep_file.load(folder / "tiny.yaml"), small_catalogue, folder / "out", log=lambda line: None)
     return folder / "out", summary
 
 
@@ -178,7 +178,7 @@ def test_a_finished_sweep_resumes_to_itself(finished, small_catalogue):
     out, summary = finished
     loaded = sweep_file.load(out / "sweep.yaml")
     before = {path: path.stat().st_mtime_ns for path in (out / "trials").glob("*/metrics.jsonl")}
-    again = sweep.run(loaded, small_catalogue, out, resume=True, tell=lambda line: None)
+    again = sweep.run(loaded, small_catalogue, out, resume=True, log=lambda line: None)
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
     assert {path: path.stat().st_mtime_ns for path in before} == before, "no trial ran twice"
     assert (finals := list(out.glob("final/*/metrics.jsonl"))) and not list(out.rglob("training.pt")), finals

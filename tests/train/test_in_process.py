@@ -72,7 +72,7 @@ def test_the_best_checkpoint_and_the_latest_are_kept(tmp_path):
     listed = json.loads((tmp_path / "checkpoints" / layout.SNAPSHOT).read_text())
     assert sorted(each["checkpoint_dir_name"] for each in listed["checkpoint_results"]) == kept
     assert [each["metrics"]["step"] for each in listed["checkpoint_results"]] == [4, 2], "worst first"
-    assert run_folder.best_of(tmp_path) == listed["checkpoint_results"][1]["checkpoint_dir_name"]
+    assert run_folder.find_best_checkpoint(tmp_path) == listed["checkpoint_results"][1]["checkpoint_dir_name"]
     assert run_folder.latest_step(tmp_path) == 4 and latest.endswith(
         listed["latest_checkpoint_result"]["checkpoint_dir_name"]
     )

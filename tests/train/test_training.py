@@ -308,7 +308,7 @@ def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
     one = learner.Learner(tiny, clip, index, captions, torch.device("cpu"))
     found = one.validate(learner.Validation(pixels, *validation_codes(made)))
     embedding = embed_images(one.towers, pixels, torch.float32)
-    embedded = evaluate._assembled(made, evaluate.splits_of("val"), {}, embedding, None)
+    embedded = evaluate._assembled(made, evaluate.get_splits("val"), {}, embedding, None)
     assert found == pytest.approx(evaluate.figures(embedded, 0)["mAP"], abs=1e-9) and found < 0.5
 
 
