@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import re
 import sys
@@ -29,11 +30,21 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spie
 @functools.cache
 def load_open_clip() -> Any:
     """open_clip, with our architecture known to it. It takes seconds to import, and most processes need none of it."""
-    with _absent("wandb"):  # timm would load it and never use it: half a second, and two folders left in /tmp
+    # timm would load the one and never use it: half a second, and two folders left in /tmp. Text towers of Hugging Face's
+    # alone take the other, which takes as long to load as torch.
+    with _absent("wandb"), _absent("transformers"):
         import open_clip
 
     open_clip.add_model_config(Path(__file__).parent / f"{SMALL_MODEL}.json")
     return open_clip
+
+
+@functools.cache
+def load_text_towers() -> None:
+    """Let open_clip build text towers of Hugging Face's, where transformers is installed."""
+    open_clip = load_open_clip()
+    if open_clip.hf_model.transformers is None:
+        open_clip.model.HFTextEncoder = importlib.reload(open_clip.hf_model).HFTextEncoder
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from clipfh.config.experiment import ModelSettings
 from clipfh.data.images import Preprocess
 from clipfh.model import architecture as architectures
 from clipfh.model import hub, state_dicts
-from clipfh.model.architecture import Architecture, load_open_clip
+from clipfh.model.architecture import Architecture, load_open_clip, load_text_towers
 from clipfh.storage import layout
 
 MISSING_LIBRARY = "pip install 'clipfh[hub]', and let it reach the Hugging Face hub or its cache"
@@ -37,6 +37,8 @@ def build(architecture: Architecture, device: str = "cpu") -> nn.Module:
     with _quiet(), tempfile.TemporaryDirectory() as folder, torch.device(device):
         Path(folder, layout.OPEN_CLIP_CONFIG).write_text(architecture.to_open_clip())
         options = {"pretrained_text": False, "load_weights": False, "device": device}
+        if architecture.model_cfg["text_cfg"].get("hf_model_name"):
+            load_text_towers()
         try:
             clip = load_open_clip().create_model(f"local-dir:{folder}", **options)
         except (ImportError, OSError, RuntimeError, ValueError, TypeError) as error:

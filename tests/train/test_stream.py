@@ -78,7 +78,7 @@ def test_two_workers_get_the_same_batches_and_pixels(shared, recipe):
 
 
 def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
-    """A worker loads open_clip, its tasks and Ray Data's own actor do not, and none loads what timm would."""
+    """A worker loads open_clip, its tasks and Ray Data's own actor do not, and none loads what timm and it would."""
 
     def load(block, **_):
         step = block["step"]
@@ -88,14 +88,14 @@ def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
     def worker(images):
         stream._decode_steps = load
         decoding = [bool(image) for _, _, image in stream.batches(StreamPart(images, recipe, 0, 2))]
-        return "open_clip" in sys.modules, "wandb" in sys.modules, decoding
+        return [name in sys.modules for name in ("open_clip", "wandb", "transformers")], decoding
 
     for name in ray.util.list_named_actors(all_namespaces=True):
         if name["namespace"] == STATS_ACTOR_NAMESPACE:  # another test's
             ray.kill(ray.get_actor(**name))
             while name in ray.util.list_named_actors(all_namespaces=True):
                 pass
-    assert ray.get(worker.remote(stream.share(small_catalogue, "train"))) == (True, False, [False, False])
+    assert ray.get(worker.remote(stream.share(small_catalogue, "train"))) == ([True, False, False], [False, False])
     actor = ray.get_actor(STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE)
     assert not ray.get(actor.__ray_call__.remote(lambda _: "open_clip" in sys.modules))
 
