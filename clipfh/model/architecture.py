@@ -30,8 +30,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spie
 @functools.cache
 def load_open_clip() -> Any:
     """open_clip, with our architecture known to it. It takes seconds to import, and most processes need none of it."""
-    # timm would load the one and never use it: half a second, and two folders left in /tmp. Text towers of Hugging Face's
-    # alone take the other, which takes as long to load as torch.
+    # timm would load the one and never use it: half a second, and two folders left in /tmp. The other takes as long to
+    # load as torch, and text towers of Hugging Face's alone need it.
     with _absent("wandb"), _absent("transformers"):
         import open_clip
 

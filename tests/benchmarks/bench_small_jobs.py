@@ -88,6 +88,7 @@ from clipfh.data.decoding import StreamPart
 from clipfh.learn.learner import Learner
 from clipfh.model.clip import get_preprocess, load_initial_model
 from clipfh.train import in_process
+from clipfh.model.architecture import find as find_architecture
 from clipfh.train.inputs import tokenize_captions
 
 experiment = presets.resolve("image", None, {"model.name": "clipfh-small", "budget.images": int(sys.argv[2])})
