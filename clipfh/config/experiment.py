@@ -9,7 +9,11 @@ from typing import Literal
 from clipfh import UserError
 
 SMALL_MODEL = "clipfh-small"
-LOSS_TERMS = ("ce", "triplet", "center", "supcon", "infonce", "sigmoid")
+LOSS_TERMS = (
+    *("ce", "arcface", "proxy_anchor"),
+    *("triplet", "multi_similarity", "smooth_ap", "center", "supcon"),
+    *("infonce", "sigmoid"),
+)
 
 MODEL_IDENTITY = ("name", "pretrained", "image_size")
 """The settings within `model` on which weights, prompts and preprocessing depend."""
@@ -73,8 +77,16 @@ class LossSettings:
 
     ce: float = 0.0
     """weight of cross-entropy over the train items"""
+    arcface: float = 0.0
+    """weight of cross-entropy over the train items with a margin on the angle"""
+    proxy_anchor: float = 0.0
+    """weight of proxy-anchor: a learned vector for each train item, which pulls its images and pushes all others"""
     triplet: float = 0.0
     """weight of the batch-hard triplet term"""
+    multi_similarity: float = 0.0
+    """weight of multi-similarity: soft maxima over an image's hard positives and hard negatives"""
+    smooth_ap: float = 0.0
+    """weight of 1 - average precision of each image among the batch's others, with smooth ranks"""
     center: float = 0.0
     """weight of the distance to the item's center"""
     supcon: float = 0.0
@@ -90,8 +102,29 @@ class LossSettings:
     """margin taken from the right item's cosine"""
     ce_smoothing: float = 0.0
     """label smoothing"""
+    arcface_scale: float = 32.0
+    """scale of the cosine classifier"""
+    arcface_margin: float = 0.25
+    """margin added to the angle to the right item, radians"""
+    arcface_centers: int = 1
+    """weights of an item (sub-centers), of which the nearest counts: for items that look different from view to view"""
+    proxy_anchor_scale: float = 32.0
+    """scale of both soft maxima"""
+    proxy_anchor_margin: float = 0.1
+    """cosine that positives should exceed, and negatives stay below the negative of"""
     triplet_margin: float = 0.15
     """margin on the Euclidean distance of embeddings; below 0: soft margin"""
+    multi_similarity_positive_scale: float = 2.0
+    """scale of the soft maximum over positives"""
+    multi_similarity_negative_scale: float = 50.0
+    """scale of the soft maximum over negatives"""
+    multi_similarity_base: float = 0.5
+    """cosine that positives should exceed, and negatives stay below"""
+    multi_similarity_margin: float = 0.1
+    """how much nearer than the farthest positive a negative may be left out, and the other way round; larger: more
+    pairs count"""
+    smooth_ap_temperature: float = 0.01
+    """temperature of the sigmoid by which an image counts as above another, in units of cosine"""
     supcon_temperature: float = 0.07
     """temperature of supcon"""
     supcon_captions: bool = False
@@ -118,8 +151,18 @@ class LossSettings:
                 "0, or from 0.01 to 1",
                 self.infonce_temperature,
             )
-        for name in ("ce_scale", "supcon_temperature"):
+        for name in (
+            *("ce_scale", "arcface_scale", "proxy_anchor_scale"),
+            *("multi_similarity_positive_scale", "multi_similarity_negative_scale"),
+            *("smooth_ap_temperature", "supcon_temperature"),
+        ):
             require(getattr(self, name) > 0, f"loss.{name}", "above 0", getattr(self, name))
+        require(0 <= self.arcface_margin < 1.57, "loss.arcface_margin", "from 0 to 1.57 radians", self.arcface_margin)
+        require(self.arcface_centers >= 1, "loss.arcface_centers", "1 or more", self.arcface_centers)
+        for name in ("proxy_anchor_margin", "multi_similarity_base"):
+            require(-1 < getattr(self, name) < 1, f"loss.{name}", "between -1 and 1", getattr(self, name))
+        margin = self.multi_similarity_margin
+        require(margin >= 0, "loss.multi_similarity_margin", "0 or more", margin)
         require(0 <= self.ce_smoothing < 1, "loss.ce_smoothing", "from 0 to below 1", self.ce_smoothing)
         require(-1 <= self.ce_margin < 2, "loss.ce_margin", "from -1 to below 2", self.ce_margin)
         require(self.triplet_margin < 2, "loss.triplet_margin", "below 2, the largest distance", self.triplet_margin)
@@ -131,8 +174,19 @@ class LossSettings:
 
     @property
     def takes_singles(self) -> bool:
-        """Whether a term that is on learns from an item's only photo. Triplet, and supcon among images, do not."""
-        return self.ce > 0 or self.center > 0 or self.takes_text
+        """Whether a term that is on learns from an item's only photo. Those that compare images in pairs do not."""
+        return self.has_classifier or self.center > 0 or self.takes_text
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether a term that is on has weights of its own for each train item."""
+        return self.ce > 0 or self.arcface > 0 or self.proxy_anchor > 0
+
+    @property
+    def pair_terms(self) -> list[str]:
+        """Terms that are on and compare images in pairs."""
+        names = ("triplet", "multi_similarity", "smooth_ap", *(() if self.supcon_captions else ("supcon",)))
+        return [name for name in names if getattr(self, name)]
 
 
 @dataclass(frozen=True)
@@ -156,8 +210,8 @@ class OptimizerSettings:
     warmup: float = 0.05
     """share of the budget spent rising to lr; then cosine to 0"""
     head_first: float = 0.0
-    """share of the budget in which the heads alone learn: the classifier of ce, and what follows the image tower's last
-    block (its projection). All else then has its own warm-up and cosine"""
+    """share of the budget in which the heads alone learn: the classifier of ce, arcface or proxy_anchor, and what
+    follows the image tower's last block (its projection). All else then has its own warm-up and cosine"""
     clip: float = 1.0
     """largest gradient norm; 0: no clipping"""
     ema: float = 0.999
@@ -185,12 +239,16 @@ class BatchSettings:
     chunk: int = 0
     """images that a worker takes through the towers at a time, with the gradient of the whole batch; 0: all of them.
     Less memory, one more forward pass"""
+    memory: int = 0
+    """images of past steps that supcon, triplet and multi_similarity compare a batch's images with, beside each other
+    (cross-batch memory); their features stay as they were; 0: none"""
 
     def __post_init__(self) -> None:
         require(self.items >= 2, "batch.items", "2 or more", self.items)
         require(self.views >= 1, "batch.views", "1 or more", self.views)
         require(0 <= self.categories <= self.items, "batch.categories", "0 to batch.items", self.categories)
         require(self.chunk >= 0, "batch.chunk", "0 or more", self.chunk)
+        require(self.memory >= 0, "batch.memory", "0 or more", self.memory)
 
     @property
     def images(self) -> int:
@@ -255,15 +313,19 @@ class Experiment:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", "0 or more", self.seed)
-        alone = {"triplet": self.loss.triplet, "supcon": self.loss.supcon and not self.loss.supcon_captions}
-        needs_positives = [term for term, on in alone.items() if on]
-        if self.batch.views == 1 and needs_positives:
-            raise UserError(f"--batch.views 1 leaves loss.{needs_positives[0]} without positives: take 2 or more views")
+        pair_terms = self.loss.pair_terms
+        if self.batch.views == 1 and pair_terms:
+            raise UserError(f"--batch.views 1 leaves loss.{pair_terms[0]} without positives: take 2 or more views")
+        if self.batch.memory and not set(pair_terms) - {"smooth_ap"}:
+            raise UserError(
+                f"--batch.memory {self.batch.memory}: no term that is on compares images of several steps: switch on "
+                "loss.supcon (without loss.supcon_captions), loss.triplet or loss.multi_similarity, or leave it out"
+            )
         targets = self.model.lora_targets if self.model.lora_rank else "all"
-        if self.optimizer.head_first and targets != "all" and not self.loss.ce:
+        if self.optimizer.head_first and targets != "all" and not self.loss.has_classifier:
             raise UserError(
                 f"--optimizer.head_first: with model.lora_targets {targets} no head learns: take model.lora_targets "
-                "all, or switch loss.ce on"
+                "all, or switch loss.ce or loss.arcface on"
             )
 
 

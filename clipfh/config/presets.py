@@ -10,7 +10,7 @@ from clipfh.config.experiment import LOSS_TERMS, SMALL_MODEL, Experiment, Stage
 from clipfh.config.schema import check, one_budget, replace
 
 # Term weights that `--loss a+b` switches on.
-USUAL_WEIGHT = {"ce": 0.25, "triplet": 1.0, "center": 5e-4, "supcon": 1.0, "infonce": 1.0, "sigmoid": 1.0}
+USUAL_WEIGHT = dict.fromkeys(LOSS_TERMS, 1.0) | {"ce": 0.25, "center": 5e-4}
 
 # Shared by both stages of a preset: what pretrained CLIP wants, and what random weights want.
 _PRETRAINED: dict[str, Any] = {"loss.supcon": 1.0, "loss.supcon_temperature": 0.07, "batch.items": 64, "batch.views": 4}

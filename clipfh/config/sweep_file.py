@@ -36,9 +36,9 @@ MODEL = "model"
 
 TOGETHER = (
     ("batch.items", "batch.categories"),
-    ("batch.views", *(f"loss.{term}" for term in LOSS_TERMS), "loss.supcon_captions"),
+    ("batch.views", "batch.memory", *(f"loss.{term}" for term in LOSS_TERMS), "loss.supcon_captions"),
     ("budget.images", "budget.epochs"),
-    ("optimizer.head_first", "model.lora_rank", "model.lora_targets", "loss.ce"),
+    ("optimizer.head_first", "model.lora_rank", "model.lora_targets", "loss.ce", "loss.arcface", "loss.proxy_anchor"),
 )
 """Settings whose values must fit each other's."""
 
@@ -248,8 +248,7 @@ def label_models(models: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _parse_term(name: str) -> str:
     """'triplet' for loss.triplet_margin; '' for what is no option of a term (those sort first)."""
-    term, _, option = name.removeprefix("loss.").partition("_")
-    return term if name.startswith("loss.") and option and term in LOSS_TERMS else ""
+    return next((term for term in LOSS_TERMS if name.startswith(f"loss.{term}_")), "")
 
 
 KEYS = [f.name for f in dataclasses.fields(SweepFile)]

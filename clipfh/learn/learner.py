@@ -22,9 +22,10 @@ from clipfh.data.sampler import ItemIndex
 from clipfh.data.transfer import PendingValue, images_to_device, integers_to_device
 from clipfh.learn import augment, diagnostics, optimizer
 from clipfh.learn.all_gather import all_gather_with_gradient
-from clipfh.learn.objective import Labels, Objective
+from clipfh.learn.objective import Objective
 from clipfh.learn.optimizer import ExponentialMovingAverage
 from clipfh.learn.tally import StepTally, UncheckedStep
+from clipfh.learn.terms import Labels
 from clipfh.model import lora
 from clipfh.model.clip import get_architecture
 from clipfh.model.devices import resolve_precision
@@ -81,7 +82,9 @@ class Learner:
         self.forward = self._wrapped()
         dtype = self.towers.mean.dtype
         dim, has_bias = get_architecture(clip).embed_dim, clip.logit_bias is not None
-        self.objective = Objective(experiment.loss, dim, len(index.names), has_bias).to(on, dtype)
+        batch = experiment.batch
+        objective = Objective(experiment.loss, dim, len(index.names), batch.views, batch.memory, has_bias)
+        self.objective = objective.to(on, dtype)
         self.optimizer = optimizer.make_adamw(clip, self.objective, experiment.optimizer, on)
         self.lr_schedule = optimizer.cosine_schedule(
             self.optimizer, self.schedule.num_steps, experiment.optimizer.warmup, experiment.optimizer.head_first
@@ -130,7 +133,7 @@ class Learner:
         features, text, log_scale = self._features(pixels, tokens, labels)
         total, terms = self.objective(features, text, log_scale, labels, self.clip.logit_bias)
         grad_norm, not_finite = self._update(total)
-        self.objective.move_centers(features, labels, self.experiment.optimizer.center_lr)
+        self.objective.follow(features, labels, self.experiment.optimizer.center_lr)
         self.seen = features.detach(), None if text is None else text.detach(), labels
         values = {term: value.detach() for term, value in terms.items()}
         before, self.unchecked = self.unchecked, UncheckedStep(self.step, values, rows, PendingValue(not_finite))

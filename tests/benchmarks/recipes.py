@@ -176,8 +176,8 @@ class _Original:
             total = losses.supcon(torch.cat([image_BD, text_BD]), torch.cat([item_B, item_B]), 0.07)
         return total, {"original": total}
 
-    def move_centers(self, *_: object) -> None:
-        """It has none."""
+    def follow(self, *_: object) -> None:
+        """Nothing of it follows the features."""
 
 
 def table(results: list[dict[str, Any]]) -> str:

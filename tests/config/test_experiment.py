@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from clipfh import UserError
 from clipfh.config import presets, schema
-from clipfh.config.experiment import SMALL_MODEL, Budget, Experiment, LossSettings, Placement
+from clipfh.config.experiment import LOSS_TERMS, SMALL_MODEL, Budget, Experiment, LossSettings, Placement
 
 STAGES_AND_PRESETS = [(stage, preset) for preset, stages in presets.PRESETS.items() for stage in stages]
 
@@ -40,6 +40,9 @@ def test_every_setting_is_documented():
         ({"optimizer.lr": -1.0}, "--optimizer.lr must be above 0, not -1.0"),
         ({"batch.views": 1}, "--batch.views 1 leaves loss.supcon without positives: take 2 or more views"),
         ({"loss.supcon": 0.0}, "at least one term above 0"),
+        ({"loss.supcon": 0.0, "loss.ce": 1.0, "batch.memory": 9}, "--batch.memory 9: no term that is on compares"),
+        ({"loss.supcon": 0.0, "loss.smooth_ap": 1.0, "batch.memory": 9}, "--batch.memory 9: no term that is on"),
+        ({"loss.arcface": 1.0, "loss.arcface_margin": 2.0}, "--loss.arcface_margin must be from 0 to 1.57 radians"),
         ({"budget.images": 5, "budget.epochs": 1.0}, "give --budget.images or --budget.epochs, not both"),
     ],
 )
@@ -75,14 +78,8 @@ def test_epochs_and_images_replace_each_other():
 
 
 def test_loss_shorthand():
-    assert presets.loss_terms("triplet+center") == {
-        "loss.ce": 0.0,
-        "loss.triplet": 1.0,
-        "loss.center": 5e-4,
-        "loss.supcon": 0.0,
-        "loss.infonce": 0.0,
-        "loss.sigmoid": 0.0,
-    }
+    usual = {f"loss.{term}": 0.0 for term in LOSS_TERMS} | {"loss.triplet": 1.0, "loss.center": 5e-4}
+    assert presets.loss_terms("triplet+center") == usual
     with pytest.raises(UserError, match="unknown loss 'tripet'"):
         presets.loss_terms("tripet+center")
 

@@ -107,6 +107,9 @@ def test_too_few_items_of_two_photos():
     [
         ({"supcon": 1.0, "triplet": 1.0}, False),
         ({"supcon": 1.0, "ce": 0.1}, True),
+        ({"multi_similarity": 1.0, "smooth_ap": 1.0}, False),
+        ({"arcface": 1.0}, True),
+        ({"triplet": 1.0, "proxy_anchor": 1.0}, True),
         ({"triplet": 1.0, "center": 0.1}, True),
         ({"infonce": 1.0}, True),
         ({"supcon": 1.0, "supcon_captions": True}, True),

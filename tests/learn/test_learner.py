@@ -55,6 +55,11 @@ TERMS = {
     "ce": {"loss.ce": 1.0, "loss.ce_smoothing": 0.1},
     "triplet": {"loss.triplet": 1.0},
     "soft triplet": {"loss.triplet": 1.0, "loss.triplet_margin": -1.0},
+    "pairs with a memory": {
+        **{"loss.triplet": 1.0, "loss.multi_similarity": 1.0, "loss.smooth_ap": 1.0, "loss.supcon": 1.0},
+        "batch.memory": 11,  # full in the second step, no multiple of a batch
+    },
+    "sub-centers": {"loss.arcface": 1.0, "loss.arcface_centers": 2},
     "center": {"loss.center": 1.0},
     "supcon": {"loss.supcon": 1.0},
     "supcon with captions": {"loss.supcon": 1.0, "loss.supcon_captions": True},
@@ -104,9 +109,9 @@ def outcome(one: learner.Learner) -> dict[str, torch.Tensor]:
     return {**train(one), "validation": torch.tensor(one.validate(FEW))}
 
 
-def gradients(one: learner.Learner) -> dict[str, torch.Tensor]:
-    """Of the first step, after clipping."""
-    train(one, steps=1)
+def gradients(one: learner.Learner, steps: int = 1) -> dict[str, torch.Tensor]:
+    """Of the last of some steps, after clipping."""
+    train(one, steps)
     return {name: p.grad for name, p in one.clip.named_parameters() if p.grad is not None}
 
 
@@ -135,7 +140,8 @@ def worker(rank: int, world_size: int, store: str, expected: str) -> None:
 def alone(tmp_path_factory) -> str:
     """A file with what one worker's ten steps give, by stage and term."""
     ways = ("sigmoid, siglip", "all, lora")
-    stages = {"image": ("triplet", "soft triplet", "all"), "joint": ("supcon with captions", "all", *ways)}
+    image = ("triplet", "soft triplet", "pairs with a memory", "sub-centers", "all")
+    stages = {"image": image, "joint": ("supcon with captions", "all", *ways)}
     found = {(stage, name): outcome(learner_for(stage, name)) for stage in stages for name in stages[stage]}
     start = load_initial_model(ModelSettings(name=SMALL_MODEL), 0).double().state_dict()
     for (stage, _), weights in found.items():
@@ -159,11 +165,12 @@ def test_ten_steps_of_four_workers_are_those_of_one(alone: str, tmp_path: Path):
     ids=["cached", "checkpointed", "both"],
 )
 def test_saving_memory_changes_no_gradient(stage: str, saving: dict):
-    plain, saved = (learner_of(stage, **TERMS["all"], **more) for more in ({}, saving))
+    """Of the third step, so that the cross-batch memory takes part."""
+    plain, saved = (learner_of(stage, **TERMS["all"], **{"batch.memory": 11}, **more) for more in ({}, saving))
     passes = []
     saved.clip.visual.conv1.register_forward_hook(lambda *_: passes.append(1))
-    assert_equal(gradients(saved), gradients(plain), 1e-12)
-    assert len(passes) == (6 if "batch.chunk" in saving else 1), "chunks of 3 of 8 images, each computed twice"
+    assert_equal(gradients(saved, steps=3), gradients(plain, steps=3), 1e-12)
+    assert len(passes) == 3 * (6 if "batch.chunk" in saving else 1), "chunks of 3 of 8 images, each computed twice"
 
 
 def test_a_resnet_is_checkpointed_though_open_clip_does_not():
@@ -243,7 +250,7 @@ def test_a_model_without_a_bias_keeps_its_scale_while_sigmoid_has_its_own():
     before = one.clip.logit_scale.item()
     heads = train(one, steps=3)
     assert one.clip.logit_scale.item() == before
-    assert heads["heads.sigmoid_bias"] != -10 and heads["heads.sigmoid_log_scale"] != math.log(10)
+    assert heads["heads.heads.sigmoid.bias"] != -10 and heads["heads.heads.sigmoid.log_scale"] != math.log(10)
 
 
 @pytest.mark.parametrize("given,expected", [(0.0, 0.07), (0.02, 0.02)])
@@ -412,7 +419,7 @@ def test_a_report_warns_of_a_collapse_only_after_the_warm_up():
     assert "supcon has collapsed: all embeddings alike" in report["warnings"][0]
 
 
-@pytest.mark.parametrize("term", ["all", "all, siglip", "all, lora"])
+@pytest.mark.parametrize("term", ["all", "all, siglip", "all, lora", "pairs with a memory"])
 def test_a_restored_learner_goes_on_as_if_nothing_had_been(term: str, tmp_path: Path):
     one, other = learner_for("joint", term), learner_for("joint", term)
     train(one, steps=3)
@@ -420,8 +427,11 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_been(term: str, tmp_path: 
     raw, average, state, _ = checkpoint.load_training(tmp_path)
     other.restore(raw, average, state)
     for each in (one, other):
-        each.train_step(np.arange(8), IMAGES[:8])
-    states = ([learner_.clip.state_dict(), *learner_.weights()] for learner_ in (one, other))
+        for rows in (np.arange(8), np.arange(8, 16)):
+            each.train_step(rows, IMAGES[rows])
+    states = (
+        [learner_.clip.state_dict(), *learner_.weights(), learner_.objective.state_dict()] for learner_ in (one, other)
+    )
     for mine, theirs in zip(*states, strict=True):
         assert_equal(dict(theirs), dict(mine), 0)
 

@@ -12,7 +12,7 @@ from open_clip.loss import SigLipLoss
 from pytorch_metric_learning import distances, miners, reducers
 from pytorch_metric_learning import losses as pml
 
-from clipfh.learn import losses
+from clipfh.learn import losses, pairs, proxies
 
 torch.set_num_threads(1)
 temperatures = st.floats(-4, 1).map(lambda exponent: 10**exponent)
@@ -105,7 +105,7 @@ def test_supcon_of_images_agrees_with_pytorch_metric_learning(batch, temperature
 @given(batches(duplicates=True), temperatures)
 def test_supcon_of_images_and_captions(batch, temperature):
     image_BD, caption_CD = batch.embeddings()
-    ours = losses.supcon(image_BD, batch.item_B, temperature, caption_CD, batch.caption_B)
+    ours = losses.supcon_with_captions(image_BD, batch.item_B, caption_CD, batch.caption_B, temperature)
     node_ND = torch.cat([image_BD, caption_CD])
     items_N = [{i} for i in batch.item_B.tolist()] + [carrying_items(batch, c) for c in range(len(caption_CD))]
     is_caption = [n >= len(image_BD) for n in range(len(node_ND))]
@@ -169,7 +169,7 @@ def test_captions_of_one_item_are_no_negatives_of_each_other_or_of_its_images():
     """Item 7 has two captions, one a view; item 9 has one. Whatever is not positive is at right angles."""
     item_B, caption_B = torch.tensor([7, 7, 9, 9]), torch.tensor([0, 1, 2, 2])
     image_BD, caption_CD = torch.eye(2)[[0, 0, 1, 1]], torch.eye(2)[[0, 0, 1]]
-    joint = losses.supcon(image_BD, item_B, 1e-4, caption_CD, caption_B)
+    joint = losses.supcon_with_captions(image_BD, item_B, caption_CD, caption_B, 1e-4)
     assert joint.item() == pytest.approx((2 * math.log(3) + 2 * math.log(2) + 3 * math.log(2)) / 7)
     cross = losses.infonce(image_BD, item_B, caption_CD, caption_B, 1e4)
     assert cross.item() == pytest.approx(((2 * math.log(2) + 2 * math.log(1)) / 4 + math.log(2)) / 2)
@@ -184,7 +184,7 @@ def test_triplet_agrees_with_pytorch_metric_learning(batch, margin):
     loss = pml.TripletMarginLoss(
         margin or 0.0, smooth_loss=margin is None, distance=distance, reducer=reducers.MeanReducer()
     )
-    assert_same(batch, losses.triplet(image_BD, batch.item_B, margin), loss(image_BD, batch.item_B, triples))
+    assert_same(batch, pairs.triplet(image_BD, batch.item_B, margin), loss(image_BD, batch.item_B, triples))
 
 
 @settings(deadline=None)
@@ -199,7 +199,7 @@ def test_triplet_with_duplicates(batch, margin):
         if positives and negatives:
             violation = max(positives) - min(negatives)
             terms.append(math.log1p(math.exp(violation)) if margin is None else max(violation + margin, 0.0))
-    ours = losses.triplet(image_BD, batch.item_B, margin)
+    ours = pairs.triplet(image_BD, batch.item_B, margin)
     assert ours.item() == pytest.approx(sum(terms) / max(len(terms), 1), rel=1e-6, abs=1e-6)
     assert all(gradient.isfinite().all() for gradient in batch.gradients(ours))
 
@@ -211,7 +211,7 @@ def test_cross_entropy(batch, scale, margin, smoothing):
     weight_ID = torch.randn(batch.num_items, batch.image_BD.shape[1], generator=generator, dtype=torch.float64)
     image_BD, _ = batch.embeddings()
     cosine_BI = image_BD @ F.normalize(weight_ID, dim=1).T
-    ours = losses.cross_entropy(cosine_BI, batch.item_B, scale, margin, smoothing)
+    ours = proxies.cross_entropy(cosine_BI, batch.item_B, scale, margin, smoothing)
     reference = 0.0
     for cosine_I, item in zip(cosine_BI, batch.item_B.tolist(), strict=True):
         logit_I = torch.stack([scale * (c - margin * (i == item)) for i, c in enumerate(cosine_I)])
@@ -221,8 +221,138 @@ def test_cross_entropy(batch, scale, margin, smoothing):
     cosface = pml.CosFaceLoss(batch.num_items, image_BD.shape[1], margin=margin, scale=scale)
     cosface.W.data = weight_ID.T
     assert_same(
-        batch, losses.cross_entropy(cosine_BI, batch.item_B, scale, margin, 0.0), cosface(image_BD, batch.item_B)
+        batch, proxies.cross_entropy(cosine_BI, batch.item_B, scale, margin, 0.0), cosface(image_BD, batch.item_B)
     )
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.floats(1, 100), st.floats(0, 0.5), st.integers(1, 3))
+def test_arcface_and_its_sub_centers_agree_with_pytorch_metric_learning(batch, scale, margin, centers):
+    image_BD, _ = batch.embeddings()
+    rows, dim = batch.num_items * centers, image_BD.shape[1]
+    degrees = {"margin": math.degrees(margin), "scale": scale}
+    reference = pml.SubCenterArcFaceLoss(
+        num_classes=batch.num_items, embedding_size=dim, sub_centers=centers, **degrees
+    )
+    generator = torch.Generator().manual_seed(batch.seed)
+    weight = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
+    reference.W.data = weight.T
+    cosine = image_BD @ F.normalize(weight, dim=1).T
+    if cosine.abs().max() < 1 - 1e-9:  # the reference has no gradient there
+        cosine_BI = cosine.unflatten(1, (batch.num_items, centers)).amax(2)
+        ours = proxies.arcface(cosine_BI, batch.item_B, scale, margin)
+        assert_same(batch, ours, reference(image_BD, batch.item_B))
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.floats(1, 50), st.floats(0, 0.3))
+def test_proxy_anchor(batch, scale, margin):
+    image_BD, _ = batch.embeddings()
+    generator, num_items = torch.Generator().manual_seed(batch.seed), batch.num_items + 2  # two are not in the batch
+    weight_ID = torch.randn(num_items, image_BD.shape[1], generator=generator, dtype=torch.float64)
+    cosine_BI = image_BD @ F.normalize(weight_ID, dim=1).T
+    pull, push = 0.0, 0.0
+    for proxy in range(num_items):
+        own = batch.item_B == proxy
+        if own.any():
+            pull += torch.log1p((-scale * (cosine_BI[own, proxy] - margin)).exp().sum()) / batch.num_items
+        push += torch.log1p((scale * (cosine_BI[~own, proxy] + margin)).exp().sum()) / num_items
+    ours = proxies.proxy_anchor(cosine_BI, batch.item_B, scale, margin)
+    assert_same(batch, ours, pull + push)
+    reference = pml.ProxyAnchorLoss(num_items, image_BD.shape[1], margin=margin, alpha=scale)
+    reference.proxies.data = weight_ID
+    assert_same(batch, ours, reference(image_BD, batch.item_B))
+
+
+def past(batch):
+    """Images of earlier steps, of the batch's items and of others, some of them equal to the batch's."""
+    generator = torch.Generator().manual_seed(batch.seed + 1)
+    item_M = torch.randint(0, batch.num_items + 1, (5,), generator=generator)
+    own_M = torch.randint(0, len(batch.image_BD), (5,), generator=generator)
+    embedding_MD = torch.randn(5, batch.image_BD.shape[1], generator=generator, dtype=torch.float64)
+    embedding_MD[0] = batch.image_BD[own_M[0]].detach()
+    return losses.Memory(F.normalize(embedding_MD, dim=1), item_M)
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.floats(0.5, 5), st.floats(5, 60), st.floats(0, 1), st.floats(0, 0.3), st.booleans())
+def test_multi_similarity(batch, positive_scale, negative_scale, base, margin, with_memory):
+    image_BD, _ = batch.embeddings()
+    memory = past(batch) if with_memory else losses.Memory(image_BD[:0], batch.item_B[:0])
+    other_ND, other_N = torch.cat([image_BD, memory.embedding_MD]), torch.cat([batch.item_B, memory.item_M])
+    terms = []
+    for a, cosine_N in enumerate(image_BD @ other_ND.T):
+        positives = [c for n, c in enumerate(cosine_N) if other_N[n] == batch.item_B[a] and n != a]
+        negatives = [c for n, c in enumerate(cosine_N) if other_N[n] != batch.item_B[a]]
+        if positives and negatives:
+            hard = [c for c in positives if c - margin < max(negatives)]
+            near = [c for c in negatives if c + margin > min(positives)]
+            pull = torch.log1p(sum((torch.exp(-positive_scale * (c - base)) for c in hard), 0 * cosine_N[0]))
+            push = torch.log1p(sum((torch.exp(negative_scale * (c - base)) for c in near), 0 * cosine_N[0]))
+            terms.append(pull / positive_scale + push / negative_scale)
+    options = positive_scale, negative_scale, base, margin
+    ours = pairs.multi_similarity(image_BD, batch.item_B, *options, memory if with_memory else None)
+    assert_same(batch, ours, sum(terms, 0 * image_BD.sum()) / max(len(terms), 1))
+    mined = miners.MultiSimilarityMiner(margin)(image_BD, batch.item_B)
+    if not with_memory and any(len(places) > 1 for places in mined):  # it takes a single pair for none
+        loss = pml.MultiSimilarityLoss(positive_scale, negative_scale, base, reducer=reducers.MeanReducer())
+        of_all_anchors = ours * len(terms) / len(image_BD)
+        assert_same(batch, of_all_anchors, loss(image_BD, batch.item_B, mined))
+
+
+def smooth_ap_by_loops(image_BD, item_B, temperature, with_itself=False):
+    """Mean of 1 - AP over images with a positive; with itself among its positives as in the paper's code, if asked."""
+    terms = []
+    for a, cosine_N in enumerate(image_BD @ image_BD.T):
+        ranking = [n for n in range(len(item_B)) if n != a or with_itself]
+        positives = [n for n in ranking if item_B[n] == item_B[a]]
+
+        def rank(of, among, cosine_N=cosine_N):
+            return 1 + sum(torch.sigmoid((cosine_N[n] - cosine_N[of]) / temperature) for n in among if n != of)
+
+        if positives:
+            terms.append(1 - sum(rank(p, positives) / rank(p, ranking) for p in positives) / len(positives))
+    return sum(terms, 0 * image_BD.sum()) / max(len(terms), 1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(duplicates=True), st.floats(0.01, 1))
+def test_smooth_ap(batch, temperature):
+    image_BD, _ = batch.embeddings()
+    ours = pairs.smooth_ap(image_BD, batch.item_B, 4, temperature)
+    assert_same(batch, ours, smooth_ap_by_loops(image_BD, batch.item_B, temperature))
+
+
+def test_the_slow_smooth_ap_is_that_of_pytorch_metric_learning_where_an_anchor_is_its_own_positive():
+    """It wants as many images of every item, side by side, and is right only where there are as many items."""
+    generator = torch.Generator().manual_seed(0)
+    image_BD = F.normalize(torch.randn(9, 4, generator=generator, dtype=torch.float64), dim=1)
+    item_B = torch.arange(3).repeat_interleave(3)
+    slow = smooth_ap_by_loops(image_BD, item_B, 0.1, with_itself=True)
+    torch.testing.assert_close(slow.float(), pml.SmoothAPLoss(0.1)(image_BD, item_B))  # it counts in float32
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), temperatures, margins)
+def test_images_of_the_memory_are_positives_and_negatives_but_no_anchors(batch, temperature, margin):
+    image_BD, _ = batch.embeddings()
+    memory = past(batch)
+    other_ND, other_N = torch.cat([image_BD, memory.embedding_MD]), torch.cat([batch.item_B, memory.item_M]).tolist()
+    item = batch.item_B.tolist()
+    reference = contrastive_by_loops(
+        image_BD, other_ND, lambda a, n: item[a] == other_N[n], lambda a, n: a != n, 1 / temperature, 0 * image_BD.sum()
+    )
+    assert_same(batch, losses.supcon(image_BD, batch.item_B, temperature, memory), reference)
+    terms = []
+    for a, anchor in enumerate(image_BD):
+        distance_N = [(anchor - other).norm() for other in other_ND]
+        positives = [d for n, d in enumerate(distance_N) if other_N[n] == item[a] and n != a]
+        negatives = [d for n, d in enumerate(distance_N) if other_N[n] != item[a]]
+        if positives and negatives:
+            violation = max(positives) - min(negatives)
+            terms.append((F.softplus(violation) if margin is None else F.relu(violation + margin)).item())
+    ours = pairs.triplet(image_BD, batch.item_B, margin, memory)
+    assert ours.item() == pytest.approx(sum(terms) / max(len(terms), 1), rel=1e-6, abs=1e-6)
 
 
 @settings(deadline=None)
@@ -232,10 +362,10 @@ def test_center_and_its_step(batch, norm):
     centers_ID = torch.randn(batch.num_items + 1, feature_BD.shape[1], dtype=torch.float64)
     rows = list(zip(feature_BD, batch.item_B.tolist(), strict=True))
     reference = sum(((feature - centers_ID[item]) ** 2).sum() / 2 for feature, item in rows) / len(rows)
-    assert_same(batch, losses.center(feature_BD, batch.item_B, centers_ID), reference)
+    assert_same(batch, proxies.center(feature_BD, batch.item_B, centers_ID), reference)
 
     moved_ID = centers_ID.clone()
-    losses.move_centers(moved_ID, feature_BD, batch.item_B, batch.item_B.unique(), 0.5)
+    proxies.move_centers(moved_ID, feature_BD, batch.item_B, batch.item_B.unique(), 0.5)
     for item, center in enumerate(centers_ID):
         pulls = [center - feature for feature, i in rows if i == item]
         expected = center - 0.5 * sum(pulls, start=torch.zeros_like(center)) / (1 + len(pulls))
@@ -247,14 +377,18 @@ def all_terms(image_BD, item_B, caption_CD, caption_B):
     cosine_BI = image_BD.repeat(1, int(item_B.max()) + 1)
     return {
         "supcon": losses.supcon(image_BD, item_B, 1e-3),
-        "joint": losses.supcon(image_BD, item_B, 1e-3, caption_CD, caption_B),
+        "joint": losses.supcon_with_captions(image_BD, item_B, caption_CD, caption_B, 1e-3),
         "infonce": losses.infonce(image_BD, item_B, caption_CD, caption_B, 1e3),
         "sigmoid": losses.sigmoid(image_BD, item_B, caption_CD, caption_B, 1e3, -10.0),
-        "triplet": losses.triplet(image_BD, item_B, 0.2),
-        "soft": losses.triplet(image_BD, item_B, None),
-        "center": losses.center(image_BD, item_B, image_BD.flip(0)),
+        "triplet": pairs.triplet(image_BD, item_B, 0.2),
+        "soft": pairs.triplet(image_BD, item_B, None),
+        "multi_similarity": pairs.multi_similarity(image_BD, item_B, 2.0, 200.0, 0.5, 2.0),
+        "smooth_ap": pairs.smooth_ap(image_BD, item_B, 4, 0.1),
+        "center": proxies.center(image_BD, item_B, image_BD.flip(0)),
         "multi_positive": losses.multi_positive(64 * image_BD, image_BD > 0),
-        "cross_entropy": losses.cross_entropy(cosine_BI, item_B, 64.0, 0.4, 0.1),
+        "cross_entropy": proxies.cross_entropy(cosine_BI, item_B, 64.0, 0.4, 0.1),
+        "arcface": proxies.arcface(cosine_BI, item_B, 64.0, 0.4),
+        "proxy_anchor": proxies.proxy_anchor(cosine_BI, item_B, 100.0, 0.1),
     }
 
 
@@ -279,8 +413,11 @@ def test_no_valid_anchor_gives_zero_with_a_gradient():
     no_candidate = torch.zeros(4, 4, dtype=torch.bool)
     for loss in (
         losses.supcon(image_BD, alone_B, 0.1),
-        losses.triplet(image_BD, alone_B, 0.3),
-        losses.triplet(image_BD, one_item_B, None),
+        pairs.triplet(image_BD, alone_B, 0.3),
+        pairs.triplet(image_BD, one_item_B, None),
+        pairs.multi_similarity(image_BD, alone_B, 2.0, 50.0, 0.5, 0.1),
+        pairs.multi_similarity(image_BD, one_item_B, 2.0, 50.0, 0.5, 0.1),
+        pairs.smooth_ap(image_BD, alone_B, 4, 0.01),
         losses.multi_positive(image_BD @ image_BD.T, ~no_candidate, no_candidate),
     ):
         assert loss == 0
@@ -297,18 +434,41 @@ def test_bounds_of_image_losses():
     temperature, scale, margin = 0.5, 8.0, 0.25
     supcon = losses.bounds(lambda e: losses.supcon(e, ITEM_B, temperature), ITEM_B)
     assert supcon == pytest.approx((math.log(K - 1 + (B - K) * math.exp(-1 / temperature)), math.log(B - 1)))
-    hinge = losses.bounds(lambda e: losses.triplet(e, ITEM_B, 0.3), ITEM_B)
+    hinge = losses.bounds(lambda e: pairs.triplet(e, ITEM_B, 0.3), ITEM_B)
     assert hinge == pytest.approx((0, 0.3))
-    soft = losses.bounds(lambda e: losses.triplet(e, ITEM_B, None), ITEM_B)
+    soft = losses.bounds(lambda e: pairs.triplet(e, ITEM_B, None), ITEM_B)
     assert soft == pytest.approx((math.log1p(math.exp(-math.sqrt(2))), math.log(2)))
-    margin_softmax = losses.bounds(lambda e: losses.cross_entropy(e, ITEM_B, scale, margin, 0.0), ITEM_B, num_items=I)
+    margin_softmax = proxies.bounds(lambda c, item: proxies.cross_entropy(c, item, scale, margin, 0.0), ITEM_B, I)
     floor = math.log1p((I - 1) * math.exp(-scale * (1 - margin)))
     assert margin_softmax == pytest.approx((floor, math.log1p((I - 1) * math.exp(scale * margin))))
+    angular = proxies.bounds(lambda c, item: proxies.arcface(c, item, scale, margin), ITEM_B, I)
+    floor, gap = math.log1p((I - 1) * math.exp(-scale * math.cos(margin))), 1 - math.cos(margin)
+    assert angular == pytest.approx((floor, math.log1p((I - 1) * math.exp(scale * gap))), rel=1e-3)
+    ranking = losses.bounds(lambda e: pairs.smooth_ap(e, ITEM_B, K, 0.01), ITEM_B)
+    assert ranking == pytest.approx((0, 1 - K / B), abs=1e-6)
+    mined = losses.bounds(lambda e: pairs.multi_similarity(e, ITEM_B, 2.0, 50.0, 0.5, 0.1), ITEM_B)
+    pull, push = math.log1p((K - 1) * math.exp(-1)) / 2, math.log1p((B - K) * math.exp(25)) / 50
+    assert mined == pytest.approx((0, pull + push))
+
+
+def test_the_collapse_of_proxy_anchor_is_where_equal_cosines_lie_best():
+    def value(cosine):
+        return (
+            math.log1p(K * math.exp(-8 * (cosine - 0.1)))
+            + (
+                P * math.log1p((B - K) * math.exp(8 * (cosine + 0.1)))
+                + (I - P) * math.log1p(B * math.exp(8 * (cosine + 0.1)))
+            )
+            / I
+        )
+
+    floor, collapse = proxies.bounds(lambda c, item: proxies.proxy_anchor(c, item, 8.0, 0.1), ITEM_B, I)
+    assert collapse == pytest.approx(min(value(c / 1000) for c in range(-1000, 1001)), rel=1e-2) and floor < collapse
 
 
 def test_bounds_of_image_and_caption_losses():
     """Identical captions count once, so the floor is that of K positives, not of K images and K copies of a caption."""
-    joint = losses.bounds(lambda e, c: losses.supcon(e, ITEM_B, 0.01, c, CAPTION_B), ITEM_B, CAPTION_B)
+    joint = losses.bounds(lambda e, c: losses.supcon_with_captions(e, ITEM_B, c, CAPTION_B, 0.01), ITEM_B, CAPTION_B)
     assert joint == pytest.approx((math.log(K), math.log(B + P - 1)))
     cross = losses.bounds(lambda e, c: losses.infonce(e, ITEM_B, c, CAPTION_B, 100.0), ITEM_B, CAPTION_B)
     assert cross == pytest.approx((math.log(K) / 2, (math.log(P) + math.log(B)) / 2))

@@ -77,7 +77,7 @@ def look_at(name: str) -> Row:
     clip = build_without_weights(settings)
     image, text, _ = split_towers(clip)
     freeze(clip, "joint", settings, learn_scale=True)
-    heads = Objective(LossSettings(infonce=1.0), 1, 1)
+    heads = Objective(LossSettings(infonce=1.0), 1, 1, 1)
     groups = make_adamw(clip, heads, OptimizerSettings(layer_decay=0.75), torch.device("meta")).param_groups
     frozen = {_part(n) for n, p in image.parameters.items() if not p.requires_grad}
     try:
