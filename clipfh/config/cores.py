@@ -29,13 +29,21 @@ def quota(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
 
     A group's limit holds for all groups below it. Both versions of Linux's control groups are read.
     """
+    limits = [_limit(folder / "cpu.max") for folder in group_folders("", root, membership)]
+    for top in (root / "cpu", root / "cpu,cpuacct"):
+        folders = group_folders("cpu", top, membership)
+        limits += [_limit(each / "cpu.cfs_quota_us", each / "cpu.cfs_period_us") for each in folders]
+    return min(limits)
+
+
+def group_folders(controller: str, top: Path, membership: Path) -> list[Path]:
+    """The folders below `top` of this process's group of a controller, and of all groups that it is in.
+
+    The empty name is that of the second version of control groups, which has one hierarchy for all controllers.
+    """
     lines = membership.read_text().splitlines() if membership.is_file() else []
     groups = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
-    cpu = next((path for controllers, path in groups.items() if "cpu" in controllers.split(",")), "/")
-    limits = [_limit(folder / "cpu.max") for folder in _upwards(root, groups.get("", "/"))]
-    for top in (root / "cpu", root / "cpu,cpuacct"):
-        limits += [_limit(each / "cpu.cfs_quota_us", each / "cpu.cfs_period_us") for each in _upwards(top, cpu)]
-    return min(limits)
+    return _upwards(top, next((path for names, path in groups.items() if controller in names.split(",")), "/"))
 
 
 def _upwards(root: Path, group: str) -> list[Path]:

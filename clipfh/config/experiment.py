@@ -236,6 +236,9 @@ class BatchSettings:
     """K"""
     categories: int = 0
     """about how many categories share a batch; 0: items are drawn from all"""
+    window: int | Literal["auto"] = "auto"
+    """images in a window, whose shards lie in memory and are shuffled together; 0: all images are one window. auto: 0
+    where memory holds them, else what it has room for. A run keeps what it began with"""
     chunk: int = 0
     """images that a worker takes through the towers at a time, with the gradient of the whole batch; 0: all of them.
     Less memory, one more forward pass"""
@@ -247,6 +250,7 @@ class BatchSettings:
         require(self.items >= 2, "batch.items", "2 or more", self.items)
         require(self.views >= 1, "batch.views", "1 or more", self.views)
         require(0 <= self.categories <= self.items, "batch.categories", "0 to batch.items", self.categories)
+        require(self.window == "auto" or self.window >= 0, "batch.window", "0 or more, or auto", self.window)
         require(self.chunk >= 0, "batch.chunk", "0 or more", self.chunk)
         require(self.memory >= 0, "batch.memory", "0 or more", self.memory)
 

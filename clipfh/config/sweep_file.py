@@ -408,7 +408,7 @@ def _check_together(sweep: SweepFile, names: Sequence[str]) -> None:
 
 
 def _range(name: str, spec: Any) -> SearchRange:
-    if name == "stage" or name.startswith("text."):
+    if name in ("stage", "batch.window") or name.startswith("text."):
         raise UserError(f"search: {name} can't be searched: all trials share it; make a sweep for each")
     spec = _mapping(spec, f"search: {name}")
     all_kinds = typing.get_args(Kind)

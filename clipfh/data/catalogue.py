@@ -1,7 +1,7 @@
 """A catalogue as `prepare` leaves it: a folder of Parquet shards, a row an image, with a manifest."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,15 @@ class Catalogue:
         """The rows of a split, one an image, without the images."""
         return self._read(split, COLUMNS)
 
+    def stream_rows(self, split: str) -> Iterator[dict[str, str]]:
+        """The rows of a split, one an image, without the images; those of a shard are in memory at a time."""
+        for path in self.shards(split):
+            yield from read_columns(path, COLUMNS).to_pylist()
+
+    def columns(self, split: str, names: Sequence[str]) -> pa.Table:
+        """Some columns of the rows of a split."""
+        return self._read(split, names)
+
     def images(self, split: str) -> pa.Table:
         """The rows of a split, one an image, with the encoded images: the whole split in memory."""
         return self._read(split, SCHEMA.names)
@@ -43,6 +52,11 @@ class Catalogue:
         shards = ds.dataset([str(path) for split in SPLITS for path in self.shards(split)], partitioning=None)
         rows = shards.to_table(columns=["path", "image"], filter=ds.field("path").isin(list(paths)))
         return dict(zip(rows["path"].to_pylist(), rows["image"].to_pylist(), strict=True))
+
+    def size(self, *splits: str) -> tuple[int, int]:
+        """Number of images of splits, and bytes of their shards."""
+        shards = self.manifest["shards"]
+        return sum(map(self.num_images, splits)), sum(sum(shards[split].values()) for split in splits)
 
     def num_images(self, split: str) -> int:
         return self.manifest["counts"][split]["images"]

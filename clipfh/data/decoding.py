@@ -7,17 +7,21 @@ Who decodes what, in a run of two workers with P x K = 4 x 2 and a catalogue of 
     rank 0 of 2             rows 12 14   700 703            fetches shards 0 and 1, decodes 4 images at places 0 to 3
     rank 1 of 2             rows 1500 1501   90 91          fetches shards 2 and 0, decodes 4 images at places 4 to 7
 
+Where the object store does not hold all shards, those of two windows lie there (`windows`), and all else is the same.
 The crop of a row is drawn from (seed, step, place), so the pixels are those that one worker with all eight rows makes.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -25,13 +29,16 @@ import pyarrow.parquet as pq
 
 from clipfh.config.experiment import AugmentSettings, BatchSettings, Experiment
 from clipfh.data import images
-from clipfh.data.catalogue import Catalogue
+from clipfh.data.catalogue import Catalogue, read_columns
 from clipfh.data.images import Preprocess
 from clipfh.data.sampler import ItemIndex, PKSampler, build_index, make_sampler
+from clipfh.data.windows import Window, WindowReader
 
 
 def fetch(handle: Any) -> Any:
-    """The value of a handle: of a reference into Ray's object store, or else the handle itself."""
+    """The value of a handle: of a reference into Ray's object store, of a future, or else the handle itself."""
+    if isinstance(handle, Future):
+        return handle.result()
     ray = sys.modules.get("ray")
     return ray.get(handle) if ray and isinstance(handle, ray.ObjectRef) else handle
 
@@ -46,9 +53,11 @@ class TrainImages:
     index: Any
     """ItemIndex."""
     shards: list[Any]
-    """pa.Table with the columns `image` and `path`, each in one chunk."""
+    """pa.Table with the columns `image` and `path`, each in one chunk; with windows the path of each shard's file."""
     decoded: list[Any]
     """DecodedShard of each shard, None for a shard that is not cached decoded."""
+    window: int = 0
+    """Number of images in a window, about; 0 where all shards are held."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +109,76 @@ class StreamPart:
     """Largest number of tasks that decode at a time; None leaves it to the feed."""
 
 
+EVALUATION_SHARE = 0.15
+"""Largest share of memory that decoded images for evaluation take."""
+
+READ_AHEAD = 3
+"""Shards that are decoded ahead for evaluation."""
+
+
+class EvaluationImages:
+    """Images decoded for evaluation: `images[start:stop]` is (n, size, size, 3) uint8.
+
+    Args:
+        ends: (S,) number of images up to the end of each shard.
+        shards: handles of the shards' decoded images, where these are kept; else the paths of the shards' files.
+        decode: begins to decode the shard of a path, and returns its handle; None where decoded images are kept.
+    """
+
+    def __init__(self, ends: np.ndarray, shards: list[Any], decode: Callable[[str], Any] | None = None) -> None:
+        self.ends, self.shards, self.decode = ends, shards, decode
+        self.ahead: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        first, last = np.searchsorted(self.ends, [start, stop - 1], side="right").tolist()
+        begins = self.ends[first - 1] if first else 0
+        arrays = [self._decoded(shard) for shard in range(first, last + 1)]
+        return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays))[start - begins : stop - begins]
+
+    @classmethod
+    def of(
+        cls,
+        catalogue: Catalogue,
+        splits: tuple[str, ...],
+        preprocess: Preprocess,
+        memory: float,
+        decode: Callable[[str, Preprocess], Any],
+    ) -> EvaluationImages:
+        """The images of splits, kept where they take no more than EVALUATION_SHARE of `memory`, bytes."""
+        paths = [str(path) for split in splits for path in catalogue.shards(split)]
+        ends = np.cumsum([pq.read_metadata(path).num_rows for path in paths])
+        begin = functools.partial(decode, preprocess=preprocess)
+        if ends[-1] * 3 * preprocess.size**2 <= EVALUATION_SHARE * memory:
+            return cls(ends, [begin(path) for path in paths])
+        return cls(ends, paths, begin)
+
+    def _decoded(self, shard: int) -> np.ndarray:
+        if not self.decode:
+            kept: np.ndarray = fetch(self.shards[shard])
+            return kept
+        coming = range(shard, min(shard + 1 + READ_AHEAD, len(self.shards)))
+        self.ahead = {
+            each: self.ahead[each] if each in self.ahead else self.decode(self.shards[each]) for each in coming
+        }
+        decoded: np.ndarray = fetch(self.ahead[shard])
+        return decoded
+
+
 class Feed(Protocol):
     """Holds the images that runs read, and gives each worker its batches. The module `stream` does it by Ray Data."""
 
-    def share(self, catalogue: Catalogue, *splits: str) -> TrainImages:
-        """Hold the encoded images of splits, once for all runs."""
+    def share(self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto") -> TrainImages:
+        """Hold the encoded images of splits, once for all runs; or, by windows, where they are read from.
+
+        Args:
+            catalogue: the catalogue to read.
+            splits: names of the splits.
+            window: number of images in a window; 0 for all in one, "auto" for what memory allows.
+        """
 
     def put(self, value: Any) -> Any:
         """Hold a value; returns its handle, as `fetch` takes."""
@@ -122,8 +196,14 @@ class Feed(Protocol):
             UserError: there is less memory than that.
         """
 
-    def decode_for_evaluation(self, catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess) -> Any:
-        """Decode splits for evaluation: a handle of (N, size, size, 3) uint8, in the order of the splits' rows."""
+    def decode_for_evaluation(
+        self, catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess
+    ) -> EvaluationImages:
+        """The images of splits for evaluation, in the order of the splits' rows.
+
+        They are decoded once and kept, where that takes no more than EVALUATION_SHARE of memory; else they are decoded
+        anew whenever they are read.
+        """
 
     def batches(self, part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """The steps of a part, in order: step, rows (W * B,) of the global batch, images of the worker's part of it.
@@ -159,34 +239,60 @@ def decode_batch(
     return out
 
 
+def open_sampler(images: TrainImages, spec: BatchSpec) -> PKSampler:
+    """The sampler of a run's batches, made once in a process."""
+    return _cached_sampler(images.index, spec.batch, spec.seed, spec.singles, images.window)
+
+
 @functools.lru_cache(maxsize=4)
-def _cached_sampler(index: Any, batch: BatchSettings, seed: int, singles: bool) -> tuple[PKSampler, np.ndarray]:
-    """The sampler and the ends of the shards, made once in a process."""
-    fetched: ItemIndex = fetch(index)
-    return make_sampler(fetched, batch, seed, singles), fetched.shard_ends
+def _cached_sampler(index: Any, batch: BatchSettings, seed: int, singles: bool, window: int) -> PKSampler:
+    return make_sampler(fetch(index), batch, seed, singles, window)
+
+
+def open_windows(part: StreamPart, read: Callable[[Any], Any]) -> WindowReader:
+    """A reader of the windows of a stream. `read` begins to read a shard, by its path, and returns its handle."""
+    sampler, shards = open_sampler(part.images, part.spec), part.images.shards
+    return WindowReader(sampler.shards, sampler.following, lambda shard: read(shards[shard]), part.world_size)
 
 
 class BatchDecoder:
-    """Decodes a worker's part of any step's batch. A shard is fetched at its first use, and held."""
+    """Decodes a worker's part of any step's batch. A shard is fetched at its first use, and held.
 
-    def __init__(self, part: StreamPart) -> None:
-        spec, shared = part.spec, part.images
-        self.sampler, shard_ends = _cached_sampler(shared.index, spec.batch, spec.seed, spec.singles)
-        self.read_encoded = _row_reader(shard_ends, shared.shards, _read_encoded)
-        self.read_decoded = _row_reader(shard_ends, shared.decoded, operator.getitem)
-        self.part = part
+    Args:
+        part: the worker's part.
+        open_window: function from a window to its shards' handles, by number; None where all shards are held.
+    """
+
+    def __init__(self, part: StreamPart, open_window: Callable[[Window], Mapping[int, Any]] | None = None) -> None:
+        self.part, self.sampler = part, open_sampler(part.images, part.spec)
+        self.read_decoded = _row_reader(self.sampler.shard_ends, part.images.decoded, operator.getitem)
+        self.open_window = open_window
+        self.reader_of = functools.lru_cache(maxsize=1)(self._reader_of)  # steps of a window share what it fetched
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows (W * B,) of the global batch, and images (B, size, size, 3) uint8 of the worker's part of it."""
         rows = self.sampler.batch(step)
         own = rows.reshape(self.part.world_size, -1)[self.part.rank]
         first = self.part.rank * len(own)
-        return rows, decode_batch(self.part.spec, self.read_encoded, step, first, own, self.read_decoded)
+        read = self.reader_of(*(self.sampler.windows(step) if self.open_window else ()))
+        return rows, decode_batch(self.part.spec, read, step, first, own, self.read_decoded)
+
+    def _reader_of(self, *windows: Window) -> Callable[[int], Any]:
+        """Function from a row to its encoded image, for rows of some windows."""
+        shards: Any = self.part.images.shards
+        if self.open_window:
+            shards = dict(itertools.chain.from_iterable(self.open_window(window).items() for window in windows))
+        return _row_reader(self.sampler.shard_ends, shards, _read_encoded)
 
 
 def read_paths(shared: TrainImages, rows: np.ndarray) -> list[str]:
     """The paths in the source of the images of these rows."""
-    read = _row_reader(fetch(shared.index).shard_ends, shared.shards, lambda shard, row: shard["path"][row].as_py())
+
+    def path(shard: pa.Table | str, row: int) -> str:
+        table = read_columns(Path(shard), ["path"]) if isinstance(shard, str) else shard
+        return str(table["path"][row].as_py())
+
+    read = _row_reader(fetch(shared.index).shard_ends, shared.shards, path)
     return [read(int(row)) for row in rows]
 
 
@@ -195,7 +301,7 @@ def _read_encoded(shard: pa.Table, row: int) -> bytes:
     return encoded
 
 
-def _row_reader(shard_ends: np.ndarray, shards: list[Any], get: Callable[[Any, int], Any]) -> Callable[[int], Any]:
+def _row_reader(shard_ends: np.ndarray, shards: Any, get: Callable[[Any, int], Any]) -> Callable[[int], Any]:
     """Function from a row of the split to `get(shard, row in the shard)`, or to None where its shard is None.
 
     A shard is fetched at its first use.
@@ -213,10 +319,11 @@ def _row_reader(shard_ends: np.ndarray, shards: list[Any], get: Callable[[Any, i
 
 
 def read_index(catalogue: Catalogue, *splits: str) -> ItemIndex:
-    """Read the index of the images of splits."""
-    rows = pa.concat_tables([catalogue.rows(split) for split in splits])
-    lengths = [pq.read_metadata(path).num_rows for split in splits for path in catalogue.shards(split)]
-    return build_index(rows, np.cumsum(lengths))
+    """Read the index of the images of splits. Ids and categories become codes shard by shard."""
+    names = ["item_id", "category"]
+    tables = [read_columns(path, names) for split in splits for path in catalogue.shards(split)]
+    coded = [pa.table({name: table[name].dictionary_encode() for name in names}) for table in tables]
+    return build_index(pa.concat_tables(coded), np.cumsum([table.num_rows for table in tables]))
 
 
 def read_shard(path: str) -> pa.Table:

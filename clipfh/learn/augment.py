@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfh.data.transfer import integers_to_device, to_device
+from clipfh.model.transfer import integers_to_device, to_device
 
 NUM_OPERATIONS = 2
 """Number of operations that RandAugment draws for an image."""

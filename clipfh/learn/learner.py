@@ -19,7 +19,6 @@ from clipfh import UserError
 from clipfh.config.experiment import Experiment
 from clipfh.config.schedule import make_schedule
 from clipfh.data.sampler import ItemIndex
-from clipfh.data.transfer import PendingValue, images_to_device, integers_to_device
 from clipfh.learn import augment, diagnostics, optimizer
 from clipfh.learn.all_gather import all_gather_with_gradient
 from clipfh.learn.objective import Objective
@@ -31,7 +30,11 @@ from clipfh.model.clip import get_architecture
 from clipfh.model.devices import resolve_precision
 from clipfh.model.layers import freeze
 from clipfh.model.towers import Towers, clamp_logit_scale, embed_images, recompute_blocks, text_features
+from clipfh.model.transfer import PendingValue, images_to_device, integers_to_device
 from clipfh.retrieval import metrics
+
+VALIDATION_PART = 512
+"""Number of validation images that are in a worker's memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class ItemCaptions:
 class Validation:
     """Decoded validation images: the queries, then the gallery."""
 
-    images: np.ndarray
-    """(N, size, size, 3) uint8"""
+    images: Any
+    """(N, size, size, 3) uint8: an array, or EvaluationImages, of which a slice is one"""
     item: np.ndarray
     """(N,) item codes"""
     photo: np.ndarray
@@ -221,12 +224,12 @@ class Learner:
         images, item, num_query = validation.images, validation.item, validation.num_query
         share = math.ceil(len(images) / self.world_size)
         start = min(self.rank * share, len(images) - 1)  # the last ranks may have no part of few images
-        own = images[start : start + share]  # no copy: the images lie in the object store
+        stop = min(start + share, len(images))
         with self.average.applied():
-            embedded = embed_images(self.towers, own, self.precision)
-        embedding = all_gather_with_gradient(F.pad(embedded, (0, 0, 0, share - len(own))))[
-            : len(images)
-        ]  # and ranked there
+            parts = (images[at : min(at + VALIDATION_PART, stop)] for at in range(start, stop, VALIDATION_PART))
+            embedded = torch.cat([embed_images(self.towers, part, self.precision) for part in parts])
+        padded = F.pad(embedded, (0, 0, 0, share - len(embedded)))
+        embedding = all_gather_with_gradient(padded)[: len(images)]  # and ranked there
         codes = torch.as_tensor(item)
         rows = metrics.Embeddings(embedding, item=codes, variant=codes, image=torch.as_tensor(validation.photo))
         query, gallery = torch.arange(num_query), torch.arange(num_query, len(codes))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from clipfh.data.transfer import PendingValue
+from clipfh.model.transfer import PendingValue
 
 
 class Diverged(Exception):

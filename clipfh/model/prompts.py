@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def notes_on_prompts(catalogue: Catalogue, experiment: Experiment) -> list[str]:
     """
     if not experiment.text.file:
         return []
-    items = dict.fromkeys(item for split in SPLITS for item in catalogue.rows(split)["item_id"].to_pylist())
+    ids = [catalogue.columns(split, ["item_id"])["item_id"].unique().to_pylist() for split in SPLITS]
+    items = dict.fromkeys(itertools.chain.from_iterable(ids))
     return note_fit(load_prompts(experiment.text.file), items, experiment.text.file)
 
 
@@ -65,7 +67,7 @@ def read_texts(catalogue: Catalogue | str | Path, model: str) -> CatalogueTexts:
 
 
 def _texts(catalogue: Catalogue, splits: tuple[str, ...]) -> list[ItemText]:
-    return item_texts(row for split in splits for row in catalogue.rows(split).to_pylist())
+    return item_texts(row for split in splits for row in catalogue.stream_rows(split))
 
 
 def _tokens(tokenizer: Any) -> tuple[CountTokens, int]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipfh import UserError
-from clipfh.data.transfer import images_to_device
 from clipfh.model.architecture import load_open_clip
 from clipfh.model.clip import get_preprocess
 from clipfh.model.layers import is_batch_norm
+from clipfh.model.transfer import images_to_device
 
 
 class Towers(nn.Module):

@@ -20,7 +20,8 @@ from clipfh.config.experiment import Experiment
 from clipfh.config.schedule import make_schedule
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue
-from clipfh.data.sampler import ItemIndex, build_index, make_sampler
+from clipfh.data.decoding import read_index
+from clipfh.data.sampler import ItemIndex, make_sampler
 from clipfh.learn.learner import ItemCaptions, Learner
 from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import get_preprocess
@@ -81,7 +82,7 @@ def measure(
     """
     if threads:
         torch.set_num_threads(threads)
-    device, index = choose_device(gpus), _index(catalogue)
+    device, index = choose_device(gpus), read_index(catalogue, "train")
     make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)  # says what does not fit
     captions, _ = tokenize_captions(catalogue, index.names, experiment, find_architecture(experiment.model), "train")
     make = functools.partial(_learner, experiment, index, captions, device)
@@ -101,13 +102,9 @@ def measure(
     return dataclasses.replace(found, rate=images / _timed(make(images, chunk), images)[0])
 
 
-def _index(catalogue: Catalogue) -> ItemIndex:
-    return build_index(catalogue.rows("train"), np.array([catalogue.num_images("train")]))
-
-
 def epoch(catalogue: Catalogue, experiment: Experiment) -> int:
     """Images in a pass over all that is trained on."""
-    index = _index(catalogue)
+    index = read_index(catalogue, "train")
     return make_schedule(experiment, len(index.item), index.num_single).epoch_images
 
 

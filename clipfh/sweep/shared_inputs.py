@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue
-from clipfh.data.decoding import Feed, StreamPart, TrainImages, fetch
+from clipfh.data.decoding import EvaluationImages, Feed, StreamPart, TrainImages, fetch
 from clipfh.data.images import Preprocess
 from clipfh.data.sampler import make_sampler
 from clipfh.sweep.race import Contender, Load
@@ -20,7 +21,11 @@ from clipfh.train.run_inputs import Inputs, ModelKey, model_key
 
 
 def prepare(
-    sweep: SweepFile, catalogue: Catalogue, contenders: Sequence[Contender], load: Load, feed: SharingFeed
+    sweep: SweepFile,
+    catalogue: Catalogue,
+    contenders: Sequence[Contender],
+    load: Load,
+    feed: SharingFeed,
 ) -> dict[ModelKey, Inputs]:
     """What trials of each model read.
 
@@ -67,10 +72,15 @@ def notes(sweep: SweepFile, inputs: Mapping[ModelKey, Inputs]) -> list[str]:
 
 
 class SharingFeed:
-    """A feed of one catalogue that holds once what several models read alike: images, and those of a size decoded."""
+    """A feed of one catalogue that holds once what several models read alike: images, and those of a size decoded.
 
-    def __init__(self, feed: Feed) -> None:
-        self.feed = feed
+    Args:
+        feed: what holds them.
+        window: number of images in a window that the sweep began with; None where it begins now, as its settings ask.
+    """
+
+    def __init__(self, feed: Feed, window: int | None = None) -> None:
+        self.feed, self.window = feed, window
         self._held: dict[tuple[Any, ...], Any] = {}
 
     def _once(self, make: Callable[[], Any], *key: Any) -> Any:
@@ -78,8 +88,11 @@ class SharingFeed:
             self._held[key] = make()
         return self._held[key]
 
-    def share(self, catalogue: Catalogue, *splits: str) -> TrainImages:
-        shared: TrainImages = self._once(lambda: self.feed.share(catalogue, *splits), "share", splits)
+    def share(self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto") -> TrainImages:
+        asked = window if self.window is None else self.window
+        share = functools.partial(self.feed.share, catalogue, *splits, window=asked)
+        shared: TrainImages = self._once(share, "share", splits, asked)
+        self.window = shared.window
         return shared
 
     def put(self, value: Any) -> Any:
@@ -90,10 +103,15 @@ class SharingFeed:
         cached: TrainImages = self._once(lambda: self.feed.cache_decoded(shared, gib, size, crop_min), *key)
         return cached
 
-    def decode_for_evaluation(self, catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess) -> Any:
+    def decode_for_evaluation(
+        self, catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess
+    ) -> EvaluationImages:
         geometry = (preprocess.size, preprocess.interpolation, preprocess.resize_mode)
         make = self.feed.decode_for_evaluation
-        return self._once(lambda: make(catalogue, splits, preprocess), "evaluation", splits, *geometry)
+        images: EvaluationImages = self._once(
+            lambda: make(catalogue, splits, preprocess), "evaluation", splits, *geometry
+        )
+        return images
 
     def batches(self, part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         return self.feed.batches(part)

@@ -33,7 +33,7 @@ from clipfh.sweep.searcher import StudySearcher, earlier_trials, open_study
 from clipfh.sweep.shared_inputs import SharingFeed
 from clipfh.sweep.tuner import Watch, run_trials
 from clipfh.train import provenance, stream
-from clipfh.train.inputs import load_start, prepare_inputs
+from clipfh.train.inputs import load_start, notes_on_windows, prepare_inputs, read_window, write_window
 from clipfh.train.run_inputs import Inputs, ModelKey, model_key
 
 
@@ -119,10 +119,12 @@ def run(
     zero_shot = [each.row(sweep) for each in contenders]
     sweep = _within_space(race.narrow(sweep, contenders, log), log)
     study = open_study(sweep, out, retry_failed, log)
-    feed = SharingFeed(stream)
+    feed = SharingFeed(stream, read_window(out, layout.SWEEP_INPUTS))
     context = _Context(sweep, catalogue, out, contenders, load, feed, resources, log)
     inputs = shared_inputs.prepare(sweep, catalogue, context.kept, load, feed)
-    for note in (notes := shared_inputs.notes(sweep, inputs)):
+    write_window(out, layout.SWEEP_INPUTS, feed.window)
+    notes = [*notes_on_windows(next(iter(inputs.values())), catalogue), *shared_inputs.notes(sweep, inputs)]
+    for note in notes:
         log(note)
     board, keeper = Leaderboard(out, sweep, study, zero_shot), retention.Keeper(sweep, out)
     searcher = StudySearcher(sweep, study, functools.partial(max_concurrent_runs, sweep.placement, resources))
@@ -186,6 +188,7 @@ def _require_same(catalogue: Catalogue, sweep: SweepFile, out: Path, log: Callab
     file, resumed = out / layout.SWEEP_INPUTS, (out / layout.TRIALS).exists()
     contents = _contents(sweep)
     now = {"catalogue": str(catalogue.path), "hash": catalogue.manifest["hash"], "contents": contents}
+    now |= {"window": 0 if resumed else None}
     before = json.loads(file.read_text()) if file.exists() else now
     if resumed and not file.exists():
         log(f"note: {out} was begun by an older version: whether catalogue and prompts are still the same is not known")
@@ -260,7 +263,8 @@ def _at_final_size(context: _Context, experiment: Experiment) -> Experiment:
 def _refit(context: _Context, experiment: Experiment) -> Path:
     """Train on train and validation items together; returns the run's folder."""
     clip = context.load(experiment)
-    inputs = prepare_inputs(context.catalogue, experiment, clip, stream, with_validation=True)
+    window = context.feed.window
+    inputs = prepare_inputs(context.catalogue, experiment, clip, stream, with_validation=True, window=window)
     by_model = {model_key(experiment.model): inputs}
     folder = context.out / layout.FINAL
     return finalists.refit(experiment, context.sweep, by_model, folder, context.resources, context.log)

@@ -9,25 +9,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import importlib.metadata
 import json
 import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
-from clipfh.config import cores
+from clipfh.config import cores, memory
 from clipfh.config.experiment import Experiment, Placement
-from clipfh.data import decoding, images
+from clipfh.data import decoding
 from clipfh.data.catalogue import Catalogue
-from clipfh.data.decoding import BatchDecoder, StreamPart, TrainImages
+from clipfh.data.decoding import BatchDecoder, EvaluationImages, StreamPart, TrainImages
 from clipfh.data.images import Preprocess
+from clipfh.data.windows import choose_window
 from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
 from clipfh.train import worker
@@ -40,11 +41,14 @@ AHEAD = 2
 class InProcessFeed:
     """The `decoding.Feed` that holds what a run reads in this process's memory."""
 
-    def share(self, catalogue: Catalogue, *splits: str) -> TrainImages:
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(cores.available())
+
+    def share(self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto") -> TrainImages:
         paths = [str(path) for split in splits for path in catalogue.shards(split)]
-        with ThreadPoolExecutor(cores.available()) as pool:
-            shards = list(pool.map(decoding.read_shard, paths))
-        return TrainImages(decoding.read_index(catalogue, *splits), shards, [None] * len(shards))
+        images = choose_window(window, *catalogue.size(*splits), memory.available())
+        shards = paths if images else list(self.pool.map(decoding.read_shard, paths))
+        return TrainImages(decoding.read_index(catalogue, *splits), shards, [None] * len(shards), images)
 
     def put(self, value: Any) -> Any:
         return value
@@ -61,14 +65,15 @@ class InProcessFeed:
 
     def decode_for_evaluation(
         self, catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess
-    ) -> np.ndarray:
-        encoded = [photo for split in splits for photo in catalogue.images(split)["image"]]
-        decode = functools.partial(images.decode_for_evaluation, preprocess=preprocess)
-        with ThreadPoolExecutor(cores.available()) as pool:
-            return np.stack(list(pool.map(lambda photo: decode(photo.as_py()), encoded)))
+    ) -> EvaluationImages:
+        return EvaluationImages.of(catalogue, splits, preprocess, memory.available(), self._begin_decoding)
+
+    def _begin_decoding(self, path: str, preprocess: Preprocess) -> Future[np.ndarray]:
+        return self.pool.submit(lambda: decoding.decode_shard_for_evaluation(decoding.read_shard(path), preprocess))
 
     def batches(self, part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        decoder = BatchDecoder(part)
+        windows = decoding.open_windows(part, self._begin_reading) if part.images.window else None
+        decoder = BatchDecoder(part, windows.open if windows else None)
         count = part.tasks or cores.available()
         pool = ThreadPoolExecutor(count)
         try:
@@ -79,9 +84,14 @@ class InProcessFeed:
                 rows, pixels = future.result()
                 if (following := step + count + AHEAD) < part.last:
                     waiting.append((following, pool.submit(decoder, following)))
+                if windows:
+                    windows.move(part.rank, decoder.sampler.windows(step)[0])
                 yield step, rows, pixels
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _begin_reading(self, path: str) -> Future[pa.Table]:
+        return self.pool.submit(decoding.read_shard, path)
 
 
 class _LocalSession:

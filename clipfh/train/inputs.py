@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from torch import nn
 
 from clipfh import UserError
@@ -63,7 +65,7 @@ def open_run(
         raise UserError(f"--out {out} is not empty: --resume goes on with its run, or name another folder")
     catalogue.require("train", "val_query", "val_gallery")
     warm_start = str(Path(warm_start).absolute()) if warm_start else None
-    fresh = {"hash": catalogue.manifest["hash"], "warm_start": warm_start}
+    fresh = {"hash": catalogue.manifest["hash"], "warm_start": warm_start, "window": None}
     known = folder.read_json(layout.RUN) if resume else fresh
     if known["hash"] != catalogue.manifest["hash"]:
         raise UserError(f"--resume: {out} was trained on another catalogue than {catalogue.path}: give that one")
@@ -94,6 +96,35 @@ def notes_on_singles(inputs: Inputs, loss: LossSettings) -> list[str]:
         "prompts of train items are longer than the model reads: their ends are cut off": inputs.num_cut,
     }
     return [f"note: {count:,} {what}" for what, count in counts.items() if count]
+
+
+def read_window(out: Path, name: str) -> int | None:
+    """Number of images in the windows of what a folder holds, 0 for all in one; None where none is chosen yet.
+
+    Args:
+        out: folder of a run or a sweep.
+        name: its file that says what it is made of. One of a version that had no windows does not name them.
+    """
+    stored: int | None = Folder(out).read_json(name).get("window", 0)
+    return stored
+
+
+def write_window(out: Path, name: str, window: int | None) -> None:
+    """Store the number of images in a window with a run or a sweep: what goes on with it has the same batches."""
+    folder = Folder(out)
+    folder.write(name, json.dumps({**folder.read_json(name), "window": window}, indent=2) + "\n")
+
+
+def notes_on_windows(inputs: Inputs, catalogue: Catalogue) -> list[str]:
+    """What to tell people of windows, where there are any."""
+    window, (images, size) = inputs.images.window, catalogue.size("train")
+    if not window:
+        return []
+    gib = size / 2**30
+    return [
+        f"the train images, {gib:,.1f} GiB, are read in {math.ceil(images / window):,} windows a pass, each of about "
+        f"{window:,} images ({gib * window / images:,.1f} GiB; two are in memory): --batch.window sets it"
+    ]
 
 
 def note_on_size(clip: nn.Module, experiment: Experiment) -> str:
@@ -154,6 +185,7 @@ def prepare_inputs(
     keep_gib: float = 0.0,
     with_validation: bool = False,
     warm: bool = False,
+    window: int | None = None,
 ) -> Inputs:
     """Put what runs of this model and these prompts share to where the feed holds it.
 
@@ -165,12 +197,18 @@ def prepare_inputs(
         keep_gib: GiB of decoded images to keep for all runs.
         with_validation: train on the validation items too; their score then means nothing, and there is none.
         warm: the weights are another run's. Others that are random each run draws by its own seed.
+        window: number of images in a window, 0 for all in one; None for what the experiment says.
 
     Raises:
-        UserError: prompts or a P x K that do not fit the catalogue.
+        UserError: prompts or a P x K that do not fit the catalogue, or windows where decoded images are to be kept.
     """
     splits = ("train", *VALIDATION) if with_validation else ("train",)
-    images = feed.share(catalogue, *splits)
+    images = feed.share(catalogue, *splits, window=experiment.batch.window if window is None else window)
+    if keep_gib and images.window:
+        raise UserError(
+            "--keep-gib keeps decoded images of a catalogue that memory holds whole, and this one is read in windows "
+            f"of {images.window:,} images: leave it out, or give --batch.window 0"
+        )
     index: ItemIndex = fetch(images.index)
     make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
     preprocess = get_preprocess(clip)
@@ -194,21 +232,22 @@ def prepare_inputs(
 
 def validation_codes(catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray, int]:
     """Item code and picture code of each validation image, (N,) each, and how many of them are queries."""
-    tables = [catalogue.rows(split) for split in VALIDATION]
-    names, paths = ([value for table in tables for value in table[name].to_pylist()] for name in ("item_id", "path"))
-    item, picture = np.unique(names, return_inverse=True)[1], picture_codes(paths, read_copies(catalogue))
-    return item, picture, tables[0].num_rows
+    rows = pa.concat_tables([catalogue.columns(split, ["item_id", "path"]) for split in VALIDATION])
+    item = rows["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    picture = picture_codes(rows["path"].to_pylist(), read_copies(catalogue))
+    return item, picture, catalogue.num_images(VALIDATION[0])
 
 
 def tokenize_captions(
-    catalogue: Catalogue, names: list[str], experiment: Experiment, architecture: Architecture, *splits: str
+    catalogue: Catalogue, item_names: pa.Array, experiment: Experiment, architecture: Architecture, *splits: str
 ) -> tuple[ItemCaptions, int]:
     """The prompts of some splits' items, tokenized, and how many of them are longer than the model reads.
 
     None where no term takes them: for half a million items they take half an hour.
     """
     if not experiment.loss.takes_text:
-        return ItemCaptions(np.zeros((0, 0), np.int32), np.full(len(names), -1, np.int32)), 0
+        return ItemCaptions(np.zeros((0, 0), np.int32), np.full(len(item_names), -1, np.int32)), 0
+    names = item_names.to_pylist()
     tokenizer = load_tokenizer(architecture)
     prompt_of = load_prompts_for(catalogue, experiment, tokenizer, *splits)
     if not set(names) & set(prompt_of):

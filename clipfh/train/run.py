@@ -23,7 +23,16 @@ from clipfh.storage import layout, run_folder
 from clipfh.storage.output import all_or_nothing
 from clipfh.train import in_process
 from clipfh.train import track as tracking
-from clipfh.train.inputs import is_warm_started, note_on_size, notes_on_singles, open_run, prepare_inputs
+from clipfh.train.inputs import (
+    is_warm_started,
+    note_on_size,
+    notes_on_singles,
+    notes_on_windows,
+    open_run,
+    prepare_inputs,
+    read_window,
+    write_window,
+)
 from clipfh.train.run_inputs import Inputs
 
 Log = Callable[[str], None]
@@ -103,8 +112,11 @@ def train(
             log(f"{stage} stage of {experiment.model.name} on {opened.num_images('train'):,} images: {where}")
             if stage == "joint" and not experiment.loss.takes_text:
                 log("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
-            inputs = prepare_inputs(opened, experiment, clip, feed, placement.keep_gib, warm=is_warm_started(out))
-            for note in (note_on_size(clip, experiment), *notes_on_singles(inputs, experiment.loss)):
+            window, warm = read_window(out, layout.RUN), is_warm_started(out)
+            inputs = prepare_inputs(opened, experiment, clip, feed, placement.keep_gib, warm=warm, window=window)
+            write_window(out, layout.RUN, inputs.images.window)
+            notes = *notes_on_windows(inputs, opened), *notes_on_singles(inputs, experiment.loss)
+            for note in (note_on_size(clip, experiment), *notes):
                 log(note)
             for note in notes_on_prompts(opened, experiment) if experiment.loss.takes_text else ():
                 log(f"note: {note}")

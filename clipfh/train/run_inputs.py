@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipfh.config.experiment import MODEL_IDENTITY, Experiment, ModelSettings
-from clipfh.data.decoding import TrainImages
+from clipfh.data.decoding import EvaluationImages, TrainImages
 from clipfh.model.architecture import Architecture
 
 ModelKey = tuple[Any, ...]
@@ -27,9 +27,8 @@ class Inputs:
     """Captions"""
     weights: Any
     """dict[str, np.ndarray]; None where they are random, and each run draws its own by its seed"""
-    validation: Any
-    """decoded images (N, size, size, 3) uint8: val_query, then val_gallery; None where those are trained
-    on"""
+    validation: EvaluationImages | None
+    """val_query, then val_gallery; None where those are trained on"""
     items: Any
     """tuple[np.ndarray, np.ndarray, int]: item and path code of each validation image, number of queries"""
     size: int

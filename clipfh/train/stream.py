@@ -7,7 +7,16 @@ Who does what for steps 0 to 99 of a run with two workers and 16 images a step (
     worker 1      batches(part with rank 1)  ->  tasks of rank 1: steps 0-31 | 32-63 | 64-95 | 96-99
     a task        counts its steps, draws their rows, fetches the shards that they need, decodes 8 images a step
 
-No process stands between a worker and its tasks. `decoding` shows how rows become images.
+Where the object store does not hold all shards, an actor of the run reads them by windows (`data.windows`):
+
+    driver        share: the paths of the shards, the index
+    worker 0, 1   tell the actor which window their batches have come to
+    actor         holds the shards of that window and of the next, has each read once a pass, for both workers
+    a task        as above, and asks the actor for the shards of its steps' windows
+
+Runs that go at the same time draw other windows, so each has its own actor.
+
+No other process stands between a worker and its tasks. `decoding` shows how rows become images.
 """
 
 from __future__ import annotations
@@ -16,7 +25,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +39,7 @@ from clipfh.data import decoding
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import BatchDecoder, StreamPart, TrainImages
 from clipfh.data.images import Preprocess
+from clipfh.data.windows import Window, choose_window
 
 FIRST_TASKS, FIRST_IMAGES = 4, 256
 """Number of first tasks of a stream, and images that each decodes: few, so that the first batch comes soon."""
@@ -51,11 +61,22 @@ _decode_shard = ray.remote(**TASK)(decoding.decode_shard)
 _decode_for_evaluation = ray.remote(**TASK)(decoding.decode_shard_for_evaluation)
 
 
-def share(catalogue: Catalogue, *splits: str) -> TrainImages:
-    """Put the encoded images of splits into the object store, one object a shard. Tasks read the shards."""
+def share(catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto") -> TrainImages:
+    """Put the encoded images of splits into the object store, one object a shard. Tasks read the shards.
+
+    With windows only their paths are shared. `window` is as `Feed.share` takes it.
+    """
     ray_private.start_data_statistics()  # else a worker's pipeline does, in a process with all that the worker loads
-    shards = [_read_shard.remote(str(path)) for split in splits for path in catalogue.shards(split)]
-    return TrainImages(ray.put(decoding.read_index(catalogue, *splits)), shards, [None] * len(shards))
+    paths = [str(path) for split in splits for path in catalogue.shards(split)]
+    images = choose_window(window, *catalogue.size(*splits), object_store_memory())
+    shards = paths if images else [_read_shard.remote(path) for path in paths]
+    return TrainImages(ray.put(decoding.read_index(catalogue, *splits)), shards, [None] * len(shards), images)
+
+
+def object_store_memory() -> float:
+    """Bytes of the smallest object store of a node that decodes: each has a copy of what its tasks read."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return min((each.get("object_store_memory", 0) for each in nodes if each.get("CPU")), default=0)
 
 
 def put(value: Any) -> Any:
@@ -106,10 +127,49 @@ def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     # where they are decoded; processes of their own would hold CPUs to the end
     kind = {"concurrency": part.tasks, **TASK}
     counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **kind)
-    decoded = counted.map_batches(functools.partial(_decode_steps, part=part), batch_size=None, **kind)
+    windows = _window_actor(part) if part.images.window else None
+    work = functools.partial(_decode_steps, part=part, windows=windows)
+    decoded = counted.map_batches(work, batch_size=None, **kind)
     decoded.context.execution_options.preserve_order = True
     for batch in decoded.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
-        yield int(batch["step"][0]), batch["row"][0], batch["image"][0]
+        step = int(batch["step"][0])
+        if windows:
+            windows.move.remote(part.rank, decoding.open_sampler(part.images, spec).windows(step)[0])
+        yield step, batch["row"][0], batch["image"][0]
+
+
+class _Windows:
+    """The actor that reads a run's shards by windows. `ranks` workers take batches."""
+
+    def __init__(self, part: StreamPart) -> None:
+        self.reader = decoding.open_windows(part, _read_shard.remote)
+
+    def open(self, window: Window) -> dict[int, Any]:
+        """Shard to reference of a window."""
+        return dict(self.reader.open(window))
+
+    def move(self, rank: int, window: Window) -> None:
+        """Note that a worker's batches have come to a window."""
+        self.reader.move(rank, window)
+
+
+_actors: dict[str, Any] = {}
+"""The actor of each group of workers that this process has been in: it ends with the handle of who started it."""
+
+
+def _window_actor(part: StreamPart) -> Any:
+    """The actor of this worker's run, which its first worker to come starts; outside a group of workers, a new one."""
+    group = ray.get_runtime_context().get_placement_group_id()
+    if not group:
+        return _start_actor(part)
+    if group not in _actors:
+        _actors[group] = _start_actor(part, name=f"clipfh-windows-{group}", get_if_exists=True)
+    return _actors[group]
+
+
+def _start_actor(part: StreamPart, **options: Any) -> Any:
+    outside = {"num_cpus": 0, "scheduling_strategy": "DEFAULT", "runtime_env": TASK["runtime_env"]}
+    return ray.remote(_Windows).options(**outside, **options).remote(part)
 
 
 class _Steps(ray.data.Datasource):
@@ -143,23 +203,19 @@ def _step_table(start: int, end: int) -> list[pa.Table]:
     return [pa.table({"step": np.arange(start, end)})]
 
 
-def _decode_steps(block: dict[str, np.ndarray], part: StreamPart) -> dict[str, Any]:
+def _decode_steps(block: dict[str, np.ndarray], part: StreamPart, windows: Any) -> dict[str, Any]:
     """Decode a worker's part of some steps: step (S,), row (S, W * B), image (S, B, size, size, 3)."""
-    decoder = BatchDecoder(part)
+    decoder = BatchDecoder(part, (lambda window: ray.get(windows.open.remote(window))) if windows else None)
     rows, pixels = zip(*(decoder(int(step)) for step in block["step"]), strict=True)
     return {"step": block["step"], "row": np.stack(rows), "image": np.stack(pixels)}
 
 
-@ray.remote(**TASK)
-def _concatenate(*parts: np.ndarray) -> np.ndarray:
-    return np.concatenate(parts)
+def decode_for_evaluation(
+    catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess
+) -> decoding.EvaluationImages:
+    """The images of splits for evaluation, for all workers and trials; tasks decode them. As `Feed` has it."""
+    return decoding.EvaluationImages.of(catalogue, splits, preprocess, object_store_memory(), _begin_decoding)
 
 
-def decode_for_evaluation(catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess) -> Any:
-    """Decode splits for evaluation, once for all workers and trials.
-
-    Returns:
-        ObjectRef of (N, size, size, 3) uint8, in the order of the splits' rows.
-    """
-    paths = [path for split in splits for path in catalogue.shards(split)]
-    return _concatenate.remote(*[_decode_for_evaluation.remote(_read_shard.remote(str(p)), preprocess) for p in paths])
+def _begin_decoding(path: str, preprocess: Preprocess) -> Any:
+    return _decode_for_evaluation.remote(_read_shard.remote(path), preprocess)

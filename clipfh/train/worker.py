@@ -19,12 +19,12 @@ from clipfh.config import cores
 from clipfh.config.experiment import Experiment
 from clipfh.data import decoding, sampler
 from clipfh.data.decoding import BatchSpec, Feed, StreamPart, fetch
-from clipfh.data.transfer import prefetch
 from clipfh.learn.learner import Learner, Validation
 from clipfh.learn.tally import Diverged, StepTally
 from clipfh.model import checkpoint as checkpoint_module
 from clipfh.model.clip import build, get_architecture
 from clipfh.model.devices import choose_device, explain_out_of_memory, precision_notes
+from clipfh.model.transfer import prefetch
 from clipfh.storage import layout
 from clipfh.storage.run_folder import History
 from clipfh.train.run_inputs import Inputs, Job
@@ -198,10 +198,10 @@ def make_learner(experiment: Experiment, inputs: Inputs, on: torch.device) -> Le
 
 
 def fetch_validation(inputs: Inputs) -> Validation | None:
-    """Fetch the validation images from the object store; None where the run trains on them."""
+    """The validation images, with their codes from the object store; None where the run trains on them."""
     if inputs.validation is None:
         return None
-    return Validation(fetch(inputs.validation), *fetch(inputs.items))
+    return Validation(inputs.validation, *fetch(inputs.items))
 
 
 class _Reports:

@@ -37,10 +37,10 @@ import yaml
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, Experiment, Stage
 from clipfh.data.sampler import ItemIndex
-from clipfh.data.transfer import images_to_device, prefetch
 from clipfh.demo.source import write_source
 from clipfh.learn.learner import ItemCaptions, Learner
 from clipfh.model.clip import get_preprocess, load_initial_model
+from clipfh.model.transfer import images_to_device, prefetch
 from clipfh.storage import run_folder
 
 VIEWS = 4

@@ -19,7 +19,6 @@ from clipfh import UserError
 from clipfh.config import presets
 from clipfh.config.experiment import LOSS_TERMS, SMALL_MODEL, ModelSettings
 from clipfh.data.sampler import ItemIndex, PKSampler, make_sampler
-from clipfh.data.transfer import images_to_device
 from clipfh.learn import learner, tally
 from clipfh.learn.learner import ItemCaptions
 from clipfh.learn.tally import StepTally
@@ -27,6 +26,7 @@ from clipfh.model import checkpoint
 from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import get_architecture, load_initial_model, load_tokenizer
 from clipfh.model.towers import Towers, recompute_blocks
+from clipfh.model.transfer import images_to_device
 
 P, K, ITEMS = 4, 2, 7
 STEPS = 10

@@ -10,6 +10,7 @@ import yaml
 from clipfh.config import presets, sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import SweepFile
+from clipfh.data.decoding import read_index
 from clipfh.model import checkpoint
 from clipfh.model.architecture import find as find_architecture
 from clipfh.model.devices import choose_device
@@ -96,7 +97,7 @@ def test_what_the_checkpoints_take_is_told(tmp_path):
 def test_sizes_are_those_of_a_real_checkpoint(small_catalogue, tmp_path):
     for stage in ("image", "joint"):
         experiment = presets.resolve(stage, None, {"model.name": SMALL_MODEL, "loss.ce": 0.1, "loss.infonce": 0.1})
-        index, architecture = estimate._index(small_catalogue), find_architecture(experiment.model)
+        index, architecture = read_index(small_catalogue, "train"), find_architecture(experiment.model)
         captions, _ = tokenize_captions(small_catalogue, index.names, experiment, architecture, "train")
         learner = estimate._learner(experiment, index, captions, torch.device("cpu"), 8, 0)
         _, (weights, whole) = estimate._timed(learner, 8)

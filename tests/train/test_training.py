@@ -349,9 +349,9 @@ class Held:
     decode_for_evaluation = staticmethod(lambda *args: None)
 
     @staticmethod
-    def share(catalogue, *splits):
+    def share(catalogue, *splits, window):
         rows = catalogue.rows("train")
-        return SimpleNamespace(index=build_index(rows, np.array([rows.num_rows])))
+        return SimpleNamespace(index=build_index(rows, np.array([rows.num_rows])), window=0)
 
 
 @pytest.mark.parametrize("settings,warm,held", [({}, False, False), ({}, True, True), ({"f": 1}, False, True)])

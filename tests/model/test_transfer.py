@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipfh.data.transfer import images_to_device, integers_to_device, prefetch
+from clipfh.model.transfer import images_to_device, integers_to_device, prefetch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
