@@ -146,9 +146,12 @@ class EvaluationImages:
         splits: tuple[str, ...],
         preprocess: Preprocess,
         memory: float,
-        decode: Callable[[str, Preprocess], Any],
+        decode: Callable[..., Any],
     ) -> EvaluationImages:
-        """The images of splits, kept where they take no more than EVALUATION_SHARE of `memory`, bytes."""
+        """The images of splits, kept where they take no more than EVALUATION_SHARE of `memory`, bytes.
+
+        `decode` begins to decode the shard of a path by a `preprocess`, and returns its handle.
+        """
         paths = [str(path) for split in splits for path in catalogue.shards(split)]
         ends = np.cumsum([pq.read_metadata(path).num_rows for path in paths])
         begin = functools.partial(decode, preprocess=preprocess)

@@ -40,9 +40,9 @@ def choose_window(asked: int | Literal["auto"], images: int, size: int, memory: 
         size: bytes of all images.
         memory: bytes of memory there are for what runs read.
     """
-    if asked == "auto":
-        asked = 0 if size <= WHOLE * memory else max(1, int(images * PART * memory / size))
-    return asked if asked < images else 0
+    fitting = 0 if size <= WHOLE * memory else max(1, int(images * PART * memory / size))
+    window = fitting if asked == "auto" else asked
+    return window if window < images else 0
 
 
 @dataclass(frozen=True)

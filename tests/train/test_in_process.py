@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from clipfh.cluster.resources import resolve_placement
 from clipfh.config import cores
-from clipfh.config.experiment import Placement
+from clipfh.config.experiment import BatchSettings, Placement
 from clipfh.data import decoding
 from clipfh.data.decoding import BatchSpec, StreamPart
 from clipfh.storage import layout, run_folder
@@ -32,6 +33,37 @@ def test_its_batches_are_those_of_ray_data(shared, recipe, small_catalogue, ray_
     for one, other in zip(here, over_ray, strict=True):
         np.testing.assert_array_equal(one[1], other[1])
         np.testing.assert_array_equal(one[2], other[2])
+
+
+def test_windows_are_read_once_a_pass_and_their_batches_are_the_samplers(recipe, small_catalogue, monkeypatch):
+    reads, read_shard = Counter(), decoding.read_shard
+    monkeypatch.setattr(decoding, "read_shard", lambda path: reads.update([path]) or read_shard(path))
+    recipe = dataclasses.replace(recipe, batch=BatchSettings(items=2, views=2))
+    feed = in_process.InProcessFeed()
+    images = feed.share(small_catalogue, "train", window=40)
+    assert not reads and images.window == 40
+    plan, table = decoding.open_sampler(images, recipe), small_catalogue.images("train")
+    assert len(plan.plan.windows(0).item_ends) > 1
+    steps = 4 * plan.num_items // plan.items
+    for step, rows, pixels in feed.batches(StreamPart(images, recipe, 0, steps, tasks=1)):
+        np.testing.assert_array_equal(rows, plan.batch(step))
+        expected = decoding.decode_batch(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
+        np.testing.assert_array_equal(pixels, expected)
+    assert max(reads.values()) <= 5, "four passes, and the window to come"
+    assert decoding.read_paths(images, rows) == [table["path"][int(row)].as_py() for row in rows]
+
+
+def test_validation_images_beyond_their_share_are_decoded_at_each_report(small_catalogue, monkeypatch):
+    from clipfh.data.images import Preprocess
+
+    splits, preprocess = ("val_query", "val_gallery"), Preprocess(64, (0.5,) * 3, (0.5,) * 3)
+    feed = in_process.InProcessFeed()
+    kept = feed.decode_for_evaluation(small_catalogue, splits, preprocess)
+    monkeypatch.setattr(decoding, "EVALUATION_SHARE", 0)
+    anew = feed.decode_for_evaluation(small_catalogue, splits, preprocess)
+    assert kept.decode is None and anew.decode is not None and len(kept) == len(anew) == len(kept[:])
+    for part in (slice(0, 3), slice(2, len(kept)), slice(len(kept) - 1, len(kept))):
+        np.testing.assert_array_equal(kept[part], anew[part])
 
 
 def test_kept_images_change_no_pixel_and_stay_within_their_memory(shared, recipe):

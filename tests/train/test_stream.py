@@ -12,6 +12,7 @@ from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
 
 from clipfh import UserError
 from clipfh.cluster import ray_private
+from clipfh.config.experiment import BatchSettings
 from clipfh.data import decoding as decoding_module
 from clipfh.data import sampler
 from clipfh.data.decoding import BatchSpec, StreamPart
@@ -50,6 +51,22 @@ def test_the_stream_is_the_plan_decoded(shared, recipe, small_catalogue):
         np.testing.assert_array_equal(rows, plan.batch(step))
         expected = decoding_module.decode_batch(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
         np.testing.assert_array_equal(images, expected)
+
+
+def test_windows_give_any_number_of_workers_the_samplers_batches(recipe, small_catalogue, ray_cluster):
+    recipe = dataclasses.replace(recipe, batch=BatchSettings(items=2, views=2))
+    images = stream.share(small_catalogue, "train", window=40)
+    plan, table = decoding_module.open_sampler(images, recipe), small_catalogue.images("train")
+    assert len(plan.plan.windows(0).item_ends) > 1
+    last = 2 * plan.num_items // plan.items
+    one, two = (streamed(images, recipe, first, last, workers) for first, workers in ((0, 1), (last - 2, 2)))
+    for step, (rows, pixels) in one.items():
+        np.testing.assert_array_equal(rows, plan.batch(step))
+        expected = decoding_module.decode_batch(recipe, lambda row: table["image"][row].as_py(), step, 0, rows)
+        np.testing.assert_array_equal(pixels, expected)
+    for step, (rows, pixels) in two.items():
+        np.testing.assert_array_equal(rows, one[step][0])
+        np.testing.assert_array_equal(pixels, one[step][1])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
