@@ -174,13 +174,16 @@ class EvaluationImages:
 class Feed(Protocol):
     """Holds the images that runs read, and gives each worker its batches. The module `stream` does it by Ray Data."""
 
-    def share(self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto") -> TrainImages:
+    def share(
+        self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto", runs: int = 1
+    ) -> TrainImages:
         """Hold the encoded images of splits, once for all runs; or, by windows, where they are read from.
 
         Args:
             catalogue: the catalogue to read.
             splits: names of the splits.
             window: number of images in a window; 0 for all in one, "auto" for what memory allows.
+            runs: number of runs that read them at a time.
         """
 
     def put(self, value: Any) -> Any:

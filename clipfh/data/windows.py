@@ -31,7 +31,7 @@ WHOLE, PART = 0.5, 0.15
 """Largest share of memory that a catalogue takes as one window, and share that each window of a larger one takes."""
 
 
-def choose_window(asked: int | Literal["auto"], images: int, size: int, memory: float) -> int:
+def choose_window(asked: int | Literal["auto"], images: int, size: int, memory: float, runs: float = 1) -> int:
     """Number of images in a window; 0 where all images are one.
 
     Args:
@@ -39,8 +39,9 @@ def choose_window(asked: int | Literal["auto"], images: int, size: int, memory: 
         images: number of all images.
         size: bytes of all images.
         memory: bytes of memory there are for what runs read.
+        runs: number of runs that share the memory at a time. Each has windows of its own.
     """
-    fitting = 0 if size <= WHOLE * memory else max(1, int(images * PART * memory / size))
+    fitting = 0 if size <= WHOLE * memory else max(1, int(images * PART * memory / runs / size))
     window = fitting if asked == "auto" else asked
     return window if window < images else 0
 

@@ -77,10 +77,11 @@ class SharingFeed:
     Args:
         feed: what holds them.
         window: number of images in a window that the sweep began with; None where it begins now, as its settings ask.
+        runs: number of trials at a time.
     """
 
-    def __init__(self, feed: Feed, window: int | None = None) -> None:
-        self.feed, self.window = feed, window
+    def __init__(self, feed: Feed, window: int | None = None, runs: int = 1) -> None:
+        self.feed, self.window, self.runs = feed, window, runs
         self._held: dict[tuple[Any, ...], Any] = {}
 
     def _once(self, make: Callable[[], Any], *key: Any) -> Any:
@@ -88,9 +89,11 @@ class SharingFeed:
             self._held[key] = make()
         return self._held[key]
 
-    def share(self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto") -> TrainImages:
+    def share(
+        self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto", runs: int = 1
+    ) -> TrainImages:
         asked = window if self.window is None else self.window
-        share = functools.partial(self.feed.share, catalogue, *splits, window=asked)
+        share = functools.partial(self.feed.share, catalogue, *splits, window=asked, runs=max(runs, self.runs))
         shared: TrainImages = self._once(share, "share", splits, asked)
         self.window = shared.window
         return shared

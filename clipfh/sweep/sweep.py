@@ -113,13 +113,14 @@ def run(
     _require_same(catalogue, sweep, out, log)
     earlier_trials(sweep)  # says what does not fit
     resources = resolve_placement(sweep.placement, alone=False, log=log)
-    log(f"{sweep.trials} trials, {max_concurrent_runs(sweep.placement, resources)} at once, each {resources}")
+    at_once = max_concurrent_runs(sweep.placement, resources)
+    log(f"{sweep.trials} trials, {at_once} at once, each {resources}")
     load = functools.lru_cache(maxsize=1)(load_start)
     contenders = race.run(sweep, catalogue, out, resources, load, log)
     zero_shot = [each.row(sweep) for each in contenders]
     sweep = _within_space(race.narrow(sweep, contenders, log), log)
     study = open_study(sweep, out, retry_failed, log)
-    feed = SharingFeed(stream, read_window(out, layout.SWEEP_INPUTS))
+    feed = SharingFeed(stream, read_window(out, layout.SWEEP_INPUTS), at_once)
     context = _Context(sweep, catalogue, out, contenders, load, feed, resources, log)
     inputs = shared_inputs.prepare(sweep, catalogue, context.kept, load, feed)
     write_window(out, layout.SWEEP_INPUTS, feed.window)

@@ -44,9 +44,11 @@ class InProcessFeed:
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(cores.available())
 
-    def share(self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto") -> TrainImages:
+    def share(
+        self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto", runs: int = 1
+    ) -> TrainImages:
         paths = [str(path) for split in splits for path in catalogue.shards(split)]
-        images = choose_window(window, *catalogue.size(*splits), memory.available())
+        images = choose_window(window, *catalogue.size(*splits), memory.available(), runs)
         shards = paths if images else list(self.pool.map(decoding.read_shard, paths))
         return TrainImages(decoding.read_index(catalogue, *splits), shards, [None] * len(shards), images)
 

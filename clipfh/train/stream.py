@@ -61,22 +61,24 @@ _decode_shard = ray.remote(**TASK)(decoding.decode_shard)
 _decode_for_evaluation = ray.remote(**TASK)(decoding.decode_shard_for_evaluation)
 
 
-def share(catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto") -> TrainImages:
+def share(catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto", runs: int = 1) -> TrainImages:
     """Put the encoded images of splits into the object store, one object a shard. Tasks read the shards.
 
-    With windows only their paths are shared. `window` is as `Feed.share` takes it.
+    With windows only their paths are shared. `window` and `runs` are as `Feed.share` takes them.
     """
     ray_private.start_data_statistics()  # else a worker's pipeline does, in a process with all that the worker loads
     paths = [str(path) for split in splits for path in catalogue.shards(split)]
-    images = choose_window(window, *catalogue.size(*splits), object_store_memory())
+    stores = object_stores()
+    runs_a_store = max(1, runs * min(stores) / sum(stores))
+    images = choose_window(window, *catalogue.size(*splits), min(stores), runs_a_store)
     shards = paths if images else [_read_shard.remote(path) for path in paths]
     return TrainImages(ray.put(decoding.read_index(catalogue, *splits)), shards, [None] * len(shards), images)
 
 
-def object_store_memory() -> float:
-    """Bytes of the smallest object store of a node that decodes: each has a copy of what its tasks read."""
+def object_stores() -> list[float]:
+    """Bytes of the object store of each node that decodes: it has a copy of what its tasks read."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return min((each.get("object_store_memory", 0) for each in nodes if each.get("CPU")), default=0)
+    return [each["object_store_memory"] for each in nodes if each.get("CPU") and "object_store_memory" in each]
 
 
 def put(value: Any) -> Any:
@@ -214,7 +216,7 @@ def decode_for_evaluation(
     catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess
 ) -> decoding.EvaluationImages:
     """The images of splits for evaluation, for all workers and trials; tasks decode them. As `Feed` has it."""
-    return decoding.EvaluationImages.of(catalogue, splits, preprocess, object_store_memory(), _begin_decoding)
+    return decoding.EvaluationImages.of(catalogue, splits, preprocess, min(object_stores()), _begin_decoding)
 
 
 def _begin_decoding(path: str, preprocess: Preprocess) -> Any:

@@ -135,7 +135,7 @@ class Spilled:
 
 
 def plan_rows() -> list[dict]:
-    """A plan for a billion images in shards of 512, four of each item, in windows of 320,000 images. Times are CPU's."""
+    """A plan for a billion images in shards of 512, four of each item, in windows of 320,000 images. Times: CPU."""
     starts = np.arange(0, BILLION + 1, VIEWS)
     ends = np.append(np.arange(512, BILLION, 512), BILLION)
     item = np.broadcast_to(np.int32(0), BILLION)  # a plan that knows where each item's rows are does not read it

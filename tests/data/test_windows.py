@@ -134,6 +134,11 @@ def test_a_window_is_chosen_by_memory_unless_it_is_asked_for(asked, size, window
     assert choose_window(asked, images=1000, size=size, memory=100) == window
 
 
+def test_runs_at_a_time_share_the_memory_for_windows():
+    assert [choose_window("auto", 1000, 1000, 100, runs) for runs in (1, 3)] == [15, 5]
+    assert choose_window("auto", 1000, 50, 100, runs=8) == 0, "all hold the same shards"
+
+
 def test_a_late_step_takes_no_longer():
     plan, fresh = shards_of_four(window=32), shards_of_four(window=32)
     calls = []
