@@ -233,7 +233,7 @@ def prepare_inputs(
 def validation_codes(catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray, int]:
     """Item code and picture code of each validation image, (N,) each, and how many of them are queries."""
     rows = pa.concat_tables([catalogue.columns(split, ["item_id", "path"]) for split in VALIDATION])
-    item = rows["item_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    item = rows["item_id"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
     picture = picture_codes(rows["path"].to_pylist(), read_copies(catalogue))
     return item, picture, catalogue.num_images(VALIDATION[0])
 

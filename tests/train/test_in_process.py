@@ -6,14 +6,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import TINY
 
+from clipfh import UserError
 from clipfh.cluster.resources import resolve_placement
-from clipfh.config import cores
+from clipfh.config import cores, memory
 from clipfh.config.experiment import BatchSettings, Placement
 from clipfh.data import decoding
 from clipfh.data.decoding import BatchSpec, StreamPart
 from clipfh.storage import layout, run_folder
 from clipfh.train import in_process, stream, worker
+from clipfh.train.run import train
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,21 @@ def test_windows_are_read_once_a_pass_and_their_batches_are_the_samplers(recipe,
         np.testing.assert_array_equal(pixels, expected)
     assert max(reads.values()) <= 5, "four passes, and the window to come"
     assert decoding.read_paths(images, rows) == [table["path"][int(row)].as_py() for row in rows]
+
+
+def test_a_run_keeps_the_window_that_it_began_with(small_catalogue, tmp_path, monkeypatch):
+    images, size = small_catalogue.size("train")
+    settings = {**TINY, "batch.items": 2, "budget.images": 32, "budget.report_every": 16}
+    monkeypatch.setattr(in_process, "wanted", lambda *_: True)
+    monkeypatch.setattr(memory, "available", lambda: size)
+    lines: list[str] = []
+    train("image", small_catalogue, tmp_path / "run", settings=settings, log=lines.append)
+    assert [line for line in lines if f"windows a pass, each of about {int(0.15 * images)} images" in line]
+    monkeypatch.setattr(memory, "available", lambda: 100 * size)
+    train("image", small_catalogue, tmp_path / "run", resume=True, log=lines.append)
+    assert json.loads((tmp_path / "run" / layout.RUN).read_text())["window"] == int(0.15 * images)
+    with pytest.raises(UserError, match="--keep-gib keeps decoded images of a catalogue that memory holds whole"):
+        train("image", small_catalogue, tmp_path / "run", resume=True, keep_gib=1, log=lines.append)
 
 
 def test_validation_images_beyond_their_share_are_decoded_at_each_report(small_catalogue, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from clipfh import UserError
 from clipfh.cluster.resources import Resources
 from clipfh.config import presets, schema
 from clipfh.config.experiment import LOSS_TERMS
-from clipfh.data import images
+from clipfh.data import decoding, images
 from clipfh.data.prepare import prepare
 from clipfh.data.sampler import ItemIndex, build_index, make_sampler
 from clipfh.learn import learner
@@ -129,6 +130,28 @@ def test_two_workers_train_what_one_does(fitted):
     for term in ("loss", *(f"loss_{t}" for t in LOSS_TERMS)):
         assert losses[0][term] == pytest.approx(losses[1][term], rel=1e-4), term
     assert apart(final(one), final(two)) < 5e-4, "a step of AdamW turns rounding of tiny gradients into up to lr"
+
+
+def test_the_workers_of_a_run_share_its_windows(fitted, small_catalogue):
+    settings = {**TINY, "batch.items": 2, "batch.window": 40, "budget.images": 128}
+    experiment = presets.resolve("image", None, settings)
+    readers, over = set(), threading.Event()
+
+    def look():
+        while not over.wait(0.05):
+            readers.update(name for name in ray.util.list_named_actors() if name.startswith("clipfh-windows-"))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    run = fitted(experiment, 2)
+    over.set()
+    looking.join()
+    assert len(readers) == 1
+    index = decoding.read_index(small_catalogue, "train")
+    plan = make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles, window=40)
+    assert len(plan.plan.windows(0).item_ends) > 1
+    drawn = [json.loads(line)["images"] for line in (run / "stream.jsonl").read_text().splitlines()]
+    assert drawn == [plan.batch(step).tolist() for step in range(32)]
 
 
 def test_divergence_ends_the_run_with_the_reason(fitted):
