@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import object_store
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from clipfh.data import catalogue
 from clipfh.data import prepare as prepare_module
 from clipfh.data.prepare import prepare
 from clipfh.demo.source import write_source
+from clipfh.storage import store
 
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
@@ -76,6 +78,31 @@ def ray_cluster(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny() -> Experiment:
     return presets.resolve("image", None, TINY)
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    with object_store.serve() as store:
+        yield store
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch):
+    """An object store with an empty bucket, and what is set to use it."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    yield s3_server
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
+    store.Folder(f"s3://{object_store.BUCKET}").clear()
+    s3_server.requests.clear()
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path) -> store.Folder:
+    """A folder that is not there yet, on the disk and in a bucket."""
+    if request.param == "local":
+        return store.Folder(tmp_path / "place")
+    return store.Folder(request.getfixturevalue("bucket").uri("place"))
 
 
 @pytest.fixture

@@ -62,9 +62,7 @@ def audit(args: argparse.Namespace) -> None:
             print(console.table(["path", "item", "looks like", "by"], rows))
     print(f"page {found.page}")
     if found.without:
-        print(
-            f"{len(found.without):,} photos to leave out by prepare --without: {found.page.with_name(layout.WITHOUT)}"
-        )
+        print(f"{len(found.without):,} photos to leave out by prepare --without: {found.page.parent / layout.WITHOUT}")
 
 
 def prompts(args: argparse.Namespace) -> None:
@@ -134,7 +132,7 @@ def sweep(args: argparse.Namespace) -> None:
 
         estimate_sweep(args.file, args.catalogue, **common, log=console.print_now)
         return
-    with console.live(Path(args.out)) as (log, each_report):
+    with console.live(args.out) as (log, each_report):
         result = clipfh.sweep(
             args.file,
             args.catalogue,
@@ -200,7 +198,7 @@ def search(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     from clipfh.report import page
 
-    print(f"report {page.write(args.paths, Path(args.out) if args.out else None)}")
+    print(f"report {page.write(args.paths, args.out)}")
 
 
 def demo(args: argparse.Namespace) -> None:

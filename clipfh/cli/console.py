@@ -6,7 +6,6 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 print_now = functools.partial(print, flush=True)
@@ -106,7 +105,7 @@ class _Tenths:
 
 
 @contextlib.contextmanager
-def live(out: Path) -> Iterator[tuple[Callable[[str], None], bool]]:
+def live(out: str) -> Iterator[tuple[Callable[[str], None], bool]]:
     """A function that prints lines of a sweep, and whether each report of a trial should be one.
 
     In a terminal a table of the sweep's trials stands below the lines, from the first line on, and shows the reports.
@@ -118,9 +117,12 @@ def live(out: Path) -> Iterator[tuple[Callable[[str], None], bool]]:
     from rich.live import Live
 
     from clipfh.report import status
+    from clipfh.storage.store import Folder
 
-    console = Console(highlight=False)
-    shown = Live(get_renderable=lambda: status.table(out, console.height - 4), console=console, refresh_per_second=1)
+    console, often = Console(highlight=False), 1 / Folder(out).seconds_between_looks
+    shown = Live(
+        get_renderable=lambda: status.table(out, console.height - 4), console=console, refresh_per_second=often
+    )
 
     def log(line: str) -> None:
         shown.start()

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from clipfh import LOST, causes, mendable
@@ -82,8 +81,10 @@ def explain(error: BaseException, args: argparse.Namespace | None) -> str | None
 
 def _remedy(args: argparse.Namespace | None) -> str:
     """How to go on after a stop."""
-    out = Path(getattr(args, "out", None) or "")
-    if any((out / file).exists() for file in (layout.RUN, layout.SWEEP)):
+    from clipfh.storage.store import Folder  # loads pyarrow, which `clipfh --help` does without
+
+    out = Folder(getattr(args, "out", None) or ".")
+    if any(out.exists(file) for file in (layout.RUN, layout.SWEEP)):
         return "the same command with --resume goes on from the last checkpoint"
     return "give the same command again"
 

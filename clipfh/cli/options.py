@@ -12,7 +12,6 @@ from clipfh import UserError, __version__
 from clipfh.cli import commands
 from clipfh.config import presets, schema
 from clipfh.config.experiment import LOSS_TERMS, Experiment, Placement
-from clipfh.storage.output import require_folder
 
 DESCRIPTION = """Tune CLIP to find the same item again in a catalogue of photos.
 
@@ -428,7 +427,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     _check_options(words, command)
     args = _parser(command).parse_args(words if command == "submit" else _joined(argv))
     args.settings, args.placement = _settings(args), _placement(args)
-    require_folder(getattr(args, "out", None) or "")
     if command == "submit":
         args.words = list(argv[len(words) + 1 :])
         args.inner = parse(args.words) if args.words else None

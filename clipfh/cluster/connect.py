@@ -63,7 +63,9 @@ def _quieten() -> None:
 
 
 def _environment() -> dict[str, Any]:
-    return ray_private.shared_env({name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")})
+    """Settings of this process that all others of the job take over: where a store is, and never who we are to it."""
+    names = ("RAY_TRAIN_", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
+    return ray_private.shared_env({name: value for name, value in os.environ.items() if name.startswith(names)})
 
 
 LONGEST = 39

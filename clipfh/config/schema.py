@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from clipfh import UserError
 from clipfh.config.experiment import Experiment
@@ -190,6 +190,13 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-def load_experiment(path: str | Path) -> Experiment:
+class TextFile(Protocol):
+    """A file on a disk or at a URI: a `Path`, or what stands for one."""
+
+    def is_file(self) -> bool: ...
+    def read_text(self) -> str: ...
+
+
+def load_experiment(file: TextFile) -> Experiment:
     """Read `experiment.json`."""
-    return from_json(Path(path).read_text(), str(path))
+    return from_json(file.read_text(), str(file))

@@ -255,7 +255,9 @@ KEYS = [f.name for f in dataclasses.fields(SweepFile)]
 BUDGET_KEYS = [f.name for cls in (Budget, Halving) for f in dataclasses.fields(cls)]
 
 
-def load(path: str | Path, overrides: Mapping[str, Any] | None = None, trials: int | None = None) -> SweepFile:
+def load(
+    path: str | schema.TextFile, overrides: Mapping[str, Any] | None = None, trials: int | None = None
+) -> SweepFile:
     """Read and check a sweep file.
 
     Args:
@@ -266,7 +268,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None, trials: i
     Raises:
         UserError: unreadable, or a key, setting or value that does not fit; nothing has started then.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     if not path.is_file():
         raise UserError(f"{path}: no such sweep file; sweeps/ has some to start from")
     try:

@@ -11,12 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from clipfh.config import cores
@@ -68,16 +66,18 @@ class CopyGroup:
         return "items" if self.num_items > 1 else "item"
 
 
-def find_copies(shards: Sequence[Path]) -> list[CopyGroup]:
+def find_copies(shards: Sequence[str]) -> list[CopyGroup]:
     """All copies among the photos of a catalogue's shards, on all cores.
 
-    12 KiB a photo are written to a temporary file beside the shards; about 1.5 KiB a photo are held in memory.
+    12 KiB a photo are written to a temporary file, beside the shards where these are on a disk; about 1.5 KiB a photo
+    are held in memory.
     """
     if not shards:
         return []
     rows = pa.concat_tables(read_columns(shard, ["path", "item_id", "split"]) for shard in shards)
     photos = [CopiedPhoto(*row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)]
-    with tempfile.TemporaryFile(dir=shards[0].parent) as file:
+    beside = Folder(shards[0]).parent
+    with tempfile.TemporaryFile(dir=beside.local_path() if beside.is_local else None) as file:
         pictures = np.memmap(file, np.uint8, "w+", shape=(len(photos), SIDE, SIDE, 3))
         whole, content, thumbs = _scan(shards, pictures)
         picture = _number_pictures(shards, content, thumbs)
@@ -93,7 +93,7 @@ def find_copies(shards: Sequence[Path]) -> list[CopyGroup]:
     return groups + [CopyGroup("near", [photos[row] for row in its]) for its in join_pairs(near.tolist())]
 
 
-def _scan(shards: Sequence[Path], pictures: np.ndarray) -> tuple[list[bytes], list[bytes], np.ndarray]:
+def _scan(shards: Sequence[str], pictures: np.ndarray) -> tuple[list[bytes], list[bytes], np.ndarray]:
     """Fill `pictures`; returns for each photo a digest of its bytes, one of those that make pixels, and a thumbnail."""
     whole, content, row = [], [], 0
     thumbs = np.empty((len(pictures), THUMB, THUMB), np.uint8)
@@ -108,9 +108,9 @@ def _scan(shards: Sequence[Path], pictures: np.ndarray) -> tuple[list[bytes], li
     return whole, content, thumbs
 
 
-def _read_batches(shards: Sequence[Path]) -> Iterator[list[bytes]]:
+def _read_batches(shards: Sequence[str]) -> Iterator[list[bytes]]:
     for shard in shards:
-        for batch in pq.ParquetFile(shard).iter_batches(BATCH * cores.available(), columns=["image"]):
+        for batch in store.open_parquet(shard).iter_batches(BATCH * cores.available(), columns=["image"]):
             yield batch["image"].to_pylist()
 
 
@@ -123,7 +123,7 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _number_pictures(shards: Sequence[Path], content: list[bytes], thumbs: np.ndarray) -> np.ndarray:
+def _number_pictures(shards: Sequence[str], content: list[bytes], thumbs: np.ndarray) -> np.ndarray:
     """(N,) number of the picture of each photo: photos that are equal to the pixel have one.
 
     Only photos with equal thumbnails and other contents are decoded to find out.
@@ -139,7 +139,7 @@ def _number_pictures(shards: Sequence[Path], content: list[bytes], thumbs: np.nd
 
 
 def _join_equal(
-    shards: Sequence[Path], picture: np.ndarray, near: np.ndarray, is_almost_equal: np.ndarray
+    shards: Sequence[str], picture: np.ndarray, near: np.ndarray, is_almost_equal: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find those of the near pairs (n, 2) that are equal to the pixel, in files of two formats.
 
@@ -153,12 +153,12 @@ def _join_equal(
     return np.array([number_of.get(number, number) for number in picture.tolist()]), near[~is_equal]
 
 
-def _digest_rows(shards: Sequence[Path], rows: set[int]) -> dict[int, bytes]:
+def _digest_rows(shards: Sequence[str], rows: set[int]) -> dict[int, bytes]:
     """Digests of the decoded pixels of some rows of all shards."""
     digests, start = dict[int, bytes](), 0
     with ThreadPoolExecutor(cores.available()) as pool:
         for shard in shards:
-            count = pq.read_metadata(shard).num_rows
+            count = store.open_parquet(shard).metadata.num_rows
             if here := [row for row in range(start, start + count) if row in rows]:
                 images = read_columns(shard, ["image"])["image"].take([row - start for row in here]).to_pylist()
                 digests |= dict(zip(here, pool.map(_digest_pixels, images), strict=True))
@@ -242,18 +242,18 @@ def photos_to_leave_out(groups: Sequence[CopyGroup]) -> list[str]:
 # In the catalogue's folder
 
 
-def save_copies(folder: Path, groups: Sequence[CopyGroup], content: str) -> None:
+def save_copies(folder: Folder, groups: Sequence[CopyGroup], content: str) -> None:
     """Write `audit.json` into the folder of a catalogue whose manifest has the hash `content`."""
     copies = [
         {"kind": group.kind, "reach": group.reach, "photos": [asdict(photo) for photo in group.photos]}
         for group in groups
     ]
-    store.write(folder / layout.AUDIT, json.dumps({"catalogue": content, "copies": copies}, indent=1) + "\n")
+    folder.write(layout.AUDIT, json.dumps({"catalogue": content, "copies": copies}, indent=1) + "\n")
 
 
 def read_copies(catalogue: Catalogue) -> list[CopyGroup]:
     """The copies that `prepare` found in a catalogue; none where it did not look for them."""
-    findings = Folder(catalogue.path).read_json(layout.AUDIT)
+    findings = catalogue.path.read_json(layout.AUDIT)
     return [
         CopyGroup(each["kind"], [CopiedPhoto(**photo) for photo in each["photos"]])
         for each in findings.get("copies", [])
@@ -262,7 +262,7 @@ def read_copies(catalogue: Catalogue) -> list[CopyGroup]:
 
 def load_copies(catalogue: Catalogue) -> list[CopyGroup]:
     """The copies in a catalogue, which are looked for where `prepare` did not."""
-    if (catalogue.path / layout.AUDIT).is_file():
+    if catalogue.path.exists(layout.AUDIT):
         return read_copies(catalogue)
     return find_copies([path for split in SPLITS for path in catalogue.shards(split)])
 

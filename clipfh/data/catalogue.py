@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from clipfh import UserError
 from clipfh.data.splits import SPLITS
-from clipfh.storage import layout
+from clipfh.storage import layout, store
+from clipfh.storage.store import Folder
 
 FORMAT, VERSION = "clipfh-catalogue", 2
 COLUMNS = ("item_id", "variant", "view", "gender", "category", "path", "split", "text", "color")
@@ -23,12 +23,12 @@ SCHEMA = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in CO
 class Catalogue:
     """A finished catalogue; `manifest` is what `catalogue.json` holds."""
 
-    path: Path
+    path: Folder
     manifest: dict[str, Any]
 
-    def shards(self, split: str) -> list[Path]:
-        """The Parquet files of a split, in order. A train item is never cut by the end of a shard."""
-        return [self.path / name for name in self.manifest["shards"][split]]
+    def shards(self, split: str) -> list[str]:
+        """Paths or URIs of the Parquet files of a split, in order. A train item is never cut by the end of a shard."""
+        return [f"{self.path.address}/{name}" for name in self.manifest["shards"][split]]
 
     def rows(self, split: str) -> pa.Table:
         """The rows of a split, one an image, without the images."""
@@ -49,7 +49,8 @@ class Catalogue:
 
     def images_at(self, paths: Sequence[str]) -> dict[str, bytes]:
         """Encoded images by their paths. Only the row groups that may hold one of them are read."""
-        shards = ds.dataset([str(path) for split in SPLITS for path in self.shards(split)], partitioning=None)
+        paths_in_store = [store.locate(shard)[1] for split in SPLITS for shard in self.shards(split)]
+        shards = ds.dataset(paths_in_store, filesystem=self.path.filesystem, format="parquet", partitioning=None)
         rows = shards.to_table(columns=["path", "image"], filter=ds.field("path").isin(list(paths)))
         return dict(zip(rows["path"].to_pylist(), rows["image"].to_pylist(), strict=True))
 
@@ -83,7 +84,7 @@ class Catalogue:
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table().select(columns)
 
 
-def open_catalogue(path: str | Path | Catalogue) -> Catalogue:
+def open_catalogue(path: str | Path | Folder | Catalogue) -> Catalogue:
     """Open what `prepare` wrote; a catalogue that is open comes back as it is.
 
     Raises:
@@ -91,10 +92,10 @@ def open_catalogue(path: str | Path | Catalogue) -> Catalogue:
     """
     if isinstance(path, Catalogue):
         return path
-    path = Path(path).absolute()  # workers of a cluster have another working directory
+    path = Folder(store.absolute(path))  # workers of a cluster have another working directory
     file = path / layout.CATALOGUE
     if not file.is_file():
-        if partial_folder(path).exists() or (path / layout.PLAN).exists():
+        if partial_folder(path).exists() or path.exists(layout.PLAN):
             raise UserError(f"{path}: half-written: run the same clipfh prepare again, it goes on where it stopped")
         raise UserError(f"{path}: not a catalogue (it has no catalogue.json): make one with clipfh prepare")
     try:
@@ -108,16 +109,17 @@ def open_catalogue(path: str | Path | Catalogue) -> Catalogue:
             f"{path}: a catalogue of version {version}, and this clipfh reads version {VERSION}: "
             "delete it and run clipfh prepare again"
         )
+    sizes = path.files()
     for name, size in [shard for shards in manifest["shards"].values() for shard in shards.items()]:
-        if not (path / name).is_file() or (path / name).stat().st_size != size:
+        if sizes.get(name) != size:
             raise UserError(f"{path / name}: missing or cut short: delete {path} and run clipfh prepare again")
     return Catalogue(path, manifest)
 
 
-def partial_folder(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+def partial_folder(out: Folder) -> Folder:
+    """Where a catalogue lies while it is made: in a bucket, which has no renames, at its own place."""
+    return Folder(f"{out}.partial") if out.is_local else out
 
 
-def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
-    # ParquetFile, because pq.read_table takes a folder called `a=b` above the file for a column of its own
-    return pq.ParquetFile(path).read(list(columns)).replace_schema_metadata()
+def read_columns(path: str, columns: Sequence[str]) -> pa.Table:
+    return store.open_parquet(path).read(list(columns)).replace_schema_metadata()

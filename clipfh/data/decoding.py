@@ -20,12 +20,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipfh.config.experiment import AugmentSettings, BatchSettings, Experiment
 from clipfh.data import images
@@ -33,6 +31,7 @@ from clipfh.data.catalogue import Catalogue, read_columns
 from clipfh.data.images import Preprocess
 from clipfh.data.sampler import ItemIndex, PKSampler, build_index, make_sampler
 from clipfh.data.windows import Window, WindowReader
+from clipfh.storage import store
 
 
 def fetch(handle: Any) -> Any:
@@ -152,8 +151,8 @@ class EvaluationImages:
 
         `decode` begins to decode the shard of a path by a `preprocess`, and returns its handle.
         """
-        paths = [str(path) for split in splits for path in catalogue.shards(split)]
-        ends = np.cumsum([pq.read_metadata(path).num_rows for path in paths])
+        paths = [path for split in splits for path in catalogue.shards(split)]
+        ends = np.cumsum([store.open_parquet(path).metadata.num_rows for path in paths])
         begin = functools.partial(decode, preprocess=preprocess)
         if ends[-1] * 3 * preprocess.size**2 <= EVALUATION_SHARE * memory:
             return cls(ends, [begin(path) for path in paths])
@@ -295,7 +294,7 @@ def read_paths(shared: TrainImages, rows: np.ndarray) -> list[str]:
     """The paths in the source of the images of these rows."""
 
     def path(shard: pa.Table | str, row: int) -> str:
-        table = read_columns(Path(shard), ["path"]) if isinstance(shard, str) else shard
+        table = read_columns(shard, ["path"]) if isinstance(shard, str) else shard
         return str(table["path"][row].as_py())
 
     read = _row_reader(fetch(shared.index).shard_ends, shared.shards, path)
@@ -334,7 +333,7 @@ def read_index(catalogue: Catalogue, *splits: str) -> ItemIndex:
 
 def read_shard(path: str) -> pa.Table:
     """Read a shard's encoded images and their paths in the source."""
-    table = pq.ParquetFile(path).read(columns=["image", "path"])
+    table = store.open_parquet(path).read(columns=["image", "path"])
     # int64 offsets: a column of 2 GiB and more stays one chunk
     return table.set_column(0, "image", table["image"].cast(pa.large_binary())).combine_chunks()
 

@@ -7,7 +7,6 @@ encoded and written by one process, a row group at a time, and survives a kill w
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -45,8 +44,9 @@ from clipfh.data.encode import DecodingMemory, encode_listed, start_encoding
 from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, digest
 from clipfh.sources import read as read_module
 from clipfh.sources.listing import NOT_WANTED, UNBLAMED, LeftOut, Photo, ReadOptions
-from clipfh.storage import layout
-from clipfh.storage.output import require_folder
+from clipfh.storage import layout, store
+from clipfh.storage.output import require_writable
+from clipfh.storage.store import Folder
 
 SHARD_IMAGES = (
     512  # size of a process's task, which a kill may lose; smaller where there would be too few shards for the cores
@@ -66,7 +66,7 @@ _row_of = attrgetter(*COLUMNS)
 
 def prepare(
     source: str | Path,
-    out: str | Path,
+    out: str | Path | Folder,
     *,
     val_fraction: float = 0.1,
     image_size: int = 256,
@@ -81,8 +81,9 @@ def prepare(
 ) -> Catalogue:
     """Make the catalogue `out` of `source` on all cores. A catalogue that is there and up to date is reused.
 
-    The work is done in `<out>.partial`, which is renamed at the end. After a kill, the next start continues behind the
-    last finished shard. The manifest's `hash` (rows and image bytes) does not depend on kills or cores.
+    The work is done in `<out>.partial`, which is renamed at the end; in a bucket, which has no renames, at its place,
+    and the manifest is written last. After a kill, the next start continues behind the last finished shard. The
+    manifest's `hash` (rows and image bytes) does not depend on kills or cores.
 
     Args:
         source: path or URI of a source in any form that `read_source` takes.
@@ -104,8 +105,8 @@ def prepare(
     """
     if not (0 <= val_fraction < 1 and 0 <= max_bad <= 1 and image_size > 0):
         raise UserError("--val-fraction must be in [0, 1), --max-bad in [0, 1], --image-size above 0: change it")
-    require_folder(out)
-    source, out = str(source), Path(out).absolute()
+    require_writable(out)
+    source, out = str(source), Folder(store.absolute(out))
     with _processes() as pool:
         options = ReadOptions(follow_links, skip_bad_lines, encoding, inshop_boxes)
         listing = read_module.read_source(source, options)
@@ -115,7 +116,7 @@ def prepare(
         shards = _cut_into_shards(photos)
         settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed, "follow_links": follow_links}
         plan = digest(json.dumps([FORMAT, VERSION, settings]), *(digest(json.dumps(shard.photos)) for shard in shards))
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not out.is_empty() and (out.is_local or out.exists(layout.CATALOGUE)):
             return _reuse_up_to_date(out, plan, tally)
 
         folder = partial_folder(out)
@@ -124,7 +125,7 @@ def prepare(
             _write_shards(pool, folder, shards, _Reader(listing.store, image_size, follow_links), tally)
             pool.shutdown()  # what follows needs memory, the processes none any more
             contents = _describe_contents(folder, shards)
-            copies = find_copies([folder / shard.name for shard in shards])
+            copies = find_copies([f"{folder.address}/{shard.name}" for shard in shards])
             save_copies(folder, copies, contents["hash"])
             manifest = {
                 "format": FORMAT,
@@ -278,7 +279,7 @@ class _PhotoCount:
         return {"count": len(listed), "reasons": reasons, "list": listed[:LEFT_OUT_LISTED]}
 
 
-def _reuse_up_to_date(out: Path, plan: str, tally: _PhotoCount) -> Catalogue:
+def _reuse_up_to_date(out: Folder, plan: str, tally: _PhotoCount) -> Catalogue:
     try:
         catalogue = open_catalogue(out)
     except UserError as error:
@@ -293,7 +294,7 @@ def _reuse_up_to_date(out: Path, plan: str, tally: _PhotoCount) -> Catalogue:
 
 
 @contextmanager
-def _user_errors(folder: Path) -> Iterator[None]:
+def _user_errors(folder: Folder) -> Iterator[None]:
     """Turn failures of the machine during the work into a UserError that says what to do."""
     again = "then run the same command again, it goes on where it stopped"
     try:
@@ -304,23 +305,23 @@ def _user_errors(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: can't be written ({error}): make room or mend that, {again}") from error
 
 
-def _claim(folder: Path, plan: str) -> None:
+def _claim(folder: Folder, plan: str) -> None:
     """Claim the folder for this plan: reuse what the same plan left there, clear what another plan left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file, content = folder / layout.PLAN, json.dumps({"plan": plan})
-    if file.is_file() and file.read_text() == content:
+    folder.make()
+    content = json.dumps({"plan": plan})
+    is_claimed = folder.exists(layout.PLAN)
+    if is_claimed and folder.read_text(layout.PLAN) == content:
         return
-    if file.is_file():
-        shutil.rmtree(folder)
-        folder.mkdir()
-    elif any(folder.iterdir()):
+    if is_claimed:
+        folder.clear()
+    elif not folder.is_empty():
         raise UserError(f"{folder}: is needed to work in, and holds something else: move it or choose another --out")
-    file.write_text(content)
+    folder.write(layout.PLAN, content)
 
 
 def _write_shards(
     pool: ProcessPoolExecutor,
-    folder: Path,
+    folder: Folder,
     shards: list[_Shard],
     reader: _Reader,
     tally: _PhotoCount,
@@ -332,39 +333,32 @@ def _write_shards(
         }
         under_way = []
         for shard in (shard for shard in shards if (shard.split in GALLERY_OF) == of_queries):
-            if footer := _footer(folder / shard.name):
+            if footer := _footer(folder, shard.name):
                 tally.add(footer["images"], footer["left_out"])
                 continue
             items = matched.get(shard.split)
-            under_way.append(pool.submit(_write_shard, folder / shard.name, shard.photos, reader, items))
+            under_way.append(pool.submit(_write_shard, folder, shard.name, shard.photos, reader, items))
         for done in as_completed(under_way):
             tally.add(*done.result())
 
 
 def _write_shard(
-    path: Path, photos: list[Photo], reader: _Reader, matched: set[str] | None
+    folder: Folder, name: str, photos: list[Photo], reader: _Reader, matched: set[str] | None
 ) -> tuple[int, list[LeftOut]]:
-    """Write a shard under a temporary name and rename it at the end, so that a shard with its name is whole.
+    """Write a shard whole or not at all.
 
     Its footer holds the hash of its rows and what was left out, for a later run that finds it finished. Returns the
     number of images and what was left out: also a query whose item is not in `matched`.
     """
     num_images, hashes, left_out = 0, [], list[LeftOut]()
     rows = _rows(photos, reader, matched, left_out)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with pq.ParquetWriter(str(temporary), SCHEMA, **_STORED) as writer:
-            while group := list(islice(rows, ROW_GROUP_IMAGES)):
-                images, *columns = zip(*group, strict=True)
-                hashes.append(digest(json.dumps(columns), *images))
-                writer.write_table(pa.table([pa.array(values) for values in (images, *columns)], schema=SCHEMA))
-                num_images += len(group)
-            writer.add_key_value_metadata({"clipfh": json.dumps({"hash": digest(*hashes), "left_out": left_out})})
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with folder.replacing(name, is_kept=True) as file, pq.ParquetWriter(file, SCHEMA, **_STORED) as writer:
+        while group := list(islice(rows, ROW_GROUP_IMAGES)):
+            images, *columns = zip(*group, strict=True)
+            hashes.append(digest(json.dumps(columns), *images))
+            writer.write_table(pa.table([pa.array(values) for values in (images, *columns)], schema=SCHEMA))
+            num_images += len(group)
+        writer.add_key_value_metadata({"clipfh": json.dumps({"hash": digest(*hashes), "left_out": left_out})})
     return num_images, left_out
 
 
@@ -385,28 +379,31 @@ def _rows(
             yield image, *_row_of(photo)
 
 
-def _footer(path: Path) -> dict[str, Any] | None:
+def _footer(folder: Folder, name: str) -> dict[str, Any] | None:
     """A shard's hash, number of images and left-out photos, or None where the shard is not there or not whole."""
     try:
-        metadata = pq.read_metadata(path)
+        metadata = store.open_parquet(folder / name).metadata
     except (OSError, pa.ArrowException):
         return None
     return {"images": metadata.num_rows, **json.loads(metadata.metadata[b"clipfh"])}
 
 
-def _item_ids(folder: Path, shards: Iterable[_Shard]) -> set[str]:
-    tables = (read_columns(folder / shard.name, ["item_id"]) for shard in shards)
+def _item_ids(folder: Folder, shards: Iterable[_Shard]) -> set[str]:
+    tables = (read_columns(f"{folder.address}/{shard.name}", ["item_id"]) for shard in shards)
     return {item for table in tables for item in table["item_id"].unique().to_pylist()}
 
 
-def _describe_contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
+def _describe_contents(folder: Folder, shards: list[_Shard]) -> dict[str, Any]:
     """The manifest's account of the shards in `folder`: hash, counts, notes, sizes."""
-    footers = {shard.name: _footer(folder / shard.name) or {} for shard in shards}
+    sizes = folder.files()
+    footers = {shard.name: _footer(folder, shard.name) or {} for shard in shards}
     filled = {split: [s for s in shards if s.split == split and footers[s.name]["images"]] for split in SPLITS}
     if not any(filled.values()):
         raise UserError(f"{folder}: none of the images can be read: mend them or check --source")
     names = ["item_id", "split", *_NOTED]
-    rows = pa.concat_tables(read_columns(folder / shard.name, names) for its in filled.values() for shard in its)
+    rows = pa.concat_tables(
+        read_columns(f"{folder.address}/{shard.name}", names) for its in filled.values() for shard in its
+    )
     items = rows.group_by(["item_id", "split"]).aggregate([("item_id", "count")])
     return {
         "hash": digest(*(footer["hash"] for footer in footers.values())),
@@ -418,7 +415,7 @@ def _describe_contents(folder: Path, shards: list[_Shard]) -> dict[str, Any]:
             for split, its in filled.items()
         },
         "notes": _note_oddities(rows, items),
-        "shards": {split: {s.name: (folder / s.name).stat().st_size for s in its} for split, its in filled.items()},
+        "shards": {split: {s.name: sizes[s.name] for s in its} for split, its in filled.items()},
     }
 
 
@@ -449,12 +446,11 @@ def _note_oddities(rows: pa.Table, items: pa.Table) -> list[str]:
     return [*notes, *(note for split, note in lacking.items() if split not in splits)]
 
 
-def _finish(folder: Path, out: Path, manifest: dict[str, Any]) -> None:
-    for stale in folder.glob("*.tmp"):
-        stale.unlink()
-    with (folder / layout.CATALOGUE).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    folder.rename(out)
-    (out / layout.PLAN).unlink()
+def _finish(folder: Folder, out: Folder, manifest: dict[str, Any]) -> None:
+    for stale in (name for name in folder.files() if name.endswith(".new")):
+        folder.remove_file(stale)
+    with folder.replacing(layout.CATALOGUE, is_kept=True) as file:
+        file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    if folder != out:
+        folder.local_path().rename(out)
+    out.remove_file(layout.PLAN)

@@ -19,6 +19,7 @@ from clipfh.config import schema
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.model import hub
 from clipfh.storage import layout
+from clipfh.storage.store import Folder
 
 LOCAL = "local-dir:"
 """Begins the name of a model that lies in a folder, as open_clip writes it"""
@@ -169,12 +170,12 @@ def find_folder(settings: ModelSettings, with_weights: bool = False) -> Path | N
     return folder
 
 
-def read_folder(folder: Path) -> Architecture:
+def read_folder(path: str | Path | Folder) -> Architecture:
     """The architecture of a folder that has an `open_clip_config.json`, and its tokenizer's files if they lie there."""
-    file = folder / layout.OPEN_CLIP_CONFIG
-    read = parse(file.read_text(encoding="utf-8"), file)
-    has_files = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    return replace(read, tokenizer_folder=str(folder.absolute())) if has_files else read
+    folder = Folder(path)
+    read = parse(folder.read_text(layout.OPEN_CLIP_CONFIG), f"{folder}/{layout.OPEN_CLIP_CONFIG}")
+    has_files = any(folder.exists(name) for name in TOKENIZER_FILES)
+    return replace(read, tokenizer_folder=str(folder.local_path().absolute())) if has_files else read
 
 
 def _listed(settings: ModelSettings) -> Architecture:

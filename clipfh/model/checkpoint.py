@@ -76,12 +76,13 @@ def save(
 def load_training(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Raw weights, average, training state and metrics, to go on from."""
     folder = Folder(path)
-    training = torch.load(folder.local_path(layout.TRAINING_STATE), map_location="cpu", weights_only=True)
+    with folder.fetched(layout.TRAINING_STATE) as local:
+        training = torch.load(local / layout.TRAINING_STATE, map_location="cpu", weights_only=True)
     average = _load_weights(folder, layout.AVERAGE_WEIGHTS) if folder.exists(layout.AVERAGE_WEIGHTS) else {}
     return _load_weights(folder, layout.RAW_WEIGHTS), average, training, folder.read_json(layout.METRICS)
 
 
-def load(path: str | Path) -> Weights:
+def load(path: str | Path | Folder) -> Weights:
     """Weights from a sweep, a run (its best checkpoint), a checkpoint, an export, or a safetensors, .pt or .pth file.
 
     Raises:
@@ -89,9 +90,10 @@ def load(path: str | Path) -> Weights:
     """
     place = find(path)
     if place.is_file():
-        state, name = read_state(place)
+        with place.parent.fetched(place.name) as local:
+            state, name = read_state(local / place.name)
         return Weights(state, None, {}, str(place), name)
-    folder = Folder(place)
+    folder = place
     experiment = schema.from_json(folder.read_text(layout.EXPERIMENT), f"{folder}/{layout.EXPERIMENT}")
     state = _load_weights(
         folder, layout.EXPORTED_WEIGHTS if folder.exists(layout.EXPORTED_WEIGHTS) else layout.RAW_WEIGHTS
@@ -102,12 +104,12 @@ def load(path: str | Path) -> Weights:
     return Weights(state, experiment, metrics, str(folder), own_architecture=read_architecture(place))
 
 
-def read_architecture(path: str | Path) -> Architecture | None:
+def read_architecture(path: str | Path | Folder) -> Architecture | None:
     """The architecture that a run, a checkpoint or an export keeps; those of old versions keep none."""
     folder = Folder(path)
     if folder.exists(layout.ARCHITECTURE):
         return architectures.parse(folder.read_text(layout.ARCHITECTURE), f"{folder}/{layout.ARCHITECTURE}")
-    return architectures.read_folder(folder.local_path()) if folder.exists(layout.OPEN_CLIP_CONFIG) else None
+    return architectures.read_folder(folder) if folder.exists(layout.OPEN_CLIP_CONFIG) else None
 
 
 def build(weights: Weights, settings: ModelSettings) -> nn.Module:
@@ -116,7 +118,8 @@ def build(weights: Weights, settings: ModelSettings) -> nn.Module:
 
 
 def _load_weights(folder: Folder, name: str) -> dict[str, Tensor]:
-    return load_file(folder.local_path(name))
+    with folder.fetched(name) as local:
+        return load_file(local / name)
 
 
 def load_model(path: str | Path | None, settings: Mapping[str, Any]) -> tuple[nn.Module, Experiment, str]:
@@ -162,7 +165,7 @@ def notes_on_model(clip: nn.Module, settings: ModelSettings, weights: str, catal
         if settings.image_size:
             raise UserError(f"--model.image_size {few}: {remedy}")
         notes.append(f"note: {settings.name} {few}, so they are enlarged: {remedy}")
-    if weights and Path(weights).is_file() and (twin := architectures.twin_name(settings)):
+    if weights and Folder(weights).is_file() and (twin := architectures.twin_name(settings)):
         notes.append(
             f"note: {weights} does not tell its activation; it runs with {architecture.activation}, as --model "
             f"{settings.name} says: write --model {twin} if it was trained with the other"
@@ -183,24 +186,24 @@ def _require_model(weights: Weights, settings: Mapping[str, Any]) -> None:
         )
 
 
-def list_weight_files(path: str | Path) -> list[Path]:
+def list_weight_files(path: str | Path) -> list[Folder]:
     """The files from which `load` has its weights. UserError: as `find`."""
     place = find(path)
     if place.is_file():
         return [place]
     names = (layout.EXPORTED_WEIGHTS, layout.RAW_WEIGHTS, layout.AVERAGE_WEIGHTS)
-    return [Folder(place).local_path(name) for name in names if Folder(place).exists(name)]
+    return [place / name for name in names if place.exists(name)]
 
 
-def find(path: str | Path) -> Path:
+def find(path: str | Path | Folder) -> Folder:
     """The folder that holds the weights meant by a path: a sweep's export, a run's best checkpoint, or itself."""
     folder = Folder(path)
     if not folder.exists():
         raise UserError(f"{path}: no such file or folder; give a run, a checkpoint, an export or a weights file")
-    if Path(path).is_file() or folder.exists(layout.EXPORTED_WEIGHTS) or folder.exists(layout.RAW_WEIGHTS):
-        return folder.local_path()
+    if folder.is_file() or folder.exists(layout.EXPORTED_WEIGHTS) or folder.exists(layout.RAW_WEIGHTS):
+        return folder
     if folder.exists(f"{layout.BEST}/{layout.EXPORTED_WEIGHTS}"):
-        return folder.local_path(layout.BEST)
+        return folder / layout.BEST
     if folder.exists(layout.CHECKPOINTS):
-        return (folder / layout.CHECKPOINTS).local_path(run_folder.find_best_checkpoint(path))
+        return folder / layout.CHECKPOINTS / run_folder.find_best_checkpoint(path)
     raise UserError(f"{path} holds no weights: give a run, a checkpoint, an export or a weights file")

@@ -26,8 +26,8 @@ from clipfh.data.splits import SPLITS
 from clipfh.model import onnx
 from clipfh.model.architecture import load_open_clip, weights_name
 from clipfh.model.clip import get_architecture, get_preprocess, load_tokenizer
-from clipfh.storage import layout, store
-from clipfh.storage.output import require_folder
+from clipfh.storage import layout
+from clipfh.storage.output import require_writable
 from clipfh.storage.store import Folder
 
 TOLERANCE = 1e-5
@@ -42,11 +42,11 @@ Evidence = Mapping[str, Any]
 def write_export(
     clip: nn.Module,
     experiment: Experiment,
-    out: str | Path,
+    out: str | Path | Folder,
     evidence: Evidence | None = None,
     photos: Sequence[bytes] = (),
     with_onnx: bool = False,
-) -> Path:
+) -> Folder:
     """Write the model as `open_clip.create_model_and_transforms("local-dir:OUT")` takes it.
 
     Args:
@@ -60,14 +60,14 @@ def write_export(
     Raises:
         UserError: something is there already, or a library for ONNX is missing.
     """
-    require_folder(out)
-    out, photos = Path(out), photos if len(photos) > 1 else _noise()
-    if out.is_file() or not Folder(out).is_empty():
+    require_writable(out)
+    out, photos = Folder(out), photos if len(photos) > 1 else _noise()
+    if not out.is_empty():
         raise UserError(f"--out {out} is not empty: remove it, or name another folder")
     if with_onnx:
         onnx.require_libraries()
     clip = clip.cpu().eval()
-    with store.whole_folder(out) as folder:
+    with out.filling(last=layout.EXPORTED_WEIGHTS) as folder:
         architecture = get_architecture(clip)
         weights = {name: tensor.detach().contiguous() for name, tensor in clip.state_dict().items()}
         save_file(weights, folder / layout.EXPORTED_WEIGHTS)
@@ -156,7 +156,7 @@ def _data(catalogue: Mapping[str, Any]) -> dict[str, str]:
     if not catalogue:
         return {}
     counts = {n: f"{c['images']:,} photos of {c['items']:,} items" for n, c in catalogue["counts"].items()}
-    return {"name": Path(catalogue["path"]).name, "hash": catalogue["hash"][:12], **counts}
+    return {"name": Folder(catalogue["path"]).name, "hash": catalogue["hash"][:12], **counts}
 
 
 def _metrics_table(evidence: Evidence) -> dict[str, Any]:

@@ -276,7 +276,7 @@ def is_zero_shot(trial: str) -> bool:
 Record = EvaluationRecord | RunRecord | SweepRecord
 
 
-def read(path: str | Path) -> Record:
+def read(path: str | Path | Folder) -> Record:
     """What a folder holds.
 
     Raises:
@@ -306,7 +306,7 @@ def read_run(folder: Folder) -> RunRecord:
 
 def read_sweep(folder: Folder) -> SweepRecord:
     """A sweep as it stands. UserError: a file that can't be read."""
-    file = sweep_file.load(folder.local_path(layout.SWEEP))
+    file = sweep_file.load(folder / layout.SWEEP)
     board = folder.read_text(layout.LEADERBOARD) if folder.exists(layout.LEADERBOARD) else ""
     rows = csv.DictReader(io.StringIO(board, newline=""), restval="")
     trials = [_read_trial(row, folder / layout.TRIALS / row["trial"], file.search) for row in rows]
@@ -321,7 +321,7 @@ def final_runs(sweep: Folder) -> list[RunRecord]:
     return [read_run(run) for run in sweep.folders(layout.FINAL)]
 
 
-def runs(path: str | Path) -> list[RunRecord]:
+def runs(path: str | Path | Folder) -> list[RunRecord]:
     """The run in a folder, or the trials and final runs of a sweep that have begun."""
     folder = Folder(path)
     within = [folder] if folder.exists(layout.RUN) else [*folder.folders(layout.TRIALS), *folder.folders(layout.FINAL)]

@@ -31,7 +31,7 @@ from clipfh.report.artifacts import (
     short,
 )
 from clipfh.report.model_charts import Subset
-from clipfh.storage import layout, store
+from clipfh.storage import layout
 from clipfh.storage.store import Folder
 
 NONE = "–"
@@ -40,7 +40,7 @@ LABELS = {"mAP": "mAP", **RANKS, "mAP_at_R": "mAP@R", "mINP": "mINP"}
 CHARTED = {key: LABELS[key] for key in ("mAP", "rank1", "rank5", "rank10", "mAP_at_R", "mINP")}
 
 
-def write(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
+def write(paths: Sequence[str | Path | Folder], out: str | Path | Folder | None = None) -> Folder:
     """Write the page and return where it is.
 
     Args:
@@ -51,14 +51,14 @@ def write(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
         UserError: a folder that is none of these or can't be read, or a file that can't be written.
     """
     shown = [read(path) for path in paths]
-    own = [Path(path).resolve().name for path in paths]
+    own = [Folder(path).name for path in paths]
     names = own if len(set(own)) == len(own) else [str(path) for path in paths]
-    out = Path(out) if out else Path(paths[0]) / layout.REPORT
-    if out.is_dir():
+    out = Folder(out) if out else Folder(paths[0]) / layout.REPORT
+    if out.is_folder():
         raise UserError(f"{out} is a folder: name a file with --out")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        store.write(out, page(names, shown))
+        out.parent.make()
+        out.write("", page(names, shown))
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}): name another file with --out") from error
     return out

@@ -116,14 +116,15 @@ def compute_importances(sweep: SweepRecord) -> dict[str, float]:
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(sweep.folder.local_path(layout.STUDY))))
-    study = optuna.load_study(study_name=sweep.name, storage=storage)
-    number = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
-    if number < ENOUGH:
-        return {}
-    # Below five of the best it would say little
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=max(0.1, 5 / number))
-    importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    with sweep.folder.fetched(layout.STUDY) as folder:
+        journal = optuna.storages.JournalStorage(JournalFileBackend(str(folder / layout.STUDY)))
+        study = optuna.load_study(study_name=sweep.name, storage=journal)
+        number = len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
+        if number < ENOUGH:
+            return {}
+        # Below five of the best it would say little
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=max(0.1, 5 / number))
+        importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
     shares = {name: importances.get(name, 0.0) + importances.get(f"{name}?", 0.0) for name in sweep.search}
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 

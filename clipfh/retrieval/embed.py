@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from clipfh.data.images import Preprocess
 from clipfh.model.clip import get_architecture, get_preprocess, load_tokenizer
 from clipfh.model.devices import choose_device, explain_out_of_memory, resolve_precision
 from clipfh.model.towers import Towers, embed_images, embed_texts
+from clipfh.storage import store
 
 BATCH = 128
 OnProgress = Callable[[int, int], None]
@@ -103,9 +103,9 @@ def _with_share_of_cores() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def read_batches(shard: os.PathLike | str) -> Iterator[pa.Array]:
+def read_batches(shard: str) -> Iterator[pa.Array]:
     """The encoded images of a shard, BATCH at a time."""
-    for part in pq.ParquetFile(shard).iter_batches(BATCH, columns=["image"]):
+    for part in store.open_parquet(shard).iter_batches(BATCH, columns=["image"]):
         yield part["image"]
 
 

@@ -63,7 +63,7 @@ class RayEncoder:
 
     def images(self, catalogue: Catalogue, splits: Sequence[str], progress: embed.OnProgress | None = None) -> Tensor:
         catalogue.require(*splits)
-        paths = [str(path) for split in splits for path in catalogue.shards(split)]
+        paths = [path for split in splits for path in catalogue.shards(split)]
         total = sum(map(catalogue.num_images, splits))
         at_once = min(len(paths), resources.compute_slots(), math.ceil(total / IMAGES_A_PROCESS))
         # Not `read_parquet`, which starts some ten processes more to look into a handful of files

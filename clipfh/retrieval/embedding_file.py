@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -11,11 +9,12 @@ from torch import Tensor
 
 from clipfh import UserError
 from clipfh.storage import store
+from clipfh.storage.store import Folder
 
 MARK = "clipfh"
 
 
-def write(file: Path, rows: pa.Table, embedding: Tensor, mark: str) -> None:
+def write(file: Folder, rows: pa.Table, embedding: Tensor, mark: str) -> None:
     """Write the file, whole or not at all.
 
     Args:
@@ -26,24 +25,23 @@ def write(file: Path, rows: pa.Table, embedding: Tensor, mark: str) -> None:
     """
     vectors = pa.FixedSizeListArray.from_arrays(embedding.numpy().ravel(), embedding.shape[1])
     table = rows.append_column("embedding", vectors).replace_schema_metadata({MARK: mark})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with store.replacing(file) as new:
-        pq.write_table(table, new, compression="none", use_dictionary=False)
+    file.parent.make()
+    file.write_table("", table, compression="none", use_dictionary=False)
 
 
-def read_mark(file: Path) -> str | None:
+def read_mark(file: Folder) -> str | None:
     """What the embeddings of a file were made of; None where it is no file of embeddings. UserError: can't be read."""
     try:
-        mark = (pq.read_schema(file).metadata or {}).get(MARK.encode())
+        mark = (store.open_parquet(file).schema_arrow.metadata or {}).get(MARK.encode())
     except pa.ArrowException as error:
         raise _unreadable(file, error) from error
     return mark.decode() if mark is not None else None
 
 
-def read(file: Path) -> tuple[pa.Table, Tensor]:
+def read(file: Folder) -> tuple[pa.Table, Tensor]:
     """The rows, without their embeddings, and the embeddings (N, D). UserError: can't be read."""
     try:
-        table = pq.ParquetFile(file, memory_map=True).read()
+        table = (pq.ParquetFile(file, memory_map=True) if file.is_local else store.open_parquet(file)).read()
     except pa.ArrowException as error:
         raise _unreadable(file, error) from error
     vectors = table["embedding"].combine_chunks()
@@ -51,5 +49,5 @@ def read(file: Path) -> tuple[pa.Table, Tensor]:
     return table.drop_columns("embedding"), embedding
 
 
-def _unreadable(file: Path, error: Exception) -> UserError:
+def _unreadable(file: Folder, error: Exception) -> UserError:
     return UserError(f"{file}: can't be read as embeddings ({error}): name another file, or delete it and embed again")

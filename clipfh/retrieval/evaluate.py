@@ -30,7 +30,7 @@ from clipfh.model.prompts import load_prompts_for, notes_on_prompts
 from clipfh.retrieval import embed, embedding_file, metrics
 from clipfh.retrieval import rerank as reranking
 from clipfh.storage import layout
-from clipfh.storage.output import all_or_nothing, is_in_use, require_folder
+from clipfh.storage.output import all_or_nothing, require_writable
 from clipfh.storage.store import Folder
 
 TOP = 50
@@ -41,7 +41,7 @@ TOP = 50
 class Evaluation:
     """What `evaluate` measured and wrote."""
 
-    out: Path
+    out: Folder
     metrics: dict[str, Any]
     """what `metrics.json` holds"""
     is_reused: bool
@@ -52,12 +52,12 @@ class Evaluation:
     @property
     def predictions(self) -> pa.Table:
         """The first TOP gallery images of each query: query, rank, gallery, similarity, match."""
-        return Folder(self.out).read_table(layout.PREDICTIONS)
+        return self.out.read_table(layout.PREDICTIONS)
 
 
 def evaluate(
     catalogue: Catalogue | str | Path,
-    out: str | Path,
+    out: str | Path | Folder,
     *,
     checkpoint: str | Path | None = None,
     split: str = "test",
@@ -89,10 +89,10 @@ def evaluate(
     Raises:
         UserError: the catalogue, the folder, the model or a setting does not fit.
     """
-    require_folder(out)
-    opened, out = open_catalogue(catalogue), Path(out)
+    require_writable(out)
+    opened, out = open_catalogue(catalogue), Folder(out)
     require(random_splits >= 0, "random-splits", "0 or more", random_splits)
-    if is_in_use(out) and not any((out / file).exists() for file in (layout.PREDICTIONS, layout.EMBEDDINGS)):
+    if not out.is_empty() and not any(out.exists(file) for file in (layout.PREDICTIONS, layout.EMBEDDINGS)):
         raise UserError(f"--out {out} is not empty, and holds no evaluation to replace: name another folder")
     splits = get_splits(split)
     opened.require(*splits)
@@ -110,7 +110,7 @@ def evaluate(
     figures = measure(out, embedded, random_splits, skip_unmatched, rerank)
     source = {"path": str(opened.path), "hash": opened.manifest["hash"]}
     about = {"catalogue": source, "split": split, "model": experiment.model.name, "checkpoint": checkpoint}
-    Folder(out).write(layout.EVALUATION, json.dumps(about, indent=2, default=str) + "\n")
+    out.write(layout.EVALUATION, json.dumps(about, indent=2, default=str) + "\n")
     return Evaluation(out, figures, reused is not None, notes)
 
 
@@ -227,32 +227,33 @@ def fingerprint(
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
-def keep(folder: str | Path, mark: str, embedded: Embedded) -> None:
+def keep(out: str | Path | Folder, mark: str, embedded: Embedded) -> None:
     """Leave the embeddings in a folder, with the fingerprint of what they were made of."""
+    folder = Folder(out)
     rows = pa.concat_tables([embedded.query_rows, embedded.gallery_rows]).select(["path", "item_id", "split"])
     if embedded.captions is not None:
         texts = pa.table({"prompt": embedded.prompts})
-        embedding_file.write(Folder(folder).local_path(layout.PROMPTS), texts, embedded.captions.embedding, mark)
-    embedding_file.write(Folder(folder).local_path(layout.EMBEDDINGS), rows, embedded.both.embedding, mark)
+        embedding_file.write(folder / layout.PROMPTS, texts, embedded.captions.embedding, mark)
+    embedding_file.write(folder / layout.EMBEDDINGS, rows, embedded.both.embedding, mark)
 
 
 def kept(
-    folder: str | Path, mark: str, catalogue: Catalogue, splits: tuple[str, str], prompts: dict[str, str]
+    out: str | Path | Folder, mark: str, catalogue: Catalogue, splits: tuple[str, str], prompts: dict[str, str]
 ) -> Embedded | None:
     """What `keep` left in a folder; None where that is nothing, or was made of anything else."""
-    images, texts = (_read(Folder(folder), name, mark) for name in (layout.EMBEDDINGS, layout.PROMPTS))
+    images, texts = (_read(Folder(out), name, mark) for name in (layout.EMBEDDINGS, layout.PROMPTS))
     lacking = texts is None and distinct_prompts(catalogue, splits, prompts)
     return None if images is None or lacking else _assembled(catalogue, splits, prompts, images, texts)
 
 
 def _read(folder: Folder, name: str, mark: str) -> Tensor | None:
     """The embeddings in a file; None where there is none or its mark is another."""
-    file = folder.local_path(name)
-    return embedding_file.read(file)[1] if folder.exists(name) and embedding_file.read_mark(file) == mark else None
+    file = folder / name
+    return embedding_file.read(file)[1] if file.exists() and embedding_file.read_mark(file) == mark else None
 
 
 def measure(
-    out: str | Path, embedded: Embedded, random_splits: int, skip_unmatched: bool = False, rerank: bool = False
+    out: str | Path | Folder, embedded: Embedded, random_splits: int, skip_unmatched: bool = False, rerank: bool = False
 ) -> dict[str, Any]:
     """Work out the `figures`, re-ranked if asked, and `write` them; returns them. UserError: as `figures`."""
     similarity = reranking.rerank(embedded.query, embedded.gallery) if rerank else None
@@ -354,7 +355,7 @@ def _text_figures(embedded: Embedded) -> dict[str, Any]:
 
 
 def write(
-    out: str | Path,
+    out: str | Path | Folder,
     found: dict[str, Any],
     embedded: Embedded,
     scores: metrics.Scores,

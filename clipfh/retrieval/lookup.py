@@ -34,7 +34,9 @@ from clipfh.model.prompts import load_prompts_for
 from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.retrieval import embedding_file, evaluate, metrics
 from clipfh.retrieval.embed import OnProgress, connection
-from clipfh.storage.output import require_folder
+from clipfh.storage import store
+from clipfh.storage.output import require_writable
+from clipfh.storage.store import Folder
 
 THUMBNAIL = (320, 440)
 """Pixels that a picture on the page fits into: about twice what a screen shows."""
@@ -44,7 +46,7 @@ THUMBNAIL = (320, 440)
 class SearchIndex:
     """An opened file of embeddings."""
 
-    file: Path
+    file: Folder
     rows: pa.Table
     """item_id, path, split and prompt of N images."""
     embedding: Tensor
@@ -64,7 +66,7 @@ class SearchHit:
 
 def embed(
     catalogue: Catalogue | str | Path,
-    out: str | Path,
+    out: str | Path | Folder,
     *,
     checkpoint: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -88,9 +90,9 @@ def embed(
     Raises:
         UserError: the catalogue, the file, the model or a setting does not fit.
     """
-    require_folder(out)
-    opened, out = open_catalogue(catalogue), Path(out)
-    if out.is_dir() or (out.exists() and embedding_file.read_mark(out) is None):
+    require_writable(Folder(out).parent)
+    opened, out = open_catalogue(catalogue), Folder(out)
+    if out.is_folder() or (out.exists() and embedding_file.read_mark(out) is None):
         raise UserError(f"--out {out} is there, and holds no embeddings to replace: name another file")
     clip, experiment, weights = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
     for note in notes_on_model(clip, experiment.model, weights or weights_name(experiment.model), opened):
@@ -152,20 +154,20 @@ def describe_provenance(clip: nn.Module, experiment: Experiment, weights: str, o
         {
             "clipfh": __version__,
             "model": model_fingerprint(clip, experiment.model),
-            "weights": str(Path(weights).absolute()) if weights else "",
+            "weights": store.absolute(weights) if weights else "",
             "experiment": schema.to_json(experiment),
             "catalogue": source,
         }
     )
 
 
-def open_index(file: str | Path) -> SearchIndex:
+def open_index(file: str | Path | Folder) -> SearchIndex:
     """Open a file that `clipfh embed` wrote.
 
     Raises:
         UserError: there is no such file, or it is something else.
     """
-    file = Path(file)
+    file = Folder(file)
     if not file.is_file():
         raise UserError(f"--embeddings {file}: no such file: make one with clipfh embed CATALOGUE --out {file.name}")
     provenance = _parse_provenance(embedding_file.read_mark(file))
@@ -191,7 +193,7 @@ def load_embedding_model(index: SearchIndex, path: str | None = None) -> tuple[n
     """
     experiment = schema.from_json(index.provenance["experiment"], str(index.file))
     where = path or index.provenance["weights"]
-    if where and not Path(where).exists():
+    if where and not Folder(where).exists():
         raise UserError(f"the model of {index.file} is no longer at {where}: say where by --checkpoint, or embed again")
     clip, _, _ = checkpoint_module.load_model(where or None, schema.flatten(experiment))
     if model_fingerprint(clip, experiment.model) != index.provenance["model"]:
@@ -230,7 +232,9 @@ def find_nearest(index: SearchIndex, query: Tensor, top: int) -> list[SearchHit]
     ]
 
 
-def write_page(out: str | Path, index: SearchIndex, asked: str, photo: Path | None, found: Sequence[SearchHit]) -> None:
+def write_page(
+    out: str | Path | Folder, index: SearchIndex, asked: str, photo: Path | None, found: Sequence[SearchHit]
+) -> None:
     """One HTML file, without network or script: what was asked for, and pictures of what was found.
 
     Args:
@@ -251,15 +255,15 @@ def write_page(out: str | Path, index: SearchIndex, asked: str, photo: Path | No
     text = pages.get_template("search.html").render(
         asked=asked, query=query, shown=shown, count=len(index.embedding), catalogue=source["path"], version=__version__
     )
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    out = Folder(out)
+    out.parent.make()
+    out.write("", text)
 
 
 def _open_source(index: SearchIndex) -> Catalogue:
     """The catalogue that was embedded, if it is still what it was."""
     source = index.provenance["catalogue"]
-    if not Path(source["path"]).is_dir():
+    if not Folder(source["path"]).is_folder():
         raise UserError(
             f"the pictures are in the catalogue {source['path']}, which is gone: put it back, or embed it where it is "
             "now; without --html the search works as it is"

@@ -25,7 +25,8 @@ from clipfh.data.splits import SPLITS
 from clipfh.model.checkpoint import load_model
 from clipfh.retrieval import evaluate, metrics
 from clipfh.retrieval.embed import OnProgress, connection
-from clipfh.storage import layout, store
+from clipfh.storage import layout
+from clipfh.storage.store import Folder
 
 SHOWN_GROUPS, SHOWN_PHOTOS = 60, 6
 """How many groups of a kind the page shows, and how many photos of each."""
@@ -56,7 +57,7 @@ class Audit:
     """Most suspicious first; None without a model."""
     without: list[str]
     """Paths in the list for `prepare --without`."""
-    page: Path
+    page: Folder
     """The page with pictures; the list and `audit.json` lie beside it."""
 
 
@@ -110,11 +111,10 @@ def audit(
 def _write(catalogue: Catalogue, copies: list[CopyGroup], suspects: list[Suspect] | None, without: list[str]) -> None:
     copies_module.save_copies(catalogue.path, copies, catalogue.manifest["hash"])
     if suspects is not None:
-        file = catalogue.path / layout.AUDIT
-        findings = json.loads(file.read_bytes()) | {"suspects": [asdict(each) for each in suspects]}
-        store.write(file, json.dumps(findings, indent=1) + "\n")
-    store.write(catalogue.path / layout.WITHOUT, "".join(f"{path}\n" for path in without))
-    store.write(catalogue.path / layout.AUDIT_PAGE, render_page(catalogue, copies, suspects, without))
+        findings = catalogue.path.read_json(layout.AUDIT) | {"suspects": [asdict(each) for each in suspects]}
+        catalogue.path.write(layout.AUDIT, json.dumps(findings, indent=1) + "\n")
+    catalogue.path.write(layout.WITHOUT, "".join(f"{path}\n" for path in without))
+    catalogue.path.write(layout.AUDIT_PAGE, render_page(catalogue, copies, suspects, without))
 
 
 def find_suspects(embedding: Tensor, rows: pa.Table, margin: float = MARGIN) -> list[Suspect]:

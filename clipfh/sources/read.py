@@ -20,6 +20,7 @@ from clipfh.sources.parquet_tables import read_parquet
 from clipfh.sources.tables import read_csv
 from clipfh.sources.tar_shards import read_tars
 from clipfh.storage import layout
+from clipfh.storage.store import locate
 
 _AS_IT_IS = ReadOptions()
 
@@ -45,7 +46,7 @@ def read_source(source: str | Path, options: ReadOptions = _AS_IT_IS) -> Listing
 def _open(source: str) -> tuple[fs.SubTreeFileSystem, str]:
     """The source's folder and, where the source is a file, its name."""
     if "://" in source:
-        base, path = fs.FileSystem.from_uri(source)
+        base, path = locate(source)
     else:
         base, path = fs.LocalFileSystem(), Path(source).absolute().as_posix()
     kind = base.get_file_info(path).type

@@ -1,47 +1,57 @@
-"""The folder that a command writes to: whether something is there, and leaving it as it was after a failure."""
+"""The folder that a command writes to: whether it can be written, and leaving it as it was after a failure."""
 
 from __future__ import annotations
 
 import contextlib
-import re
-import shutil
+import fnmatch
+import os
+import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
-from clipfh import UserError
+from clipfh.storage import remote
+from clipfh.storage.store import Folder
+
+PATIENCE = 15.0
+"""Seconds for which a store may leave the first question unanswered: an address may be wrong."""
 
 
-def require_folder(out: str | Path) -> None:
-    """Raise UserError where a result should be written to object storage, such as s3://shop/runs, which can't be yet.
+def require_writable(out: str | os.PathLike[str]) -> None:
+    """See that a store at a URI can be written, by a small file that is removed again.
 
-    A `Path` of such an address has lost one of its slashes.
+    A local folder speaks for itself.
+
+    Raises:
+        UserError: it refuses, or does not answer.
     """
-    if re.match(r"(?!file:)[A-Za-z][\w+.-]+:/", str(out)):
-        raise UserError(
-            f"--out {out}: results can't be written to object storage: give a folder (on a disk that all nodes share, "
-            "with a cluster), and copy it there"
-        )
+    folder = Folder(out)
+    if folder.is_local:
+        return
+    store, probe = folder.filesystem.handler, f"{folder.path}/.clipfh-{uuid.uuid4().hex}"
 
+    def write() -> None:
+        with store.base.open_output_stream(probe) as file:
+            file.write(b"clipfh looks whether it can write here")
+        store.base.delete_file(probe)
 
-def is_in_use(out: Path) -> bool:
-    """Whether the folder holds something. A file counts too, because nothing can be put into it."""
-    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if store.has_folders:
+        folder.make()
+    remote.patiently(write, name=store.name, patience=PATIENCE)
 
 
 @contextlib.contextmanager
-def all_or_nothing(out: Path, result: str) -> Iterator[None]:
+def all_or_nothing(out: str | os.PathLike[str], result: str) -> Iterator[None]:
     """Where the block fails before the folder holds a result (a glob), leave the folder as it was: empty or absent.
 
     The user can then give the corrected command with the same --out.
     """
-    require_folder(out)
-    was_there, was_in_use = out.exists(), is_in_use(out)
+    folder = Folder(out)
+    was_there, was_empty = folder.exists(), folder.is_empty()
+    require_writable(folder)
     try:
         yield
     except BaseException:
-        if not was_in_use and out.is_dir() and not any(out.glob(result)):
-            for each in out.iterdir():
-                shutil.rmtree(each) if each.is_dir() else each.unlink()
+        if was_empty and folder.is_folder() and not fnmatch.filter(folder.files(), f"{result}*"):
+            folder.clear()
             if not was_there:
-                out.rmdir()
+                folder.remove()
         raise

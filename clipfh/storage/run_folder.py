@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
-
 from clipfh import UserError
-from clipfh.storage import layout, store
+from clipfh.storage import layout
 from clipfh.storage.store import Folder
 
 AWAY = 600
 """Seconds that a run or a sweep waits for its folder, as a share that is not mounted comes back."""
 
 
-def wait_for(file: str | Path, tell: Callable[[str], None] = lambda line: None) -> None:
+def wait_for(file: Folder, log: Callable[[str], None] = lambda line: None) -> None:
     """Return when a file is there that was written at the start: else its folder is away, and writing makes another.
+
+    At a URI there is nothing to wait for: a store that is away is waited for by each read and write.
 
     Args:
         file: of a run (`layout.EXPERIMENT`) or a sweep (`layout.SWEEP`), absolute or a URI.
@@ -29,25 +29,24 @@ def wait_for(file: str | Path, tell: Callable[[str], None] = lambda line: None) 
         UserError: it does not come back.
     """
     end = time.monotonic() + AWAY
-    if _is_there(file):
+    if not file.is_local or _is_there(file):
         return
-    tell(f"{file} is away: waits for it, for up to {AWAY // 60} minutes")
+    log(f"{file} is away: waits for it, for up to {AWAY // 60} minutes")
     while not _is_there(file):
         if time.monotonic() > end:
             raise UserError(f"{file} has been away for {AWAY // 60} minutes: bring its file system back, then --resume")
         time.sleep(1)
-    tell(f"{file} is back")
+    log(f"{file} is back")
 
 
-def _is_there(file: str | Path) -> bool:
-    filesystem, path = store.locate(file)
+def _is_there(file: Folder) -> bool:
     try:
-        return bool(filesystem.get_file_info(path).type == pyarrow.fs.FileType.File)
+        return file.exists()
     except OSError:  # a share whose server does not answer
         return False
 
 
-def read_metrics(out: str | Path) -> list[dict[str, Any]]:
+def read_metrics(out: str | Path | Folder) -> list[dict[str, Any]]:
     """The reports of a run so far."""
     return Folder(out).read_lines(layout.REPORTS)
 
@@ -66,21 +65,21 @@ class History:
     """A run's `metrics.jsonl` and `stream.jsonl`, which a restart cuts back to the checkpoint it goes on from."""
 
     def __init__(self, out: str, step: int) -> None:
-        self.out, self.folder = out, Folder(out)
+        self.folder = Folder(out)
         self.metrics = [line for line in self._read(layout.REPORTS) if json.loads(line)["step"] <= step]
         self.stream = [line for line in self._read(layout.STREAM) if json.loads(line)["step"] < step]
 
     def _read(self, name: str) -> list[str]:
-        return self.folder.read_text(name).splitlines() if self.folder.exists(name) else []
+        return self.folder.read_if_there(name).splitlines()
 
     def write(self) -> None:
         """Both files, each whole or not at all."""
-        wait_for(f"{self.out}/{layout.EXPERIMENT}")
+        wait_for(self.folder / layout.EXPERIMENT)
         for name, lines in ((layout.REPORTS, self.metrics), (layout.STREAM, self.stream)):
             self.folder.write(name, "".join(f"{line}\n" for line in lines))
 
 
-def find_best_checkpoint(run: str | Path) -> str:
+def find_best_checkpoint(run: str | Path | Folder) -> str:
     """Name of the run's checkpoint with the highest validation mAP, or of the last of a run without validation.
 
     Ray Train's own list says so: a folder that is not on that list may be half-written.
@@ -98,7 +97,7 @@ def find_best_checkpoint(run: str | Path) -> str:
     return str(max(listed, key=lambda r: r["metrics"].get("val_mAP", r["metrics"]["step"]))["checkpoint_dir_name"])
 
 
-def latest_step(run: str | Path) -> int:
+def latest_step(run: str | Path | Folder) -> int:
     """The step at which the run's last checkpoint goes on, or went before it was freed; 0 without one."""
     if freed := read_freed(run):
         return int(freed["step"])
@@ -106,11 +105,11 @@ def latest_step(run: str | Path) -> int:
     return int(latest["metrics"]["step"]) if latest else 0
 
 
-def read_freed(run: str | Path) -> dict[str, Any]:
+def read_freed(run: str | Path | Folder) -> dict[str, Any]:
     """What `FREED` says of a run that can't be gone on with, as its checkpoints were not all kept; else nothing."""
     return Folder(run).read_json(layout.FREED)
 
 
-def _read_snapshot(run: str | Path) -> dict[str, Any]:
+def _read_snapshot(run: str | Path | Folder) -> dict[str, Any]:
     """Ray Train's list of the run's checkpoints; empty where there is none yet."""
     return (Folder(run) / layout.CHECKPOINTS).read_json(layout.SNAPSHOT)

@@ -6,7 +6,6 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -17,7 +16,8 @@ from clipfh.cluster.run_queue import RunQueue
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import SweepFile
-from clipfh.storage import layout, run_folder, store
+from clipfh.storage import layout, run_folder
+from clipfh.storage.store import Folder
 from clipfh.sweep.run_thread import last_line
 from clipfh.train import driver
 from clipfh.train.run_inputs import Inputs, ModelKey, model_key
@@ -25,7 +25,7 @@ from clipfh.train.run_inputs import Inputs, ModelKey, model_key
 RETRIES = 3
 
 
-def leaders(rows: Sequence[Mapping[str, Any]], out: Path, top: int) -> dict[str, Experiment]:
+def leaders(rows: Sequence[Mapping[str, Any]], out: Folder, top: int) -> dict[str, Experiment]:
     """The first `top` trials of a leaderboard, equal settings counted once, and their experiments."""
     leading: dict[str, Experiment] = {}
     for row in rows:
@@ -41,7 +41,7 @@ def retrain(
     leading: Mapping[str, Experiment],
     sweep: SweepFile,
     inputs: Mapping[ModelKey, Inputs],
-    folder: Path,
+    folder: Folder,
     resources: Resources,
     log: Callable[[str], None],
 ) -> dict[str, list[float]]:
@@ -60,17 +60,17 @@ def retrain(
     return {trial: [score(run_path(folder, trial, number)) for number in numbers] for trial in leading}
 
 
-def run_path(folder: Path, trial: str, number: int) -> Path:
+def run_path(folder: Folder, trial: str, number: int) -> Folder:
     """The folder in which a trial's settings are trained for the n-th time again."""
     return folder / f"{trial}-again-{number}"
 
 
-def score(run: Path) -> float:
+def score(run: Folder) -> float:
     """A run's best validation mAP; the worst there is where it diverged."""
     return float(run_folder.read_metrics(run)[-1]["best_val_mAP"])
 
 
-def read_divergence(run: Path) -> str:
+def read_divergence(run: Folder) -> str:
     """Why a run ended before its time; empty where it did not. Its last checkpoint is of a model half trained."""
     return str(run_folder.read_metrics(run)[-1].get("diverged", ""))
 
@@ -80,7 +80,7 @@ def best_trial(scores: Mapping[str, Sequence[float]]) -> str:
     return max(scores, key=lambda trial: mean(scores[trial]))
 
 
-def best_run(folder: Path, trial: str, scores: Sequence[float]) -> Path:
+def best_run(folder: Folder, trial: str, scores: Sequence[float]) -> Folder:
     """The folder of the best of a trial's runs."""
     return run_path(folder, trial, 1 + max(range(len(scores)), key=lambda number: scores[number]))
 
@@ -89,10 +89,10 @@ def refit(
     experiment: Experiment,
     sweep: SweepFile,
     inputs: Mapping[ModelKey, Inputs],
-    folder: Path,
+    folder: Folder,
     resources: Resources,
     log: Callable[[str], None],
-) -> Path:
+) -> Folder:
     """Train on inputs that hold the validation items too, to the end of the budget; returns the run's folder."""
     whole = dataclasses.replace(experiment, budget=dataclasses.replace(experiment.budget, patience=0))
     out = folder / "refit"
@@ -101,7 +101,7 @@ def refit(
 
 
 def _train_all(
-    jobs: Mapping[Path, Experiment],
+    jobs: Mapping[Folder, Experiment],
     sweep: SweepFile,
     inputs: Mapping[ModelKey, Inputs],
     resources: Resources,
@@ -125,10 +125,10 @@ def _train_all(
         over.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for out in jobs:
-            ray_private.release(str(out))
+            ray_private.release(out.address)
 
 
-def _outcome(out: Path, run: Future[None]) -> str:
+def _outcome(out: Folder, run: Future[None]) -> str:
     """What a run came to, for a person."""
     if error := run.exception():
         return f"{out.name} failed: {mendable(error) or last_line(str(error))}"
@@ -138,22 +138,22 @@ def _outcome(out: Path, run: Future[None]) -> str:
     return f"{out.name}: val mAP {last['best_val_mAP']:.3f}" if "best_val_mAP" in last else f"{out.name} is done"
 
 
-def _train(experiment: Experiment, inputs: Inputs, out: Path, resources: Resources, over: threading.Event) -> None:
+def _train(experiment: Experiment, inputs: Inputs, out: Folder, resources: Resources, over: threading.Event) -> None:
     """Train when it is this run's turn, as trials do: more runs at once than a cluster holds could all stand still."""
     lines = run_folder.read_metrics(out)
     is_saved = lines and ("diverged" in lines[-1] or run_folder.latest_step(out) >= lines[-1]["step"])
     if is_saved and driver.is_over(experiment, inputs, lines[-1]):
         return
-    ray_private.release(str(out))  # what an attempt that was killed may have left
-    run_folder.wait_for(out.parents[1] / layout.SWEEP)
-    out.mkdir(parents=True, exist_ok=True)
-    store.write(out / layout.EXPERIMENT, schema.to_json(experiment))
+    ray_private.release(out.address)  # what an attempt that was killed may have left
+    run_folder.wait_for(out.parent.parent / layout.SWEEP)
+    out.make()
+    out.write(layout.EXPERIMENT, schema.to_json(experiment))
     queue = RunQueue()
-    queue.join(str(out))
+    queue.join(out.address)
     try:
-        while not queue.is_turn_of(str(out), resources):
+        while not queue.is_turn_of(out.address, resources):
             if over.wait(1):
                 return
         driver.run_training(experiment, inputs, out, resources, retries=RETRIES)
     finally:
-        queue.leave(str(out))
+        queue.leave(out.address)

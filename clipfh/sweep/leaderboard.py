@@ -7,14 +7,14 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
 from clipfh.config.sweep_file import SweepFile
-from clipfh.storage import layout, run_folder, store
+from clipfh.storage import layout, run_folder
+from clipfh.storage.store import Folder
 from clipfh.sweep.searcher import ROW, own_trials
 from clipfh.sweep.trial import OBJECTIVE
 
@@ -29,7 +29,7 @@ Row = Mapping[str, Any]
 class Leaderboard:
     """`leaderboard.csv` of a sweep."""
 
-    out: Path
+    out: Folder
     """the sweep's folder"""
     sweep: SweepFile
     study: optuna.Study
@@ -44,7 +44,7 @@ class Leaderboard:
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({"rank": rank, **row} for rank, row in enumerate(rows, 1))
-        store.write(self.out / layout.LEADERBOARD, text.getvalue())
+        self.out.write(layout.LEADERBOARD, text.getvalue())
         return rows
 
     def rows(self) -> list[Row]:

@@ -33,7 +33,7 @@ from clipfh.model.devices import choose_device, resolve_precision
 from clipfh.model.prompts import load_prompts_for
 from clipfh.model.towers import Towers, embed_images
 from clipfh.retrieval import evaluate
-from clipfh.storage import layout, store
+from clipfh.storage import layout
 from clipfh.storage.store import Folder
 from clipfh.sweep.leaderboard import ZERO_SHOT, Row
 from clipfh.train.inputs import VALIDATION
@@ -111,7 +111,7 @@ def _require_tag(settings: ModelSettings) -> None:
 def run(
     sweep: SweepFile,
     catalogue: Catalogue,
-    out: Path,
+    out: Folder,
     resources: Resources,
     load: Load,
     log: Callable[[str], None],
@@ -155,14 +155,14 @@ def narrow(sweep: SweepFile, contenders: Sequence[Contender], log: Callable[[str
     return small
 
 
-def read(out: Path) -> list[Contender]:
+def read(out: str | Path | Folder) -> list[Contender]:
     """The models of a sweep as far as they are measured; empty where there is no race, or none has begun."""
     return [Contender(**each) for each in Folder(out).read_json(layout.RACE).get("models", [])]
 
 
-def _write(out: Path, contenders: Sequence[Contender]) -> None:
+def _write(out: Folder, contenders: Sequence[Contender]) -> None:
     models = [dataclasses.asdict(each) for each in contenders]
-    store.write(out / layout.RACE, json.dumps({"models": models}, indent=2) + "\n")
+    out.write(layout.RACE, json.dumps({"models": models}, indent=2) + "\n")
 
 
 def _enter_all(
@@ -230,13 +230,13 @@ def time_images(clip: nn.Module, settings: ModelSettings, gpus: float) -> float:
     return 1000 * min(seconds) / TIMED
 
 
-def _measure(folder: Path, catalogue: Catalogue, start: Experiment, load: Load) -> float:
+def _measure(folder: Folder, catalogue: Catalogue, start: Experiment, load: Load) -> float:
     """Validation mAP of a model before any tuning; kept, so that a resumed sweep does not ask again."""
-    if not (folder / layout.METRICS).exists():
+    if not folder.exists(layout.METRICS):
         embedded = embed(catalogue, start, load(start), "val")
         measured, scores = evaluate.judge(embedded, 0)
         evaluate.write(folder, measured, embedded, scores)
-    return float(json.loads((folder / layout.METRICS).read_text())["mAP"])
+    return float(folder.read_json(layout.METRICS)["mAP"])
 
 
 def embed(catalogue: Catalogue, experiment: Experiment, clip: nn.Module, split: str) -> evaluate.Embedded:

@@ -22,6 +22,7 @@ from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.retrieval.evaluate import get_splits
 from clipfh.storage import layout
 from clipfh.storage.output import all_or_nothing
+from clipfh.storage.store import Folder
 from clipfh.sweep import estimate, race
 from clipfh.sweep import sweep as sweep_module
 from clipfh.train import track as tracking
@@ -31,12 +32,12 @@ from clipfh.train import track as tracking
 class SweepResult:
     """A sweep that has come to its end. As a text it is what the command prints."""
 
-    out: Path
+    out: Folder
     summary: dict[str, Any]
     """what `summary.json` holds"""
 
     @property
-    def best(self) -> Path:
+    def best(self) -> Folder:
         """Folder of the winner's export."""
         return self.out / layout.BEST
 
@@ -47,7 +48,7 @@ class SweepResult:
 def sweep(
     file: str | Path,
     catalogue: Catalogue | str | Path,
-    out: str | Path,
+    out: str | Path | Folder,
     *,
     trials: int | None = None,
     resume: bool = False,
@@ -81,7 +82,7 @@ def sweep(
     if retry_failed and not resume:
         raise UserError("--retry-failed trains failed trials of a sweep that is there: it goes with --resume")
     loaded = _load(file, settings, trials)
-    opened, out = open_catalogue(catalogue), Path(out)
+    opened, out = open_catalogue(catalogue), Folder(out)
     tracking.require(track)
     with all_or_nothing(out, f"{layout.TRIALS}/*/{layout.METRICS}"), connected(address, loaded.placement, dashboard):
         log(f"Ray's logs: {connect.logs()}")

@@ -6,23 +6,24 @@ study trains in the folder of that number, '0001' for the first. Trials copied f
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from clipfh import UserError
 from clipfh.config.search_range import SWITCH
 from clipfh.config.sweep_file import MODEL, SweepFile
-from clipfh.storage import store
 from clipfh.storage.layout import STUDY
+from clipfh.storage.store import Folder
 from clipfh.sweep.trial import OBJECTIVE
 
 ROW = "leaderboard"
@@ -36,7 +37,10 @@ EARLIER = "earlier"
 
 
 def open_study(
-    sweep: SweepFile, out: Path, retry_failed: bool = False, log: Callable[[str], None] = lambda line: None
+    sweep: SweepFile,
+    out: str | Path | Folder,
+    retry_failed: bool = False,
+    log: Callable[[str], None] = lambda line: None,
 ) -> optuna.Study:
     """Open the study of the sweep in `out`, or make it.
 
@@ -47,23 +51,24 @@ def open_study(
     Raises:
         UserError: the study is of an older version, or `earlier` does not fit.
     """
+    out = Folder(out)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Of `group`, which conditional settings need
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     with tempfile.TemporaryDirectory() as folder:
-        study = optuna.create_study(storage=_storage(Path(folder) / STUDY), study_name=sweep.name, direction="maximize")
-        if (out / STUDY).exists():
-            for trial in _load_study(out / STUDY).trials:
+        study = optuna.create_study(storage=_storage(Folder(folder)), study_name=sweep.name, direction="maximize")
+        if out.exists(STUDY):
+            for trial in load_study(out).trials:
                 _add_again(study, trial, out, retry_failed)
         else:
             study.add_trials(earlier_trials(sweep, log))
             for point in sweep.points:
                 study.enqueue_trial(_parameters(sweep, point))
-        store.write(out / STUDY, (Path(folder) / STUDY).read_bytes())
-    return _load_study(out / STUDY)
+        out.write(STUDY, (Path(folder) / STUDY).read_bytes())
+    return load_study(out)
 
 
-def _add_again(study: optuna.Study, trial: FrozenTrial, out: Path, retry_failed: bool) -> None:
+def _add_again(study: optuna.Study, trial: FrozenTrial, out: Folder, retry_failed: bool) -> None:
     """Copy a trial as it is where it is over, else as one that waits with the settings that it had."""
     if trial.state.is_finished() and not trial.user_attrs.keys() & {ROW, EARLIER, REPEATED}:
         raise UserError(
@@ -170,20 +175,40 @@ class StudySearcher(Searcher):
         self.study.tell(trial, value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
 
 
-def _storage(journal: Path) -> optuna.storages.JournalStorage:
-    return optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+class _WholeJournal(BaseJournalBackend):
+    """A study's journal as one object in a bucket, which is written anew with each entry. It has one writer.
+
+    Args:
+        folder: of the sweep.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder, self.logs = folder, folder.read_lines(STUDY)
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        return iter(self.logs[log_number_from:])
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.logs += logs
+        self.folder.write(STUDY, "".join(f"{json.dumps(each, separators=(',', ':'))}\n" for each in self.logs))
 
 
-def _load_study(journal: Path) -> optuna.Study:
-    """The one study of a journal.
+def _storage(sweep: Folder) -> optuna.storages.JournalStorage:
+    """A sweep's study, on a disk as Optuna's own tools open it."""
+    backend = JournalFileBackend(str(sweep.local_path(STUDY))) if sweep.is_local else _WholeJournal(sweep)
+    return optuna.storages.JournalStorage(backend)
+
+
+def load_study(sweep: Folder) -> optuna.Study:
+    """The study of a sweep that has one.
 
     Raises:
         UserError: it can't be read.
     """
     try:
-        return optuna.load_study(study_name=None, storage=_storage(journal))
+        return optuna.load_study(study_name=None, storage=_storage(sweep))
     except (ValueError, KeyError) as error:
-        raise UserError(f"{journal} can't be read ({error}): start another sweep") from error
+        raise UserError(f"{sweep}/{STUDY} can't be read ({error}): start another sweep") from error
 
 
 def earlier_trials(sweep: SweepFile, log: Callable[[str], None] = lambda line: None) -> list[FrozenTrial]:
@@ -194,10 +219,10 @@ def earlier_trials(sweep: SweepFile, log: Callable[[str], None] = lambda line: N
     """
     if not sweep.earlier:
         return []
-    journal = Path(sweep.earlier) / STUDY
-    if not journal.is_file():
+    earlier = Folder(sweep.earlier)
+    if not earlier.is_file(STUDY):
         raise UserError(f"earlier: {sweep.earlier} holds no study: give the --out of a sweep")
-    trials = _load_study(journal).get_trials(states=[TrialState.COMPLETE])
+    trials = load_study(earlier).get_trials(states=[TrialState.COMPLETE])
     for trial in trials:
         for name, drawn_from in trial.distributions.items():
             _check_same(sweep, name.removesuffix(SWITCH), None if name.endswith(SWITCH) else drawn_from)

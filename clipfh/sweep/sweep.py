@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ class _Context:
 
     sweep: SweepFile
     catalogue: Catalogue
-    out: Path
+    out: Folder
     contenders: Sequence[Contender]
     """each model before any tuning, best first"""
     load: Load
@@ -72,7 +71,7 @@ class _Winner:
     """whose model it is"""
     val_mAP: float
     """of the trial, or the mean of its settings trained again"""
-    run: Path | None
+    run: Folder | None
     """whose weights are taken; None for zero-shot"""
     again: dict[str, list[float]]
     """trial to validation mAPs of its settings with other seeds"""
@@ -85,7 +84,7 @@ class _Winner:
 def run(
     sweep: SweepFile,
     catalogue: Catalogue,
-    out: str | Path,
+    out: str | Path | Folder,
     *,
     resume: bool = False,
     retry_failed: bool = False,
@@ -106,7 +105,7 @@ def run(
     Raises:
         UserError: a folder that holds another sweep, one of an older version, or nothing to resume; an empty split.
     """
-    out, started = Path(out).absolute(), time.monotonic()
+    out, started = Folder(store.absolute(out)), time.monotonic()
     catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
     sweep = _within_space(sweep, log)
     _begin(sweep, out, resume, log)
@@ -150,7 +149,7 @@ def _within_space(sweep: SweepFile, log: Callable[[str], None]) -> SweepFile:
     return within
 
 
-def _begin(sweep: SweepFile, out: Path, resume: bool, log: Callable[[str], None]) -> None:
+def _begin(sweep: SweepFile, out: Folder, resume: bool, log: Callable[[str], None]) -> None:
     """Make the sweep's folder, or see that it is the one to go on with. A resumed sweep may have more trials.
 
     Raises:
@@ -159,7 +158,7 @@ def _begin(sweep: SweepFile, out: Path, resume: bool, log: Callable[[str], None]
     file = out / layout.SWEEP
     if resume and not file.exists():
         raise UserError(f"--resume: {out} holds no sweep; leave --resume out to start one")
-    if not resume and out.exists() and any(out.iterdir()):
+    if not resume and not out.is_empty():
         raise UserError(f"--out {out} is not empty: --resume goes on with its sweep, or name another folder")
     more = sweep.trials - sweep_file.load(file).trials if resume else 0
     before = dataclasses.replace(sweep, trials=sweep.trials - max(0, more))
@@ -169,8 +168,8 @@ def _begin(sweep: SweepFile, out: Path, resume: bool, log: Callable[[str], None]
         )
     if more:
         log(f"{more} more trials than the sweep had")
-    out.mkdir(parents=True, exist_ok=True)
-    store.write(file, sweep_file.to_yaml(sweep))
+    out.make()
+    file.write("", sweep_file.to_yaml(sweep))
 
 
 def _change(before: str, now: str) -> str:
@@ -180,17 +179,17 @@ def _change(before: str, now: str) -> str:
     return "" if before == now else f"{first[0]} there, {first[1]} here"
 
 
-def _require_same(catalogue: Catalogue, sweep: SweepFile, out: Path, log: Callable[[str], None]) -> None:
+def _require_same(catalogue: Catalogue, sweep: SweepFile, out: Folder, log: Callable[[str], None]) -> None:
     """Keep beside the sweep what it is made of; where that is kept already, see that it still is the same.
 
     Raises:
         UserError: another catalogue, or a file that has changed.
     """
-    file, resumed = out / layout.SWEEP_INPUTS, (out / layout.TRIALS).exists()
+    file, resumed = out / layout.SWEEP_INPUTS, out.exists(layout.TRIALS)
     contents = _contents(sweep)
     now = {"catalogue": str(catalogue.path), "hash": catalogue.manifest["hash"], "contents": contents}
     now |= {"window": 0 if resumed else None}
-    before = json.loads(file.read_text()) if file.exists() else now
+    before = file.read_json() or now
     if resumed and not file.exists():
         log(f"note: {out} was begun by an older version: whether catalogue and prompts are still the same is not known")
     if before["hash"] != now["hash"]:
@@ -199,7 +198,7 @@ def _require_same(catalogue: Catalogue, sweep: SweepFile, out: Path, log: Callab
             f"{before['catalogue']} as it was then: give that one, or name another --out"
         )
     provenance.require_same(before["contents"], contents, out)
-    store.write(file, json.dumps(before, indent=2) + "\n")
+    file.write("", json.dumps(before, indent=2) + "\n")
 
 
 def _contents(sweep: SweepFile) -> dict[str, str]:
@@ -250,7 +249,7 @@ def _with_earlier(context: _Context, winner: _Winner) -> _Winner:
         context.log(f"note: {name} can't win: it was selected on another catalogue")
     elif summary["val_mAP"] > winner.val_mAP:
         context.log(f"{name} is better than all of this sweep: val mAP {summary['val_mAP']:.3f}")
-        trial, run = f"{folder.name}-{summary['best_trial']}", folder.local_path(layout.BEST)
+        trial, run = f"{folder.name}-{summary['best_trial']}", folder / layout.BEST
         return dataclasses.replace(winner, trial=trial, val_mAP=summary["val_mAP"], run=run, refit=False, diverged="")
     return winner
 
@@ -261,7 +260,7 @@ def _at_final_size(context: _Context, experiment: Experiment) -> Experiment:
     return schema.replace(experiment, {"model.image_size": size})
 
 
-def _refit(context: _Context, experiment: Experiment) -> Path:
+def _refit(context: _Context, experiment: Experiment) -> Folder:
     """Train on train and validation items together; returns the run's folder."""
     clip = context.load(experiment)
     window = context.feed.window
@@ -283,7 +282,8 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
         experiment, best = weights.experiment, checkpoint.build(weights, weights.experiment.model)
     before, old = _tested(context, "zero_shot", start, zero_shot)
     after, new = _tested(context, "test", experiment, best)
-    shutil.rmtree(out / layout.BEST, ignore_errors=True)
+    if out.exists(layout.BEST):
+        out.remove(layout.BEST)
     evidence = {"zero_shot": before, "test": after, "catalogue": artifacts.catalogue_account(context.catalogue)}
     photos = export.sample_photos(context.catalogue)
     export.write_export(best, experiment, out / layout.BEST, {**evidence, "refit": winner.refit}, photos)
@@ -304,14 +304,14 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
         "searched": list(context.sweep.search),
         **about,
     }
-    store.write(out / layout.SUMMARY, json.dumps(summary, indent=2) + "\n")
+    out.write(layout.SUMMARY, json.dumps(summary, indent=2) + "\n")
     page.write([out], None)
     return summary
 
 
-def _took(rows: list[Row], out: Path) -> dict[str, dict[str, float]]:
+def _took(rows: list[Row], out: Folder) -> dict[str, dict[str, float]]:
     """Images seen and seconds, added up, of the trials and of the runs after them."""
-    again = [run.spent for run in artifacts.final_runs(Folder(out))]
+    again = [run.spent for run in artifacts.final_runs(out)]
     counts = {
         "trials": [(row["images"], row["seconds"]) for row in rows],
         "final": again,
@@ -334,7 +334,7 @@ def _tested(
     return measured, scores
 
 
-def outcome(summary: dict[str, Any], out: str | Path) -> str:
+def outcome(summary: dict[str, Any], out: str | Path | Folder) -> str:
     """What a sweep came to, for a person."""
     lines = [f"{'':12}{'mAP':>22}{'Rank-1':>22}   (test split, 95% interval)"]
     for label, key in (("zero-shot", "zero_shot"), ("winner", "test")):

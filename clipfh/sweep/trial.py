@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -17,7 +15,8 @@ from clipfh.config import schema
 from clipfh.config.experiment import Experiment
 from clipfh.config.schedule import make_schedule
 from clipfh.config.sweep_file import SweepFile
-from clipfh.storage import layout, run_folder, store
+from clipfh.storage import layout, run_folder
+from clipfh.storage.store import Folder
 from clipfh.sweep.run_thread import RunThread
 from clipfh.train import driver
 from clipfh.train.run_inputs import Inputs, ModelKey, model_key
@@ -41,7 +40,7 @@ class Trial(tune.Trainable):
     ) -> None:
         """Start training, or go on from the trial's own checkpoint."""
         assert sweep is not None and inputs is not None and resources is not None
-        self.sweep, self.inputs, self.out, self.resources = sweep, inputs, Path(out), resources
+        self.sweep, self.inputs, self.out, self.resources = sweep, inputs, Folder(out), resources
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -61,7 +60,7 @@ class Trial(tune.Trainable):
         self.total = make_schedule(experiment, inputs.num_images, inputs.num_single).num_steps
         self.reported_step = 0
         train = functools.partial(self._train, experiment, inputs)
-        self.thread = RunThread(str(self.folder), self.resources, RunQueue(), train, self._latest_step)
+        self.thread = RunThread(self.folder.address, self.resources, RunQueue(), train, self._latest_step)
         self.thread.start()
 
     def _train(self, experiment: Experiment, inputs: Inputs) -> None:
@@ -93,7 +92,7 @@ class Trial(tune.Trainable):
                 run_folder.wait_for(self.folder / layout.EXPERIMENT)
                 return _result(run_folder.read_metrics(self.folder)[-1], True)
             self.thread.give_way()
-            self.thread.wait(1)  # the file system is one that others share
+            self.thread.wait(self.folder.seconds_between_looks)  # the file system is one that others share
 
     def _failure(self, error: Exception) -> dict[str, Any]:
         """A last result, of the worst score there is, where these settings can't be trained: no other start would help.
@@ -118,13 +117,13 @@ class Trial(tune.Trainable):
         self.thread.release()
 
 
-def _clear_of_another(folder: Path, experiment: Experiment) -> None:
+def _clear_of_another(folder: Folder, experiment: Experiment) -> None:
     """Make the trial's folder. A trial of this number may have begun, with other settings, just before a kill."""
     file = folder / layout.EXPERIMENT
     if run_folder.read_freed(folder) or (file.exists() and file.read_text() != schema.to_json(experiment)):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    store.write(file, schema.to_json(experiment))
+        folder.remove()
+    folder.make()
+    folder.write(layout.EXPERIMENT, schema.to_json(experiment))
 
 
 def _result(line: dict[str, Any], done: bool) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Watch(tune.Callback):
         number, last = trial.config["number"], trial.last_result
         row = self.board.row(number, trial.config["settings"], last, error)
         self.searcher.finish(trial.trial_id, row, None if error else last.get(OBJECTIVE))
-        run = str(self.board.out / layout.TRIALS / number)
+        run = (self.board.out / layout.TRIALS / number).address
         RunQueue().leave(run)
         ray_private.release(run)
         self.over = len(self.board.over())
@@ -151,7 +151,7 @@ def run_trials(watch: Watch, inputs: Mapping[ModelKey, Inputs], resources: Resou
     if watch.left <= 0:
         return
     trainable = tune.with_resources(
-        tune.with_parameters(Trial, sweep=board.sweep, inputs=inputs, out=str(board.out), resources=resources),
+        tune.with_parameters(Trial, sweep=board.sweep, inputs=inputs, out=board.out.address, resources=resources),
         {ray_private.HEAD: 0.001},
     )
     with tempfile.TemporaryDirectory(prefix="clipfh-tune-", ignore_cleanup_errors=True) as folder:

@@ -15,7 +15,7 @@ from clipfh.cluster.resources import Resources
 from clipfh.config.experiment import Experiment
 from clipfh.config.schedule import make_schedule
 from clipfh.storage import layout
-from clipfh.storage.store import WholeFiles
+from clipfh.storage.store import Folder, WholeFiles
 from clipfh.train.run_inputs import Inputs, Job
 
 WORKER = "clipfh.train.ray_worker"
@@ -30,7 +30,7 @@ def loop(config: dict[str, Job]) -> None:
 def run_training(
     experiment: Experiment,
     inputs: Inputs,
-    out: str | Path,
+    out: str | Path | Folder,
     resources: Resources,
     *,
     retries: int = 0,
@@ -56,11 +56,11 @@ def run_training(
             f"--workers {resources.workers} does not divide --batch.items {experiment.batch.items}: "
             "each worker takes as many items"
         )
-    out = str(out) if "://" in str(out) else str(Path(out).absolute())
+    run = Folder(out)
     job = Job(
         experiment,
         inputs,
-        out,
+        run.address,
         gpus=resources.gpus,
         threads=resources.threads,
         shares_cores=resources.shares_cores,
@@ -68,7 +68,7 @@ def run_training(
         prestart_next=prestart_next,
     )
     trainer = ray_private.make_trainer(
-        out,
+        run.address,
         loop,
         process_group=resources.workers > 1,
         train_loop_config={"job": job},
@@ -77,7 +77,7 @@ def run_training(
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
         ),
-        run_config=_run_config(out, retries, "step" if inputs.validation is None else "val_mAP"),
+        run_config=_run_config(run, retries, "step" if inputs.validation is None else "val_mAP"),
     )
     try:
         trainer.fit()
@@ -87,17 +87,16 @@ def run_training(
         raise
 
 
-def _run_config(out: str, retries: int, score: str) -> ray.train.RunConfig:
+def _run_config(run: Folder, retries: int, score: str) -> ray.train.RunConfig:
     """Where a run's checkpoints lie, which are kept, and what is tried again.
 
     Ray Train writes its list of them in place: who reads it meanwhile, or after a kill, would find half of it. So a
     local folder is written through `WholeFiles`. In a bucket an object is whole as soon as it is there.
     """
-    path = out.removeprefix("file://")
     return ray.train.RunConfig(
         name=layout.CHECKPOINTS,
-        storage_path=path,
-        storage_filesystem=None if "://" in path else WholeFiles(),
+        storage_path=run.path,
+        storage_filesystem=WholeFiles() if run.is_local else run.filesystem,
         worker_runtime_env=ray_private.setup_hook_env(f"{WORKER}.load"),
         failure_config=ray.train.FailureConfig(
             max_failures=retries, max_preemption_failures=-1, controller_failure_limit=3

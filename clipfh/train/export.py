@@ -9,14 +9,15 @@ from clipfh import UserError
 from clipfh.model import checkpoint
 from clipfh.model.export import sample_photos, write_export
 from clipfh.report import artifacts
+from clipfh.storage.store import Folder
 
 
 @dataclass(frozen=True)
 class Export:
     """A folder that `export` wrote."""
 
-    out: Path
-    catalogue: Path | None
+    out: Folder
+    catalogue: Folder | None
     """the catalogue whose photos the embeddings were compared on; None where it is gone, and noise was taken"""
     num_photos: int
 

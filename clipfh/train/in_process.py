@@ -1,4 +1,4 @@
-"""A run in this process: images in memory, decoded by threads, and checkpoints on the local disk. Nothing of Ray.
+"""A run in this process: images in memory, decoded by threads, and checkpoints in the run's folder. Nothing of Ray.
 
 For one worker on this machine's CPUs, which trains long before a cluster would be up. Its folder is as Ray Train leaves
 one, so a run that began here can go on over a cluster, and the other way round.
@@ -16,7 +16,6 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import BatchDecoder, EvaluationImages, StreamPart, TrainImages
 from clipfh.data.images import Preprocess
 from clipfh.data.windows import choose_window
-from clipfh.storage import layout, store
+from clipfh.storage import layout
 from clipfh.storage.store import Folder
 from clipfh.train import worker
 from clipfh.train.run_inputs import Inputs, Job
@@ -47,7 +46,7 @@ class InProcessFeed:
     def share(
         self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto", runs: int = 1
     ) -> TrainImages:
-        paths = [str(path) for split in splits for path in catalogue.shards(split)]
+        paths = [path for split in splits for path in catalogue.shards(split)]
         images = choose_window(window, *catalogue.size(*splits), memory.available(), runs)
         shards = paths if images else list(self.pool.map(decoding.read_shard, paths))
         return TrainImages(decoding.read_index(catalogue, *splits), shards, [None] * len(shards), images)
@@ -107,23 +106,40 @@ class _LocalSession:
 
     node = socket.gethostname()
 
-    def __init__(self, out: Path, score: str, on_report: Callable[[dict[str, Any]], None]) -> None:
-        self.folder, self.score, self.on_report = Folder(out) / layout.CHECKPOINTS, score, on_report
+    def __init__(self, out: Folder, score: str, on_report: Callable[[dict[str, Any]], None]) -> None:
+        self.folder, self.score, self.on_report = out / layout.CHECKPOINTS, score, on_report
+        self.sender = ThreadPoolExecutor(1)
+        self.sending: Future[None] | None = None
         self.known = self.folder.read_json(layout.SNAPSHOT) or _empty_list()
         self._remove_all_but([result["checkpoint_dir_name"] for result in self.known["checkpoint_results"]])
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[str | None]:
         latest = self.known["latest_checkpoint_result"]
-        yield str(self.folder.local_path(latest["checkpoint_dir_name"])) if latest else None
+        yield str(self.folder / latest["checkpoint_dir_name"]) if latest else None
 
     def report(self, metrics: dict[str, Any], save: worker.Save | None) -> None:
         assert save is not None, "a run alone has one worker, which saves"
         name = f"checkpoint_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
-        with store.whole_folder(self.folder.local_path(name)) as new:
-            save(new)
-        self._add({"version": 0, "checkpoint_dir_name": name, "metrics": metrics})
+        listed = {"version": 0, "checkpoint_dir_name": name, "metrics": metrics}
+        self.finish()
+        with contextlib.ExitStack() as filling:
+            save(filling.enter_context((self.folder / name).filling()))
+            saved = filling.pop_all()
+        self.sending = self.sender.submit(self._keep, saved, listed)
+        if self.folder.is_local:
+            self.finish()
         self.on_report(metrics)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint has arrived."""
+        if self.sending:
+            self.sending.result()
+
+    def _keep(self, saved: contextlib.ExitStack, listed: dict[str, Any]) -> None:
+        """Put a checkpoint in its place, to a bucket while training goes on, and list it once it is whole."""
+        saved.close()
+        self._add(listed)
 
     def is_ending(self) -> bool:
         return False
@@ -165,17 +181,21 @@ def _empty_list() -> dict[str, Any]:
     }
 
 
-def wanted(placement: Placement, address: str | None, out: str) -> bool:
-    """Whether a run trains in this process: one worker, on this machine's CPUs, into a local folder."""
+def wanted(placement: Placement, address: str | None) -> bool:
+    """Whether a run trains in this process: one worker, on this machine's CPUs."""
     import torch
 
-    elsewhere = address or os.environ.get("RAY_ADDRESS") or "://" in out
+    elsewhere = address or os.environ.get("RAY_ADDRESS")
     has_gpu = placement.gpus_per_worker if placement.gpus_per_worker != "auto" else torch.cuda.device_count()
     return not elsewhere and placement.workers == 1 and not has_gpu
 
 
 def run_training(
-    placement: Placement, experiment: Experiment, inputs: Inputs, out: Path, on_report: Callable[[dict[str, Any]], None]
+    placement: Placement,
+    experiment: Experiment,
+    inputs: Inputs,
+    out: Folder,
+    on_report: Callable[[dict[str, Any]], None],
 ) -> None:
     """Train in this thread, or go on training what `out` holds; as `driver.run_training` does over a cluster.
 
@@ -188,7 +208,11 @@ def run_training(
     """
     session = _LocalSession(out, "step" if inputs.validation is None else "val_mAP", on_report)
     threads, shares_cores = choose_threads(placement)
-    worker.train_loop(Job(experiment, inputs, str(out.absolute()), 0, threads, shares_cores), session, InProcessFeed())
+    try:
+        job = Job(experiment, inputs, out.address, 0, threads, shares_cores)
+        worker.train_loop(job, session, InProcessFeed())
+    finally:  # also on Ctrl-C: what was reported is not lost
+        session.finish()
 
 
 def choose_threads(placement: Placement) -> tuple[int, bool]:

@@ -32,14 +32,14 @@ from clipfh.model.clip import (
     resize,
 )
 from clipfh.model.prompts import load_prompts_for
-from clipfh.storage import layout, run_folder
+from clipfh.storage import layout, run_folder, store
 from clipfh.storage.store import Folder
 from clipfh.train import provenance
 from clipfh.train.run_inputs import Inputs
 
 
 def open_run(
-    out: Path,
+    out: str | Path | Folder,
     experiment: Experiment | None,
     catalogue: Catalogue,
     warm_start: str | None = None,
@@ -58,24 +58,25 @@ def open_run(
         UserError: a folder in use, nothing to resume, or another run than the one to resume, also where a file that it
             is made of has changed; unfit weights.
     """
-    folder, file = Folder(out), out / layout.EXPERIMENT
+    folder = Folder(out)
+    file = folder / layout.EXPERIMENT
     if resume and not folder.exists(layout.RUN):
-        raise UserError(f"--resume: {out} holds no run; leave --resume out to start one")
+        raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
     if not resume and not folder.is_empty():
-        raise UserError(f"--out {out} is not empty: --resume goes on with its run, or name another folder")
+        raise UserError(f"--out {folder} is not empty: --resume goes on with its run, or name another folder")
     catalogue.require("train", "val_query", "val_gallery")
-    warm_start = str(Path(warm_start).absolute()) if warm_start else None
+    warm_start = store.absolute(warm_start) if warm_start else None
     fresh = {"hash": catalogue.manifest["hash"], "warm_start": warm_start, "window": None}
     known = folder.read_json(layout.RUN) if resume else fresh
     if known["hash"] != catalogue.manifest["hash"]:
-        raise UserError(f"--resume: {out} was trained on another catalogue than {catalogue.path}: give that one")
+        raise UserError(f"--resume: {folder} was trained on another catalogue than {catalogue.path}: give that one")
     if resume and experiment is not None and experiment != schema.load_experiment(file):
         raise UserError(f"--resume: the settings differ from those in {file}: leave them out, or name another --out")
     experiment = experiment or schema.load_experiment(file)
-    has_weights = resume and run_folder.latest_step(out) > 0
+    has_weights = resume and run_folder.latest_step(folder) > 0
     contents = provenance.contents(experiment, known["warm_start"], has_weights)
-    provenance.require_same(known.setdefault("contents", contents), contents, out)
-    clip = _build_again(out, experiment) if has_weights else load_start(experiment, known["warm_start"])
+    provenance.require_same(known.setdefault("contents", contents), contents, folder)
+    clip = _build_again(folder, experiment) if has_weights else load_start(experiment, known["warm_start"])
     folder.make()
     folder.write(layout.EXPERIMENT, schema.to_json(experiment))
     folder.write(layout.ARCHITECTURE, get_architecture(clip).to_json())
@@ -83,7 +84,7 @@ def open_run(
     return clip, experiment
 
 
-def is_warm_started(out: Path) -> bool:
+def is_warm_started(out: str | Path | Folder) -> bool:
     """Whether a run was begun with the weights of another."""
     return bool(Folder(out).read_json(layout.RUN)["warm_start"])
 
@@ -98,7 +99,7 @@ def notes_on_singles(inputs: Inputs, loss: LossSettings) -> list[str]:
     return [f"note: {count:,} {what}" for what, count in counts.items() if count]
 
 
-def read_window(out: Path, name: str) -> int | None:
+def read_window(out: str | Path | Folder, name: str) -> int | None:
     """Number of images in the windows of what a folder holds, 0 for all in one; None where none is chosen yet.
 
     Args:
@@ -109,7 +110,7 @@ def read_window(out: Path, name: str) -> int | None:
     return stored
 
 
-def write_window(out: Path, name: str, window: int | None) -> None:
+def write_window(out: str | Path | Folder, name: str, window: int | None) -> None:
     """Store the number of images in a window with a run or a sweep: what goes on with it has the same batches."""
     folder = Folder(out)
     folder.write(name, json.dumps({**folder.read_json(name), "window": window}, indent=2) + "\n")
@@ -169,7 +170,7 @@ def _may_be(named: str, name: str) -> bool:
     return plain[0] == plain[1] or any(":" in each for each in plain)
 
 
-def _build_again(out: Path, experiment: Experiment) -> nn.Module:
+def _build_again(out: Folder, experiment: Experiment) -> nn.Module:
     """The model of a run that has checkpoints, whose weights are still to be loaded."""
     return build(checkpoint.read_architecture(out) or architectures.find(experiment.model))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from clipfh import UserError
 from clipfh.config.experiment import Experiment
 from clipfh.model import checkpoint
+from clipfh.storage.store import Folder
 
 
 def contents(experiment: Experiment, warm_start: str | None, has_weights: bool = False) -> dict[str, str]:
@@ -19,27 +19,27 @@ def contents(experiment: Experiment, warm_start: str | None, has_weights: bool =
         warm_start: weights to start from instead.
         has_weights: there is a checkpoint to go on from, so no other weights are read.
     """
-    pretrained = [Path(experiment.model.pretrained)] if experiment.model.pretrained else []
+    pretrained = [Folder(experiment.model.pretrained)] if experiment.model.pretrained else []
     weights = checkpoint.list_weight_files(warm_start) if warm_start and not has_weights else []
     named = {
-        "--text.file": [Path(experiment.text.file)] if experiment.text.file else [],
+        "--text.file": [Folder(experiment.text.file)] if experiment.text.file else [],
         "--model.pretrained": [] if has_weights or warm_start else [file for file in pretrained if file.is_file()],
         "--warm-start": weights,
     }
     return {option: _hash(files) for option, files in named.items() if files}
 
 
-def _hash(files: Sequence[Path]) -> str:
+def _hash(files: Sequence[Folder]) -> str:
     """One hash for all; a file that is away has none, so that whoever reads it can say so."""
     sha = hashlib.sha256()
     for each in files:
         if each.is_file():
-            with each.open("rb") as opened:
+            with each.filesystem.open_input_stream(each.path) as opened:
                 sha.update(hashlib.file_digest(opened, "sha256").digest())
     return sha.hexdigest()
 
 
-def require_same(before: Mapping[str, str], now: Mapping[str, str], out: Path) -> None:
+def require_same(before: Mapping[str, str], now: Mapping[str, str], out: Folder) -> None:
     """Raise UserError where a file is not what it was when `out` was begun. Folders of old versions tell nothing."""
     for option, found in now.items():
         if before.get(option, found) != found:

@@ -21,6 +21,7 @@ from clipfh.model.checkpoint import notes_on_model
 from clipfh.model.prompts import notes_on_prompts
 from clipfh.storage import layout, run_folder
 from clipfh.storage.output import all_or_nothing
+from clipfh.storage.store import Folder
 from clipfh.train import in_process
 from clipfh.train import track as tracking
 from clipfh.train.inputs import (
@@ -43,7 +44,7 @@ Report = dict[str, Any]
 class TrainingRun:
     """A run that has come to its end."""
 
-    out: Path
+    out: Folder
     reports: list[Report]
     """the lines of `metrics.jsonl`"""
 
@@ -56,7 +57,7 @@ class TrainingRun:
 def train(
     stage: str,
     catalogue: Catalogue | str | Path,
-    out: str | Path,
+    out: str | Path | Folder,
     *,
     preset: str | None = None,
     warm_start: str | Path | None = None,
@@ -96,9 +97,9 @@ def train(
     placement = Placement(workers, gpus_per_worker, cpus_per_worker, keep_gib=keep_gib)
     as_it_was = resume and not settings and not preset
     experiment = None if as_it_was else presets.resolve(stage, preset, schema.with_absolute_paths(settings or {}))
-    opened, out, start = open_catalogue(catalogue), Path(out), str(warm_start) if warm_start else None
+    opened, out, start = open_catalogue(catalogue), Folder(out), str(warm_start) if warm_start else None
     tracking.require(track)
-    alone = in_process.wanted(placement, address, str(out))
+    alone = in_process.wanted(placement, address)
     with all_or_nothing(out, f"{layout.CHECKPOINTS}/checkpoint_*"):
         clip, experiment = open_run(out, experiment, opened, start, resume)
         if experiment.stage != stage:
@@ -134,7 +135,7 @@ def _connection(address: str | None, placement: Placement, dashboard: bool) -> A
     return connected(address, placement, dashboard)
 
 
-Compute = Callable[[Experiment, Inputs, Path, Log], None]
+Compute = Callable[[Experiment, Inputs, Folder, Log], None]
 """Trains an experiment, of inputs, in a folder, and logs each report."""
 
 
@@ -142,7 +143,7 @@ def _in_this_process(placement: Placement) -> tuple[str, Feed, Compute]:
     """Where and how a run trains in this process: in its main thread, where Ctrl-C reaches it."""
     threads, _ = in_process.choose_threads(placement)
 
-    def compute(experiment: Experiment, inputs: Inputs, out: Path, log: Log) -> None:
+    def compute(experiment: Experiment, inputs: Inputs, out: Folder, log: Log) -> None:
         images = _count_images(experiment, inputs)
         in_process.run_training(placement, experiment, inputs, out, lambda report: _log_report(report, images, log))
 
@@ -156,7 +157,7 @@ def _over_the_cluster(placement: Placement) -> tuple[str, Feed, Compute]:
 
     resources = resolve_placement(placement)
 
-    def compute(experiment: Experiment, inputs: Inputs, out: Path, log: Log) -> None:
+    def compute(experiment: Experiment, inputs: Inputs, out: Folder, log: Log) -> None:
         images = _count_images(experiment, inputs)
         _follow(
             lambda: driver.run_training(experiment, inputs, out, resources, retries=3),
@@ -167,7 +168,7 @@ def _over_the_cluster(placement: Placement) -> tuple[str, Feed, Compute]:
     return str(resources), stream, compute
 
 
-def _follow(work: Callable[[], None], out: Path, on_report: Callable[[Report], None]) -> None:
+def _follow(work: Callable[[], None], out: Folder, on_report: Callable[[Report], None]) -> None:
     """Do the work in a thread, and meanwhile pass on each new report in a run's folder.
 
     The main thread only waits here, so that Ctrl-C reaches it; Ray Train would take the signal for itself.
@@ -184,7 +185,7 @@ def _follow(work: Callable[[], None], out: Path, on_report: Callable[[Report], N
     count, is_over = len(run_folder.read_metrics(out)), False
     thread.start()
     while not is_over:
-        thread.join(0.5)
+        thread.join(out.seconds_between_looks / 2)
         is_over = not thread.is_alive()
         reports = run_folder.read_metrics(out)
         for report in reports[count:]:

@@ -67,7 +67,7 @@ def share(catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "a
     With windows only their paths are shared. `window` and `runs` are as `Feed.share` takes them.
     """
     ray_private.start_data_statistics()  # else a worker's pipeline does, in a process with all that the worker loads
-    paths = [str(path) for split in splits for path in catalogue.shards(split)]
+    paths = [path for split in splits for path in catalogue.shards(split)]
     stores = object_stores()
     runs_a_store = max(1, runs * min(stores) / sum(stores))
     images = choose_window(window, *catalogue.size(*splits), min(stores), runs_a_store)

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from clipfh import UserError, __version__
@@ -28,7 +27,7 @@ from clipfh.storage.store import Folder
 
 PROJECT = "clipfh"
 LIBRARIES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
-POLL_SECONDS, AWAY_SECONDS, LAST_SECONDS = 1.0, 30.0, 60.0
+AWAY_SECONDS, LAST_SECONDS = 30.0, 60.0
 
 
 def require(tracker: str | None) -> None:
@@ -71,7 +70,7 @@ def _ask_briefly() -> None:
 
 
 @contextlib.contextmanager
-def following(tracker: str | None, out: Path) -> Iterator[None]:
+def following(tracker: str | None, out: Folder) -> Iterator[None]:
     """Send what grows in the folder of a run or a sweep for as long as the block runs, and the rest at its end."""
     if not tracker:
         yield
@@ -155,7 +154,7 @@ class Mirror:
     A run's `track.json` holds by tracker the run's id there and the last step that was sent.
     """
 
-    def __init__(self, tracker: str, out: Path) -> None:
+    def __init__(self, tracker: str, out: Folder) -> None:
         self.tracker, self.out = tracker, out
         self.open: dict[str, Any] = {}
 
@@ -177,7 +176,7 @@ class Mirror:
             run.finish()
 
     def _start(self, run: RunRecord, run_id: str) -> Any:  # noqa: ANN401
-        tags, name, sweep = {"clipfh": __version__, "stage": run.settings["stage"]}, run.name, Folder(self.out)
+        tags, name, sweep = {"clipfh": __version__, "stage": run.settings["stage"]}, run.name, self.out
         if run.folder.path != sweep.path:
             tags |= {"sweep": sweep.name, "trial": run.name}
             name = f"{sweep.name}-{run.name}"
@@ -196,13 +195,13 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def main(tracker: str, out: Path) -> None:
+def main(tracker: str, out: Folder) -> None:
     """Send until the input ends, then once more."""
     _ask_briefly()
     logging.disable(logging.ERROR)  # what they tell of themselves is not for the command's output
     mirror, is_over, is_away = Mirror(tracker, out), False, False
     while not is_over:
-        is_over = bool(select.select([sys.stdin], [], [], AWAY_SECONDS if is_away else POLL_SECONDS)[0])
+        is_over = bool(select.select([sys.stdin], [], [], AWAY_SECONDS if is_away else out.seconds_between_looks)[0])
         try:
             mirror.send()
             if is_over:
@@ -221,4 +220,4 @@ def main(tracker: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Folder(sys.argv[2]))

@@ -27,6 +27,7 @@ from clipfh.model.devices import choose_device, explain_out_of_memory, precision
 from clipfh.model.transfer import prefetch
 from clipfh.storage import layout
 from clipfh.storage.run_folder import History
+from clipfh.storage.store import Folder
 from clipfh.train.run_inputs import Inputs, Job
 
 Save = Callable[[Path], None]
@@ -236,7 +237,7 @@ class _Reports:
         else:
             metrics |= {"node": self.session.node, "began": began, "time": time.time()}
             self._write(metrics)
-            _write_events(self.history.out, metrics)
+            _write_events(self.history.folder, metrics)
             self.session.report(metrics, functools.partial(self._save, metrics))
         return Progress.from_report(metrics)
 
@@ -267,12 +268,11 @@ class _Reports:
         self._write({**place, "val_mAP": 0.0, "best_val_mAP": 0.0, "diverged": reason, "diverged_images": paths})
 
 
-def _write_events(out: str, values: dict[str, Any]) -> None:
-    """TensorBoard's events, where the run's folder is on a file system."""
+def _write_events(run: Folder, values: dict[str, Any]) -> None:
+    """TensorBoard's events: a file more."""
     from tensorboardX import SummaryWriter
 
-    if Path(out).is_dir():
-        with SummaryWriter(f"{out}/{layout.TENSORBOARD}", purge_step=values["step"]) as writer:
-            for name, value in values.items():
-                if isinstance(value, float):
-                    writer.add_scalar(name, value, values["step"])
+    with (run / layout.TENSORBOARD).adding() as folder, SummaryWriter(str(folder), purge_step=values["step"]) as writer:
+        for name, value in values.items():
+            if isinstance(value, float):
+                writer.add_scalar(name, value, values["step"])

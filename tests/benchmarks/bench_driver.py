@@ -46,6 +46,7 @@ from clipfh.config import sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import SweepFile
 from clipfh.storage import layout, run_folder
+from clipfh.storage.store import Folder
 from clipfh.sweep import searcher, tuner
 from clipfh.sweep import trial as trial_module
 from clipfh.sweep.leaderboard import Leaderboard
@@ -222,7 +223,7 @@ def _simulated(sweep: SweepFile, out: Path) -> Iterator[Costs]:
 def _watch(kind: type[tuner.Watch], sweep: SweepFile, out: Path, room: Callable[[], int]) -> Any:
     study = searcher.open_study(sweep, out)
     zero_shot = {"trial": "0000", "status": "zero-shot", "val_mAP": "0.3", "images": 0, "seconds": 0}
-    board = Leaderboard(out, sweep, study, [zero_shot])
+    board = Leaderboard(Folder(out), sweep, study, [zero_shot])
     return kind(searcher.StudySearcher(sweep, study, room), board, lambda line: None)
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import torch
 
 from clipfh.retrieval import embedding_file, lookup
+from clipfh.storage.store import Folder
 
 NUM_IMAGES, WIDTH, TOP = 100_000, 512, 10
 
@@ -20,7 +21,7 @@ def rows() -> list[dict]:
     table = pa.table({"item_id": [name[4:10] for name in names], "path": names})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "embeddings.parquet"
-        embedding_file.write(file, table, vectors, "{}")
+        embedding_file.write(Folder(file), table, vectors, "{}")
         index = lookup.open_index(file)
         best = min(timed(index, vectors[i]) for i in range(30))  # what else the machine does is not ours
     return [row("search: ms a query among 100,000 images", 1000 * best, 100)]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from shop import SHOP, shop
@@ -17,7 +18,7 @@ def test_open_catalogue_refuses_what_is_not_whole(tmp_path, quick):
     made = prepare(shop(tmp_path / "source"), tmp_path / "out")
     manifest = tmp_path / "out/catalogue.json"
     content = json.loads(manifest.read_text())
-    shard = made.shards("train")[0]
+    shard = Path(made.shards("train")[0])
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match="train-00000.*cut short"):
         open_catalogue(tmp_path / "out")

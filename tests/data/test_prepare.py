@@ -303,12 +303,12 @@ def test_a_full_disk_is_named_and_leaves_work_to_go_on_with(tmp_path, quick, mon
     monkeypatch.setattr(prepare_module, "SHARD_IMAGES", 5)
     source = shop(tmp_path / "source")
     whole = prepare(source, tmp_path / "whole")
-    second = f"train-00001.parquet.{os.getpid()}.tmp"
+    second = "train-00001.parquet"
 
     class FullDisk(SameProcess):
         def submit(self, function, *args):
-            if args and args[0].name == "train-00001.parquet":
-                (args[0].parent / second).symlink_to("/dev/full")
+            if second in args:
+                args[0].local_path(f"{second}.new").symlink_to("/dev/full")
             return super().submit(function, *args)
 
     monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", FullDisk)

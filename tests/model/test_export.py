@@ -40,9 +40,9 @@ def photos(small_catalogue):
 
 @pytest.fixture(scope="module")
 def folder(clip, photos, tmp_path_factory):
-    return export.write_export(
-        clip, EXPERIMENT, tmp_path_factory.mktemp("export") / "model", {}, photos, with_onnx=True
-    )
+    out = tmp_path_factory.mktemp("export") / "model"
+    export.write_export(clip, EXPERIMENT, out, {}, photos, with_onnx=True)
+    return out
 
 
 def embedded(clip, *photos):

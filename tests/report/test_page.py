@@ -89,7 +89,7 @@ def make_sweep(folder: Path, endings: str = "sdfd", **changes) -> Path:
 def test_a_sweep_says_who_won_with_figures_intervals_and_the_command(tmp_path):
     folder = finish(make_sweep(tmp_path / "s"), "0002", figures(0.612), figures(0.231))
     out = page_module.write([folder])
-    assert out == folder / "report.html" and list(folder.glob("*.new")) == []
+    assert Path(out) == folder / "report.html" and list(folder.glob("*.new")) == []
     page = Page(out)
     assert "The winner, trial 0002, finds the same item with mAP 0.612 [0.592, 0.632] against 0.231" in page.text
     assert "may be chance" not in page.text

@@ -107,13 +107,13 @@ def test_the_page_is_one_file_with_a_picture_for_each_find(file, small_catalogue
 
 
 def test_a_catalogue_that_is_gone_is_missed_by_the_page_alone(file, small_catalogue, tmp_path, capsys):
-    away = small_catalogue.path.with_name("away")
-    small_catalogue.path.rename(away)
+    there = Path(small_catalogue.path)
+    away = there.rename(there.with_name("away"))
     try:
         assert searched(capsys, "--embeddings", file, "--text", "a dress")
         line = refused(capsys, "--embeddings", file, "--text", "a dress", "--html", tmp_path / "page.html")
     finally:
-        away.rename(small_catalogue.path)
+        away.rename(there)
     assert str(small_catalogue.path) in line and "gone" in line
 
 

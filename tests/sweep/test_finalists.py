@@ -11,6 +11,7 @@ from clipfh import UserError
 from clipfh.cluster import ray_private
 from clipfh.cluster.resources import Resources
 from clipfh.config.experiment import Placement
+from clipfh.storage.store import Folder
 from clipfh.sweep import finalists
 from clipfh.train.run_inputs import model_key
 
@@ -35,12 +36,12 @@ def trained(monkeypatch, tmp_path, tiny):
                 seen.most = max(seen.most, seen.at_once)
             if out.name == fails:
                 raise UserError("the GPU's memory is too small")
-            (out / "metrics.jsonl").write_text(json.dumps({"best_val_mAP": 0.5, "step": 1, "images": 1}) + "\n")
+            out.write("metrics.jsonl", json.dumps({"best_val_mAP": 0.5, "step": 1, "images": 1}) + "\n")
             with lock:
                 seen.at_once -= 1
 
         monkeypatch.setattr(finalists.driver, "run_training", fit)
-        jobs = {tmp_path / "final" / name: tiny for name in ("a", "b", "c")}
+        jobs = {Folder(tmp_path / "final" / name): tiny for name in ("a", "b", "c")}
         sweep = SimpleNamespace(placement=Placement())
         finalists._train_all(jobs, sweep, {model_key(tiny.model): None}, Resources(1, 1, 0, 1), seen.told.append)
         return seen

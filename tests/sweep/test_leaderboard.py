@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from test_searcher import open_searcher
 
+from clipfh.storage.store import Folder
 from clipfh.sweep.leaderboard import Leaderboard
 from clipfh.sweep.searcher import StudySearcher
 
@@ -25,7 +26,7 @@ def write_reports(out: Path, number: str, count: int) -> None:
 
 
 def make_board(searcher: StudySearcher, out: Path) -> Leaderboard:
-    return Leaderboard(out, searcher.sweep, searcher.study, zero_shot=[ZERO_SHOT_ROW])
+    return Leaderboard(Folder(out), searcher.sweep, searcher.study, zero_shot=[ZERO_SHOT_ROW])
 
 
 def end(searcher: StudySearcher, board: Leaderboard, trial: dict, last: dict, error: str = "") -> None:

@@ -13,6 +13,7 @@ from clipfh.config import presets, schema, sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.model import checkpoint
 from clipfh.storage import layout, run_folder
+from clipfh.storage.store import Folder
 from clipfh.sweep import finalists, retention, trial
 from clipfh.train import driver
 
@@ -75,7 +76,7 @@ def make_keeper(tmp_path):
         )
         for name, _, scores, lr in BOARD:
             make_run(tmp_path / "trials" / name, *scores, lr=lr)
-        return retention.Keeper(sweep_file.load(tmp_path / "sweep.yaml"), tmp_path)
+        return retention.Keeper(sweep_file.load(tmp_path / "sweep.yaml"), Folder(tmp_path))
 
     return make
 
@@ -93,7 +94,7 @@ def test_leaders_keep_their_best_weights_and_what_may_train_on_keeps_everything(
     # 0004 has the settings of 0003, so final would take 0003 and 0002; 0001 runs; 0006 may be tried again
     assert with_weights(tmp_path) == ["0001", "0002", "0003", "0006"]
     assert left(tmp_path / "trials/0003") == BEST, "its latest is not its best"
-    assert list(finalists.leaders(ROWS, tmp_path, 2)) == ["0003", "0002"]
+    assert list(finalists.leaders(ROWS, Folder(tmp_path), 2)) == ["0003", "0002"]
     assert "checkpoint_4/training.pt" in left(tmp_path / "trials/0001")
     assert "checkpoint_4/training.pt" in left(tmp_path / "trials/0006")
     # 6,000 - 2,000 of 0003, 1,000 of 0002, all 3,000 of three others
@@ -124,30 +125,30 @@ def test_a_trial_without_weights_says_why_and_stays_where_it_ended(make_keeper, 
         checkpoint.load(run)
     assert run_folder.latest_step(run) == 4 and run_folder.latest_step(tmp_path / "trials/0003") == 12
     assert run_folder.find_best_checkpoint(tmp_path / "trials/0003") == "checkpoint_8"
-    trial._clear_of_another(run, schema.load_experiment(run / layout.EXPERIMENT))
+    trial._clear_of_another(Folder(run), schema.load_experiment(run / layout.EXPERIMENT))
     assert not (run / "checkpoints").exists(), "trained anew, it begins anew"
 
 
 def test_what_a_kill_left_undone_is_done(make_keeper, tmp_path):
     keeper = make_keeper("leaders")
     run = tmp_path / "trials/0003"
-    retention.free(run, weights=True)
+    retention.free(Folder(run), weights=True)
     (run / "checkpoints/checkpoint_12").mkdir()
     (run / "checkpoints/checkpoint_12/model.safetensors").write_bytes(bytes(1000))
     (run / "checkpoints/checkpoint_8/training.pt").write_bytes(bytes(1000))
     keeper.trials(ROWS)
     assert left(run) == BEST
-    retention.free(run, weights=False)
-    retention.free(run, weights=True)
+    retention.free(Folder(run), weights=False)
+    retention.free(Folder(run), weights=True)
     assert left(run) == [], "what is gone does not come back"
 
 
 def test_the_run_that_was_exported_keeps_its_weights_and_is_not_trained_again(make_keeper, tmp_path, monkeypatch):
     keeper = make_keeper("best")
     first, second = (make_run(tmp_path / "final" / f"0003-again-{n}", 0.5, 0.9, 0.8) for n in (1, 2))
-    keeper.finals(second)
+    keeper.finals(Folder(second))
     assert (left(first), left(second)) == ([], BEST)
     monkeypatch.setattr(driver, "is_over", lambda *_: True)
     monkeypatch.setattr(driver, "run_training", lambda *_, **__: pytest.fail("was trained again"))
     for run in (first, second):
-        finalists._train(EXPERIMENT, None, run, None, threading.Event())
+        finalists._train(EXPERIMENT, None, Folder(run), None, threading.Event())

@@ -11,6 +11,7 @@ import yaml
 from clipfh import UserError
 from clipfh.config import sweep_file
 from clipfh.config.experiment import SMALL_MODEL
+from clipfh.storage.store import Folder
 from clipfh.sweep.searcher import STUDY, StudySearcher, _storage, ask, open_study, own_trials
 
 FILE = {
@@ -48,7 +49,7 @@ def run(searcher: StudySearcher, count: int, value: float = 0.5) -> list[dict]:
 
 
 def study(folder: Path) -> optuna.Study:
-    return optuna.load_study(study_name="x", storage=_storage(folder / STUDY))
+    return optuna.load_study(study_name="x", storage=_storage(Folder(folder)))
 
 
 def states(folder: Path) -> str:

@@ -28,6 +28,7 @@ from clipfh.model.clip import get_preprocess
 from clipfh.model.towers import Towers, embed_images
 from clipfh.report import artifacts
 from clipfh.storage import layout
+from clipfh.storage.store import Folder
 from clipfh.sweep import finalists, race, shared_inputs, sweep
 from clipfh.sweep.race import Contender
 
@@ -252,14 +253,17 @@ def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path, mon
     inputs = SimpleNamespace(num_images=100, num_single=0)
     over: Future[None] = Future()
     over.set_result(None)
-    finalists._train(presets.resolve("image"), inputs, run, None, threading.Event())
-    assert finalists.score(run) == 0.0 and finalists._outcome(run, over) == "0001-again-1: diverged: loss is nan"
+    finalists._train(presets.resolve("image"), inputs, Folder(run), None, threading.Event())
+    assert (
+        finalists.score(Folder(run)) == 0.0
+        and finalists._outcome(Folder(run), over) == "0001-again-1: diverged: loss is nan"
+    )
 
 
 def test_models_are_tested_in_the_precision_that_is_exported(monkeypatch):
     asked = []
     monkeypatch.setattr(race.evaluate, "embed_splits", lambda *args: asked.append(args[3].precision))
-    for name in ("load_prompts_for", "load_tokenizer", "architecture_of"):
+    for name in ("load_prompts_for", "load_tokenizer", "get_architecture"):
         monkeypatch.setattr(race, name, lambda *args: {})
     race.embed(None, presets.resolve("image"), None, "test")
     assert asked == ["float32"]

@@ -10,6 +10,7 @@ from clipfh import UserError
 from clipfh.cluster.resources import Resources
 from clipfh.config import schema
 from clipfh.storage import layout
+from clipfh.storage.store import Folder
 from clipfh.sweep import trial
 from clipfh.sweep.trial import OBJECTIVE, Trial
 from clipfh.train.run_inputs import model_key
@@ -38,7 +39,7 @@ class Thread:
 def make_trial(out: Path, thread: Thread, lines: list[dict] = (), saved: int = 10**6, total: int = 32) -> Trial:
     """A trial whose run has left these reports, with checkpoints up to the step `saved`."""
     made = Trial.__new__(Trial)
-    made.thread, made.folder, made.total, made.reported_step = thread, out, total, 0
+    made.thread, made.folder, made.total, made.reported_step = thread, Folder(out), total, 0
     (out / "checkpoints").mkdir(exist_ok=True)
     (out / layout.EXPERIMENT).touch()
     (out / layout.REPORTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -96,7 +97,11 @@ def test_a_process_begins_another_trial_once_nothing_is_left_of_the_one_before(t
     monkeypatch.setattr(trial, "RunQueue", SimpleNamespace)
     monkeypatch.setattr(trial, "RunThread", lambda *parts: begun.append(parts) or Thread())
     made = make_trial(tmp_path, before)
-    made.out, made.sweep, made.resources = tmp_path, SimpleNamespace(experiment=lambda settings: tiny), RESOURCES
+    made.out, made.sweep, made.resources = (
+        Folder(tmp_path),
+        SimpleNamespace(experiment=lambda settings: tiny),
+        RESOURCES,
+    )
     made.inputs = {model_key(tiny.model): SimpleNamespace(num_images=100, num_single=0)}
     (tmp_path / layout.SWEEP).touch()
     assert made.reset_config({"number": "0002", "settings": {}})

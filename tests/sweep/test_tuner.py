@@ -15,6 +15,7 @@ from clipfh import UserError
 from clipfh.cluster import ray_private
 from clipfh.cluster.resources import Resources
 from clipfh.storage import run_folder, store
+from clipfh.storage.store import Folder
 from clipfh.sweep import tuner
 from clipfh.sweep.leaderboard import Leaderboard
 
@@ -25,7 +26,7 @@ ZERO_SHOT = [{"trial": "0000", "status": "zero-shot", "val_mAP": "0.1", "images"
 def make_watch(folder: Path, log=print, ask=lambda left: None, **changes) -> tuner.Watch:
     """The watch of a sweep of three trials that starts in the folder or is resumed there."""
     searcher = open_searcher(folder, room=1, **{"trials": 3, **changes})
-    board = Leaderboard(folder, searcher.sweep, searcher.study, zero_shot=ZERO_SHOT)
+    board = Leaderboard(Folder(folder), searcher.sweep, searcher.study, zero_shot=ZERO_SHOT)
     return tuner.Watch(searcher, board, log, ask=ask)
 
 
@@ -58,7 +59,7 @@ def test_what_ends_a_trial_is_in_the_study_before_anything_of_it_is_freed(tmp_pa
     ]
     assert freed == [str(tmp_path / "trials" / number) for number in ("0001", "0002")]
     assert lines == ["trial 0001 done (1 of 3 trials over)", "trial 0002 failed (2 of 3 trials over)"]
-    assert Leaderboard(tmp_path, watch.board.sweep, watch.board.study, ZERO_SHOT).rows()[1]["error"] == "boom"
+    assert Leaderboard(Folder(tmp_path), watch.board.sweep, watch.board.study, ZERO_SHOT).rows()[1]["error"] == "boom"
 
 
 def test_settings_that_cant_be_trained_fail_at_once_and_the_sampler_hears_of_it(tmp_path, freed):

@@ -11,12 +11,13 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from clipfh import UserError
 from clipfh.cluster import ray_private
 from clipfh.cluster.resources import Resources
+from clipfh.storage.store import Folder
 from clipfh.train import driver
 
 
 def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
     """Ray Train writes it in place: so it is given a file system, which reaches its controller, that does not."""
-    asked = driver._run_config(str(tmp_path), retries=0, score="val_mAP")
+    asked = driver._run_config(Folder(tmp_path), retries=0, score="val_mAP")
     given = pickle.loads(pickle.dumps(asked.storage_filesystem))
     storage = StorageContext(asked.storage_path, "checkpoints", given)
     checkpoints = CheckpointManager(ray.train.CheckpointConfig(), storage)
@@ -32,8 +33,9 @@ def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
 
 
 def test_checkpoints_in_a_bucket_are_written_by_its_own_file_system():
-    asked = driver._run_config("s3://shop/run", retries=0, score="val_mAP")
-    assert (asked.storage_path, asked.storage_filesystem) == ("s3://shop/run", None)
+    run = Folder("s3://shop/run")
+    asked = driver._run_config(run, retries=0, score="val_mAP")
+    assert (asked.storage_path, asked.storage_filesystem) == ("shop/run", run.filesystem)
 
 
 def test_a_run_is_known_on_its_cluster_by_its_folder(monkeypatch, tmp_path, tiny):

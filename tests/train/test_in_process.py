@@ -15,6 +15,7 @@ from clipfh.config.experiment import BatchSettings, Placement
 from clipfh.data import decoding
 from clipfh.data.decoding import BatchSpec, StreamPart
 from clipfh.storage import layout, run_folder
+from clipfh.storage.store import Folder
 from clipfh.train import in_process, stream, worker
 from clipfh.train.run import train
 
@@ -109,14 +110,14 @@ def test_the_best_checkpoint_and_the_latest_are_kept(tmp_path):
         (folder / "weights").write_text("")
 
     told = []
-    session = in_process._LocalSession(tmp_path, "val_mAP", told.append)
+    session = in_process._LocalSession(Folder(tmp_path), "val_mAP", told.append)
     with session.checkpoint() as begun:
         assert begun is None
     for step, score in enumerate([0.2, 0.5, 0.4, 0.3], 1):
         session.report({"step": step, "val_mAP": score}, save)
     half = tmp_path / "checkpoints" / "checkpoint_half.new"
     half.mkdir()  # as a kill leaves it
-    again = in_process._LocalSession(tmp_path, "val_mAP", told.append)
+    again = in_process._LocalSession(Folder(tmp_path), "val_mAP", told.append)
     with again.checkpoint() as latest:
         assert latest
     kept = sorted(folder.name for folder in (tmp_path / "checkpoints").glob("checkpoint_*-*"))
@@ -134,15 +135,14 @@ def test_where_a_run_trains(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     alone = Placement()
-    assert in_process.wanted(alone, None, "runs/image")
-    assert not in_process.wanted(alone, "auto", "runs/image")
-    assert not in_process.wanted(alone, None, "s3://shop/runs/image")
-    assert not in_process.wanted(dataclasses.replace(alone, workers=2), None, "runs/image")
+    assert in_process.wanted(alone, None)
+    assert not in_process.wanted(alone, "auto")
+    assert not in_process.wanted(dataclasses.replace(alone, workers=2), None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert not in_process.wanted(alone, None, "runs/image"), "a GPU is fed by processes"
-    assert in_process.wanted(dataclasses.replace(alone, gpus_per_worker=0.0), None, "runs/image")
+    assert not in_process.wanted(alone, None), "a GPU is fed by processes"
+    assert in_process.wanted(dataclasses.replace(alone, gpus_per_worker=0.0), None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert not in_process.wanted(dataclasses.replace(alone, gpus_per_worker=0.0), None, "runs/image")
+    assert not in_process.wanted(dataclasses.replace(alone, gpus_per_worker=0.0), None)
 
 
 def test_threads_follow_the_runs_on_this_machine(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from wandb.proto import wandb_internal_pb2
 from clipfh import UserError
 from clipfh.cli import main
 from clipfh.config import presets, schema
+from clipfh.storage.store import Folder
 from clipfh.train import track
 
 
@@ -34,7 +35,7 @@ def report(folder, step):
 
 def sent(tracker, sweep):
     """Send what there is, as one command would."""
-    mirror = track.Mirror(tracker, sweep)
+    mirror = track.Mirror(tracker, Folder(sweep))
     mirror.send()
     mirror.send()
     mirror.finish()
