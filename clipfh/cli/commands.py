@@ -15,7 +15,7 @@ from clipfh.storage import layout
 
 
 def prepare(args: argparse.Namespace) -> None:
-    with console.progress("images") as progress:
+    with console.progresses("images", "images compared") as (progress, compare_progress):
         catalogue = clipfh.prepare(
             args.source,
             args.out,
@@ -29,6 +29,7 @@ def prepare(args: argparse.Namespace) -> None:
             inshop_boxes=args.inshop_boxes,
             without=args.without,
             progress=progress,
+            compare_progress=compare_progress,
         )
     rows = [[split, count["images"], count["items"]] for split, count in catalogue.manifest["counts"].items()]
     print(console.table(["split", "images", "items"], rows))
@@ -43,7 +44,7 @@ def prepare(args: argparse.Namespace) -> None:
 def audit(args: argparse.Namespace) -> None:
     from clipfh.data.audit import describe_copies
 
-    with console.progress("images embedded") as progress:
+    with console.progresses("images embedded", "images compared") as (progress, compare_progress):
         found = clipfh.audit(
             args.catalogue,
             checkpoint=args.checkpoint,
@@ -51,6 +52,7 @@ def audit(args: argparse.Namespace) -> None:
             address=args.address,
             dashboard=args.dashboard,
             progress=progress,
+            compare_progress=compare_progress,
         )
     print("\n".join(describe_copies(found.copies)[:-1]) or "no picture is there twice")
     if found.suspects is None:

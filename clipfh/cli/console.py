@@ -6,7 +6,10 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 print_now = functools.partial(print, flush=True)
 """Print a line at once, also into a pipe or a file."""
@@ -70,26 +73,32 @@ def _interval(metrics: Mapping[str, Any], key: str) -> str:
 
 @contextlib.contextmanager
 def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A function that takes the numbers of images done and of all, and shows them.
+    """A function that takes the numbers of images done and of all, and shows them."""
+    with progresses(unit) as (show,):
+        yield show
 
-    In a terminal as a bar, which appears with the first call; elsewhere as a line for every tenth.
+
+@contextlib.contextmanager
+def progresses(*units: str) -> Iterator[list[Callable[[int, int], None]]]:
+    """A function for each of some stages, which takes the numbers of images done and of all, and shows them.
+
+    In a terminal as bars, which appear with their first call; elsewhere as a line for every tenth.
     """
     if not sys.stdout.isatty():
-        yield _Tenths(unit)
+        yield [_Tenths(unit) for unit in units]
         return
     from rich.progress import MofNCompleteColumn, Progress
 
-    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn())
-    task = bar.add_task(unit, total=None)
+    bars = Progress(*Progress.get_default_columns(), MofNCompleteColumn())
 
-    def show(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
+    def show(task: TaskID, done: int, total: int) -> None:
+        bars.start()
+        bars.update(task, completed=done, total=total, visible=True)
 
     try:
-        yield show
+        yield [functools.partial(show, bars.add_task(unit, total=None, visible=False)) for unit in units]
     finally:
-        bar.stop()
+        bars.stop()
 
 
 class _Tenths:

@@ -7,7 +7,7 @@ import io
 import json
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -28,7 +28,8 @@ MANY_ITEMS = 5
 """Number of items from which on a picture that lies under all of them is taken for a placeholder."""
 ALMOST = 0.1
 """Largest difference of near copies that are decoded to see whether they are equal to the pixel."""
-BATCH = 64
+BATCH = 32
+"""Number of photos that a thread looks at in one go."""
 PART_OF = {"train": "train", "val_gallery": "val", "val_query": "val", "gallery": "test", "query": "test"}
 """The part of a catalogue that each of its splits belongs to: a picture in two parts is a leak."""
 
@@ -66,61 +67,80 @@ class CopyGroup:
         return "items" if self.num_items > 1 else "item"
 
 
-def find_copies(shards: Sequence[str]) -> list[CopyGroup]:
+OnProgress = Callable[[int, int], None]
+
+
+def find_copies(shards: Sequence[str], progress: OnProgress = lambda done, total: None) -> list[CopyGroup]:
     """All copies among the photos of a catalogue's shards, on all cores.
 
     12 KiB a photo are written to a temporary file, beside the shards where these are on a disk; about 1.5 KiB a photo
     are held in memory.
+
+    Args:
+        shards: files of the catalogue.
+        progress: called with the number of photos done and of all photos, where one that is but read counts half.
     """
     if not shards:
         return []
     rows = pa.concat_tables(read_columns(shard, ["path", "item_id", "split"]) for shard in shards)
-    photos = [CopiedPhoto(*row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)]
+    count = len(rows)
     beside = Folder(shards[0]).parent
     with tempfile.TemporaryFile(dir=beside.local_path() if beside.is_local else None) as file:
-        pictures = np.memmap(file, np.uint8, "w+", shape=(len(photos), SIDE, SIDE, 3))
-        whole, content, thumbs = _scan(shards, pictures)
+        pictures = np.memmap(file, np.uint8, "w+", shape=(count, SIDE, SIDE, 3))
+        whole, content, thumbs = _scan(shards, pictures, lambda share: progress(int(share * count / 2), count))
         picture = _number_pictures(shards, content, thumbs)
         first = np.unique(picture, return_index=True)[1]
-        one, other, difference = find_near_copies(thumbs[first], lambda rows: pictures[first[rows]])
+        one, other, difference = find_near_copies(
+            thumbs[first],
+            lambda rows: pictures[first[rows]],
+            lambda share: progress(int((1 + share) * count / 2), count),
+        )
     near = np.stack([first[one], first[other]], axis=1)
     picture, near = _join_equal(shards, picture, near, difference <= ALMOST)
-    exact = [rows for rows in _group(range(len(photos)), picture.tolist()).values() if len(rows) > 1]
-    groups = [
-        CopyGroup("byte" if len({whole[row] for row in its}) == 1 else "pixel", [photos[row] for row in its])
-        for its in exact
-    ]
-    return groups + [CopyGroup("near", [photos[row] for row in its]) for its in join_pairs(near.tolist())]
+    exact = [members for members in _group(range(count), picture.tolist()).values() if len(members) > 1]
+    kinds: list[Kind] = ["byte" if len({whole[row] for row in its}) == 1 else "pixel" for its in exact]
+    groups = [*zip(kinds, exact, strict=True)]
+    groups += [("near", its) for its in join_pairs(near.tolist())]
+    return [CopyGroup(kind, [CopiedPhoto(**row) for row in rows.take(its).to_pylist()]) for kind, its in groups]
 
 
-def _scan(shards: Sequence[str], pictures: np.ndarray) -> tuple[list[bytes], list[bytes], np.ndarray]:
+def _scan(
+    shards: Sequence[str], pictures: np.ndarray, progress: Callable[[float], None]
+) -> tuple[list[bytes], list[bytes], np.ndarray]:
     """Fill `pictures`; returns for each photo a digest of its bytes, one of those that make pixels, and a thumbnail."""
-    whole, content, row = [], [], 0
-    thumbs = np.empty((len(pictures), THUMB, THUMB), np.uint8)
+    digests, thumbs, row = list[tuple[bytes, bytes]](), np.empty((len(pictures), THUMB, THUMB), np.uint8), 0
     with ThreadPoolExecutor(cores.available()) as pool:
-        for batch in _read_batches(shards):
-            for place, (digests, picture) in enumerate(pool.map(_look_at, batch), row):
-                whole.append(digests[0])
-                content.append(digests[1])
-                pictures[place] = picture
-            thumbs[row : row + len(batch)] = thumbnails(pictures[row : row + len(batch)])
-            row += len(batch)
-    return whole, content, thumbs
+        for batches in _read_batches(shards):
+            for batch_digests, *batch in pool.map(_look_at, batches):
+                rows = slice(row, row := row + len(batch_digests))
+                digests += batch_digests
+                pictures[rows], thumbs[rows] = batch
+            progress(row / len(pictures))
+    return [whole for whole, _ in digests], [content for _, content in digests], thumbs
 
 
-def _read_batches(shards: Sequence[str]) -> Iterator[list[bytes]]:
+def _read_batches(shards: Sequence[str]) -> Iterator[list[list[bytes]]]:
+    """As many batches of photos at a time as there are cores."""
     for shard in shards:
-        for batch in store.open_parquet(shard).iter_batches(BATCH * cores.available(), columns=["image"]):
-            yield batch["image"].to_pylist()
+        for read in store.open_parquet(shard).iter_batches(BATCH * cores.available(), columns=["image"]):
+            images = read["image"].to_pylist()
+            yield [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
 
 
-def _look_at(encoded: bytes) -> tuple[tuple[bytes, bytes], np.ndarray]:
-    start = max(0, encoded.find(_QUANTIZATION_TABLE))  # what stands before it in a JPEG is about the photo
-    return (_digest(encoded), _digest(encoded[start:])), small_picture(encoded)
+def _look_at(batch: Sequence[bytes]) -> tuple[list[tuple[bytes, bytes]], np.ndarray, np.ndarray]:
+    pictures = np.stack([small_picture(encoded) for encoded in batch])
+    return [_digests(encoded) for encoded in batch], pictures, thumbnails(pictures)
+
+
+def _digests(encoded: bytes) -> tuple[bytes, bytes]:
+    """Of a photo's bytes, and of those that make its pixels: what stands before them in a JPEG is about the photo."""
+    start = max(0, encoded.find(_QUANTIZATION_TABLE))
+    content = _digest(encoded[start:])
+    return _digest(encoded[:start] + content), content
 
 
 def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return hashlib.sha256(data).digest()[:16]
 
 
 def _number_pictures(shards: Sequence[str], content: list[bytes], thumbs: np.ndarray) -> np.ndarray:
@@ -260,11 +280,11 @@ def read_copies(catalogue: Catalogue) -> list[CopyGroup]:
     ]
 
 
-def load_copies(catalogue: Catalogue) -> list[CopyGroup]:
+def load_copies(catalogue: Catalogue, progress: OnProgress = lambda done, total: None) -> list[CopyGroup]:
     """The copies in a catalogue, which are looked for where `prepare` did not."""
     if catalogue.path.exists(layout.AUDIT):
         return read_copies(catalogue)
-    return find_copies([path for split in SPLITS for path in catalogue.shards(split)])
+    return find_copies([path for split in SPLITS for path in catalogue.shards(split)], progress)
 
 
 def picture_codes(paths: Sequence[str], groups: Iterable[CopyGroup], near: bool = False) -> np.ndarray:

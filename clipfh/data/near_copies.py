@@ -18,7 +18,7 @@ thumbnail, (THUMB, THUMB) uint8: 12 KiB and 1 KiB each.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -35,8 +35,8 @@ COSINE, NEAREST = 0.86, 8
 """Least cosine of step 1, and how many pairs of each photo go on from there."""
 PROBES = 3
 """Number of buckets that a window is compared with."""
-CORRELATION = 0.84
-"""Least correlation of step 2."""
+CORRELATION, ORIENTED = 0.86, 4
+"""Least correlation of step 2, and how many pairs of each photo go on from there."""
 ROUGH, FITTED = 0.65, 3
 """Largest difference of the fit at 16 x 16, and how many pairs of each photo go on from there."""
 DIFFERENCE = 0.34
@@ -72,38 +72,60 @@ def small_picture(encoded: bytes) -> np.ndarray:
 def thumbnails(pictures: np.ndarray) -> np.ndarray:
     """(n, THUMB, THUMB) uint8 grey thumbnails of pictures (n, SIDE, SIDE, 3)."""
     step = SIDE // THUMB
-    cells = pictures.reshape(len(pictures), THUMB, step, THUMB, step * 3).astype(np.uint16)
-    return (cells.sum((2, 4)) // (3 * step * step)).astype(np.uint8)
+    rows = pictures.reshape(len(pictures), THUMB, step, -1).sum(2, np.float32).reshape(len(pictures), THUMB, THUMB, -1)
+    return (rows @ np.full(3 * step, 1 / (3 * step * step), np.float32)).astype(np.uint8)
 
 
 Read = Callable[[np.ndarray], np.ndarray]
 """Function from row numbers (n,) of photos to their pixels, (n, S, S) or (n, S, S, C) uint8."""
 
 
-def find_near_copies(thumbs: np.ndarray, read_pictures: Read) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def find_near_copies(
+    thumbs: np.ndarray, read_pictures: Read, progress: Callable[[float], None] = lambda share: None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of near copies among N photos: two row numbers, the first the smaller, and the difference; (n,) each.
 
     Args:
         thumbs: (N, THUMB, THUMB) uint8.
         read_pictures: function from row numbers (n,) to pictures, (n, SIDE, SIDE, 3) uint8.
+        progress: called with the share of the photos that were looked for.
     """
-    if len(thumbs) < 2:
-        return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
     buckets = _Buckets(np.concatenate([_describe(thumbs[rows], _WHOLE)[:, 0] for rows in _chunks(len(thumbs))]))
 
     def search(rows: slice) -> tuple[Pairs, np.ndarray]:
         pairs = _orient(_candidates(buckets, thumbs[rows], rows.start), thumbs.__getitem__)
-        pairs, difference = _fit(pairs, thumbs.__getitem__, 16, ROUGH)
+        pairs, difference = _fit(pairs, thumbs.__getitem__, 16, ROUGH, steps=2)
         nearest = _first_of_each(pairs.larger, difference, FITTED)
-        return _fit(pairs[nearest], read_pictures, 32, DIFFERENCE)
+        return pairs[nearest], difference[nearest]
 
     with ThreadPoolExecutor(cores.available()) as pool:
-        pairs, differences = zip(*pool.map(search, _chunks(len(thumbs))), strict=True)
-    difference = np.concatenate(differences)
-    one, other = (np.concatenate(rows) for rows in zip(*((p.larger, p.whole) for p in pairs), strict=True))
-    one, other = np.minimum(one, other), np.maximum(one, other)
-    best = _first_of_each(one << 32 | other, difference, 1)
-    return one[best], other[best], difference[best]
+        parts = []
+        for rows, part in zip(_chunks(len(thumbs)), pool.map(search, _chunks(len(thumbs))), strict=True):
+            parts.append(part)
+            progress(rows.stop / len(thumbs))
+        pairs = _one_of_each(*_join(parts))
+        fits = pool.map(lambda rows: _fit(pairs[rows], read_pictures, 32, DIFFERENCE, steps=3), _chunks(len(pairs)))
+        pairs, difference = _join(fits)
+    return np.minimum(pairs.larger, pairs.whole), np.maximum(pairs.larger, pairs.whole), difference
+
+
+def _join(parts: Iterable[tuple[Pairs, np.ndarray]]) -> tuple[Pairs, np.ndarray]:
+    """Pairs and their differences as one."""
+    pairs, difference = [_NO_PAIRS], [np.zeros(0)]
+    for part in parts:
+        pairs.append(part[0])
+        difference.append(part[1])
+    columns = zip(*((each.larger, each.whole, each.place, each.is_mirrored) for each in pairs), strict=True)
+    return Pairs(*map(np.concatenate, columns)), np.concatenate(difference)
+
+
+_NO_PAIRS = Pairs(np.zeros(0, int), np.zeros(0, int), np.zeros((0, 4), np.float32), np.zeros(0, bool))
+
+
+def _one_of_each(pairs: Pairs, difference: np.ndarray) -> Pairs:
+    """Of pairs of the same two photos, whichever is the larger, the one that differs least."""
+    low, high = np.minimum(pairs.larger, pairs.whole), np.maximum(pairs.larger, pairs.whole)
+    return pairs[_first_of_each(low << 32 | high, difference, 1)]
 
 
 def _chunks(count: int) -> Iterator[slice]:
@@ -129,38 +151,42 @@ def _grid() -> np.ndarray:
         windows += [(left, top, side, side) for top in starts for left in starts]
     framed = (0.083, 0.065, 0.834, 0.87)  # what is within a frame as wide on all sides, of an upright photo of 3 to 4
     lying = (framed[1], framed[0], framed[3], framed[2])
-    return np.array([*windows, framed, lying])
+    return np.array([*windows, framed, lying], np.float32)
 
 
 def _weights(start: np.ndarray, length: np.ndarray, cells: int, pixels: int) -> np.ndarray:
     """Matrices (n, cells, pixels) to the means of equal cells, from the pixels of a side with stretches of it."""
     edges = (start[:, None] + length[:, None] * np.linspace(0, 1, cells + 1)) * pixels
-    low, high, pixel = edges[:, :-1, None], edges[:, 1:, None], np.arange(pixels)
-    overlap = np.clip(np.minimum(high, pixel + 1) - np.maximum(low, pixel), 0, None)
-    return (overlap / np.maximum(overlap.sum(2, keepdims=True), 1e-9)).astype(np.float32)
+    covered = edges.astype(np.float32)[:, :, None] - np.arange(pixels, dtype=np.float32)
+    np.clip(covered, 0, 1, out=covered)
+    return np.diff(covered, axis=1) * (cells / (pixels * length)).astype(np.float32)[:, None, None]
 
 
-def _cell_means(windows: np.ndarray) -> np.ndarray:
-    """Matrix (THUMB * THUMB, W * CELLS * CELLS) from a thumbnail to the means of the cells of all windows."""
+def _description(windows: np.ndarray) -> np.ndarray:
+    """Matrix (THUMB * THUMB, W * CELLS * CELLS) from a thumbnail to the even and the odd parts of windows.
+
+    They are those of the means of CELLS x CELLS cells, without the mean of these.
+    """
     across = _weights(windows[:, 0], windows[:, 2], CELLS, THUMB)
     down = _weights(windows[:, 1], windows[:, 3], CELLS, THUMB)
-    return np.ascontiguousarray(np.einsum("wai,wbj->wabij", down, across).reshape(-1, THUMB * THUMB).T)
+    means = np.einsum("wai,wbj->ijwab", down, across)
+    means -= means.mean((3, 4), keepdims=True)
+    left, right = means[..., : CELLS // 2], means[..., : CELLS // 2 - 1 : -1]
+    return np.stack([left + right, left - right], axis=3).reshape(THUMB * THUMB, -1)
 
 
 _GRID = _grid()
-_WINDOWS, _WHOLE = _cell_means(_GRID), _cell_means(_GRID[:1])
+_WINDOWS, _WHOLE = _description(_GRID), _description(_GRID[:1])
 
 
 def _describe(thumbs: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Unit vectors (n, W, CELLS * CELLS) of windows of thumbnails, which mirroring leaves as they are; 0 if flat."""
-    means = thumbs.reshape(len(thumbs), -1).astype(np.float32) @ matrix
-    means = means.reshape(len(thumbs), -1, CELLS, CELLS)
-    means -= means.mean((2, 3), keepdims=True)
-    is_flat = means.std((2, 3)) < FLAT
-    left, right = means[..., : CELLS // 2], means[..., : CELLS // 2 - 1 : -1]
-    vectors = np.concatenate([left + right, np.abs(left - right)], axis=3).reshape(*means.shape[:2], -1)
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=2, keepdims=True), 1e-9)
-    vectors[is_flat] = 0
+    parts = (thumbs.reshape(len(thumbs), -1).astype(np.float32) @ matrix).reshape(len(thumbs), -1, 2, CELLS**2 // 2)
+    np.abs(parts[:, :, 1], out=parts[:, :, 1])
+    vectors = parts.reshape(len(thumbs), -1, CELLS**2)
+    length = np.sqrt(np.einsum("nwd,nwd->nw", vectors, vectors))
+    is_flat = length < FLAT * CELLS * np.sqrt(2)
+    vectors *= np.where(is_flat, 0, 1 / np.maximum(length, 1e-9))[:, :, None]
     return vectors
 
 
@@ -175,10 +201,10 @@ def _largest(values: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Buckets:
-    """Unit vectors (N, D) in about 4 sqrt(N) buckets, each around one of the vectors."""
+    """Unit vectors (N, D) in about 2 sqrt(N) buckets, each around one of the vectors."""
 
     def __init__(self, vectors: np.ndarray) -> None:
-        count = min(len(vectors), int(4 * np.sqrt(len(vectors))) + 1)
+        count = min(len(vectors), int(2 * np.sqrt(len(vectors))) + 1)
         self.vectors = vectors
         self.centres = vectors[np.random.default_rng(0).choice(len(vectors), count, replace=False)]
         bucket = np.concatenate([(vectors[rows] @ self.centres.T).argmax(1) for rows in _chunks(len(vectors))])
@@ -235,8 +261,7 @@ def _take(read: Read, rows: np.ndarray) -> np.ndarray:
     return taken[:, None] if taken.ndim == 3 else np.ascontiguousarray(taken.transpose(0, 3, 1, 2))
 
 
-def _whole_place(count: int) -> np.ndarray:
-    return np.broadcast_to([0.0, 0.0, 1.0, 1.0], (count, 4))
+_WHOLE_PLACE = np.array([[0.0, 0.0, 1.0, 1.0]], np.float32)
 
 
 def _inner(place: np.ndarray) -> np.ndarray:
@@ -252,67 +277,69 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _orient(pairs: Pairs, read: Read) -> Pairs:
-    """The pairs whose window and photo correlate, upright or mirrored."""
-    kept = []
+    """The pairs whose window and photo correlate most, upright or mirrored: ORIENTED of each photo."""
+    parts = []
     for rows in _chunks(len(pairs)):
         part = pairs[rows]
         larger, whole = (_take(read, each) for each in (part.larger, part.whole))
-        window, whole = _sample(larger, part.place, 12), _sample(whole, _whole_place(len(part)), 12)
+        window, whole = _sample(larger, part.place, 12), _sample(whole, _WHOLE_PLACE, 12)
         upright, mirrored = _correlation(window, whole), _correlation(window[..., ::-1], whole)
         part = replace(part, is_mirrored=mirrored > upright)
-        kept.append(part[np.maximum(upright, mirrored) >= CORRELATION])
-    return _concatenate(kept, pairs)
+        parts.append((part, np.maximum(upright, mirrored)))
+    pairs, correlation = _join(parts)
+    nearest = _first_of_each(pairs.larger, -correlation, ORIENTED)
+    return pairs[nearest[correlation[nearest] >= CORRELATION]]
 
 
-def _concatenate(parts: list[Pairs], empty: Pairs) -> Pairs:
-    columns = ((part.larger, part.whole, part.place, part.is_mirrored) for part in parts)
-    return Pairs(*(np.concatenate(column) for column in zip(*columns, strict=True))) if parts else empty
-
-
-def _fit(pairs: Pairs, read: Read, side: int, most: float) -> tuple[Pairs, np.ndarray]:
-    """Move and stretch the windows until they fit, at `side` pixels.
+def _fit(pairs: Pairs, read: Read, side: int, most: float, steps: int) -> tuple[Pairs, np.ndarray]:
+    """Move and stretch the windows until they fit, at `side` pixels, in some steps.
 
     Returns the pairs whose difference is then `most` or less, and their differences.
     """
-    kept, differences = [], []
+    parts = []
     for rows in _chunks(len(pairs)):
         part = pairs[rows]
         larger, whole = (_take(read, each) for each in (part.larger, part.whole))
-        place = part.place.copy()
         larger[part.is_mirrored] = larger[part.is_mirrored, ..., ::-1]
-        place[part.is_mirrored, 0] = 1 - place[part.is_mirrored, 0] - place[part.is_mirrored, 2]
-        target = _sample(whole, _whole_place(len(part)), side)
-        place = _align(larger.mean(1), target.mean(1), place)
-        window, middle = (
-            _sample(*each, 16) for each in ((larger, _inner(place)), (whole, _inner(_whole_place(len(part)))))
-        )
+        target = _sample(whole.mean(1, keepdims=True), _WHOLE_PLACE, side)[:, 0]
+        place = _align(larger.mean(1), target, _mirror(part.place, part.is_mirrored), steps)
+        window, middle = _sample(larger, _inner(place), 16), _sample(whole, _inner(_WHOLE_PLACE), 16)
         difference = _difference(window, middle)
-        place[part.is_mirrored, 0] = 1 - place[part.is_mirrored, 0] - place[part.is_mirrored, 2]
+        part = replace(part, place=_mirror(place, part.is_mirrored))
         near = difference <= most
-        kept.append(replace(part, place=place)[near])
-        differences.append(difference[near])
-    return _concatenate(kept, pairs), np.concatenate([*differences, np.zeros(0)])
+        parts.append((part[near], difference[near]))
+    return _join(parts)
 
 
-def _align(images: np.ndarray, targets: np.ndarray, place: np.ndarray, steps: int = 4) -> np.ndarray:
+def _mirror(place: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
+    """Windows (n, 4), of mirrored photos where it says so."""
+    left = np.where(is_mirrored, 1 - place[:, 0] - place[:, 2], place[:, 0])
+    return np.concatenate([left[:, None], place[:, 1:]], axis=1)
+
+
+def _align(images: np.ndarray, targets: np.ndarray, place: np.ndarray, steps: int) -> np.ndarray:
     """Windows (n, 4) of images (n, S, S) that fit targets (n, side, side), from windows near them.
 
     A target is taken for gain * window + offset, to first order in the window's place: each step solves for all six.
     Pixels at the edges have no say, since those of a frame run into them.
     """
     side = targets.shape[1]
-    along = (np.arange(side) + 0.5) / side
+    along = ((np.arange(1, side - 1) + 0.5) / side).astype(np.float32)
+    goal = targets[:, 1:-1, 1:-1].reshape(len(targets), -1, 1)
+    slopes = np.ones((len(images), 6, side - 2, side - 2), np.float32)
+    across, down, widening, lengthening, level, _ = slopes.swapaxes(0, 1)
+    slope = slopes.reshape(len(images), 6, -1)
     for _ in range(steps):
         window = _sample(images[:, None], place, side)[:, 0]
-        down, across = np.gradient(window, 1 / side, axis=(1, 2))
-        across, down = across / place[:, 2, None, None], down / place[:, 3, None, None]
-        slopes = [across, down, along * across, along[:, None] * down, window, np.ones_like(window)]
-        inside = np.zeros((len(images), 6, side, side), np.float32)
-        inside[:, :, 1:-1, 1:-1] = np.stack(slopes, axis=1)[:, :, 1:-1, 1:-1]
-        slope = inside.reshape(len(images), 6, -1)
+        step = side / 2 / place[:, 2:, None, None]
+        np.multiply(window[:, 1:-1, 2:] - window[:, 1:-1, :-2], step[:, 0], out=across)
+        np.multiply(window[:, 2:, 1:-1] - window[:, :-2, 1:-1], step[:, 1], out=down)
+        np.multiply(along, across, out=widening)
+        np.multiply(along[:, None], down, out=lengthening)
+        level[:] = window[:, 1:-1, 1:-1]
         normal = (slope @ slope.transpose(0, 2, 1)).astype(np.float64)
         normal += np.eye(6) * 1e-6 * (1 + np.trace(normal, axis1=1, axis2=2)[:, None, None])
-        answer = np.linalg.solve(normal, slope @ targets.reshape(len(images), -1, 1))[..., 0]
+        answer = np.linalg.solve(normal, slope @ goal)[..., 0].astype(np.float32)
         gain = np.maximum(answer[:, 4:5], 0.2)
         place = place + np.clip(answer[:, :4] / gain, -0.05, 0.05)
         place[:, 2:] = np.clip(place[:, 2:], 0.6, 1)

@@ -29,7 +29,7 @@ from pyarrow import fs
 
 from clipfh import UserError
 from clipfh.config import cores
-from clipfh.data.audit import describe_copies, find_copies, save_copies
+from clipfh.data.audit import OnProgress, describe_copies, find_copies, save_copies
 from clipfh.data.catalogue import (
     COLUMNS,
     FORMAT,
@@ -78,6 +78,7 @@ def prepare(
     inshop_boxes: bool = False,
     without: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    compare_progress: OnProgress = lambda done, total: None,
 ) -> Catalogue:
     """Make the catalogue `out` of `source` on all cores. A catalogue that is there and up to date is reused.
 
@@ -99,6 +100,7 @@ def prepare(
         without: text file with a path a line, as the source writes it: photos to leave out, such as those that `audit`
             lists. The splits of the others stay as they are.
         progress: called with the number of images done and of all images.
+        compare_progress: called likewise while the finished images are compared to find copies.
 
     Raises:
         UserError: the source, a setting or the disk needs the user's help.
@@ -125,7 +127,7 @@ def prepare(
             _write_shards(pool, folder, shards, _Reader(listing.store, image_size, follow_links), tally)
             pool.shutdown()  # what follows needs memory, the processes none any more
             contents = _describe_contents(folder, shards)
-            copies = find_copies([f"{folder.address}/{shard.name}" for shard in shards])
+            copies = find_copies([f"{folder.address}/{shard.name}" for shard in shards], compare_progress)
             save_copies(folder, copies, contents["hash"])
             manifest = {
                 "format": FORMAT,

@@ -222,9 +222,14 @@ def subsets(models: Sequence[ModelRecord], names: Mapping[str, str], where: str 
 
 
 def variants(models: Sequence[ModelRecord]) -> list[Subset]:
-    """The same and other variants; none where there is but one, which would say what is said already."""
+    """The same and other variants, where there are both, and all without copies where that makes a difference."""
     rows = subsets(models, {"same": "Same variant", "cross": "Other variants"}, "variant")
-    return rows if len(rows) > 1 else []
+    without = subsets(models, {"without_copies": "Without copies"})
+    differs = any(
+        part and any(part.get(key) != model.metrics.get(key) for key in CHARTED)
+        for model, part in zip(models, without[0].metrics if without else [], strict=False)
+    )
+    return (rows if len(rows) > 1 else []) + (without if differs else [])
 
 
 def groups(models: Sequence[ModelRecord], where: str) -> list[Subset]:

@@ -69,6 +69,7 @@ def audit(
     address: str | None = None,
     dashboard: bool = False,
     progress: OnProgress | None = None,
+    compare_progress: OnProgress = lambda done, total: None,
 ) -> Audit:
     """Look through a catalogue for copies and, with a model, for wrong labels, as `clipfh audit` does.
 
@@ -84,13 +85,14 @@ def audit(
         address: Ray cluster to embed over.
         dashboard: serve Ray's dashboard, where a cluster is started.
         progress: called with the number of images embedded and of all images.
+        compare_progress: called likewise while images are compared, where `prepare` did not.
 
     Raises:
         UserError: the catalogue, the model or a setting does not fit, or the folder can't be written.
     """
     opened = open_catalogue(catalogue)
     try:
-        copies = copies_module.load_copies(opened)
+        copies = copies_module.load_copies(opened, compare_progress)
         suspects = None
         if checkpoint or settings:
             clip, experiment, _ = load_model(checkpoint, schema.with_absolute_paths(settings or {}))

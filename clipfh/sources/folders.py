@@ -23,6 +23,12 @@ _PICTURES_NOT_READ = re.compile(
     r"|mp4|mov|avi|webm|mkv|3gp|pdf)",
     re.IGNORECASE,
 )
+_PERSON = re.compile(r"(-?\d+)_c\d+")
+"""Item and camera, with which names of Market-1501 and its like begin."""
+_CAMERAS = (
+    "names hold a camera: figures published for such data sets leave out photos of a query's item by its own camera, "
+    "which evaluate counts, so these are not comparable"
+)
 JUNK_ID = "-1"
 """Item that Market-1501 and its like give to boxes without a person."""
 
@@ -49,6 +55,7 @@ def read_folders(store: fs.SubTreeFileSystem, files: Sequence[File]) -> Listing:
     if ids:
         name, item = next(iter(ids.items()))
         more.append(f"items are what the names of the photos begin with: {printable(name)} is of {item}")
+        more += [_CAMERAS] if _PERSON.match(posixpath.basename(name)) else []
     photos = [_photo(file, split, path, ids) for file, (split, path) in rows]
     junk = [photo for photo in photos if photo.item_id == JUNK_ID] if ids else []
     if junk:
@@ -160,7 +167,7 @@ def _ids_by_name(names: Sequence[str]) -> dict[str, str]:
     many photos as ids are there.
     """
     stems = {name: name.rpartition(".")[0] for name in names}
-    people = {name: match[1] for name, stem in stems.items() if (match := re.match(r"(-?\d+)_c\d+", stem))}
+    people = {name: match[1] for name, stem in stems.items() if (match := _PERSON.match(stem))}
     if names and len(people) == len(names):  # Market-1501 and its like: item, camera
         return people
     for sign in "_- .":
@@ -180,5 +187,5 @@ def _head(stem: str, sign: str) -> str:
 
 def tables_beside(files: Iterable[File]) -> list[str]:
     """Notes on tables at the top of a folder that is read as folders of photos."""
-    names = [file.path for file in files if re.fullmatch(r"[^/]+\.(csv|tsv|parquet)", file.path.lower())]
+    names = [file.path for file in files if re.fullmatch(r"[^/]+\.(csv|tsv|parquet|jsonl)", file.path.lower())]
     return [f"{', '.join(map(printable, names[:3]))} is not read: give it as --source to use it"] if names else []

@@ -1,7 +1,7 @@
 """A source, in any of the forms that people have, becomes a listing: which photos there are, of which item, and where.
 
-Sources are In-Shop as distributed, the original system's processed metadata, folders of photos, CSV and Parquet files,
-and tar files; on a disk or at any URI that Arrow opens. Names and annotations are read, never an image.
+Sources are In-Shop as distributed, the original system's processed metadata, folders of photos, CSV, JSON Lines and
+Parquet files, and tar files; on a disk or at any URI that Arrow opens. Names and annotations are read, never an image.
 """
 
 import posixpath
@@ -17,7 +17,7 @@ from clipfh.sources.folders import read_folders
 from clipfh.sources.list_files import find_lists
 from clipfh.sources.listing import Listing, ReadOptions
 from clipfh.sources.parquet_tables import read_parquet
-from clipfh.sources.tables import read_csv
+from clipfh.sources.tables import read_csv, read_json_lines
 from clipfh.sources.tar_shards import read_tars
 from clipfh.storage import layout
 from clipfh.storage.store import locate
@@ -28,9 +28,9 @@ _AS_IT_IS = ReadOptions()
 def read_source(source: str | Path, options: ReadOptions = _AS_IT_IS) -> Listing:
     """List the photos of a source: a path or a URI.
 
-    A CSV or Parquet file has the columns image_path (relative to the file) and item_id. It may have text, split,
-    variant, view, gender, category, color, and a box: x, y, width, height. In place of image_path a Parquet file may
-    have a column `image` with the images themselves.
+    A CSV, JSON Lines or Parquet file has the columns image_path (relative to the file) and item_id. It may have text,
+    split, variant, view, gender, category, color, and a box: x, y, width, height. In place of image_path a Parquet file
+    may have a column `image` with the images themselves.
 
     Raises:
         UserError: the source can't be read or contradicts its form, none of its images is there, or an option is for
@@ -62,12 +62,16 @@ def _read_file(store: fs.SubTreeFileSystem, name: str, options: ReadOptions) -> 
         _require_for(where, inshop_boxes=options.inshop_boxes)
         return read_csv(store, name, options)
     _require_for(where, inshop_boxes=options.inshop_boxes, encoding=options.encoding)
+    if suffix == ".jsonl":
+        return read_json_lines(store, name, options)
     if suffix == ".parquet":
         return read_parquet(store, [name], options)
     if suffix == ".tar":
         _require_for(where, skip_bad_lines=options.skip_bad_lines)
         return read_tars(store, [name])
-    remedy = "unpack it and give the folder" if suffix in ARCHIVE_SUFFIXES else "give a .csv, a .parquet or a folder"
+    remedy = (
+        "unpack it and give the folder" if suffix in ARCHIVE_SUFFIXES else "give a .csv, .jsonl, .parquet or a folder"
+    )
     raise UserError(f"{where}: not a source that can be read: {remedy} as --source")
 
 

@@ -1,7 +1,8 @@
-"""Tables of photos: what holds for all of them, and CSV as the spreadsheets of every country write it."""
+"""Tables of photos: what holds for all of them, CSV as the spreadsheets of every country write it, JSON Lines."""
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pyarrow import fs
 
 from clipfh import UserError
-from clipfh.sources.files import SPELLINGS, below, locate, look
+from clipfh.sources.files import SPELLINGS, below, locate, look, read_text
 from clipfh.sources.listing import (
     BAD_LINE,
     BOX_COLUMNS,
@@ -105,6 +106,27 @@ def column_names(header: Sequence[str]) -> list[str]:
 
 
 _OTHER_PATHS = ("file_name", "filepath")
+
+
+# JSON Lines
+
+
+def read_json_lines(store: fs.SubTreeFileSystem, name: str, options: ReadOptions) -> Listing:
+    """List a file with a JSON object a line, such as the `metadata.jsonl` of Hugging Face's image folders."""
+    table = f"{store.base_path}{name}"
+    rows, columns = TableRows(table, options.skip_bad_lines), dict[str, None]()
+    for number, line in enumerate(read_text(store, name).splitlines(), start=1):
+        try:
+            row = json.loads(line or "{}")
+        except ValueError as error:
+            row = str(error)
+        if not isinstance(row, dict):
+            rows.bad.append((f"line {number}", f"not a JSON object ({row!r:.80})"))
+        elif row:
+            names = column_names(list(row))
+            columns |= dict.fromkeys(names)
+            rows.add(f"line {number}", dict(zip(names, row.values(), strict=True)))
+    return locate(store, rows.photos, check_columns(list(columns), table), rows.left_out())
 
 
 _ENCODINGS = (

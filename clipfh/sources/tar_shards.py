@@ -12,8 +12,9 @@ from pyarrow import fs
 from clipfh import UserError
 from clipfh.sources.files import File, is_image, locate, read_stamp
 from clipfh.sources.folders import pass_over
-from clipfh.sources.listing import BadRow, Listing, Photo, make_photo
+from clipfh.sources.listing import BadRow, LeftOut, Listing, Photo, make_photo
 
+NO_IMAGE = "a sample without an image"
 _FIELDS = {"cls": "item_id", "txt": "text"}
 """Suffix of a file of a WebDataset sample, and what it holds. Its `json` holds fields by their own names."""
 
@@ -24,13 +25,16 @@ def read_tars(store: fs.SubTreeFileSystem, files: Sequence[str]) -> Listing:
     Files whose names are equal up to the first dot are a sample, whose `.json` has item_id and further columns, or
     whose `.cls` is its item and whose `.txt` its text. An image without these is of the item that its folder is.
     """
-    photos, notes = list[Photo](), dict[str, None]()
+    photos, left_out, notes = list[Photo](), list[LeftOut](), dict[str, None]()
     for file in files:
-        photos += _read_tar(store, file, notes)
-    return locate(store, photos, notes)
+        its_photos, imageless = _read_tar(store, file, notes)
+        photos += its_photos
+        left_out += [(f"{file}/{key}", NO_IMAGE) for key in imageless]
+    return locate(store, photos, notes, left_out)
 
 
-def _read_tar(store: fs.SubTreeFileSystem, file: str, notes: dict[str, None]) -> list[Photo]:
+def _read_tar(store: fs.SubTreeFileSystem, file: str, notes: dict[str, None]) -> tuple[list[Photo], list[str]]:
+    """The photos of a tar file, and the keys of samples without an image."""
     where, stamp = f"{store.base_path}{file}", read_stamp(store, file)
     with store.open_input_file(file) as opened:
         try:
@@ -58,7 +62,8 @@ def _read_tar(store: fs.SubTreeFileSystem, file: str, notes: dict[str, None]) ->
                 f"{where}, {image.path}: {error}: a sample needs an item_id in its .json, or a .cls, or a folder"
             ) from error
         photos.append(photo._replace(file=file, stamp=stamp, part=(member.offset_data, member.size)))
-    return photos
+    with_image = {_key(image.path) for image in images}
+    return photos, [key for key, fields in samples.items() if "item_id" in fields and key not in with_image]
 
 
 def _suffix(name: str) -> str:

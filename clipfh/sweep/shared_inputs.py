@@ -15,6 +15,7 @@ from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import EvaluationImages, Feed, StreamPart, TrainImages, fetch
 from clipfh.data.images import Preprocess
 from clipfh.data.sampler import make_sampler
+from clipfh.model.prompts import notes_on_prompts
 from clipfh.sweep.race import Contender, Load
 from clipfh.train.inputs import notes_on_singles, prepare_inputs
 from clipfh.train.run_inputs import Inputs, ModelKey, model_key
@@ -60,7 +61,7 @@ def prepare_larger(
     return {key: prepare_inputs(catalogue, each, load(each), feed) for key, each in by_model.items()}
 
 
-def notes(sweep: SweepFile, inputs: Mapping[ModelKey, Inputs]) -> list[str]:
+def notes(sweep: SweepFile, catalogue: Catalogue, inputs: Mapping[ModelKey, Inputs]) -> list[str]:
     """What to tell people of items and prompts that count for less, each line once."""
     starts = {label: sweep.start(label) for label in sweep.contenders}
     lines = [
@@ -68,7 +69,8 @@ def notes(sweep: SweepFile, inputs: Mapping[ModelKey, Inputs]) -> list[str]:
         for label, start in starts.items()
         for note in notes_on_singles(inputs[model_key(start.model)], start.loss)
     ]
-    return list(dict.fromkeys(lines))
+    prompts = {note: None for start in starts.values() for note in notes_on_prompts(catalogue, start)}
+    return list(dict.fromkeys([*lines, *(f"note: {note}" for note in prompts)]))
 
 
 class SharingFeed:

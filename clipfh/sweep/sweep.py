@@ -123,7 +123,7 @@ def run(
     context = _Context(sweep, catalogue, out, contenders, load, feed, resources, log)
     inputs = shared_inputs.prepare(sweep, catalogue, context.kept, load, feed)
     write_window(out, layout.SWEEP_INPUTS, feed.window)
-    notes = [*notes_on_windows(next(iter(inputs.values())), catalogue), *shared_inputs.notes(sweep, inputs)]
+    notes = [*notes_on_windows(next(iter(inputs.values())), catalogue), *shared_inputs.notes(sweep, catalogue, inputs)]
     for note in notes:
         log(note)
     board, keeper = Leaderboard(out, sweep, study, zero_shot), retention.Keeper(sweep, out)

@@ -166,3 +166,10 @@ def test_a_list_that_means_nothing_here_is_refused(source, tmp_path, content, re
     with pytest.raises(UserError, match=reason):
         prepare(source, tmp_path / "out", without=file)
     assert not (tmp_path / "out").exists()
+
+
+def test_prepare_tells_how_far_the_comparison_is(source, tmp_path, quick):
+    calls = list[tuple[int, int]]()
+    made = prepare(source, tmp_path / "out", compare_progress=lambda *call: calls.append(call))
+    total = sum(counts["images"] for counts in made.manifest["counts"].values())
+    assert calls == sorted(calls) and calls[-1] == (total, total) and 0 < calls[0][0] < total

@@ -234,6 +234,16 @@ def test_an_evaluation_with_re_ranking(tmp_path):
     assert "Re-ranked by k-reciprocal neighbours" in page.text
 
 
+def test_figures_without_copies_are_shown_where_they_differ(tmp_path):
+    without = {key: figures()[key] for key in ("mAP", "rank1", "num_query")}
+    differs = make_evaluation(tmp_path / "differs", 0.6, without_copies=without | {"mAP": 0.55})
+    assert Page(page_module.write([differs])).row("Without copies")[1].startswith("0.550")
+    same = make_evaluation(tmp_path / "same", 0.6)
+    metrics = json.loads((same / "metrics.json").read_text())
+    (same / "metrics.json").write_text(json.dumps(metrics | {"without_copies": metrics}))
+    assert "Without copies" not in [row[0] for row in Page(page_module.write([same])).rows]
+
+
 def test_an_evaluation_of_the_bare_figures(tmp_path):
     (tmp_path / "metrics.json").write_text(
         '{"mAP": 0.5, "rank1": NaN, "num_query": 3, "num_gallery": 4, "by_gender": null}'

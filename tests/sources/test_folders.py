@@ -68,6 +68,7 @@ def test_market_1501_is_read_as_distributed(tmp_path):
     ]
     assert "1 photos beside the split folders were left out (gt_bbox)" in listing.notes
     assert "1 photos of -1, which is no item in data sets like Market-1501, were left out" in listing.notes
+    assert any(note.startswith("names hold a camera: ") for note in listing.notes)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,7 @@ def test_items_of_a_flat_folder_are_what_its_names_begin_with(tmp_path, names):
     listing = read_source(put(tmp_path, *names))
     assert {photo.item_id for photo in listing.photos} in ({"0001", "0002"}, {"sku12", "sku7"})
     assert any(note.startswith("items are what the names of the photos begin with: ") for note in listing.notes)
+    assert any(note.startswith("names hold a camera: ") for note in listing.notes) == ("_c1s1_" in names[0])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from clipfh import UserError
 from clipfh.data.prepare import prepare
 from clipfh.sources.listing import LINK
 from clipfh.sources.read import read_source
+from clipfh.sources.tar_shards import NO_IMAGE
 
 PHOTOS = {f"sku{item}/{view}.jpg": saved(colored((40, 30), 4 * item + view)) for item in range(8) for view in range(4)}
 
@@ -203,3 +204,13 @@ def test_inshops_own_boxes_are_cut_by_an_option(tmp_path, quick):
     assert {image.size for image in images} == {(30, 60)}
     assert max(np.asarray(image).mean() for image in images) < 20, "the bright half is cut away"
     assert "photos are cut to In-Shop's boxes, 0 have none and stay whole" in made.manifest["notes"]
+
+
+def test_samples_without_an_image_are_counted(tmp_path):
+    pack(
+        tmp_path / "shop.tar",
+        {"0.jpg": b"x", "0.cls": b"hat", "1.cls": b"hat", "1.txt": b"A hat.", "2.json": b'{"item_id": 7}'},
+    )
+    listing = read_source(tmp_path / "shop.tar")
+    assert [photo.path for photo in listing.photos] == ["shop.tar/0.jpg"]
+    assert listing.left_out == [("shop.tar/1", NO_IMAGE), ("shop.tar/2", NO_IMAGE)]

@@ -1,5 +1,6 @@
 """CSV as spreadsheets of every country write it, and every way in which a path can mean the file that is there."""
 
+import json
 import unicodedata
 from urllib.parse import quote
 
@@ -189,3 +190,23 @@ def test_an_option_for_another_form_of_source_is_refused(shop, option, source):
     pq.write_table(pa.table({"image_path": FILES, "item_id": FILES}), shop / "list.parquet")
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is for another form of source: leave it out"):
         read_source(shop / source, ReadOptions(**{option: "cp1252" if option == "encoding" else True}))
+
+
+def test_json_lines_as_image_folders_have_them_are_read(shop):
+    rows = [{"file_name": path, "item_id": number, "caption": "hat"} for number, path in enumerate(FILES)]
+    (shop / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    listing = read_source(shop / "metadata.jsonl")
+    assert {photo.file: photo.item_id for photo in listing.photos} == {f: str(n) for n, f in enumerate(FILES)}
+    assert "columns that were not used: caption" in listing.notes
+
+
+def test_bad_json_lines_are_told_all_at_once(shop):
+    (shop / "a.jsonl").write_text(
+        '{"image_path": "plain/100%25.jpg", "item_id": 1}\n{"image_path"\n[1]\n{"item_id": 2}\n'
+    )
+    with pytest.raises(
+        UserError, match="line 2: not a JSON object.*; line 3: not a JSON object.*; line 4: no image_path"
+    ):
+        read_source(shop / "a.jsonl")
+    listing = read_source(shop / "a.jsonl", ReadOptions(skip_bad_lines=True))
+    assert (len(listing.photos), len(listing.left_out)) == (1, 3)

@@ -25,6 +25,7 @@ from clipfh.data import catalogue, images
 from clipfh.data.sampler import ItemIndex
 from clipfh.model import checkpoint
 from clipfh.model.clip import get_preprocess
+from clipfh.model.prompts import notes_on_prompts
 from clipfh.model.towers import Towers, embed_images
 from clipfh.report import artifacts
 from clipfh.storage import layout
@@ -61,6 +62,16 @@ def test_a_space_whose_losses_may_leave_too_few_items_is_refused(tmp_path, monke
     contender = Contender("ViT-B/16", "0000", 1, 64, 1.0)
     with pytest.raises(UserError, match="--batch.items 4 is more than the 3 train items with two photos or more"):
         shared_inputs.prepare(loaded, None, [contender], lambda start: None, shared_inputs.SharingFeed(None))
+
+
+def test_a_sweep_says_how_far_its_prompts_fit(small_catalogue, tmp_path, monkeypatch):
+    items = sorted(set(small_catalogue.rows("train")["item_id"].to_pylist()))
+    (tmp_path / "prompts.json").write_text(json.dumps(dict.fromkeys(items[:1], "a hat")))
+    start = presets.resolve("joint", None, {"text.file": str(tmp_path / "prompts.json")})
+    monkeypatch.setattr(shared_inputs, "notes_on_singles", lambda *_: [])
+    two = SimpleNamespace(contenders=["a", "b"], start=lambda label: start)
+    (note,) = shared_inputs.notes(two, small_catalogue, {shared_inputs.model_key(start.model): None})
+    assert note == f"note: {notes_on_prompts(small_catalogue, start)[0]}"
 
 
 @pytest.fixture(scope="module")
