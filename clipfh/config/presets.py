@@ -20,10 +20,11 @@ _SIGLIP: dict[str, Any] = {**_PRETRAINED, "optimizer.weight_decay": 0.0}
 _CONVNEXT: dict[str, Any] = {**_PRETRAINED, "optimizer.layer_decay": 0.93}
 _SCRATCH: dict[str, Any] = {
     "loss.supcon": 1.0,
-    "loss.triplet": 1.0,
+    "loss.supcon_temperature": 0.05,
+    "loss.ce": 0.25,
     "optimizer.lr": 1e-3,
     "optimizer.text_lr": 1.0,
-    "optimizer.head_lr": 1.0,
+    "optimizer.head_lr": 10.0,
     "optimizer.weight_decay": 0.05,
     "optimizer.layer_decay": 1.0,
     "optimizer.warmup": 0.1,
@@ -32,7 +33,7 @@ _SCRATCH: dict[str, Any] = {
     "model.freeze_norm": False,
     "batch.items": 32,
     "batch.views": 4,
-    "augment.crop_min": 0.4,
+    "augment.crop_min": 0.7,
     "budget.images": 60_000,
 }
 _ORIGINAL: dict[str, Any] = {

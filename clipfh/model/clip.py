@@ -21,6 +21,7 @@ from clipfh.data.images import Preprocess
 from clipfh.model import architecture as architectures
 from clipfh.model import hub, state_dicts
 from clipfh.model.architecture import Architecture, load_open_clip, load_text_towers
+from clipfh.model.initial import initialise
 from clipfh.storage import layout
 
 MISSING_LIBRARY = "pip install 'clipfh[hub]', and let it reach the Hugging Face hub or its cache"
@@ -79,7 +80,9 @@ def load_initial_model(settings: ModelSettings, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     weights = architectures.weights_name(settings)
     if not weights:
-        return build_model(settings)
+        clip = build_model(settings)
+        initialise(clip)
+        return clip
     native = build_model(replace(settings, image_size=0))
     try:
         with _quiet(), state_dicts.readable(_weights_file(settings, weights)) as file:

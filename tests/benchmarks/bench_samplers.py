@@ -121,7 +121,7 @@ def train_one(catalogue: str, point: tuple[float, ...]) -> float:
         "model.precision": "bfloat16",
         "budget.images": IMAGES,
     }
-    learner = recipes._trained(opened, presets.resolve("image", "scratch", settings), "")
+    learner = recipes.train(opened, presets.resolve("image", "scratch", settings))
     preprocess = get_preprocess(learner.clip)
     tables = [opened.images(split) for split in VALIDATION]
     pixels = np.concatenate([[images.decode_for_evaluation(e.as_py(), preprocess) for e in t["image"]] for t in tables])

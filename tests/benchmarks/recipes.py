@@ -71,19 +71,18 @@ def run(catalogue: str, name: str, seed: int, images: int, extra: dict[str, Any]
     from clipfh.config import presets, schema
     from clipfh.config.experiment import SMALL_MODEL
 
-    pass
-
     torch.set_num_threads(1)
     stage, preset, settings, original = RECIPES[name]
     given = {**settings, "model.name": SMALL_MODEL, "budget.images": images, "seed": seed, **extra}
     experiment = presets.resolve(stage, preset, given)
     opened = catalogues.open_catalogue(catalogue)
-    learner = _trained(opened, experiment, original)
-    found = {"recipe": name, "seed": seed, "images": images, **_score(opened, learner)}
+    learner = train(opened, experiment, _Original(original) if original else None)
+    found = {"recipe": name, "seed": seed, "images": images, **score(opened, learner)}
     return {**found, "experiment": schema.flatten(experiment)}
 
 
-def _trained(opened: Any, experiment: Any, original: str) -> Any:
+def train(opened: Any, experiment: Any, objective: Any = None) -> Any:
+    """The learner after an experiment on a catalogue, in this process; its loss is the objective, if one is given."""
     import numpy as np
     import torch
 
@@ -99,36 +98,38 @@ def _trained(opened: Any, experiment: Any, original: str) -> Any:
     index = build_index(table, np.array([len(table)]))
     architecture = find_architecture(experiment.model)
     captions, _ = tokenize_captions(opened, index.names, experiment, architecture, "train")
-    if original == "stage 2":  # one prompt for every image
+    kind = getattr(objective, "kind", "")
+    if kind == "stage 2":  # one prompt for every image
         tokens = load_tokenizer(architecture)(["a photo of a clothing item"]).numpy().astype(np.int32)
         captions = ItemCaptions(tokens, np.zeros(len(index.names), np.int32))
     clip = load_initial_model(experiment.model, experiment.seed)
     learner = Learner(experiment, clip, index, captions, torch.device("cpu"))
-    if original:
-        learner.objective = _Original(original)
+    if objective:
+        objective.attach(architecture.embed_dim, len(index.names), experiment.optimizer.lr)
+        learner.objective = objective
     plan = make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
     recipe = BatchSpec.of(experiment, get_preprocess(clip).size)
     column = table["image"].chunk(0)
     for step in range(learner.schedule.num_steps):
         rows = plan.batch(step)
-        if original == "v1":  # its loader did not shuffle
+        if kind == "v1":  # its loader did not shuffle
             rows = (step * len(rows) + np.arange(len(rows))) % len(index.item)
         pixels = decoding.decode_batch(recipe, lambda row: column[row].as_py(), step, 0, rows)
         learner.train_step(rows, pixels)
     return learner
 
 
-def _score(opened: Any, learner: Any) -> dict[str, float]:
-    """mAP and Rank-1 on the test split, by the averaged weights."""
+def score(opened: Any, learner: Any, split: str = "test") -> dict[str, float]:
+    """mAP and Rank-1 on the test or `val` split, by the averaged weights."""
     import numpy as np
     import torch
 
-    pass
     from clipfh.model.clip import get_preprocess
     from clipfh.model.towers import embed_images
     from clipfh.retrieval import metrics
 
-    tables = [opened.images(split) for split in ("query", "gallery")]
+    prefix = "val_" if split == "val" else ""
+    tables = [opened.images(f"{prefix}{part}") for part in ("query", "gallery")]
     preprocess = get_preprocess(learner.clip)
     pixels = [
         np.stack([images_module.decode_for_evaluation(e.as_py(), preprocess) for e in t["image"]]) for t in tables
@@ -159,7 +160,12 @@ class _Original:
         self.kind = kind
         self.weights = {"original": 1.0}
 
-    def __call__(self, feature_BD: Any, text_CD: Any, log_scale: Any, labels: Any) -> tuple[Any, dict[str, Any]]:
+    def attach(self, *_: object) -> None:
+        """It has no weights."""
+
+    def __call__(
+        self, feature_BD: Any, text_CD: Any, log_scale: Any, labels: Any, bias: Any = None
+    ) -> tuple[Any, dict[str, Any]]:
         import torch
         import torch.nn.functional as F
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from clipfh import UserError
-from clipfh.config import sweep_file
+from clipfh.config import presets, sweep_file
 from clipfh.config.experiment import SMALL_MODEL, Budget
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
@@ -33,7 +33,7 @@ def write(tmp_path, **changes):
     return file
 
 
-@pytest.mark.parametrize("name", ["demo", "image", "joint"])
+@pytest.mark.parametrize("name", ["demo", "scratch", "image", "joint"])
 def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
     loaded = sweep_file.load(SWEEPS / f"{name}.yaml")
     (tmp_path / "resolved.yaml").write_text(sweep_file.to_yaml(loaded))
@@ -238,3 +238,9 @@ def test_a_grid_of_some_of_its_models_is_made_anew(tmp_path):
     loaded = sweep_file.load(write(tmp_path, **changes))
     small = loaded.only(list(loaded.contenders)[:1])
     assert (loaded.trials, small.trials) == (4, 2) and len(small.points) == 2
+
+
+def test_the_sweep_from_random_weights_begins_with_the_preset():
+    sweep = sweep_file.load(SWEEPS / "scratch.yaml")
+    first = sweep.experiment(sweep.points[0])
+    assert first == presets.resolve("image", "scratch", {"model.name": "clipfh-small", "budget.report_every": 20_000})
