@@ -40,9 +40,17 @@ def test_each_command_reads_and_writes_a_bucket(bucket, catalogue, small_catalog
     run("embed", catalogue, "--checkpoint", out("export"), "--out", out("index.parquet"))
     run("search", "--embeddings", out("index.parquet"), "--text", "a red dress", "--top=3", "--html", out("hits.html"))
     run("audit", catalogue)
+    run("prompts", catalogue, "--model=clipfh-small", "--out", out("prompts.json"))
     run("train", "image", catalogue, "--out", out("warm"), "--warm-start", out("run"), *SETTINGS)
     written = Folder(out("")).files()
-    told = {"run/metrics.jsonl", "test/metrics.json", "pages/report.html", "hits.html", "catalogue/audit.html"}
+    told = {
+        "run/metrics.jsonl",
+        "test/metrics.json",
+        "pages/report.html",
+        "hits.html",
+        "prompts.json",
+        "catalogue/audit.html",
+    }
     assert told <= {*written}
     assert any(name.startswith("run/tensorboard/") for name in written)
     assert list(tmp_path.iterdir()) == []

@@ -205,8 +205,9 @@ def report(args: argparse.Namespace) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     from clipfh.demo import demo
+    from clipfh.storage.store import Folder
 
-    demo.run(Path(args.out), console.print_now)
+    demo.run(Folder(args.out).local_path(), console.print_now)
 
 
 def submit(args: argparse.Namespace) -> int:

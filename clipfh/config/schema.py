@@ -120,7 +120,7 @@ def parse(name: str, text: str, cls: type = Experiment) -> Any:
 def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with files named from the root on: they are kept, and read again from other working directories."""
     found = dict(settings)
-    if file := found.get("text.file"):
+    if (file := found.get("text.file")) and "://" not in file:
         found["text.file"] = str(Path(file).absolute())
     if (file := found.get("model.pretrained")) and Path(file).is_file():
         found["model.pretrained"] = str(Path(file).absolute())

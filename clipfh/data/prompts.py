@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from clipfh import UserError
 from clipfh.data.text_repair import repair
+from clipfh.storage.store import Folder
 
 Strategy = Literal["raw", "clean", "structured"]
 CountTokens = Callable[[str], int]
@@ -84,11 +85,13 @@ def load_prompts(path: str | Path) -> dict[str, str]:
         UserError: the file is anything else.
     """
     try:
-        pairs = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_Pairs)
+        pairs = json.loads(Folder(path).read_bytes().decode("utf-8-sig"), object_pairs_hook=_Pairs)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; write one with `clipfh prompts CATALOGUE --out {path}`") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a JSON file of item to prompt") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); name a JSON file of item to prompt"
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -164,7 +167,7 @@ def save_prompts(path: str | Path, prompts: Mapping[str, str]) -> None:
     Raises:
         UserError: the file can't be written, or holds other prompts.
     """
-    if Path(path).is_file() and load_prompts(path) != prompts:
+    if Folder(path).is_file() and load_prompts(path) != prompts:
         raise UserError(f"{path}: holds other prompts, perhaps edited by hand; name another file or delete it")
     write_json(path, dict(sorted(prompts.items())))
 
@@ -172,7 +175,7 @@ def save_prompts(path: str | Path, prompts: Mapping[str, str]) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=1)
     try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        Folder(path).write("", text + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name a file in a folder that exists") from None
 

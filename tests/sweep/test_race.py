@@ -13,6 +13,7 @@ from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import SweepFile
 from clipfh.report import page, status
 from clipfh.retrieval import evaluate
+from clipfh.storage.store import Folder
 from clipfh.sweep import race
 from clipfh.train.inputs import load_start
 
@@ -38,7 +39,7 @@ def load(folder, models, **changes) -> SweepFile:
 def test_the_best_models_go_into_the_search_with_their_points(tmp_path, small_catalogue, models):
     points = [{"model": label, "optimizer.lr": 1e-3} for label in LABELS]
     sweep, lines = load(tmp_path, models, race={"keep": 2}, points=points), []
-    contenders = race.run(sweep, small_catalogue, tmp_path, RESOURCES, load_start, lines.append)
+    contenders = race.run(sweep, small_catalogue, Folder(tmp_path), RESOURCES, load_start, lines.append)
     assert [each.model for each in contenders] == LABELS[::-1]
     assert [each.kept for each in contenders] == [True, True, False] and race.read(tmp_path) == contenders
     for each in contenders:
@@ -64,13 +65,20 @@ def test_a_race_goes_on_where_it_was_killed_with_the_cheapest_first(tmp_path, sm
     monkeypatch.setattr(evaluate, "embed_splits", embed)
     sweep = load(tmp_path, models, race={"keep": 1})
     with pytest.raises(KeyboardInterrupt):
-        race.run(sweep, small_catalogue, tmp_path, RESOURCES, load_start, lambda line: None)
+        race.run(sweep, small_catalogue, Folder(tmp_path), RESOURCES, load_start, lambda line: None)
     (tmp_path / "sweep.yaml").write_text(sweep_file.to_yaml(sweep))
     assert f"race of 3 models: 1 of 3 measured (zero-shot val mAP: {LABELS[1]}" in status.describe(tmp_path)
-    contenders = race.run(sweep, small_catalogue, tmp_path, RESOURCES, load_start, lambda line: None)
+    contenders = race.run(sweep, small_catalogue, Folder(tmp_path), RESOURCES, load_start, lambda line: None)
     assert [name.rpartition("/")[2] for name in measured] == ["dim.pt", "sharp.pt", "sharp.pt", "blind.pt"]
     assert contenders[0].model == LABELS[2]
-    race.run(sweep, small_catalogue, tmp_path, RESOURCES, lambda start: pytest.fail("loaded again"), lambda line: None)
+    race.run(
+        sweep,
+        small_catalogue,
+        Folder(tmp_path),
+        RESOURCES,
+        lambda start: pytest.fail("loaded again"),
+        lambda line: None,
+    )
 
 
 def test_a_model_that_cant_be_had_costs_nothing(tmp_path, small_catalogue, models, monkeypatch):
@@ -78,7 +86,7 @@ def test_a_model_that_cant_be_had_costs_nothing(tmp_path, small_catalogue, model
     (tmp_path / "bad.pt").write_bytes(b"no weights")
     sweep = load(tmp_path, [*models, {"name": SMALL_MODEL, "pretrained": str(tmp_path / "bad.pt")}])
     with pytest.raises(UserError, match="bad.pt can't be read as weights"):
-        race.run(sweep, small_catalogue, tmp_path, RESOURCES, load_start, lambda line: None)
+        race.run(sweep, small_catalogue, Folder(tmp_path), RESOURCES, load_start, lambda line: None)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.pt", "x.yaml"]
 
 
@@ -103,7 +111,7 @@ def test_models_that_open_clip_has_not_are_refused_before_anything_starts(tmp_pa
 def test_the_report_shows_the_race(tmp_path, small_catalogue, models):
     sweep = load(tmp_path, models, race={"keep": 2})
     (tmp_path / "sweep.yaml").write_text(sweep_file.to_yaml(sweep))
-    race.run(sweep, small_catalogue, tmp_path, RESOURCES, load_start, lambda line: None)
+    race.run(sweep, small_catalogue, Folder(tmp_path), RESOURCES, load_start, lambda line: None)
     text = page.write([tmp_path]).read_text()
     assert "2 of 3 went into the search" in text and all(text.count(label) >= 2 for label in LABELS)
     assert f"{LABELS[2]}, {LABELS[1]}" in text or f"{LABELS[1]}, {LABELS[2]}" in text, "the range of `model`"
