@@ -108,6 +108,11 @@ class LossSettings:
     """margin added to the angle to the right item, radians"""
     arcface_centers: int = 1
     """weights of an item (sub-centers), of which the nearest counts: for items that look different from view to view"""
+    arcface_dropout: float = 0.0
+    """share of the features, drawn anew for each step, that the classifier does not see"""
+    arcface_start: Literal["random", "mean"] = "random"
+    """where the classifier begins: at random, or at the mean embedding of K views of each item under the weights that
+    training starts from, for one pass over the items"""
     proxy_anchor_scale: float = 32.0
     """scale of both soft maxima"""
     proxy_anchor_margin: float = 0.1
@@ -159,6 +164,7 @@ class LossSettings:
             require(getattr(self, name) > 0, f"loss.{name}", "above 0", getattr(self, name))
         require(0 <= self.arcface_margin < 1.57, "loss.arcface_margin", "from 0 to 1.57 radians", self.arcface_margin)
         require(self.arcface_centers >= 1, "loss.arcface_centers", "1 or more", self.arcface_centers)
+        require(0 <= self.arcface_dropout < 1, "loss.arcface_dropout", "from 0 to below 1", self.arcface_dropout)
         for name in ("proxy_anchor_margin", "multi_similarity_base"):
             require(-1 < getattr(self, name) < 1, f"loss.{name}", "between -1 and 1", getattr(self, name))
         margin = self.multi_similarity_margin

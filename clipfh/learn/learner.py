@@ -84,9 +84,9 @@ class Learner:
         self.towers = Towers(clip, experiment.batch.chunk).to(on).train()
         self.forward = self._wrapped()
         dtype = self.towers.mean.dtype
-        dim, has_bias = get_architecture(clip).embed_dim, clip.logit_bias is not None
+        self.dim, has_bias = get_architecture(clip).embed_dim, clip.logit_bias is not None
         batch = experiment.batch
-        objective = Objective(experiment.loss, dim, len(index.names), batch.views, batch.memory, has_bias)
+        objective = Objective(experiment.loss, self.dim, len(index.names), batch.views, batch.memory, has_bias)
         self.objective = objective.to(on, dtype)
         self.optimizer = optimizer.make_adamw(clip, self.objective, experiment.optimizer, on)
         self.lr_schedule = optimizer.cosine_schedule(
@@ -113,6 +113,23 @@ class Learner:
         """(C, D) features of all captions by the frozen text tower, which is run this once."""
         tokens = torch.from_numpy(self.captions.tokens).long()
         return _to_float32(text_features(self.towers, tokens, self.precision))
+
+    @property
+    def steps_before(self) -> int:
+        """Number of batches, from the first one on, that `begin` wants: a pass over all items, or none."""
+        loss = self.experiment.loss
+        starts_at_means = loss.arcface > 0 and loss.arcface_start == "mean"
+        return math.ceil(len(self.index.names) / self.experiment.batch.items) if starts_at_means else 0
+
+    def begin(self, batches: Iterator[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        """Begin the classifier at the mean embedding of each item's first K views, as they are trained on, under the
+        weights as they are. Every worker embeds its part of each batch."""
+        sum_ID = torch.zeros(len(self.index.names), self.dim)
+        for _, rows, images in batches:
+            embedding = all_gather_with_gradient(embed_images(self.towers, images, self.precision))
+            # On the CPU, where the order of the sums is the same everywhere
+            sum_ID.index_add_(0, torch.from_numpy(self.index.item[rows]).long(), embedding.cpu())
+        self.objective.start_at(F.normalize(sum_ID))
 
     def train_step(self, rows: np.ndarray, images: np.ndarray | Tensor) -> dict[str, Tensor]:
         """One optimizer step on the global batch.
@@ -205,11 +222,18 @@ class Learner:
             "caption": place,
             "captions": captions,
         }
+        if self.experiment.loss.arcface and self.experiment.loss.arcface_dropout:
+            arrays["features"] = self._seen_features()
         if self.trains_text:
             arrays["tokens"] = self._own_tokens(captions)
         sent = integers_to_device(arrays, self.device)
         tokens = sent.pop("tokens", None)
         return Labels(**sent), tokens
+
+    def _seen_features(self) -> np.ndarray:
+        """The features that arcface's classifier sees in this step, drawn from (seed, step)."""
+        dim, rng = self.dim, np.random.Generator(np.random.SFC64((self.experiment.seed, self.step, 0, 2)))
+        return np.sort(rng.permutation(dim)[: max(1, round(dim * (1 - self.experiment.loss.arcface_dropout)))])
 
     def _own_tokens(self, captions: np.ndarray) -> np.ndarray:
         """This rank's share of the batch's captions. The last caption is repeated to make all shares equally long."""

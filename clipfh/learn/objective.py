@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from clipfh.config.experiment import LossSettings
 from clipfh.learn.losses import Bounds
 from clipfh.learn.memory import CrossBatchMemory
-from clipfh.learn.terms import CenterTerm, Context, Labels, make_terms
+from clipfh.learn.terms import CenterTerm, Context, Labels, ProxyTerm, make_terms
 
 
 class Objective(nn.Module):
@@ -72,6 +72,11 @@ class Objective(nn.Module):
             term.move(feature_BD, labels, center_lr)
         if self.memory is not None:
             self.memory.add(F.normalize(feature_BD)[labels.paired], labels.item[labels.paired])
+
+    def start_at(self, mean_ID: Tensor) -> None:
+        """Begin the classifier of arcface at the items' mean embeddings."""
+        if isinstance(term := self.terms.get("arcface"), ProxyTerm):
+            term.start_at(mean_ID)
 
     def bounds(self, labels: Labels, log_scale: Tensor, bias: Tensor | None = None) -> dict[str, Bounds]:
         """Floor and collapse value on these labels, and with the memory as it is, of each active term that has them."""

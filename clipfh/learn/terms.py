@@ -38,6 +38,8 @@ class Labels:
     """(number captioned,) int64 place in `captions` of each captioned image's prompt"""
     captions: Tensor
     """(C,) int64 the batch's distinct captions, as rows of all captions"""
+    features: Tensor | None = None
+    """int64 features of the step that the classifier of arcface sees; None for all"""
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,20 @@ class ProxyTerm(Term):
         num_items: I train items.
         neck: whether features pass batch norm before the classifier.
         centers: weights of an item; the nearest one counts.
+        drops: whether it sees the step's features alone (Unicom: An et al., 2023).
     """
 
     def __init__(
-        self, loss: Callable[[Tensor, Tensor], Tensor], dim: int, num_items: int, neck: bool = False, centers: int = 1
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        dim: int,
+        num_items: int,
+        neck: bool = False,
+        centers: int = 1,
+        drops: bool = False,
     ) -> None:
         super().__init__()
+        self.drops = drops
         self.loss, self.num_items, self.centers = loss, num_items, centers
         self.neck = nn.BatchNorm1d(dim) if neck else nn.Identity()
         if isinstance(self.neck, nn.BatchNorm1d):
@@ -129,11 +139,18 @@ class ProxyTerm(Term):
         return labels.item
 
     def forward(self, feature_BD: Tensor, text_CD: Tensor | None, context: Context) -> Tensor:
-        cosine_BC = F.normalize(self.neck(feature_BD)) @ F.normalize(self.classifier).T
+        feature_BD = self.neck(feature_BD)
+        seen = context.labels.features if self.drops and context.labels.features is not None else slice(None)
+        cosine_BC = F.normalize(feature_BD[:, seen]) @ F.normalize(self.classifier[:, seen]).T
         return self.loss(cosine_BC.unflatten(1, (self.num_items, self.centers)).amax(2), context.labels.item)
 
     def bounds(self, context: Context) -> Bounds:
         return proxies.bounds(self.loss, context.labels.item, self.num_items)
+
+    @torch.no_grad()
+    def start_at(self, mean_ID: Tensor) -> None:
+        """Begin at directions of the items. The random start is added, which tells the centers of an item apart."""
+        self.classifier.add_(mean_ID.to(self.classifier).repeat_interleave(self.centers, 0))
 
 
 class CenterTerm(Term):
@@ -229,6 +246,7 @@ def make_terms(loss: LossSettings, dim: int, num_items: int, views: int, model_h
             partial(proxies.arcface, **_options(loss, "arcface", "scale", "margin")),
             *(dim, num_items),
             centers=loss.arcface_centers,
+            drops=True,
         ),
         "proxy_anchor": lambda: ProxyTerm(
             partial(proxies.proxy_anchor, **_options(loss, "proxy_anchor", "scale", "margin")), dim, num_items

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +32,8 @@ from clipfh.train.run_inputs import Inputs, Job
 
 Save = Callable[[Path], None]
 """Writes a checkpoint into an empty folder."""
+Decode = Callable[[int, int], Iterator[tuple[int, np.ndarray, np.ndarray]]]
+"""The worker's part of the batches from one step to before another, decoded."""
 
 
 class Session(Protocol):
@@ -62,11 +64,15 @@ def train_loop(job: Job, session: Session, feed: Feed) -> None:
     experiment, inputs = job.experiment, job.inputs
     learner = make_learner(experiment, inputs, choose_device(job.gpus))
     validation = fetch_validation(inputs)
-    progress = _begin(learner, validation, inputs, session)
-    reports = _Reports(learner, validation, History(job.out, learner.step), session)
     spec, place = BatchSpec.of(experiment, inputs.size), (learner.rank, learner.world_size)
+
+    def decode(first: int, last: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        return feed.batches(StreamPart(inputs.images, spec, first, last, *place, job.decoding_tasks))
+
+    progress = _begin(learner, validation, inputs, session, decode)
+    reports = _Reports(learner, validation, History(job.out, learner.step), session)
     last = learner.schedule.num_steps
-    decoded = feed.batches(StreamPart(inputs.images, spec, learner.step, last, *place, job.decoding_tasks))
+    decoded = decode(learner.step, last)
     batch_stream = prefetch(decoded, learner.device)
     tally, patience, notice, first_step_time = StepTally(), experiment.budget.patience, _Notice(session), 0.0
     # Not sooner: other trials may still be starting here
@@ -122,13 +128,17 @@ class Progress:
         }
 
 
-def _begin(learner: Learner, validation: Validation | None, inputs: Inputs, session: Session) -> Progress:
-    """Restore what the checkpoint holds; without one, measure the model that training starts from."""
+def _begin(
+    learner: Learner, validation: Validation | None, inputs: Inputs, session: Session, decode: Decode
+) -> Progress:
+    """Restore what the checkpoint holds; without one, begin, and measure the model that training starts from."""
     with session.checkpoint() as folder:
         if folder:
             raw, average, state, metrics = checkpoint_module.load_training(folder)
             learner.restore(raw, average, state)
             return Progress.from_report(metrics)
+    if learner.steps_before:
+        learner.begin(decode(0, learner.steps_before))
     if validation is None:
         return Progress()
     start = inputs.start_val_mAP

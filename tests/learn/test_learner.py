@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,7 +26,7 @@ from clipfh.learn.tally import StepTally
 from clipfh.model import checkpoint
 from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import get_architecture, load_initial_model, load_tokenizer
-from clipfh.model.towers import Towers, recompute_blocks
+from clipfh.model.towers import Towers, embed_images, recompute_blocks
 from clipfh.model.transfer import images_to_device
 
 P, K, ITEMS = 4, 2, 7
@@ -59,7 +60,7 @@ TERMS = {
         **{"loss.triplet": 1.0, "loss.multi_similarity": 1.0, "loss.smooth_ap": 1.0, "loss.supcon": 1.0},
         "batch.memory": 11,  # full in the second step, no multiple of a batch
     },
-    "sub-centers": {"loss.arcface": 1.0, "loss.arcface_centers": 2},
+    "arcface": {"loss.arcface": 1.0, "loss.arcface_centers": 2, "loss.arcface_dropout": 0.5},
     "center": {"loss.center": 1.0},
     "supcon": {"loss.supcon": 1.0},
     "supcon with captions": {"loss.supcon": 1.0, "loss.supcon_captions": True},
@@ -140,7 +141,7 @@ def worker(rank: int, world_size: int, store: str, expected: str) -> None:
 def alone(tmp_path_factory) -> str:
     """A file with what one worker's ten steps give, by stage and term."""
     ways = ("sigmoid, siglip", "all, lora")
-    image = ("triplet", "soft triplet", "pairs with a memory", "sub-centers", "all")
+    image = ("triplet", "soft triplet", "pairs with a memory", "arcface", "all")
     stages = {"image": image, "joint": ("supcon with captions", "all", *ways)}
     found = {(stage, name): outcome(learner_for(stage, name)) for stage in stages for name in stages[stage]}
     start = load_initial_model(ModelSettings(name=SMALL_MODEL), 0).double().state_dict()
@@ -419,7 +420,7 @@ def test_a_report_warns_of_a_collapse_only_after_the_warm_up():
     assert "supcon has collapsed: all embeddings alike" in report["warnings"][0]
 
 
-@pytest.mark.parametrize("term", ["all", "all, siglip", "all, lora", "pairs with a memory"])
+@pytest.mark.parametrize("term", ["all", "all, siglip", "all, lora", "pairs with a memory", "arcface"])
 def test_a_restored_learner_goes_on_as_if_nothing_had_been(term: str, tmp_path: Path):
     one, other = learner_for("joint", term), learner_for("joint", term)
     train(one, steps=3)
@@ -463,6 +464,21 @@ def test_heads_learn_first_and_alone():
         assert {n for n, p in one.objective.named_parameters() if not torch.equal(p, heads_before[n])} == {
             n for n, p in one.objective.named_parameters() if p.requires_grad
         }
+
+
+def test_arcface_begins_at_the_mean_embedding_of_each_item():
+    one = learner_of(**TERMS["arcface"], **{"loss.arcface_start": "mean"})
+    plan, seen = PKSampler(INDEX.item, P, K), []
+    batches = [(step, plan.batch(step), IMAGES[plan.batch(step)]) for step in range(one.steps_before)]
+    before = one.objective.heads["arcface"].classifier.detach().clone()
+    one.begin(iter(batches))
+    start = (one.objective.heads["arcface"].classifier - before).unflatten(0, (ITEMS, 2)).detach()
+    for item in range(ITEMS):
+        rows = np.concatenate([rows[INDEX.item[rows] == item] for _, rows, _ in batches])
+        mean = embed_images(one.towers, IMAGES[rows], one.precision).mean(0)
+        torch.testing.assert_close(start[item].float(), F.normalize(mean, dim=0).expand(2, -1), atol=1e-5, rtol=0)
+        seen.extend(rows)
+    assert len(seen) >= ITEMS * K and not learner_of(**TERMS["arcface"]).steps_before
 
 
 def test_a_report_tells_what_is_trained():

@@ -121,8 +121,8 @@ def test_a_run_repeats_to_the_last_digit(image_run, fitted, tiny):
 
 
 def test_two_workers_train_what_one_does(fitted):
-    loss = {"loss.ce": 0.2, "loss.triplet": 1.0, "loss.center": 1e-3, "loss.infonce": 0.5, "loss.sigmoid": 0.5}
-    loss |= {"optimizer.lr": 1e-4}
+    loss: dict[str, object] = {f"loss.{term}": 0.2 for term in LOSS_TERMS}
+    loss |= {"loss.center": 1e-3, "loss.arcface_start": "mean", "batch.memory": 20, "optimizer.lr": 1e-4}
     experiment = presets.resolve("joint", None, {**TINY, **loss, "budget.images": 64})
     one, two = fitted(experiment, 1), fitted(experiment, 2)
     assert (one / "stream.jsonl").read_text() == (two / "stream.jsonl").read_text()
