@@ -4,6 +4,7 @@ The catalogue of the stream is ten times the object store that Ray is given. Its
 written many times over: what is measured is how they are read. The others have no photos, only rows.
 """
 
+import dataclasses
 import json
 import resource
 import subprocess
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -34,6 +36,7 @@ def rows() -> list[dict]:
     """All measurements, as {name, value, target, ok}."""
     with tempfile.TemporaryDirectory() as folder:
         beyond = stream_rows(Path(folder))
+        beyond += in_process_rows(Path(folder))
         gib = float(subprocess.run([sys.executable, __file__, folder], stdout=subprocess.PIPE, check=True).stdout)
     return [*beyond, row(f"driver at {MANY:,} images: GiB", gib, at_most=2.0), *plan_rows()]
 
@@ -108,6 +111,48 @@ def one_pass(catalogue: Catalogue, window: object, store: int) -> dict[str, floa
         }
     finally:
         ray.shutdown()
+
+
+def in_process_rows(folder: Path) -> list[dict]:
+    """A pass in this process over a catalogue of ten times its memory, and the same from memory; times are CPU's."""
+    photos, memory_bytes = drawn_photos(), STORE // 2
+    images = int(memory_bytes * TIMES / np.mean([len(photo) for photo in photos]))
+    catalogue = write_catalogue(folder / "in-process", {"train": images}, photos)
+    with mock.patch("clipfh.config.memory.available", lambda: memory_bytes):
+        by_windows, from_memory = (one_pass_here(catalogue, window) for window in ("auto", 0))
+    print(f"  {by_windows}\n  {from_memory}", file=sys.stderr)
+    return [
+        row(
+            "windows in a process: images/s, those from memory",
+            by_windows["speed"] / from_memory["speed"],
+            at_least=0.8,
+        ),
+        row("windows in a process: bytes read a pass, the catalogue's", by_windows["read"], at_most=1.1),
+        row("windows in a process: memory late in a pass, early", by_windows["growth"], at_most=1.1),
+    ]
+
+
+def one_pass_here(catalogue: Catalogue, window: object) -> dict[str, float]:
+    """A pass in this process: images a second of CPU, bytes read by the catalogue's, growth of memory."""
+    from clipfh.data import decoding
+    from clipfh.train.in_process import InProcessFeed
+
+    spec = dataclasses.replace(SPEC, batch=BatchSettings(items=16, views=4))
+    begun = time.process_time()
+    with mock.patch.object(decoding, "read_shard", side_effect=decoding.read_shard) as read:
+        feed = InProcessFeed()
+        images = feed.share(catalogue, "train", window=window)
+        plan, memory = open_sampler(images, spec), []
+        steps = plan.num_items // plan.items
+        for step, _, _ in feed.batches(StreamPart(images, spec, 0, steps)):
+            if step % 5 == 0:
+                memory.append(psutil.Process().memory_info().rss)
+    third = len(memory) // 3
+    return {
+        "speed": steps * spec.batch.images / (time.process_time() - begun),
+        "read": sum(Path(call.args[0]).stat().st_size for call in read.call_args_list) / catalogue.size("train")[1],
+        "growth": max(memory[-third:]) / max(memory[:third]),
+    }
 
 
 class Spilled:
