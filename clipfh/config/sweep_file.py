@@ -80,6 +80,10 @@ class Finalists:
     """train the winner on train and validation items together"""
     image_size: int = 0
     """side of the images of all these runs, pixels, and so of the winner's model; 0: as in the search"""
+    soup: Literal["greedy", "none"] = "greedy"
+    """average the weights of leading runs while that does not lower validation mAP; of random weights none is made"""
+    mix: bool = True
+    """mix the soup's weights, or the best trial's, with those before tuning, in the best shares on validation items"""
 
     def __post_init__(self) -> None:
         require(self.top >= 0, "top", "0 or more", self.top)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,8 @@ TEXTS = ("a red dress", "Women's blouse. Cotton, with a V-neck and long sleeves.
 
 Evidence = Mapping[str, Any]
 """What a model card tells beside the settings, each where it is there: `catalogue` (path, hash, counts), `test` and
-`zero_shot` (metrics), `val_mAP` and `start_val_mAP`, `warm_start`, `refit` (on train and validation items together)."""
+`zero_shot` (metrics), `val_mAP` and `start_val_mAP`, `warm_start`, `refit` (on train and validation items together),
+`blend` (of a sweep: `runs` whose weights were averaged, and their `share`, the rest of which is the start's)."""
 
 
 def write_export(
@@ -73,6 +75,8 @@ def write_export(
         save_file(weights, folder / layout.EXPORTED_WEIGHTS)
         (folder / layout.OPEN_CLIP_CONFIG).write_text(architecture.to_open_clip())
         (folder / layout.EXPERIMENT).write_text(schema.to_json(experiment))
+        start = {"warm_start": (evidence or {}).get("warm_start")}
+        (folder / layout.START).write_text(json.dumps(start) + "\n")
         shutil.copyfile(photo.__file__, folder / layout.READ_PHOTO)
         (folder / layout.CARD).write_text(card(experiment, evidence or {}, clip, with_onnx))
         if hasattr(tokenizer := load_tokenizer(architecture), "save_pretrained"):
@@ -139,6 +143,7 @@ def card(experiment: Experiment, evidence: Evidence, clip: nn.Module, with_onnx:
         catalogue=_data(evidence.get("catalogue") or {}),
         image_size=(evidence.get("catalogue") or {}).get("image_size", photo.IMAGE_SIZE),
         refit=evidence.get("refit", False),
+        blend=_blend(evidence.get("blend") or {}),
         table=_metrics_table(evidence),
         val_mAP=[f"{value:.3f}" for value in reached],
         settings=schema.flatten(experiment).items(),
@@ -157,6 +162,15 @@ def _data(catalogue: Mapping[str, Any]) -> dict[str, str]:
         return {}
     counts = {n: f"{c['images']:,} photos of {c['items']:,} items" for n, c in catalogue["counts"].items()}
     return {"name": Folder(catalogue["path"]).name, "hash": catalogue["hash"][:12], **counts}
+
+
+def _blend(blend: Mapping[str, Any]) -> str:
+    """What the weights are made of, where that is more than one run."""
+    if not blend or (len(blend["runs"]) == 1 and blend["share"] == 1):
+        return ""
+    number, share = len(blend["runs"]), blend["share"]
+    runs = f"the average of those of {number} runs of one search" if number > 1 else "those of one run"
+    return runs if share == 1 else f"{share:.0%} {runs}, and {1 - share:.0%} those that training started from"
 
 
 def _metrics_table(evidence: Evidence) -> dict[str, Any]:

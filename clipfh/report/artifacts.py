@@ -221,6 +221,22 @@ class SweepRecord:
         return [ModelRecord(name, self.summary[key], test / name.lower(), catalogue) for name, key in keys.items()]
 
     @property
+    def steps(self) -> list[dict[str, Any]]:
+        """What soup and mix were chosen with, and what each came to; none where there was neither."""
+        return list(self.summary.get("soup", {}).get("steps", []))
+
+    @property
+    def blend(self) -> str:
+        """What the winner's weights are made of, where that is more than one run."""
+        blend = self.summary.get("final", {}).get("blend") or {}
+        return str(blend["label"]) if blend and (len(blend["runs"]) > 1 or blend["share"] < 1) else ""
+
+    @cached_property
+    def measured(self) -> list[dict[str, Any]]:
+        """What `soup.json` has: `runs`, `share` and `figures` on the validation items of each average and mix."""
+        return list(self.folder.read_json(layout.SOUP).get("measured", []))
+
+    @property
     def trials(self) -> list[TrialRecord]:
         """All but zero-shot, in the order they began."""
         return sorted((t for t in self.board if not t.is_zero_shot), key=lambda t: t.number)
@@ -271,6 +287,11 @@ class SweepRecord:
 def is_zero_shot(trial: str) -> bool:
     """Whether a line of a leaderboard, or a folder of a trial, is a model's before any tuning."""
     return trial.partition("-")[0] == ZERO_SHOT
+
+
+def is_refit(run: str) -> bool:
+    """Whether a folder of a final run is that of one on train and validation items together."""
+    return run.partition("-")[0] == "refit"
 
 
 Record = EvaluationRecord | RunRecord | SweepRecord

@@ -26,6 +26,7 @@ from clipfh.report.artifacts import (
     default_settings,
     gain,
     is_number,
+    is_refit,
     is_zero_shot,
     read,
     short,
@@ -165,10 +166,8 @@ def _sweep_verdict(sweep: SweepRecord) -> Markup:
     if is_zero_shot(sweep.best):
         words = Markup("Tuning made nothing better: zero-shot{} wins, with mAP {} on the test split.")
         return words.format(model, old)
-    sentence = Markup(
-        "The winner, trial {}{}, finds the same item with mAP {} against {} zero-shot on the test split.{}"
-    )
-    return sentence.format(sweep.best, model, new, old, _caution(sweep))
+    sentence = Markup("The winner, {}{}, finds the same item with mAP {} against {} zero-shot on the test split.{}")
+    return sentence.format(sweep.blend or f"trial {sweep.best}", model, new, old, _caution(sweep))
 
 
 def _unfinished_verdict(sweep: SweepRecord) -> str:
@@ -355,7 +354,7 @@ def cost(sweep: SweepRecord) -> dict[str, str]:
     }
     if final:
         again = sum(each for each, _ in final), sum(each for _, each in final)
-        has_refit = any(run.name == "refit" for run in sweep.final)
+        has_refit = any(is_refit(run.name) for run in sweep.final)
         rows["Final runs"] = f"{len(final)}, the refit included" if has_refit else str(len(final))
         rows["Images seen by final runs"], rows["Time of final runs, added up"] = count(again[0]), duration(again[1])
         seconds += again[1]

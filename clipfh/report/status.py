@@ -78,7 +78,7 @@ def _describe_sweep(sweep: SweepRecord) -> str:
     if sweep.folder.exists(layout.SUMMARY):
         return "\n".join([*lines, f"finished: {sweep.folder}/{layout.REPORT}"])
     lines += [_run_line(run) for run in running]
-    lines += [str(final)] * bool(final.runs) + [_run_line(run) for run in final.running]
+    lines += [str(final)] * bool(final.runs) + [_run_line(run) for run in final.running] + _soup_lines(sweep)
     return "\n".join([*lines, _outlook(ended, running, to_come, final)])
 
 
@@ -113,11 +113,11 @@ def _final_progress(sweep: SweepRecord, seen: set[float]) -> _FinalProgress:
         seen: images that trials have seen; the most are a budget.
     """
     asked, runs = sweep.file.final, [_progress(run) for run in sweep.final]
-    refits = sum(run.name == "refit" for run in runs)
+    refits = sum(artifacts.is_refit(run.name) for run in runs)
     seeds = min(asked.top, sweep.planned) * asked.seeds - (len(runs) - refits)
     totals = {run.total for run in runs} | seen
     images = max((total for total in totals if total == total), default=math.nan)
-    return _FinalProgress(runs, max(0, seeds) if not refits else 0, asked.refit - refits, images)
+    return _FinalProgress(runs, max(0, seeds) if not refits else 0, max(0, asked.refit - refits), images)
 
 
 def table(path: str | Path, rows: int) -> Table:
@@ -170,6 +170,15 @@ def _race_lines(sweep: SweepRecord) -> list[str]:
     kept = [each["model"] for each in sweep.race if each["kept"]]
     state = f"{', '.join(kept)} searched" if kept else f"{len(measured)} of {len(sweep.race)} measured"
     return [f"race of {len(sweep.race)} models: {state}" + (f" (zero-shot val mAP: {shown})" if shown else "")]
+
+
+def _soup_lines(sweep: SweepRecord) -> list[str]:
+    """How far soup and mix are; none before the first is measured."""
+    scores = {each["label"]: each["figures"]["mAP"] for each in sweep.measured}
+    if not scores:
+        return []
+    best = max(scores, key=lambda label: scores[label])
+    return [f"soup and mix: {len(scores)} measured, the best {best}: val mAP {scores[best]:.4f}"]
 
 
 def _leader_line(sweep: SweepRecord, running: list[RunProgress]) -> str:

@@ -129,6 +129,23 @@ def compute_importances(sweep: SweepRecord) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
+@styled
+def plot_mix(sweep: SweepRecord) -> Markup:
+    """Validation mAP, and that of text to image, by the share of the tuned model."""
+    runs = next((step["blend"]["runs"] for step in sweep.steps if step["name"] == "mix"), None)
+    mixes = sorted((each for each in sweep.measured if each["runs"] == runs), key=lambda each: each["share"])
+    if not mixes:
+        return Markup()
+    axes = charts.make_axes("share of the tuned model")
+    for key, label, look in (("mAP", "image to image", ACCENT), ("text_to_image", "text to image", SOFT)):
+        points = [(each["share"], each["figures"][key]) for each in mixes if each["figures"][key] is not None]
+        if points:
+            charts.draw_line(axes, points, label, label=label, color=look, marker="o", markersize=3)
+    charts.draw_level(axes, sweep.summary.get("zero_shot_val_mAP"))
+    charts.draw_legend(axes)
+    return charts.to_svg(axes, "Validation mAP by share of the tuned model")
+
+
 @dataclass(frozen=True)
 class Scale:
     """Where a setting's values lie on its axis, from 0 to 1."""

@@ -20,10 +20,12 @@ RAW_WEIGHTS, AVERAGE_WEIGHTS, TRAINING_STATE = "model.safetensors", "ema.safeten
 # An evaluation
 METRICS, PREDICTIONS, QUERIES = "metrics.json", "predictions.parquet", "queries.parquet"
 EVALUATION, EMBEDDINGS, PROMPTS = "evaluation.json", "embeddings.parquet", "prompts.parquet"
+BESIDE, BEFORE, AFTER = "beside", "before", "after"
+"""Of other catalogues: a folder for each, in which two evaluations are."""
 
 # A sweep. Each folder below `trials/` and `final/` is a run's, each below `test/` an evaluation's, `best/` an export.
 SWEEP, SWEEP_INPUTS, STUDY, LEADERBOARD = "sweep.yaml", "sweep.json", "study.journal", "leaderboard.csv"
-RACE = "race.json"
+RACE, SOUP = "race.json", "soup.json"
 TRIALS, FINAL, TEST, BEST, TUNE = "trials", "final", "test", "best", "tune"
 SUMMARY, REPORT = "summary.json", "report.html"
 
@@ -38,5 +40,5 @@ OPEN_CLIP_WEIGHTS = (
     "pytorch_model.bin",
 )
 """Files of weights of a model's folder, in open_clip's order of preference"""
-READ_PHOTO = "preprocess.py"
+READ_PHOTO, START = "preprocess.py", "start.json"
 ONNX, IMAGE_ONNX, TEXT_ONNX, PREPROCESSOR = "onnx", "image.onnx", "text.onnx", "preprocessor_config.json"

@@ -27,6 +27,7 @@ from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import get_preprocess
 from clipfh.model.devices import choose_device
 from clipfh.retrieval import embed
+from clipfh.sweep import finalists
 from clipfh.train.inputs import load_start, tokenize_captions
 
 SMALL, LARGE = 8, 32
@@ -190,8 +191,14 @@ def told(sweep: SweepFile, measured: Measured, epoch: int, at_once: int = 1) -> 
     if again:
         hours, size = again * most / measured.rate / 3600, sweep.final.image_size
         larger = f" at the search's size of images; they have {size} pixels" if size else ""
-        lines.insert(3, f"then {again} runs of {most:,} images: about {_time(hours)}{larger}")
+        lines.insert(3, f"then {again} runs of {most:,} images: about {_time(hours)}{larger}{_more_refits(sweep)}")
     return "\n".join(lines)
+
+
+def _more_refits(sweep: SweepFile) -> str:
+    """A soup is refit run by run."""
+    is_more = sweep.final.refit and finalists.may_have_soup(sweep)
+    return ", and more where a soup wins, of which each run is refit" if is_more else ""
 
 
 def images_of_a_trial(sweep: SweepFile, most: float) -> float:
@@ -229,7 +236,8 @@ def _disk(sweep: SweepFile, measured: Measured, at_once: int) -> str:
     each = f"a checkpoint takes {_gib(measured.checkpoint)}"
     if which == "all":
         return f"{each}; all of them at most {_gib(all_of_it)} (placement.keep_weights all)"
-    kept = (max(1, final.top) if which == "leaders" else 1) * measured.weights
+    leaders = max(final.top, min(finalists.num_leaders(sweep), sweep.trials))
+    kept = (leaders if which == "leaders" else 1) * measured.weights
     most = kept + max(3 * running, 2 * again) * measured.checkpoint
     end = kept + (again if which == "leaders" else min(1, again)) * measured.weights
     return (

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from statistics import mean
 from typing import Any
 
@@ -16,13 +15,29 @@ from clipfh.cluster.run_queue import RunQueue
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import SweepFile
+from clipfh.model.architecture import weights_name
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
-from clipfh.sweep.run_thread import last_line
+from clipfh.sweep.run_thread import RunThread, last_line
 from clipfh.train import driver
 from clipfh.train.run_inputs import Inputs, ModelKey, model_key
 
 RETRIES = 3
+REFIT = "refit"
+"""Name of the folder of the run on train and validation items, and how those of several begin."""
+
+SOUP_TRIALS = 5
+"""Leading trials whose weights may go into a soup."""
+
+
+def may_have_soup(sweep: SweepFile) -> bool:
+    """Whether a soup is asked for, and a model begins with weights that it can be made from."""
+    return sweep.final.soup == "greedy" and any(weights_name(sweep.start(each).model) for each in sweep.contenders)
+
+
+def num_leaders(sweep: SweepFile) -> int:
+    """How many of the leading trials may have a part in what follows the search."""
+    return max(1, sweep.final.top, SOUP_TRIALS if may_have_soup(sweep) else 0)
 
 
 def leaders(rows: Sequence[Mapping[str, Any]], out: Folder, top: int) -> dict[str, Experiment]:
@@ -86,18 +101,22 @@ def best_run(folder: Folder, trial: str, scores: Sequence[float]) -> Folder:
 
 
 def refit(
-    experiment: Experiment,
+    experiments: Sequence[Experiment],
     sweep: SweepFile,
     inputs: Mapping[ModelKey, Inputs],
     folder: Folder,
     resources: Resources,
     log: Callable[[str], None],
-) -> Folder:
-    """Train on inputs that hold the validation items too, to the end of the budget; returns the run's folder."""
-    whole = dataclasses.replace(experiment, budget=dataclasses.replace(experiment.budget, patience=0))
-    out = folder / "refit"
-    _train_all({out: whole}, sweep, inputs, resources, log)
-    return out
+) -> list[Folder]:
+    """Train on inputs that hold the validation items too, to the end of the budget; returns each run's folder."""
+    jobs = {
+        folder / (f"{REFIT}-{number}" if number > 1 else REFIT): dataclasses.replace(
+            experiment, budget=dataclasses.replace(experiment.budget, patience=0)
+        )
+        for number, experiment in enumerate(experiments, 1)
+    }
+    _train_all(jobs, sweep, inputs, resources, log)
+    return list(jobs)
 
 
 def _train_all(
@@ -108,52 +127,70 @@ def _train_all(
     log: Callable[[str], None],
 ) -> None:
     """Train each experiment in its folder, as many at a time as trials run; an autoscaler is asked for their room."""
-    over = threading.Event()
-    pool = ThreadPoolExecutor(len(jobs) if sweep.placement.concurrent == "auto" else sweep.placement.concurrent)
-    running = {
-        pool.submit(_train, experiment, inputs[model_key(experiment.model)], out, resources, over): out
-        for out, experiment in jobs.items()
-    }
+    most = len(jobs) if sweep.placement.concurrent == "auto" else sweep.placement.concurrent
+    waiting: list[RunThread] = []
+    running: list[RunThread] = []
+    for out, experiment in jobs.items():
+        of_run = inputs[model_key(experiment.model)]
+        if _is_over(experiment, of_run, out):
+            log(_outcome(out))
+        else:
+            waiting.append(_make_thread(experiment, of_run, out, resources))
     try:
         with autoscaler_request(sweep.placement, resources) as ask:
-            ask(len(jobs))
-            for number, run in enumerate(as_completed(running), 1):
-                log(_outcome(running[run], run))
-                run.result()
-                ask(len(jobs) - number)
-    finally:  # also on Ctrl-C: the threads wait for runs, or for their turn, which end here
-        over.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        for out in jobs:
-            ray_private.release(out.address)
+            ask(len(waiting))
+            while waiting or running:
+                while waiting and len(running) < most:
+                    running.append(waiting.pop(0))
+                    running[-1].start()
+                for thread in [each for each in running if not each.is_alive()]:
+                    log(_outcome(Folder(thread.run), thread.error))
+                    if thread.error:
+                        raise thread.error
+                    thread.release()
+                    running.remove(thread)
+                    ask(len(waiting) + len(running))
+                for thread in running:
+                    _look_after(thread, log)
+                for thread in running[:1]:
+                    thread.wait(RunThread.POLL_S)
+    finally:  # also on Ctrl-C: threads wait for runs, or for their turn, which end here
+        for thread in running:
+            thread.release()
+        for thread in running:
+            thread.join()
 
 
-def _outcome(out: Folder, run: Future[None]) -> str:
+def _make_thread(experiment: Experiment, inputs: Inputs, out: Folder, resources: Resources) -> RunThread:
+    """A thread that trains a run when it is its turn, as trials do: more runs at once than a cluster holds could all
+    stand still."""
+    run_folder.wait_for(out.parent.parent / layout.SWEEP)
+    out.make()
+    out.write(layout.EXPERIMENT, schema.to_json(experiment))
+    train = functools.partial(driver.run_training, experiment, inputs, out, resources, retries=RETRIES)
+    latest_step = functools.partial(run_folder.latest_step, out)
+    return RunThread(out.address, resources, RunQueue(), train, latest_step, ray_private.release)
+
+
+def _look_after(thread: RunThread, log: Callable[[str], None]) -> None:
+    """Stop a run for now where the cluster has no room for it, and tell of its interruptions."""
+    thread.give_way()
+    for line in thread.take_interruptions():
+        log(f"{Folder(thread.run).name}: {line}")
+
+
+def _is_over(experiment: Experiment, inputs: Inputs, out: Folder) -> bool:
+    """Whether a run has come to its end, with its last checkpoint on the list."""
+    lines = run_folder.read_metrics(out)
+    is_saved = lines and ("diverged" in lines[-1] or run_folder.latest_step(out) >= lines[-1]["step"])
+    return bool(is_saved and driver.is_over(experiment, inputs, lines[-1]))
+
+
+def _outcome(out: Folder, error: Exception | None = None) -> str:
     """What a run came to, for a person."""
-    if error := run.exception():
+    if error:
         return f"{out.name} failed: {mendable(error) or last_line(str(error))}"
     if reason := read_divergence(out):
         return f"{out.name}: diverged: {reason}"
     last = run_folder.read_metrics(out)[-1]
     return f"{out.name}: val mAP {last['best_val_mAP']:.3f}" if "best_val_mAP" in last else f"{out.name} is done"
-
-
-def _train(experiment: Experiment, inputs: Inputs, out: Folder, resources: Resources, over: threading.Event) -> None:
-    """Train when it is this run's turn, as trials do: more runs at once than a cluster holds could all stand still."""
-    lines = run_folder.read_metrics(out)
-    is_saved = lines and ("diverged" in lines[-1] or run_folder.latest_step(out) >= lines[-1]["step"])
-    if is_saved and driver.is_over(experiment, inputs, lines[-1]):
-        return
-    ray_private.release(out.address)  # what an attempt that was killed may have left
-    run_folder.wait_for(out.parent.parent / layout.SWEEP)
-    out.make()
-    out.write(layout.EXPERIMENT, schema.to_json(experiment))
-    queue = RunQueue()
-    queue.join(out.address)
-    try:
-        while not queue.is_turn_of(out.address, resources):
-            if over.wait(1):
-                return
-        driver.run_training(experiment, inputs, out, resources, retries=RETRIES)
-    finally:
-        queue.leave(out.address)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from clipfh.config.sweep_file import SweepFile
@@ -41,7 +41,7 @@ class Keeper:
         which = self.sweep.placement.keep_weights
         if which == "all":
             return
-        top = max(1, self.sweep.final.top) if which == "leaders" else 1
+        top = finalists.num_leaders(self.sweep) if which == "leaders" else 1
         leading = finalists.leaders(rows, self.out, top)
         for row in rows:
             if row["status"] in OVER:
@@ -52,11 +52,11 @@ class Keeper:
             self.freed += free(run, weights)
             self.seen.add((run.name, weights))
 
-    def finals(self, winner: Folder | None) -> None:
-        """Free what the runs behind the search hold, which are all over. `winner`: whose weights were exported."""
+    def finals(self, winners: Collection[Folder]) -> None:
+        """Free what the runs behind the search hold, which are all over. `winners`: whose weights were exported."""
         which = self.sweep.placement.keep_weights
         for run in () if which == "all" else self.out.folders(layout.FINAL):
-            self.freed += free(run, which == "leaders" or run == winner)
+            self.freed += free(run, which == "leaders" or run in winners)
 
     def __str__(self) -> str:
         kept = [sizes for part in (layout.TRIALS, layout.FINAL) for sizes in _sizes_by_run(self.out / part).values()]

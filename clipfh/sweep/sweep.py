@@ -7,7 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,16 +20,17 @@ from clipfh.config import schema, sweep_file
 from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue
-from clipfh.model import checkpoint, export
+from clipfh.model import export
 from clipfh.report import artifacts, page
 from clipfh.retrieval import evaluate, metrics
 from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
-from clipfh.sweep import finalists, race, retention, shared_inputs
+from clipfh.sweep import finalists, race, retention, shared_inputs, soup
 from clipfh.sweep.leaderboard import Leaderboard, Row
 from clipfh.sweep.race import Contender, Load
 from clipfh.sweep.searcher import StudySearcher, earlier_trials, open_study
 from clipfh.sweep.shared_inputs import SharingFeed
+from clipfh.sweep.soup import Blend, Ledger, Step
 from clipfh.sweep.tuner import Watch, run_trials
 from clipfh.train import provenance, stream
 from clipfh.train.inputs import load_start, notes_on_windows, prepare_inputs, read_window, write_window
@@ -67,18 +68,31 @@ class _Winner:
     """What the search and what follows it came to."""
 
     trial: str
+    """of a soup the trial of its first run"""
     contender: Contender
     """whose model it is"""
     val_mAP: float
-    """of the trial, or the mean of its settings trained again"""
-    run: Folder | None
-    """whose weights are taken; None for zero-shot"""
+    """of the trial, or the mean of its settings trained again; of a soup or mix its own"""
+    blend: Blend | None
+    """what its weights are made of; None for zero-shot"""
     again: dict[str, list[float]]
     """trial to validation mAPs of its settings with other seeds"""
+    steps: list[Step] = field(default_factory=list)
+    """what it was chosen from, where a soup or a mix was made"""
+    step: str = ""
+    """name of the step that it is"""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """runs that may not go into a soup, and why"""
+    off: str = ""
+    """why there is no soup where one was asked for"""
     refit: bool = False
-    """whether the run is the one on train and validation items together"""
+    """whether its runs are those on train and validation items together"""
     diverged: str = ""
     """why the refit's model is not taken"""
+
+    def runs(self, out: Folder) -> set[Folder]:
+        """Folders whose weights it is made of."""
+        return {soup.find_run(out, run) for run in self.blend.runs} if self.blend else set()
 
 
 def run(
@@ -132,11 +146,11 @@ def run(
         run_trials(Watch(searcher, board, log, each_report, keeper.trials, ask), inputs, resources)
     rows = board.write()
     keeper.trials(rows)
-    winner = _with_earlier(context, _winner(context, inputs, rows))
+    winner = _with_earlier(context, _refitted(context, _blended(context, _lead(context, inputs, rows), rows)))
     about = {"resources": dataclasses.asdict(resources), "notes": notes}
     summary = _finish(context, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
     keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
-    keeper.finals(winner.run)
+    keeper.finals(winner.runs(out))
     log(str(keeper))
     return summary
 
@@ -209,8 +223,8 @@ def _contents(sweep: SweepFile) -> dict[str, str]:
     return {f"{option} ({label})": hash for label, contents in each.items() for option, hash in contents.items()}
 
 
-def _winner(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row]) -> _Winner:
-    """Choose by validation mAP alone; train the leading settings again, and the winner on all items, where asked."""
+def _lead(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row]) -> _Winner:
+    """The best trial by validation mAP alone, after the leading settings were trained again where asked."""
     asked, out, folder = context.sweep.final, context.out, context.out / layout.FINAL
     trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
     run, again = out / layout.TRIALS / trial, dict[str, list[float]]()
@@ -226,15 +240,68 @@ def _winner(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row
     if trial in {each.trial for each in context.contenders} or (leading and score <= zero_shot.val_mAP):
         return _Winner(zero_shot.trial, zero_shot, zero_shot.val_mAP, None, again)
     experiment = schema.load_experiment(out / layout.TRIALS / trial / layout.EXPERIMENT)
-    winner = _Winner(trial, context.contender(experiment), score, run, again)
-    if not asked.refit:
+    return _Winner(trial, context.contender(experiment), score, Blend((soup.name_run(run),)), again)
+
+
+def _blended(context: _Context, lead: _Winner, rows: list[Row]) -> _Winner:
+    """The best, on the validation items, of zero-shot, the leading trial, the soup of runs and the mix."""
+    out, asked = context.out, context.sweep.final
+    if asked.soup == "none" and not asked.mix:
+        return lead
+    runs, left_out = soup.candidates(rows, out, lead.again, _experiment_to_blend(context, lead))
+    if not runs:
+        return lead
+    if off := soup.why_off(context.sweep.start(lead.contender.model)):
+        context.log(f"note: no soup and no mix: {off}")
+        return dataclasses.replace(lead, off=off)
+    context.log(f"now soup and mix of {len(runs)} runs, by evaluation alone")
+    for run, reason in left_out.items():
+        context.log(f"note: {run} stays out of the soup: {reason}")
+    ledger = Ledger(out, lambda blend: _validated(context, blend))
+    trial = Step("best trial", lead.blend, lead.val_mAP) if lead.blend else None
+    steps = soup.steps(asked, Step("zero-shot", None, lead.contender.val_mAP), trial, runs, ledger)
+    best = soup.choose(steps)
+    lead = dataclasses.replace(lead, steps=steps, step=best.name, left_out=left_out)
+    if best.blend is None:
+        return dataclasses.replace(lead, trial=lead.contender.trial, val_mAP=best.val_mAP, blend=None)
+    if best.blend == lead.blend:
+        return lead
+    number = lead.trial if lead.blend else (out / runs[0]).name.partition("-")[0]
+    return dataclasses.replace(lead, trial=number, val_mAP=best.val_mAP, blend=best.blend)
+
+
+def _experiment_to_blend(context: _Context, lead: _Winner) -> Experiment:
+    """An experiment with whose model a run must begin to have a part in the soup."""
+    if lead.blend:
+        return schema.load_experiment(context.out / lead.blend.runs[0] / layout.EXPERIMENT)
+    start = context.sweep.start(lead.contender.model)
+    return _at_final_size(context, start) if lead.again else start
+
+
+def _validated(context: _Context, blend: Blend) -> soup.Figures:
+    """Figures of a blend on the validation items."""
+    clip, experiment = soup.build(blend, context.out, context.load)
+    figures = soup.figures(evaluate.figures(race.embed(context.catalogue, experiment, clip, "val"), 0))
+    context.log(f"{blend}: val mAP {figures['mAP']:.3f}")
+    return figures
+
+
+def _refitted(context: _Context, winner: _Winner) -> _Winner:
+    """The winner trained on all items, where asked: each run of a soup, averaged and mixed in the same shares.
+
+    Whether the shares still are the best can't be measured then, as little as whether the settings are.
+    """
+    if not context.sweep.final.refit or winner.blend is None:
         return winner
-    context.log(f"now trial {trial}'s settings on train and validation items together")
-    whole_run = _refit(context, _at_final_size(context, experiment))
-    if not (diverged := finalists.read_divergence(whole_run)):
-        return dataclasses.replace(winner, run=whole_run, refit=True)
-    context.log(f"that diverged ({diverged}): the winner is {run.parent.name}/{run.name}, of train items alone")
-    return dataclasses.replace(winner, diverged=diverged)
+    what = f"trial {winner.trial}'s settings" if len(winner.blend.runs) == 1 else f"the {len(winner.blend.runs)} runs"
+    context.log(f"now {what} on train and validation items together")
+    files = [context.out / run / layout.EXPERIMENT for run in winner.blend.runs]
+    runs = _refit(context, [_at_final_size(context, schema.load_experiment(file)) for file in files])
+    if diverged := next(filter(None, map(finalists.read_divergence, runs)), ""):
+        context.log(f"that diverged ({diverged}): the winner is {winner.blend}, of train items alone")
+        return dataclasses.replace(winner, diverged=diverged)
+    names = tuple(map(soup.name_run, runs))
+    return dataclasses.replace(winner, blend=dataclasses.replace(winner.blend, runs=names), refit=True)
 
 
 def _with_earlier(context: _Context, winner: _Winner) -> _Winner:
@@ -249,8 +316,9 @@ def _with_earlier(context: _Context, winner: _Winner) -> _Winner:
         context.log(f"note: {name} can't win: it was selected on another catalogue")
     elif summary["val_mAP"] > winner.val_mAP:
         context.log(f"{name} is better than all of this sweep: val mAP {summary['val_mAP']:.3f}")
-        trial, run = f"{folder.name}-{summary['best_trial']}", folder / layout.BEST
-        return dataclasses.replace(winner, trial=trial, val_mAP=summary["val_mAP"], run=run, refit=False, diverged="")
+        trial, blend = f"{folder.name}-{summary['best_trial']}", Blend(((folder / layout.BEST).address,))
+        won = {"val_mAP": summary["val_mAP"], "blend": blend, "step": "", "refit": False, "diverged": ""}
+        return dataclasses.replace(winner, trial=trial, **won)
     return winner
 
 
@@ -260,40 +328,40 @@ def _at_final_size(context: _Context, experiment: Experiment) -> Experiment:
     return schema.replace(experiment, {"model.image_size": size})
 
 
-def _refit(context: _Context, experiment: Experiment) -> Folder:
-    """Train on train and validation items together; returns the run's folder."""
-    clip = context.load(experiment)
+def _refit(context: _Context, experiments: Sequence[Experiment]) -> list[Folder]:
+    """Train on train and validation items together; returns the runs' folders. They begin with one model."""
+    clip = context.load(experiments[0])
+    # Of those the one that learns from prompts, if there is one, so that the others' inputs have them
+    widest = max(experiments, key=lambda each: each.loss.takes_text)
     window = context.feed.window
-    inputs = prepare_inputs(context.catalogue, experiment, clip, stream, with_validation=True, window=window)
-    by_model = {model_key(experiment.model): inputs}
+    inputs = prepare_inputs(context.catalogue, widest, clip, stream, with_validation=True, window=window)
+    by_model = {model_key(widest.model): inputs}
     folder = context.out / layout.FINAL
-    return finalists.refit(experiment, context.sweep, by_model, folder, context.resources, context.log)
+    return finalists.refit(experiments, context.sweep, by_model, folder, context.resources, context.log)
 
 
 def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
     """The winner and the zero-shot model on the test split, the export, the summary, the report."""
-    context.log(f"winner: trial {winner.trial}, val mAP {winner.val_mAP:.3f}; now the test split")
+    what = winner.blend if winner.step in ("soup", "mix") else f"trial {winner.trial}"
+    context.log(f"winner: {what}, val mAP {winner.val_mAP:.3f}; now the test split")
     start, out = context.sweep.start(winner.contender.model), context.out
-    experiment, zero_shot = start, context.load(start)
-    best = zero_shot
-    if winner.run:
-        weights = checkpoint.load(winner.run)
-        assert weights.experiment is not None
-        experiment, best = weights.experiment, checkpoint.build(weights, weights.experiment.model)
-    before, old = _tested(context, "zero_shot", start, zero_shot)
-    after, new = _tested(context, "test", experiment, best)
+    before, old = _tested(context, "zero-shot", start, context.load(start))
+    best, experiment = soup.build(winner.blend, out, context.load) if winner.blend else (context.load(start), start)
+    after, new = _tested(context, "winner", experiment, best)
     if out.exists(layout.BEST):
         out.remove(layout.BEST)
     evidence = {"zero_shot": before, "test": after, "catalogue": artifacts.catalogue_account(context.catalogue)}
+    made = {"refit": winner.refit, "blend": winner.blend.account if winner.blend else None}
     photos = export.sample_photos(context.catalogue)
-    export.write_export(best, experiment, out / layout.BEST, {**evidence, "refit": winner.refit}, photos)
+    export.write_export(best, experiment, out / layout.BEST, {**evidence, **made}, photos)
     summary = {
         "name": context.sweep.name,
         "best_trial": winner.trial,
         "val_mAP": winner.val_mAP,
         "model": winner.contender.model,
         "zero_shot_val_mAP": winner.contender.val_mAP,
-        "final": {"again": winner.again, "refit": winner.refit, "refit_diverged": winner.diverged},
+        "final": {"again": winner.again, "refit_diverged": winner.diverged, **made},
+        "soup": _account_of_steps(context, winner, before, after),
         **evidence,
         "gain": metrics.gain(old, new),
         "race": [dataclasses.asdict(each) for each in context.contenders],
@@ -322,15 +390,43 @@ def _took(rows: list[Row], out: Folder) -> dict[str, dict[str, float]]:
     }
 
 
+def _account_of_steps(context: _Context, winner: _Winner, before: soup.Figures, after: soup.Figures) -> dict[str, Any]:
+    """What each step after the search gave, on validation and test; the choice is made, and depends on none of it."""
+    figures = {"zero-shot": soup.figures(before)}
+    if not winner.refit and winner.step:
+        figures[winner.step] = soup.figures(after)
+    steps = [
+        {
+            "name": step.name,
+            "blend": step.blend.account if step.blend else None,
+            "val_mAP": step.val_mAP,
+            "test": figures[step.name] if step.name in figures else _test_step(context, step),
+            "won": step.name == winner.step,
+        }
+        for step in winner.steps
+    ]
+    return {"off": winner.off, "left_out": winner.left_out, "steps": steps}
+
+
+def _test_step(context: _Context, step: Step) -> soup.Figures:
+    """Figures of a model on the test split that did not win; measured once."""
+    assert step.blend is not None
+    name = step.name.replace(" ", "-")
+    folder = context.out / layout.TEST / name
+    if folder.read_json(layout.EVALUATION) != step.blend.account:
+        clip, experiment = soup.build(step.blend, context.out, context.load)
+        _tested(context, name, experiment, clip)
+        folder.write(layout.EVALUATION, json.dumps(step.blend.account, indent=2) + "\n")
+    return soup.figures(folder.read_json(layout.METRICS))
+
+
 def _tested(
-    context: _Context, key: str, experiment: Experiment, clip: nn.Module
+    context: _Context, name: str, experiment: Experiment, clip: nn.Module
 ) -> tuple[dict[str, Any], metrics.Scores]:
     """Figures of a model on the test split, and what each query scored; also written."""
     embedded = race.embed(context.catalogue, experiment, clip, "test")
     measured, scores = evaluate.judge(embedded, 10)
-    evaluate.write(
-        context.out / layout.TEST / {"zero_shot": "zero-shot", "test": "winner"}[key], measured, embedded, scores
-    )
+    evaluate.write(context.out / layout.TEST / name, measured, embedded, scores)
     return measured, scores
 
 
@@ -340,6 +436,7 @@ def outcome(summary: dict[str, Any], out: str | Path | Folder) -> str:
     for label, key in (("zero-shot", "zero_shot"), ("winner", "test")):
         cells = [f"{summary[key][k]:.3f} [{_interval(summary[key], k)}]" for k in ("mAP", "rank1")]
         lines.append(f"{label:12}{cells[0]:>22}{cells[1]:>22}")
+    lines += _step_lines(summary["soup"]["steps"])
     if summary["best_trial"] in {each["trial"] for each in summary["race"]}:
         lines.append("Tuning made nothing better: the zero-shot model is the winner.")
     if len(summary["race"]) > 1:
@@ -354,6 +451,17 @@ def outcome(summary: dict[str, Any], out: str | Path | Folder) -> str:
     lines.append(f"export      {out}/{layout.BEST}")
     lines.append(f"report      {out}/{layout.REPORT}")
     return "\n".join(lines)
+
+
+def _step_lines(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each step gave; nothing where there was neither soup nor mix."""
+    lines = [f"{'':12}{'val mAP':>10}{'test mAP':>10}{'text to image':>15}"] if steps else []
+    for step in steps:
+        text = step["test"]["text_to_image"]
+        cells = f"{step['val_mAP']:10.3f}{step['test']['mAP']:10.3f}{'none' if text is None else f'{text:.3f}':>15}"
+        made_of = [step["blend"]["label"]] if step["blend"] else []
+        lines.append(f"{step['name']:12}{cells}   {', '.join([*made_of, *['won'] * step['won']])}".rstrip())
+    return lines
 
 
 def _interval(figures: dict[str, Any], key: str) -> str:

@@ -13,18 +13,36 @@ from clipfh.cluster.resources import Resources
 from clipfh.config.experiment import Placement
 from clipfh.storage.store import Folder
 from clipfh.sweep import finalists
+from clipfh.sweep.run_thread import RunThread
 from clipfh.train.run_inputs import model_key
+
+
+class Queue:
+    """Runs in the order in which they came, the first of which has room."""
+
+    def __init__(self) -> None:
+        self.runs: list[str] = []
+
+    def join(self, run):
+        self.runs.append(run)
+
+    def leave(self, run):
+        self.runs = [each for each in self.runs if each != run]
+
+    def holds(self, run):
+        return run in self.runs
+
+    def is_turn_of(self, run, resources):
+        return self.runs[:1] == [run]
 
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path, tiny):
     """Train three runs on a cluster with room for one; fit is a stand-in. What was told, asked for and run at once."""
     (tmp_path / "sweep.yaml").touch()
-    waiting, lock, seen = [], threading.Lock(), SimpleNamespace(told=[], asked=[], at_once=0, most=0, ended=[])
-    queue = SimpleNamespace(
-        join=waiting.append, leave=waiting.remove, is_turn_of=lambda run, resources: run == waiting[0]
-    )
+    queue, lock, seen = Queue(), threading.Lock(), SimpleNamespace(told=[], asked=[], at_once=0, most=0, ended=[])
     monkeypatch.setattr(finalists, "RunQueue", lambda: queue)
+    monkeypatch.setattr(RunThread, "POLL_S", 0.01)
     monkeypatch.setattr(ray_private, "release", seen.ended.append)
     request = contextlib.nullcontext(lambda left: seen.asked.append(left))
     monkeypatch.setattr(finalists, "autoscaler_request", lambda placement, resources: request)
@@ -46,18 +64,20 @@ def trained(monkeypatch, tmp_path, tiny):
         finalists._train_all(jobs, sweep, {model_key(tiny.model): None}, Resources(1, 1, 0, 1), seen.told.append)
         return seen
 
-    return SimpleNamespace(run=run, seen=seen)
+    return SimpleNamespace(run=run, seen=seen, queue=queue)
 
 
 def test_final_runs_take_turns_as_trials_do(trained):
     seen = trained.run()
     assert seen.most == 1, "the cluster has room for no more"
     assert sorted(seen.told) == [f"{name}: val mAP 0.500" for name in "abc"]
-    assert seen.asked == [3, 2, 1, 0]
+    assert seen.asked == [3, 2, 1, 0] and trained.queue.runs == []
 
 
-def test_a_final_run_that_fails_is_named(trained):
+def test_a_final_run_that_fails_is_named_and_no_other_is_left(trained, tmp_path):
     with pytest.raises(UserError, match="memory is too small"):
         trained.run(fails="a")
     assert "a failed: the GPU's memory is too small" in trained.seen.told
     assert {path[-1] for path in trained.seen.ended} == {"a", "b", "c"}, "nothing of the others is left"
+    names = {str(tmp_path / "final" / name) for name in "abc"}
+    assert not names & {thread.name for thread in threading.enumerate()} and trained.queue.runs == []

@@ -69,6 +69,14 @@ def test_a_race_of_three_models_ends_on_the_right_one(ray_cluster, small_catalog
     (final,) = out.glob("final/*/experiment.json")
     searched = json.loads((out / "trials" / final.parent.name[:4] / "experiment.json").read_text())["model"]
     assert json.loads(final.read_text())["model"] == {**searched, "image_size": 48}
+    summary = json.loads((out / "summary.json").read_text())
+    steps = {step["name"]: step for step in summary["soup"]["steps"]}
+    assert {"zero-shot", "mix"} <= steps.keys() <= {"zero-shot", "best trial", "mix"}, "one run makes no soup"
+    assert steps["mix"]["blend"]["runs"] == [final.parent.relative_to(out).as_posix()]
+    assert set(summary["soup"]["left_out"].values()) == {"begins with another model, or another size of images"}
+    (won,) = (step for step in steps.values() if step["won"])
+    assert won["val_mAP"] == max(step["val_mAP"] for step in steps.values())
+    assert won["test"]["mAP"] == summary["test"]["mAP"]
 
 
 @pytest.mark.slow

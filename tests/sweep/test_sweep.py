@@ -3,9 +3,7 @@
 import csv
 import dataclasses
 import json
-import threading
 import time
-from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -241,33 +239,30 @@ def test_a_refit_that_diverged_is_not_the_winner(tmp_path, monkeypatch, reason):
         (folder / "experiment.json").write_text(schema.to_json(presets.resolve("image")))
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "images": 4, "best_val_mAP": 0.0, **line}))
     monkeypatch.setattr(sweep, "prepare_inputs", lambda *args, **kwargs: None)
-    monkeypatch.setattr(sweep.finalists, "refit", lambda *args: tmp_path / "final/refit")
+    monkeypatch.setattr(sweep.finalists, "refit", lambda *args: [Folder(tmp_path) / "final/refit"])
     told, asked = [], Finalists(top=0, refit=True)
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x"}))
     loaded = dataclasses.replace(sweep_file.load(tmp_path / "x.yaml"), final=asked)
     contender = Contender("ViT-B/16", "0000", 1, 64, 1.0, val_mAP=0.2, kept=True)
-    context = sweep._Context(loaded, None, tmp_path, [contender], lambda start: None, None, None, told.append)
+    feed, out = SimpleNamespace(window=None), Folder(tmp_path)
+    context = sweep._Context(loaded, None, out, [contender], lambda start: None, feed, None, told.append)
     rows = [{"trial": "0001", "status": "done", "val_mAP": 0.5}, {"trial": "0000", "status": "z", "val_mAP": 0.2}]
-    winner = sweep._winner(context, None, rows)
-    assert winner.run == tmp_path / ("trials/0001" if reason else "final/refit")
+    winner = sweep._refitted(context, sweep._lead(context, None, rows))
+    assert winner.runs(out) == {out / ("trials/0001" if reason else "final/refit")}
     assert (winner.refit, winner.diverged) == (not reason, reason) and (reason in told[-1])
 
 
-def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path, monkeypatch):
+def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path):
     run = tmp_path / "final/0001-again-1"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text(
         '{"step": 4, "images": 4, "val_mAP": 0.9, "best_val_mAP": 0.9}\n'
         '{"step": 6, "images": 6, "val_mAP": 0.0, "best_val_mAP": 0.0, "diverged": "loss is nan"}\n'
     )
-    monkeypatch.setattr(finalists.driver, "run_training", lambda *_, **__: pytest.fail("it would only diverge again"))
     inputs = SimpleNamespace(num_images=100, num_single=0)
-    over: Future[None] = Future()
-    over.set_result(None)
-    finalists._train(presets.resolve("image"), inputs, Folder(run), None, threading.Event())
+    assert finalists._is_over(presets.resolve("image"), inputs, Folder(run))
     assert (
-        finalists.score(Folder(run)) == 0.0
-        and finalists._outcome(Folder(run), over) == "0001-again-1: diverged: loss is nan"
+        finalists.score(Folder(run)) == 0.0 and finalists._outcome(Folder(run)) == "0001-again-1: diverged: loss is nan"
     )
 
 
