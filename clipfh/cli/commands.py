@@ -95,6 +95,7 @@ def evaluate(args: argparse.Namespace) -> None:
             random_splits=args.random_splits,
             rerank=args.rerank,
             skip_unmatched=args.skip_unmatched,
+            beside=args.beside,
             settings=args.settings,
             address=args.address,
             dashboard=args.dashboard,
@@ -103,6 +104,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if evaluation.is_reused:
         print(f"embeddings of the same model, images and prompts are in {args.out}: used again")
     print(console.format_metrics(evaluation.metrics))
+    if evaluation.metrics["beside"]:
+        print(console.format_beside(evaluation.metrics["beside"]))
     for note in evaluation.notes:
         print(f"note: {note}")
     metrics, predictions = f"{args.out}/{layout.METRICS}", f"{args.out}/{layout.PREDICTIONS}"
@@ -230,7 +233,7 @@ def check_submission(inner: argparse.Namespace | None, folder: Path) -> None:
         raise UserError("clipfh submit needs a command: clipfh submit --address URL -- sweep FILE.yaml CATALOGUE ...")
     if inner.command in ("submit", "demo"):
         raise UserError(f"clipfh {inner.command} is for this machine, not for a job")
-    for name in ("catalogue", "source", "path", "paths", "checkpoint", "warm_start", "out"):
+    for name in ("catalogue", "source", "path", "paths", "checkpoint", "warm_start", "out", "beside"):
         value = vars(inner).get(name) or []
         for path in [value] if isinstance(value, str) else value:
             if "://" not in path and not Path(path).is_absolute():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,21 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     left_out = unmatched if metrics["num_unmatched"] else ""
     lines.append(f"{metrics['num_query']:,} queries, {metrics['num_gallery']:,} gallery images{left_out}")
     return "\n".join(lines)
+
+
+def format_beside(beside: Sequence[Mapping[str, Any]]) -> str:
+    """What a model lost or gained on other catalogues, before and after tuning."""
+    rows = [[each["catalogue"].rpartition("/")[2], *_change(each)] for each in beside]
+    head = ["beside", "mAP before", "after", "change", "95% interval", "text to image before", "after"]
+    return f"\n{table(head, rows)}\n"
+
+
+def _change(each: Mapping[str, Any]) -> list[str]:
+    before, after, gain = each["before"], each["after"], each["gain"]
+    low, high = gain["interval"] or (math.nan, math.nan)
+    texts = [_value((figures["text_to_image"] or {}).get("mAP")) for figures in (before, after)]
+    change = ["none" if gain["mAP"] is None else f"{gain['mAP']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+    return [_value(before["mAP"]), _value(after["mAP"]), *change, *texts]
 
 
 _PROMPTS_TELL = {

@@ -173,6 +173,13 @@ COMMANDS = {
                 action="store_true",
                 help="leave out, and count, queries without another image of their item in the gallery; else an error",
             ),
+            Argument(
+                "--beside",
+                action="append",
+                default=[],
+                metavar="CATALOGUE",
+                help="another catalogue: with --checkpoint, its figures before and after tuning; may be given again",
+            ),
             *CLUSTER,
         ),
         EMBEDDING_GROUPS,

@@ -146,6 +146,27 @@ def load_model(path: str | Path | None, settings: Mapping[str, Any]) -> tuple[nn
     return build(weights, experiment.model), experiment, weights.path
 
 
+def load_tuned_from(path: str | Path, experiment: Experiment) -> tuple[nn.Module, str]:
+    """The model that weights were tuned from, and what it is: the pretrained one, or what they were warm-started with.
+
+    Args:
+        path: what `load` takes.
+        experiment: of these weights.
+
+    Raises:
+        UserError: it can't be had.
+    """
+    export = find(path)
+    run = export.parent.parent
+    account = export.read_json(layout.START) if export.exists(layout.START) else run.read_json(layout.RUN)
+    if not (start := account.get("warm_start")):
+        name = architectures.weights_name(experiment.model) or "random weights"
+        return load_initial_model(experiment.model, experiment.seed), f"{experiment.model.name}, {name}"
+    if not Folder(start).exists():
+        raise UserError(f"{path} was tuned from {start}, which is no longer there: put it back")
+    return build(load(start), experiment.model), str(start)
+
+
 def notes_on_model(clip: nn.Module, settings: ModelSettings, weights: str, catalogue: Catalogue) -> list[str]:
     """What to tell people of a model beside their catalogue and their file of weights.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,13 @@ from torch import Tensor, nn
 
 from clipfh import UserError, __version__
 from clipfh.config import schema
-from clipfh.config.experiment import ModelSettings, require
+from clipfh.config.experiment import Experiment, ModelSettings, require
 from clipfh.data import audit
 from clipfh.data.audit import CopyGroup
 from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.data.prompts import tell_apart
 from clipfh.model.architecture import weights_name
-from clipfh.model.checkpoint import load_model, notes_on_model
+from clipfh.model.checkpoint import load_model, load_tuned_from, notes_on_model
 from clipfh.model.clip import get_architecture, load_tokenizer, model_fingerprint
 from clipfh.model.prompts import load_prompts_for, notes_on_prompts
 from clipfh.retrieval import embed, embedding_file, metrics
@@ -64,6 +66,7 @@ def evaluate(
     random_splits: int = 10,
     rerank: bool = False,
     skip_unmatched: bool = False,
+    beside: Sequence[Catalogue | str | Path] = (),
     settings: Mapping[str, Any] | None = None,
     address: str | None = None,
     dashboard: bool = False,
@@ -80,6 +83,8 @@ def evaluate(
         random_splits: how often a random image of each item is drawn as its query.
         rerank: re-rank the gallery for each query (k-reciprocal).
         skip_unmatched: leave out, and count, queries without another image of their item in the gallery.
+        beside: other catalogues, to tell what was forgotten: figures of the checkpoint, and of the model that it was
+            tuned from.
         settings: dotted settings of the model and the prompts, such as {"model.name": "clipfh-small"}.
         address: Ray cluster to embed over.
         dashboard: serve Ray's dashboard, where a cluster is started.
@@ -90,28 +95,76 @@ def evaluate(
         UserError: the catalogue, the folder, the model or a setting does not fit.
     """
     require_writable(out)
-    opened, out = open_catalogue(catalogue), Folder(out)
+    opened, out, others = open_catalogue(catalogue), Folder(out), [open_catalogue(each) for each in beside]
+    if others and checkpoint is None:
+        raise UserError("--beside compares a tuned model with what it was tuned from: name it by --checkpoint")
     require(random_splits >= 0, "random-splits", "0 or more", random_splits)
     if not out.is_empty() and not any(out.exists(file) for file in (layout.PREDICTIONS, layout.EMBEDDINGS)):
         raise UserError(f"--out {out} is not empty, and holds no evaluation to replace: name another folder")
     splits = get_splits(split)
-    opened.require(*splits)
+    for each in (opened, *others):
+        each.require(*splits)
     clip, experiment, weights = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
     for note in notes_on_model(clip, experiment.model, weights or weights_name(experiment.model), opened):
         log(note)
     prompts = load_prompts_for(opened, experiment, load_tokenizer(get_architecture(clip)), *splits)
     notes = notes_on_prompts(opened, experiment)
-    mark = fingerprint(opened, splits, clip, experiment.model, prompts)
-    embedded = reused = kept(out, mark, opened, splits, prompts)
-    if embedded is None:
-        with all_or_nothing(out, layout.EMBEDDINGS), embed.connection(address, dashboard):
-            embedded = embed_splits(opened, splits, clip, experiment.model, prompts, progress)
-            keep(out, mark, embedded)
-    figures = measure(out, embedded, random_splits, skip_unmatched, rerank)
+    work = _Work(splits, experiment, skip_unmatched, progress, functools.partial(embed.connection, address, dashboard))
+    before, name = load_tuned_from(checkpoint, experiment) if others and checkpoint else (clip, "")
+    embedded, is_reused = work.embed_or_reuse(out, opened, clip, prompts)
+    if others:
+        log(f"on {len(others)} other catalogues, before tuning ({name}) and after")
+    compared = [work.compare(out, other, before, clip) for other in others]
+    figures = measure(out, embedded, random_splits, skip_unmatched, rerank, compared)
     source = {"path": str(opened.path), "hash": opened.manifest["hash"]}
     about = {"catalogue": source, "split": split, "model": experiment.model.name, "checkpoint": checkpoint}
     out.write(layout.EVALUATION, json.dumps(about, indent=2, default=str) + "\n")
-    return Evaluation(out, figures, reused is not None, notes)
+    return Evaluation(out, figures, is_reused, notes)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the evaluations of one command have in common."""
+
+    splits: tuple[str, str]
+    experiment: Experiment
+    skip_unmatched: bool
+    progress: embed.OnProgress | None
+    connect: Callable[[], AbstractContextManager[None]]
+    """connects to what embeds"""
+
+    def embed_or_reuse(
+        self, folder: Folder, catalogue: Catalogue, clip: nn.Module, prompts: dict[str, str]
+    ) -> tuple[Embedded, bool]:
+        """Embeddings of a catalogue, left in a folder; and whether they were there."""
+        settings = self.experiment.model
+        mark = fingerprint(catalogue, self.splits, clip, settings, prompts)
+        if (reused := kept(folder, mark, catalogue, self.splits, prompts)) is not None:
+            return reused, True
+        with all_or_nothing(folder, layout.EMBEDDINGS), self.connect():
+            embedded = embed_splits(catalogue, self.splits, clip, settings, prompts, self.progress)
+            folder.make()
+            keep(folder, mark, embedded)
+        return embedded, False
+
+    def compare(self, out: Folder, other: Catalogue, before: nn.Module, after: nn.Module) -> dict[str, Any]:
+        """Figures of another catalogue before and after tuning, and the gain; both evaluations are left below `out`."""
+        own = schema.replace(self.experiment, {"text.file": ""})  # a file of prompts is of the first catalogue's items
+        prompts = load_prompts_for(other, own, load_tokenizer(get_architecture(after)), *self.splits)
+        folder = out / layout.BESIDE / f"{other.path.name}-{other.manifest['hash'][:8]}"
+        found, scores = {}, []
+        for name, clip in ((layout.BEFORE, before), (layout.AFTER, after)):
+            embedded, _ = self.embed_or_reuse(folder / name, other, clip, prompts)
+            measured, overall = judge(embedded, 0, self.skip_unmatched)
+            write(folder / name, measured, embedded, overall)
+            found[name] = {**metrics.summary(overall), "text_to_image": measured["text_to_image"]}
+            scores.append(overall)
+        return {
+            "catalogue": str(other.path),
+            "hash": other.manifest["hash"],
+            **found,
+            "gain": metrics.gain(scores[0], scores[1]),
+        }
 
 
 @dataclass(frozen=True)
@@ -253,12 +306,22 @@ def _read(folder: Folder, name: str, mark: str) -> Tensor | None:
 
 
 def measure(
-    out: str | Path | Folder, embedded: Embedded, random_splits: int, skip_unmatched: bool = False, rerank: bool = False
+    out: str | Path | Folder,
+    embedded: Embedded,
+    random_splits: int,
+    skip_unmatched: bool = False,
+    rerank: bool = False,
+    beside: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Work out the `figures`, re-ranked if asked, and `write` them; returns them. UserError: as `figures`."""
+    """Work out the `figures`, re-ranked if asked, and `write` them with those `beside`; returns them.
+
+    Raises:
+        UserError: as `figures`.
+    """
     similarity = reranking.rerank(embedded.query, embedded.gallery) if rerank else None
     found, scores = judge(embedded, random_splits, skip_unmatched, similarity)
     found["rerank"] = {"k1": reranking.K1, "k2": reranking.K2, "lambda": reranking.LAMBDA} if rerank else None
+    found["beside"] = list(beside)
     write(out, found, embedded, scores, similarity)
     return found
 

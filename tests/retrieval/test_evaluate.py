@@ -1,5 +1,6 @@
 """A catalogue embedded, its figures, and what is kept of both."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -19,10 +20,12 @@ from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.data import images as images_module
 from clipfh.data.prepare import prepare
+from clipfh.model import export
 from clipfh.model.architecture import find as find_architecture
 from clipfh.model.clip import build_model, get_preprocess, load_tokenizer
 from clipfh.model.prompts import load_prompts_for
 from clipfh.model.towers import Towers, embed_images, embed_texts
+from clipfh.report import artifacts, page
 from clipfh.retrieval import embed, embed_ray, evaluate, metrics
 from clipfh.storage import layout
 from clipfh.train.inputs import load_start
@@ -31,7 +34,7 @@ SPLITS = evaluate.get_splits("test")
 SETTINGS = ModelSettings(name=SMALL_MODEL, precision="float32")
 KEYS = {*metrics.KEYS, "num_query", "num_gallery", "num_unmatched", "intervals", "cmc", "random_splits", "variant"}
 KEYS |= {"by_category", "by_gender", "text_to_image", "image_to_text", "rerank", "prompts_tell_apart"}
-KEYS |= {"without_copies"}
+KEYS |= {"without_copies", "beside"}
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +202,41 @@ def test_text_figures_of_prompts_that_name_categories_say_so(tmp_path, quick, ca
     said, figures = texts_told(tmp_path, capsys, lambda item: f"{'hats' if item % 2 else 'shoes'}/item{item}")
     assert "prompts name no more than category and gender" in said
     assert figures["prompts_tell_apart"] == "kinds" and figures["text_to_image"]["mAP"] > 0
+
+
+def test_other_catalogues_are_measured_before_and_after_tuning(
+    small_catalogue, clip, experiment, tmp_path, capsys, monkeypatch
+):
+    tuned = copy.deepcopy(clip)
+    torch.manual_seed(0)
+    for parameter in tuned.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    export.write_export(tuned, experiment, tmp_path / "model")
+    export.write_export(clip, experiment, tmp_path / "again", {"warm_start": str(tmp_path / "model")})
+    found = {}
+    for name, weights in (("zero", None), ("model", tmp_path / "model"), ("again", tmp_path / "again")):
+        beside, settings = [small_catalogue.path] if weights else [], None if weights else {"model.name": SMALL_MODEL}
+        options = {"checkpoint": weights, "beside": beside, "random_splits": 0, "settings": settings}
+        found[name] = evaluate.evaluate(small_catalogue, tmp_path / name / "e", **options).metrics
+    assert found["zero"]["beside"] == []
+    (model,), (again,) = found["model"]["beside"], found["again"]["beside"]
+    for key in ("mAP", "rank1", "num_query", "intervals", "text_to_image"):
+        assert model["before"][key] == again["after"][key] == found["zero"][key]
+        assert model["after"][key] == again["before"][key] == found["model"][key], "a warm start is what came before"
+    assert model["gain"]["mAP"] == pytest.approx(found["model"]["mAP"] - found["zero"]["mAP"]) != 0
+    monkeypatch.setattr(evaluate, "embed_splits", lambda *_: pytest.fail("is embedded again"))
+    command = ["evaluate", str(small_catalogue.path), "--out", str(tmp_path / "model/e"), "--random-splits", "0"]
+    command += ["--checkpoint", str(tmp_path / "model"), "--beside", str(small_catalogue.path)]
+    assert main.main(command) == 0
+    said = capsys.readouterr().out
+    assert f"{model['gain']['mAP']:+.4f}" in said and "mAP before" in said
+    assert "On other catalogues" in page.page(["e"], [artifacts.read(tmp_path / "model/e")])
+
+
+def test_what_has_no_start_can_not_be_compared_beside(small_catalogue, clip, experiment, tmp_path):
+    with pytest.raises(UserError, match="name it by --checkpoint"):
+        evaluate.evaluate(small_catalogue, tmp_path / "e", beside=[small_catalogue])
+    export.write_export(clip, experiment, tmp_path / "model", {"warm_start": str(tmp_path / "gone")})
+    with pytest.raises(UserError, match="gone, which is no longer there: put it back"):
+        evaluate.evaluate(small_catalogue, tmp_path / "e", checkpoint=tmp_path / "model", beside=[small_catalogue])
+    assert not (tmp_path / "e").exists()
