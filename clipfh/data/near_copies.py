@@ -43,6 +43,8 @@ DIFFERENCE = 0.34
 """Largest difference of a near copy: that of the part of the picture that differs most, by the picture's contrast."""
 CHUNK = 1024
 """Number of photos, or of pairs, that are worked on at a time."""
+QUERIES = 256
+"""Number of windows whose cosines with all buckets are held at a time: few enough for a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,8 @@ def _one_of_each(pairs: Pairs, difference: np.ndarray) -> Pairs:
     return pairs[_first_of_each(low << 32 | high, difference, 1)]
 
 
-def _chunks(count: int) -> Iterator[slice]:
-    return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+def _chunks(count: int, size: int = CHUNK) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _first_of_each(group: np.ndarray, value: np.ndarray, number: int) -> np.ndarray:
@@ -214,7 +216,8 @@ class _Buckets:
     def nearest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The nearest two of each near bucket, of a cosine of at least COSINE: query, vector and cosine, (m,) each."""
         probes = min(PROBES, len(self.centres))
-        bucket = _largest(queries @ self.centres.T, probes)[0].ravel()
+        near = [_largest(queries[rows] @ self.centres.T, probes)[0] for rows in _chunks(len(queries), QUERIES)]
+        bucket = np.concatenate(near).ravel()
         order = bucket.argsort(kind="stable")
         ends = np.searchsorted(bucket[order], np.arange(len(self.centres) + 1))
         full = np.flatnonzero(np.diff(ends) * np.diff(self.ends))

@@ -142,7 +142,7 @@ def test_prepare_says_what_its_photos_repeat(source, tmp_path, quick):
     }
     assert "1 picture lies under 8 items: a placeholder?" in made.manifest["notes"]
     assert any(note.startswith("2 photos in 1 group are byte copies within an item") for note in made.manifest["notes"])
-    assert {file.suffix for file in made.path.iterdir()} == {".parquet", ".json"}, "nothing temporary is left"
+    assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".parquet", ".json"}, "nothing temporary is left"
 
 
 def test_a_list_of_photos_is_left_out_and_the_splits_stay(source, tmp_path, quick):
