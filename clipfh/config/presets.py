@@ -21,10 +21,9 @@ _CONVNEXT: dict[str, Any] = {**_PRETRAINED, "optimizer.layer_decay": 0.93}
 _SCRATCH: dict[str, Any] = {
     "loss.supcon": 1.0,
     "loss.supcon_temperature": 0.05,
-    "loss.ce": 0.25,
     "optimizer.lr": 1e-3,
     "optimizer.text_lr": 1.0,
-    "optimizer.head_lr": 10.0,
+    "optimizer.head_lr": 1.0,
     "optimizer.weight_decay": 0.05,
     "optimizer.layer_decay": 1.0,
     "optimizer.warmup": 0.1,
