@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -349,8 +350,12 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _placement(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of Placement given on the command line, typed."""
-    texts = {name: vars(args).get(name) for name in RUN_PLACEMENT}
-    return {name: schema.parse(name, text, Placement) for name, text in texts.items() if text is not None}
+    texts = {name: text for name in RUN_PLACEMENT if (text := vars(args).get(name)) is not None}
+    elastic = re.fullmatch(r"([1-9]\d*)-(\d+)", texts.get("workers", ""))
+    if elastic:
+        del texts["workers"]
+    typed = {name: schema.parse(name, text, Placement) for name, text in texts.items()}
+    return {**typed, "workers": (int(elastic[1]), int(elastic[2]))} if elastic else typed
 
 
 # --- Reading the command line ----------------------------------------------------------------------------------------

@@ -53,6 +53,20 @@ class Resources:
     """whether its threads follow the other runs that compute on its machine, and are its share of the cores"""
     decoding: int | None = None
     """tasks of its data pipeline at a time; None leaves them to Ray's count of CPUs"""
+    min_workers: int = 0
+    """fewest workers of an elastic run, which has as many as the cluster has room for, `workers` at most; else 0"""
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers follows the cluster."""
+        return 0 < self.min_workers < self.workers
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """What each worker reserves. An elastic run takes all nodes that come, so its workers reserve the CPUs of their
+        pipelines too; else none might be left to decode."""
+        cpus = self.cpus + PIPELINE_CPUS * self.is_elastic
+        return {"CPU": cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
     @property
     def total(self) -> dict[str, float]:
@@ -61,7 +75,8 @@ class Resources:
 
     def __str__(self) -> str:
         on = f"{self.gpus:g} GPU" if self.gpus else f"CPU, {self.threads} thread{'s' * (self.threads > 1)}"
-        return f"{self.workers} worker{'s' * (self.workers > 1)} on {on}{' each' * (self.workers > 1)}"
+        count = f"{self.min_workers} to {self.workers}" if self.is_elastic else f"{self.workers}"
+        return f"{count} worker{'s' * (self.workers > 1)} on {on}{' each' * (self.workers > 1)}"
 
 
 def compute_slots() -> int:
@@ -74,32 +89,35 @@ def is_this_machines_cpus() -> bool:
     return connect.is_own() and not ray.cluster_resources().get("GPU")
 
 
-def resolve_placement(placement: Placement, alone: bool = True, log: Callable[[str], None] = print_now) -> Resources:
+def resolve_placement(
+    placement: Placement, alone: bool = True, log: Callable[[str], None] = print_now, min_workers: int = 0
+) -> Resources:
     """Work out what one run takes on this cluster, and wait where an autoscaler has yet to make room for it.
 
     Args:
         placement: what was asked for. `auto` CPUs are all the cores of a machine for a run alone, else one a worker.
         alone: whether no run goes beside it.
         log: takes a line for a person where the run has to wait.
+        min_workers: with how many workers an elastic run begins, if there is room for no more; else 0.
 
     Raises:
         UserError: the cluster can't hold one such run.
     """
-    have = capacity()
-    gpus = _gpus(placement, have.get("GPU", 0))
+    have, needed = capacity(), min_workers or placement.workers
+    gpus = _gpus(placement, needed, have.get("GPU", 0))
     cpus = float(
         _share(placement, have, gpus, alone) if placement.cpus_per_worker == "auto" else placement.cpus_per_worker
     )
-    resources = Resources(placement.workers, cpus, gpus, max(1, int(cpus)))
+    resources = Resources(needed, cpus, gpus, max(1, int(cpus)))
     for name, amount in resources.total.items():
         if amount > have.get(name, 0):
             raise UserError(
-                f"a run with {placement.workers} worker(s) needs {amount:g} {name} (a CPU for each data pipeline "
+                f"a run with {needed} worker(s) needs {amount:g} {name} (a CPU for each data pipeline "
                 f"included), the cluster has {have.get(name, 0):g}: take fewer --workers, or less per worker"
             )
     if not room_now(resources) and not _await_autoscaler(resources, log):
         raise UserError(
-            f"no node has room for a worker with {cpus:g} CPU and {gpus:g} GPU, or not for all {placement.workers} at "
+            f"no node has room for a worker with {cpus:g} CPU and {gpus:g} GPU, or not for all {needed} at "
             "once: take fewer --workers, or less per worker"
         )
     if missing := _held_by_others(resources):
@@ -107,7 +125,9 @@ def resolve_placement(placement: Placement, alone: bool = True, log: Callable[[s
     runs = 1 if alone else max_concurrent_runs(placement, resources)
     # Not a sweep's trials: a second thread beside one that is starting waits for its core more than it computes
     shares = placement.cpus_per_worker == "auto" and not gpus and alone
-    return dataclasses.replace(resources, decoding=_decoding_tasks(runs * resources.workers), shares_cores=shares)
+    decoding = TASKS_A_CORE * PIPELINE_CPUS if min_workers else _decoding_tasks(runs * resources.workers)
+    workers = {"workers": placement.workers, "min_workers": min_workers}
+    return dataclasses.replace(resources, decoding=decoding, shares_cores=shares, **workers)
 
 
 def capacity() -> dict[str, float]:
@@ -138,13 +158,13 @@ def _ray_up_nodes() -> list[tuple[dict[str, float], int]]:
     return [(kind.get("resources", {}), kind.get("max_workers", config.get("max_workers", 0))) for kind in workers]
 
 
-def _gpus(placement: Placement, have: float) -> float:
+def _gpus(placement: Placement, needed: int, have: float) -> float:
     """GPUs of a worker. Where there are any, `auto` takes no CPU in their place: that would be slower by far."""
     if placement.gpus_per_worker != "auto":
         return float(placement.gpus_per_worker)
-    if 0 < have < placement.workers:
+    if 0 < have < needed:
         raise UserError(
-            f"--workers {placement.workers} take a GPU each, the cluster has {have:g}: take fewer, or "
+            f"--workers {needed} take a GPU each, the cluster has {have:g}: take fewer, or "
             "--gpus-per-worker 0 for the CPU"
         )
     return 1.0 if have else 0.0

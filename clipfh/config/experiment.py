@@ -344,7 +344,7 @@ class Placement:
     """Where a run is computed. It changes the speed, not the result."""
 
     workers: int = 1
-    """training processes a run; divides batch.items"""
+    """training processes a run. `clipfh train` takes 2-8, say, for as many as the cluster has room for"""
     gpus_per_worker: float | Literal["auto"] = "auto"
     """auto: 1 where there is a GPU, else 0; .5 puts two one-worker trials on a GPU"""
     cpus_per_worker: float | Literal["auto"] = "auto"

@@ -385,22 +385,8 @@ def _check_values(sweep: SweepFile) -> None:
             sweep.experiment(corner)
     off = {name: searched.off for name, searched in sweep.search.items() if searched.off is not None}
     sweep.experiment({**sweep.first, **off})
-    _check_workers(sweep)
     for names in TOGETHER:
         _check_together(sweep, names)
-
-
-def _check_workers(sweep: SweepFile) -> None:
-    """Whether the workers can share every P that may be drawn."""
-    workers, items = sweep.placement.workers, sweep.search.get("batch.items")
-    if items and items.kind == "int" and workers > 1:
-        raise UserError(
-            f"search: batch.items: {workers} workers can't share all of {list(items.values)}: give a choice"
-        )
-    for corner in sweep.corners("batch.items"):
-        count = sweep.experiment(corner).batch.items
-        if count % workers:
-            raise UserError(f"batch.items {count} can't be shared by {workers} workers")
 
 
 def _check_together(sweep: SweepFile, names: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from clipfh.config.experiment import AugmentSettings, BatchSettings, Experiment
 from clipfh.data import images
 from clipfh.data.catalogue import Catalogue, read_columns
 from clipfh.data.images import Preprocess
-from clipfh.data.sampler import ItemIndex, PKSampler, build_index, make_sampler
+from clipfh.data.sampler import ItemIndex, PKSampler, build_index, make_sampler, worker_slice
 from clipfh.data.windows import Window, WindowReader
 from clipfh.storage import store
 
@@ -96,7 +96,8 @@ class BatchSpec:
 
 @dataclass(frozen=True)
 class StreamPart:
-    """One worker's part of the steps from `first` to before `last`: rank r of W gets the r-th part of each batch."""
+    """One worker's part of the steps from `first` to before `last`: rank r of W gets the r-th part of each batch, which
+    is an image more for some ranks where W does not divide the batch."""
 
     images: TrainImages
     spec: BatchSpec
@@ -106,6 +107,8 @@ class StreamPart:
     world_size: int = 1
     tasks: int | None = None
     """Largest number of tasks that decode at a time; None leaves it to the feed."""
+    takes_cpus: bool = True
+    """whether tasks take CPUs of the cluster; not where the worker has reserved theirs with its own"""
 
 
 EVALUATION_SHARE = 0.15
@@ -211,7 +214,7 @@ class Feed(Protocol):
         """
 
     def batches(self, part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """The steps of a part, in order: step, rows (W * B,) of the global batch, images of the worker's part of it.
+        """The steps of a part, in order: step, rows (N,) of the global batch, images of the worker's part of it.
 
         Images are (B, size, size, 3) uint8. Their crops are drawn from (seed, step, place in the global batch), so the
         pixels depend neither on the number of workers nor on the task that decodes them.
@@ -275,12 +278,11 @@ class BatchDecoder:
         self.reader_of = functools.lru_cache(maxsize=1)(self._reader_of)  # steps of a window share what it fetched
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (W * B,) of the global batch, and images (B, size, size, 3) uint8 of the worker's part of it."""
+        """Rows (N,) of the global batch, and images (B, size, size, 3) uint8 of the worker's part of it."""
         rows = self.sampler.batch(step)
-        own = rows.reshape(self.part.world_size, -1)[self.part.rank]
-        first = self.part.rank * len(own)
+        own = worker_slice(len(rows), self.part.rank, self.part.world_size)
         read = self.reader_of(*(self.sampler.windows(step) if self.open_window else ()))
-        return rows, decode_batch(self.part.spec, read, step, first, own, self.read_decoded)
+        return rows, decode_batch(self.part.spec, read, step, own.start, rows[own], self.read_decoded)
 
     def _reader_of(self, *windows: Window) -> Callable[[int], Any]:
         """Function from a row to its encoded image, for rows of some windows."""

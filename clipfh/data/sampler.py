@@ -285,6 +285,11 @@ def make_sampler(index: ItemIndex, batch: BatchSettings, seed: int, singles: boo
     return PKSampler(index.item, *drawn, window, index.shard_ends, index.rows)
 
 
+def worker_slice(images: int, rank: int, world_size: int) -> slice:
+    """The places in a batch of so many images that are rank r's of W. Parts differ by one image at most."""
+    return slice(rank * images // world_size, (rank + 1) * images // world_size)
+
+
 def digest(previous: str, step: int, rows: np.ndarray) -> str:
     """Fingerprint of the stream so far: `previous`, the fingerprint before this step, chained with the step's rows.
 

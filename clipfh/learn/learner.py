@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from clipfh import UserError
 from clipfh.config.experiment import Experiment
 from clipfh.config.schedule import make_schedule
-from clipfh.data.sampler import ItemIndex
+from clipfh.data.sampler import ItemIndex, worker_slice
 from clipfh.learn import augment, diagnostics, optimizer
 from clipfh.learn.all_gather import all_gather_with_gradient
 from clipfh.learn.objective import Objective
@@ -138,8 +138,9 @@ class Learner:
         not finite is therefore noticed one step late; the step with it changes no weight.
 
         Args:
-            rows: (W * B,) image rows of the global batch.
-            images: (B, size, size, 3) uint8, this rank's part; or their tensor on the device, by `images_to_device`.
+            rows: (N,) image rows of the global batch.
+            images: (B, size, size, 3) uint8, this rank's part (`worker_slice`); or their tensor on the device, by
+                `images_to_device`.
 
         Returns:
             The losses of the global batch, on the device.
@@ -178,12 +179,12 @@ class Learner:
             text = all_gather_with_gradient(_to_float32(text))[: len(labels.captions)]
         elif self.experiment.loss.takes_text:
             text = self.caption_features[labels.captions]
-        return all_gather_with_gradient(_to_float32(image)), text, log_scale
+        return all_gather_with_gradient(_to_float32(image), len(labels.item)), text, log_scale
 
     def _augmented(self, pixels: Tensor) -> Tensor:
         """This rank's images, augmented as the settings ask. Draws come from (seed, step), for the whole batch."""
         settings, batch = self.experiment.augment, self.experiment.batch.images
-        part = slice(self.rank * len(pixels), (self.rank + 1) * len(pixels))
+        part = worker_slice(batch, self.rank, self.world_size)
         rng = augment.step_generator(self.experiment.seed, self.step)
         if settings.randaugment:
             pixels = augment.randaugment(pixels, settings.randaugment, rng, batch, part, self.fill)

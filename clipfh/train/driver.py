@@ -51,10 +51,10 @@ def run_training(
         ray_private.Released: the run was released.
         UserError: a worker failed for a reason that the user can mend; no worker is replaced then.
     """
-    if experiment.batch.items % resources.workers:
+    if resources.workers > experiment.batch.images:
         raise UserError(
-            f"--workers {resources.workers} does not divide --batch.items {experiment.batch.items}: "
-            "each worker takes as many items"
+            f"--workers {resources.workers} is more than a batch has images, {experiment.batch.images}: take fewer, or "
+            "a larger batch (--batch.items, --batch.views)"
         )
     run = Folder(out)
     job = Job(
@@ -65,6 +65,7 @@ def run_training(
         threads=resources.threads,
         shares_cores=resources.shares_cores,
         decoding_tasks=resources.decoding,
+        reserves_decoding=resources.is_elastic,
         prestart_next=prestart_next,
     )
     trainer = ray_private.make_trainer(
@@ -73,9 +74,9 @@ def run_training(
         process_group=resources.workers > 1,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=(resources.min_workers, resources.workers) if resources.is_elastic else resources.workers,
             use_gpu=resources.gpus > 0,
-            resources_per_worker={"CPU": resources.cpus, **({"GPU": resources.gpus} if resources.gpus else {})},
+            resources_per_worker=resources.per_worker,
         ),
         run_config=_run_config(run, retries, "step" if inputs.validation is None else "val_mAP"),
     )

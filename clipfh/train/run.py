@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from clipfh import UserError
 from clipfh.config import presets, schema
-from clipfh.config.experiment import Experiment, Placement
+from clipfh.config.experiment import Experiment, Placement, require
 from clipfh.config.schedule import make_schedule
 from clipfh.data.catalogue import Catalogue, open_catalogue
 from clipfh.data.decoding import Feed
@@ -63,7 +63,7 @@ def train(
     warm_start: str | Path | None = None,
     resume: bool = False,
     track: str | None = None,
-    workers: int = 1,
+    workers: int | tuple[int, int] = 1,
     gpus_per_worker: float | Literal["auto"] = "auto",
     cpus_per_worker: float | Literal["auto"] = "auto",
     keep_gib: float = 0.0,
@@ -82,7 +82,8 @@ def train(
         warm_start: a run, checkpoint, export or weights file to start from.
         resume: go on with the run in `out`; without preset and settings as it was.
         track: "mlflow" or "wandb", to send the reports there too.
-        workers: number of training processes; it divides batch.items.
+        workers: number of training processes, or the fewest and the most: as many as the cluster has room for, as nodes
+            come and go. It changes neither batches nor gradients.
         gpus_per_worker: from 0 to 1; "auto" is 1 where there is a GPU, else 0.
         cpus_per_worker: "auto" is 1 beside a GPU, else what the machine has to spare.
         keep_gib: GiB of decoded images to keep in memory.
@@ -94,7 +95,10 @@ def train(
     Raises:
         UserError: a setting, the catalogue, the folder or the weights do not fit, or the loss diverged.
     """
-    placement = Placement(workers, gpus_per_worker, cpus_per_worker, keep_gib=keep_gib)
+    fewest, most = workers if isinstance(workers, tuple) else (0, workers)
+    if fewest:
+        require(fewest <= most, "workers", "the fewest and the most, as 2-8", f"{fewest}-{most}")
+    placement = Placement(most, gpus_per_worker, cpus_per_worker, keep_gib=keep_gib)
     as_it_was = resume and not settings and not preset
     experiment = None if as_it_was else presets.resolve(stage, preset, schema.with_absolute_paths(settings or {}))
     opened, out, start = open_catalogue(catalogue), Folder(out), str(warm_start) if warm_start else None
@@ -109,7 +113,7 @@ def train(
         for note in notes_on_model(clip, experiment.model, start or weights_name(experiment.model), opened):
             log(note)
         with contextlib.nullcontext() if alone else _connection(address, placement, dashboard):
-            where, feed, compute = _in_this_process(placement) if alone else _over_the_cluster(placement)
+            where, feed, compute = _in_this_process(placement) if alone else _over_the_cluster(placement, fewest)
             log(f"{stage} stage of {experiment.model.name} on {opened.num_images('train'):,} images: {where}")
             if stage == "joint" and not experiment.loss.takes_text:
                 log("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
@@ -150,12 +154,12 @@ def _in_this_process(placement: Placement) -> tuple[str, Feed, Compute]:
     return f"in this process on CPU, {threads} thread{'s' * (threads > 1)}", in_process.InProcessFeed(), compute
 
 
-def _over_the_cluster(placement: Placement) -> tuple[str, Feed, Compute]:
+def _over_the_cluster(placement: Placement, min_workers: int) -> tuple[str, Feed, Compute]:
     """Where and how a run trains on the cluster that this process is connected to."""
     from clipfh.cluster.resources import resolve_placement
     from clipfh.train import driver, stream
 
-    resources = resolve_placement(placement)
+    resources = resolve_placement(placement, min_workers=min_workers)
 
     def compute(experiment: Experiment, inputs: Inputs, out: Folder, log: Log) -> None:
         images = _count_images(experiment, inputs)

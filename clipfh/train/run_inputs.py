@@ -58,5 +58,7 @@ class Job:
     """whether its threads are its share of the cores, and follow the other runs on its machine"""
     decoding_tasks: int | None = None
     """how many tasks decode for it at a time; None for as many as there are CPUs for"""
+    reserves_decoding: bool = False
+    """whether the worker holds the CPUs of these tasks with its own"""
     prestart_next: bool = False
     """whether processes for a next run are to be started while it trains"""

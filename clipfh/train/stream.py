@@ -114,7 +114,7 @@ def cache_decoded(shared: TrainImages, gib: float, size: int, crop_min: float) -
 
 
 def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """The steps of a part, in order: step, rows (W * B,) of the global batch, images of the worker's part of it.
+    """The steps of a part, in order: step, rows (N,) of the global batch, images of the worker's part of it.
 
     Images are (B, size, size, 3) uint8. Their crops are drawn from (seed, step, place in the global batch), so the
     pixels depend neither on the number of workers nor on the task that decodes them. The worker that reads the batches
@@ -124,10 +124,10 @@ def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     spec = part.spec
-    steps = _Steps(part.first, part.last, spec.batch.images // part.world_size, spec.size)
+    steps = _Steps(part.first, part.last, max(1, spec.batch.images // part.world_size), spec.size)
     # As many blocks as it has tasks: Ray Data would cut them further. And one kind of task, so that steps are counted
     # where they are decoded; processes of their own would hold CPUs to the end
-    kind = {"concurrency": part.tasks, **TASK}
+    kind = {"concurrency": part.tasks, **TASK, **({} if part.takes_cpus else {"num_cpus": 0})}
     counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **kind)
     windows = _window_actor(part) if part.images.window else None
     work = functools.partial(_decode_steps, part=part, windows=windows)
@@ -206,7 +206,7 @@ def _step_table(start: int, end: int) -> list[pa.Table]:
 
 
 def _decode_steps(block: dict[str, np.ndarray], part: StreamPart, windows: Any) -> dict[str, Any]:
-    """Decode a worker's part of some steps: step (S,), row (S, W * B), image (S, B, size, size, 3)."""
+    """Decode a worker's part of some steps: step (S,), row (S, N), image (S, B, size, size, 3)."""
     decoder = BatchDecoder(part, (lambda window: ray.get(windows.open.remote(window))) if windows else None)
     rows, pixels = zip(*(decoder(int(step)) for step in block["step"]), strict=True)
     return {"step": block["step"], "row": np.stack(rows), "image": np.stack(pixels)}

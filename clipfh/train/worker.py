@@ -67,7 +67,8 @@ def train_loop(job: Job, session: Session, feed: Feed) -> None:
     spec, place = BatchSpec.of(experiment, inputs.size), (learner.rank, learner.world_size)
 
     def decode(first: int, last: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        return feed.batches(StreamPart(inputs.images, spec, first, last, *place, job.decoding_tasks))
+        tasks = job.decoding_tasks, not job.reserves_decoding
+        return feed.batches(StreamPart(inputs.images, spec, first, last, *place, *tasks))
 
     progress = _begin(learner, validation, inputs, session, decode)
     reports = _Reports(learner, validation, History(job.out, learner.step), session)
@@ -245,7 +246,8 @@ class _Reports:
         if self.learner.rank:
             self.session.report(metrics, None)
         else:
-            metrics |= {"node": self.session.node, "began": began, "time": time.time()}
+            place = {"node": self.session.node, "workers": self.learner.world_size}
+            metrics |= {**place, "began": began, "time": time.time()}
             self._write(metrics)
             _write_events(self.history.folder, metrics)
             self.session.report(metrics, functools.partial(self._save, metrics))

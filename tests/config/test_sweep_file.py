@@ -70,10 +70,6 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
         ({"search": {"model.image_size": {"int": [224, 336]}}, "points": []}, "int does not suit it: take choice"),
         ({"base": {}, "models": ["RN50"], "points": [{"model": "RN5"}]}, "lies outside its range: take one of RN50"),
         (
-            {"base": {}, "models": ["clipfh-small", "RN50"], "points": [], "placement": {"workers": 64}},
-            "batch.items 32 can't be shared by 64 workers",  # the preset of clipfh-small has 32, that of RN50 64
-        ),
-        (
             {
                 "base": {"model.name": "clipfh-small", "loss.triplet": 0.0},
                 "search": {"loss.supcon": {"uniform": [0.1, 1.0], "or": 0.0}},
@@ -88,11 +84,6 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
         ({"points": ["x"]}, "a point must be a mapping"),
         ({"budget": {"first_rnug": 5}}, "unknown key budget.first_rnug, did you mean first_rung?"),
         ({"placement": {"worker": 2}}, "placement: unknown setting worker, did you mean workers?"),
-        ({"placement": {"workers": 5}}, "batch.items 32 can't be shared by 5 workers"),
-        (
-            {"search": {"batch.items": {"int": [8, 16]}}, "points": [], "placement": {"workers": 2}},
-            "batch.items: 2 workers can't share all of [8, 16]: give a choice",
-        ),
         (
             {
                 "search": {"batch.items": {"choice": [64, 4]}, "batch.categories": {"choice": [0, 8]}},

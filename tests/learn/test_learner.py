@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from clipfh import UserError
 from clipfh.config import presets
 from clipfh.config.experiment import LOSS_TERMS, SMALL_MODEL, ModelSettings
-from clipfh.data.sampler import ItemIndex, PKSampler, make_sampler
+from clipfh.data.sampler import ItemIndex, PKSampler, make_sampler, worker_slice
 from clipfh.learn import learner, tally
 from clipfh.learn.learner import ItemCaptions
 from clipfh.learn.tally import StepTally
@@ -95,14 +95,14 @@ def train(one: learner.Learner, steps: int = STEPS) -> dict[str, torch.Tensor]:
     plan = PKSampler(INDEX.item, P, K)
     for step in range(steps):
         rows = plan.batch(step)
-        one.train_step(rows, IMAGES[rows.reshape(one.world_size, -1)[one.rank]])
+        one.train_step(rows, IMAGES[rows[worker_slice(len(rows), one.rank, one.world_size)]])
     heads = {f"heads.{name}": tensor for name, tensor in one.objective.state_dict().items()}
     average = {f"average.{name}": tensor for name, tensor in one.average.weights.items()}
     return {name: tensor.clone() for name, tensor in {**one.weights()[0], **heads, **average}.items()}
 
 
-# Of four workers the last has none of them
-FEW = learner.Validation(IMAGES[:5], np.array([0, 1, 0, 1, 1]), np.arange(5), 2)
+# Of three workers the last has none of them
+FEW = learner.Validation(IMAGES[:4], np.array([0, 1, 0, 1]), np.arange(4), 2)
 
 
 def outcome(one: learner.Learner) -> dict[str, torch.Tensor]:
@@ -154,9 +154,9 @@ def alone(tmp_path_factory) -> str:
     return str(file)
 
 
-def test_ten_steps_of_four_workers_are_those_of_one(alone: str, tmp_path: Path):
+def test_ten_steps_of_three_workers_are_those_of_one(alone: str, tmp_path: Path):
     mp.get_context("forkserver").set_forkserver_preload(["torch", "open_clip"])
-    mp.start_processes(worker, (4, str(tmp_path / "store"), alone), nprocs=4, start_method="forkserver")
+    mp.start_processes(worker, (3, str(tmp_path / "store"), alone), nprocs=3, start_method="forkserver")
 
 
 @pytest.mark.parametrize("stage", ["image", "joint"])

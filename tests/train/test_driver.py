@@ -48,6 +48,6 @@ def test_a_run_is_known_on_its_cluster_by_its_folder(monkeypatch, tmp_path, tiny
     assert names == [str(tmp_path / "one"), str(tmp_path / "other")]
 
 
-def test_workers_that_do_not_divide_the_items_are_refused(tmp_path, tiny):
-    with pytest.raises(UserError, match="--workers 3 does not divide --batch.items 8"):
-        driver.run_training(tiny, SimpleNamespace(validation=None), tmp_path, Resources(3, 1, 0, 1))
+def test_more_workers_than_images_are_refused(tmp_path, tiny):
+    with pytest.raises(UserError, match="--workers 17 is more than a batch has images, 16"):
+        driver.run_training(tiny, SimpleNamespace(validation=None), tmp_path, Resources(17, 1, 0, 1))
