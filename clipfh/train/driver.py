@@ -68,13 +68,14 @@ def run_training(
         reserves_decoding=resources.is_elastic,
         prestart_next=prestart_next,
     )
+    workers: Any = (resources.min_workers, resources.workers) if resources.is_elastic else resources.workers
     trainer = ray_private.make_trainer(
         run.address,
         loop,
         process_group=resources.workers > 1,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=(resources.min_workers, resources.workers) if resources.is_elastic else resources.workers,
+            num_workers=workers,
             use_gpu=resources.gpus > 0,
             resources_per_worker=resources.per_worker,
         ),
