@@ -217,6 +217,16 @@ def test_the_frozen_text_tower_runs_once(monkeypatch):
     assert runs == [5], "all captions, once"
 
 
+def test_the_frozen_text_tower_computes_in_the_runs_precision(monkeypatch):
+    settings = {"loss.infonce": 1.0, "model.precision": "bfloat16"}
+    one = learner_of("image", torch.float32, **settings)
+    types = []
+    encode = one.clip.encode_text
+    monkeypatch.setattr(one.clip, "encode_text", lambda t: types.append(torch.is_autocast_enabled("cpu")) or encode(t))
+    train(one, steps=1)
+    assert types == [True] and one.caption_features.dtype == torch.float32
+
+
 def test_the_text_tower_never_runs_without_a_term_for_it(monkeypatch):
     for stage in ("image", "joint"):
         one = learner_of(stage, **TERMS["triplet"])
@@ -307,6 +317,14 @@ def test_a_step_reads_one_value_of_the_device(stage: str, randaugment: float):
     with Reads() as reads:
         one.train_step(np.arange(8), IMAGES[:8])
     assert sum(reads.found.values()) <= 1, reads.found
+
+
+def test_a_step_goes_through_no_list_of_all_images(monkeypatch):
+    """Of ten million it would take 40 ms."""
+    one = learner_of(**TERMS["all"])
+    train(one, steps=1)
+    monkeypatch.setattr(np, "bincount", lambda *_, **__: pytest.fail("counted again"))
+    one.train_step(np.arange(8), IMAGES[:8])
 
 
 class Moves(TorchDispatchMode):

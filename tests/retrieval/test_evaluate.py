@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from shop import draw
 
 from clipfh import UserError
 from clipfh.cli import console, main
-from clipfh.cluster import connect
+from clipfh.cluster import connect, resources
 from clipfh.config import presets
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.data import images as images_module
@@ -80,6 +81,22 @@ def test_a_cluster_embeds_as_this_process_does(small_catalogue, clip, prompts, e
     torch.testing.assert_close(images, here.images(small_catalogue, SPLITS), rtol=0, atol=1e-5)
     torch.testing.assert_close(over.texts(["a hat", "a red dress"]), here.texts(["a hat", "a red dress"]))
     assert counted[-1] == told[-1]
+
+
+def test_a_cluster_whose_gpus_are_yet_to_come_embeds_on_them(monkeypatch):
+    """An autoscaler takes nodes away that had nothing to do."""
+    asked = []
+    embedded = SimpleNamespace(iter_batches=lambda batch_format: iter(()))
+    rows = SimpleNamespace(context=SimpleNamespace(execution_options=SimpleNamespace()))
+    rows.map_batches = lambda function, **how: asked.append((function, how)) or embedded
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(resources, "_planned_nodes", lambda: [{"CPU": 8.0, "GPU": 1.0}] * 2)
+    over = embed_ray.RayEncoder.__new__(embed_ray.RayEncoder)
+    over.clip, over.settings = None, SETTINGS
+    assert not list(over._run(rows, at_once=4))
+    [(function, how)] = asked
+    assert function is embed_ray._Embedder and how["num_gpus"] == how["fn_constructor_kwargs"]["gpus"] == 1
+    assert how["compute"].max_size == 2
 
 
 def test_a_small_job_starts_no_cluster(small_catalogue, tmp_path):

@@ -1,13 +1,15 @@
 """What a sweep will take: the arithmetic by hand, and one real measurement."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import yaml
 
-from clipfh.config import presets, sweep_file
+from clipfh.cluster.resources import Resources
+from clipfh.config import presets, schema, sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.decoding import read_index
@@ -15,7 +17,7 @@ from clipfh.model import checkpoint
 from clipfh.model.architecture import find as find_architecture
 from clipfh.model.devices import choose_device
 from clipfh.storage import layout
-from clipfh.sweep import estimate
+from clipfh.sweep import estimate, run
 from clipfh.train.inputs import tokenize_captions
 
 GIB = 2.0**30
@@ -117,3 +119,38 @@ def test_a_measurement_is_of_this_machine(small_catalogue, tiny):
     assert measured.device == str(choose_device()) and measured.rate > 0
     assert 0 < measured.image < measured.memory and measured.images > 100
     assert measured.memory < psutil.virtual_memory().total and measured.checkpoint > measured.weights > 0
+
+
+@pytest.mark.parametrize(
+    ("views", "chunk", "workers", "images"),
+    [(2, 0, 1, 32), (8, 0, 1, 64), (8, 0, 2, 32), (16, 0, 1, 100), (16, 16, 1, 128)],
+)
+def test_the_speed_of_a_gpu_is_that_of_a_batch_like_the_experiments(
+    small_catalogue, tiny, monkeypatch, views, chunk, workers, images
+):
+    """A batch as small as those by which memory is measured would only show how fast work is handed over."""
+    batch = {"batch.items": 8, "batch.views": views, "batch.chunk": chunk}
+    peaks, timed = iter((8 * GIB, 32 * GIB)), []
+    monkeypatch.setattr(estimate, "choose_device", lambda gpus: torch.device("cuda"))
+    monkeypatch.setattr(estimate, "_memory", lambda device, gpus: 100 * GIB)
+    monkeypatch.setattr(estimate, "_peak", lambda device: next(peaks))
+    monkeypatch.setattr(estimate, "_learner", lambda *parts: parts[-2:])
+    monkeypatch.setattr(estimate, "_timed", lambda made, images: timed.append((made, images)) or (0.5, (1.0, 2.0)))
+    found = estimate.measure(small_catalogue, schema.replace(tiny, batch), workers=workers)
+    assert found.images == 100 and found.rate == images / 0.5
+    assert timed[-1] == ((images, chunk), images)
+
+
+def test_what_is_measured_is_given_what_a_worker_is(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(estimate, "measure", lambda catalogue, experiment, *given: asked.append(given))
+    run._measure_here(sweep(tmp_path, placement={"gpus_per_worker": 0.5}), None, in_a_process=False)
+    assert asked.pop() == (0, 0.5, 1)
+
+    task = SimpleNamespace(options=lambda **how: asked.append(how) or SimpleNamespace(remote=estimate.measure))
+    monkeypatch.setattr("ray.remote", lambda **_: lambda function: task)
+    monkeypatch.setattr("ray.get", lambda result: result)
+    monkeypatch.setattr(run, "resolve_placement", lambda *_, **__: Resources(1, 1, 0.5, 1))
+    monkeypatch.setattr(run, "max_concurrent_runs", lambda *_: 2)
+    assert run._measure_on_a_worker(sweep(tmp_path), None)[1] == 2
+    assert asked == [{"num_cpus": 1, "num_gpus": 0.5}, (1, 0.5, 1)]

@@ -12,7 +12,7 @@ from clipfh import UserError
 from clipfh.cluster import ray_private
 from clipfh.cluster.resources import Resources
 from clipfh.storage.store import Folder
-from clipfh.train import driver
+from clipfh.train import driver, worker
 
 
 def test_the_list_of_checkpoints_is_never_half_written(tmp_path):
@@ -51,3 +51,24 @@ def test_a_run_is_known_on_its_cluster_by_its_folder(monkeypatch, tmp_path, tiny
 def test_more_workers_than_images_are_refused(tmp_path, tiny):
     with pytest.raises(UserError, match="--workers 17 is more than a batch has images, 16"):
         driver.run_training(tiny, SimpleNamespace(validation=None), tmp_path, Resources(17, 1, 0, 1))
+
+
+@pytest.mark.parametrize("gpus", [0, 0.5, 1])
+def test_a_worker_computes_on_what_its_run_takes(monkeypatch, tmp_path, tiny, gpus):
+    jobs, asked = [], []
+
+    def make_trainer(run, loop, train_loop_config, scaling_config, **_):
+        jobs.append(train_loop_config["job"])
+        asked.append(scaling_config.resources_per_worker.get("GPU", 0))
+        return SimpleNamespace(fit=lambda: None)
+
+    def choose_device(given):
+        asked.append(given)
+        raise UserError("no further")
+
+    monkeypatch.setattr(ray_private, "make_trainer", make_trainer)
+    monkeypatch.setattr(worker, "choose_device", choose_device)
+    driver.run_training(tiny, SimpleNamespace(validation=None), tmp_path, Resources(1, 1, gpus, 1))
+    with pytest.raises(UserError, match="no further"):
+        worker.train_loop(jobs[0], None, None)
+    assert asked == [gpus, gpus], "of Ray, and of torch"
