@@ -25,7 +25,7 @@ def rates(optimizer_: torch.optim.Optimizer) -> dict[int, tuple[float, float]]:
 
 
 def test_rates_by_depth_tower_and_head():
-    clip, heads = build_model(SMALL), objective.Objective(LOSS, 128, 5)
+    clip, heads = build_model(SMALL), objective.Objective(LOSS, 128, 5, 2)
     freeze(clip, "joint", SMALL, learn_scale=True)
     settings = OptimizerSettings(lr=1.0, text_lr=0.1, head_lr=10.0, layer_decay=0.5, weight_decay=0.3)
     of = rates(optimizer.make_adamw(clip, heads, settings, torch.device("cpu")))
@@ -36,7 +36,7 @@ def test_rates_by_depth_tower_and_head():
     assert found["visual.conv1.weight"] == (0.5**5, 0.3)
     assert found["text_projection"] == (pytest.approx(0.1), 0.3)
     assert found["token_embedding.weight"] == (pytest.approx(0.1 * 0.5**3), 0.3)
-    assert found["classifier"] == (10.0, 0.3) and found["neck.weight"] == (10.0, 0.0)
+    assert found["heads.ce.classifier"] == (10.0, 0.3) and found["heads.ce.neck.weight"] == (10.0, 0.0)
     assert len(found) == len(of)
 
 
