@@ -190,7 +190,7 @@ def test_figures_of_one_item_without_prompts_are_null_where_there_is_nothing(emb
     one = embedded.query.item == embedded.query.item[0]
     of = {"query": embedded.query.select(one), "query_rows": embedded.query_rows.filter(one.numpy())}
     lone = dataclasses.replace(embedded, **of, captions=None)
-    found = {**evaluate.figures(lone, 0), "rerank": None}
+    found = {**evaluate.figures(lone, 0), "rerank": None, "beside": []}
     assert set(found) == KEYS
     assert (
         found["intervals"]["mAP"] is found["text_to_image"] is found["image_to_text"] is found["random_splits"] is None
