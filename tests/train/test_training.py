@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -184,7 +185,7 @@ def test_prompts_that_are_cut_are_counted(small_catalogue, tiny, tmp_path):
     (tmp_path / "prompts.json").write_text(json.dumps({names[0]: "long " * 80, names[1]: "a shirt"}))
     experiment = schema.replace(tiny, {"text.file": str(tmp_path / "prompts.json"), "loss.infonce": 1.0})
     captions, num_cut = tokenize_captions(
-        small_catalogue, names, experiment, find_architecture(experiment.model), "train"
+        small_catalogue, pa.array(names), experiment, find_architecture(experiment.model), "train"
     )
     assert num_cut == 1 and (captions.of_item >= 0).tolist() == [True, True] + [False] * (len(names) - 2)
 
@@ -338,7 +339,7 @@ def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
 def test_prompts_are_made_only_where_a_term_takes_them(small_catalogue, tiny, monkeypatch):
     names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
     monkeypatch.setattr(inputs_module, "load_prompts_for", lambda *asked: pytest.fail("nobody wants them"))
-    captions, num_cut = tokenize_captions(small_catalogue, names, tiny, find_architecture(tiny.model), "train")
+    captions, num_cut = tokenize_captions(small_catalogue, pa.array(names), tiny, find_architecture(tiny.model), "train")
     assert (captions.of_item == -1).all() and len(captions.of_item) == len(names) and num_cut == 0
     index = build_index(small_catalogue.rows("train"), np.array([small_catalogue.num_images("train")]))
     one = learner.Learner(tiny, load_start(tiny), index, captions, torch.device("cpu"))
