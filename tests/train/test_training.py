@@ -339,7 +339,8 @@ def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
 def test_prompts_are_made_only_where_a_term_takes_them(small_catalogue, tiny, monkeypatch):
     names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
     monkeypatch.setattr(inputs_module, "load_prompts_for", lambda *asked: pytest.fail("nobody wants them"))
-    captions, num_cut = tokenize_captions(small_catalogue, pa.array(names), tiny, find_architecture(tiny.model), "train")
+    asked = small_catalogue, pa.array(names), tiny, find_architecture(tiny.model), "train"
+    captions, num_cut = tokenize_captions(*asked)
     assert (captions.of_item == -1).all() and len(captions.of_item) == len(names) and num_cut == 0
     index = build_index(small_catalogue.rows("train"), np.array([small_catalogue.num_images("train")]))
     one = learner.Learner(tiny, load_start(tiny), index, captions, torch.device("cpu"))
