@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clipfh.data.sampler import worker_slice
-from clipfh.learn import losses
+from clipfh.learn import losses, pairs, proxies
 from clipfh.learn.all_gather import all_gather_with_gradient
 
 P, K, D = 8, 2, 5
@@ -19,15 +19,19 @@ CAPTION_B = ITEM_B // 2  # items share captions, so that captions meet across wo
 NUM_ITEMS = P + 3
 TERMS = {
     "supcon": lambda out: losses.supcon(out["image"], ITEM_B, 0.1),
-    "joint": lambda out: losses.supcon(out["image"], ITEM_B, 0.1, out["caption"], CAPTION_B),
+    "joint": lambda out: losses.supcon_with_captions(out["image"], ITEM_B, out["caption"], CAPTION_B, 0.1),
     "infonce": lambda out: losses.infonce(out["image"], ITEM_B, out["caption"], CAPTION_B, out["logit_scale"]),
     "sigmoid": lambda out: losses.sigmoid(
         out["image"], ITEM_B, out["caption"], CAPTION_B, out["logit_scale"], out["logit_bias"]
     ),
-    "triplet": lambda out: losses.triplet(out["image"], ITEM_B, 0.3),
-    "soft triplet": lambda out: losses.triplet(out["image"], ITEM_B, None),
-    "center": lambda out: losses.center(out["feature"], ITEM_B, out["centers"]),
-    "cross entropy": lambda out: losses.cross_entropy(out["cosine"], ITEM_B, 32.0, 0.25, 0.1),
+    "triplet": lambda out: pairs.triplet(out["image"], ITEM_B, 0.3),
+    "soft triplet": lambda out: pairs.triplet(out["image"], ITEM_B, None),
+    "multi-similarity": lambda out: pairs.multi_similarity(out["image"], ITEM_B, 2.0, 50.0, 0.5, 0.1),
+    "smooth AP": lambda out: pairs.smooth_ap(out["image"], ITEM_B, K, 0.05),
+    "arcface": lambda out: proxies.arcface(out["cosine"], ITEM_B, 32.0, 0.3),
+    "proxy-anchor": lambda out: proxies.proxy_anchor(out["cosine"], ITEM_B, 32.0, 0.1),
+    "center": lambda out: proxies.center(out["feature"], ITEM_B, out["centers"]),
+    "cross entropy": lambda out: proxies.cross_entropy(out["cosine"], ITEM_B, 32.0, 0.25, 0.1),
 }
 
 

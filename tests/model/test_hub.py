@@ -68,12 +68,12 @@ LOAD = """
 import sys, torch
 from clipfh import UserError
 from clipfh.config.experiment import ModelSettings
-from clipfh.model.clip import load_initial_model, load_tokenizer, architecture_of
+from clipfh.model.clip import load_initial_model, load_tokenizer, get_architecture
 
 for name in sys.argv[1:]:
     try:
         clip = load_initial_model(ModelSettings(name=name), 0)
-        load_tokenizer(architecture_of(clip))
+        load_tokenizer(get_architecture(clip))
         print(f"{sum(p.double().sum().item() for p in clip.parameters()):.6f}")
     except UserError as error:
         print(error)
