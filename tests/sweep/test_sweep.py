@@ -216,18 +216,18 @@ def test_a_sweep_is_resumed_only_on_its_own_catalogue_and_prompts(small_catalogu
     settings = {"model.name": SMALL_MODEL, "text.file": str(tmp_path / "prompts.json")}
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x", "base": settings}))
     base, told = sweep_file.load(tmp_path / "x.yaml"), []
-    sweep._require_same(small_catalogue, base, tmp_path, told.append)
+    sweep._require_same(small_catalogue, base, Folder(tmp_path), told.append)
     (tmp_path / "trials").mkdir()
-    sweep._require_same(small_catalogue, base, tmp_path, told.append)
+    sweep._require_same(small_catalogue, base, Folder(tmp_path), told.append)
     other = dataclasses.replace(small_catalogue, manifest={**small_catalogue.manifest, "hash": "another"})
     with pytest.raises(UserError, match="was begun on another catalogue than"):
-        sweep._require_same(other, base, tmp_path, told.append)
+        sweep._require_same(other, base, Folder(tmp_path), told.append)
     (tmp_path / "prompts.json").write_text('{"a": "b"}')
     with pytest.raises(UserError, match="the file of --text.file has changed"):
-        sweep._require_same(small_catalogue, base, tmp_path, told.append)
+        sweep._require_same(small_catalogue, base, Folder(tmp_path), told.append)
     assert told == []
     (tmp_path / layout.SWEEP_INPUTS).unlink()
-    sweep._require_same(small_catalogue, base, tmp_path, told.append)
+    sweep._require_same(small_catalogue, base, Folder(tmp_path), told.append)
     assert "begun by an older version" in told[0]
 
 

@@ -95,7 +95,7 @@ def test_a_full_disk_ends_the_sweep_before_it_fails_its_trials(tmp_path, freed, 
     watch = make_watch(tmp_path)
     trial = start(watch, "a", images=64, best_val_mAP=0.2)
 
-    def write(path: Path, content: str) -> None:
+    def write(path: Path, content: str, *_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store, "write", write)
