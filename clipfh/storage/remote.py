@@ -40,6 +40,9 @@ REFUSED = re.compile(
 )
 """Words of a store's errors that say no: waiting does not help."""
 
+OF_THE_STORE = re.compile(r"AWS Error|HTTP status|google::cloud|curl|timed? ?out|connect|unavailable|temporar", re.I)
+"""Words of errors that come from a store or from the way there. Others tell of what was asked for."""
+
 T = TypeVar("T")
 
 
@@ -275,7 +278,8 @@ def patiently(work: Callable[..., T], *args: Any, name: str, patience: float | N
             result = work(*args)
         except OSError as error:
             reason, waited = _reason(error), time.monotonic() - began
-            if error.errno and not isinstance(error, ConnectionError | TimeoutError):
+            is_on_the_way = isinstance(error, ConnectionError | TimeoutError)
+            if not is_on_the_way and (error.errno or not OF_THE_STORE.search(str(error))):
                 raise
             if REFUSED.search(str(error)):
                 raise UserError(

@@ -78,7 +78,7 @@ def free(run: Folder, weights: bool) -> int:
     files, freed = folder.files(), run_folder.read_freed(run)
     kept = (freed["kept"] if freed else run_folder.find_best_checkpoint(run)) if weights else ""
     run.write(layout.FREED, json.dumps({"step": latest, "kept": kept}))
-    checkpoints = {name.partition("/")[0] for name in files if name.startswith("checkpoint_")}
+    checkpoints = {name.partition("/")[0] for name in files if name.startswith("checkpoint_") and "/" in name}
     for each in checkpoints - {kept}:
         with contextlib.suppress(OSError):  # a run that was just ended may be deleting it too
             folder.remove(each)

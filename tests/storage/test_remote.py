@@ -169,3 +169,10 @@ def test_what_goes_to_other_processes_holds_no_credentials(bucket):
     pickled = pickle.dumps(filesystem)
     assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"].encode() not in pickled and pickle.loads(pickled) == filesystem
     assert isinstance(pickle.loads(pickled), pyarrow.fs.PyFileSystem)
+
+
+def test_what_the_store_does_not_say_is_not_waited_for(bucket, hasty):
+    folder = Folder(bucket.uri("shop"))
+    folder.write("file", "content")
+    with pytest.raises(OSError, match="it is a file"):
+        folder.remove("file")
