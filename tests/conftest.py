@@ -33,22 +33,6 @@ TINY = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where pytest-xdist shares out the tests: those of a module to one process, and to one all that use the cluster.
-
-    The longest begin first.
-    """
-    for item in items:
-        group = "cluster" if "ray_cluster" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    first = ("cluster", "test_clusters", "test_training", "test_learner")
-    items.sort(key=lambda item: (*first, _group(item)).index(_group(item)))
-
-
-def _group(item: pytest.Item) -> str:
-    return item.get_closest_marker("xdist_group").args[0]
-
-
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     """Photos of 40 drawn garments, as In-Shop is distributed."""
