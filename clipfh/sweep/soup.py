@@ -19,11 +19,11 @@ from torch import nn
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import Finalists
-from clipfh.model import checkpoint, interpolation
+from clipfh.model import checkpoint
 from clipfh.model.architecture import weights_name
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
-from clipfh.sweep import finalists
+from clipfh.sweep import finalists, interpolation
 from clipfh.sweep.leaderboard import Row
 from clipfh.train.run_inputs import model_key
 

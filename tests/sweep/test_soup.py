@@ -15,11 +15,11 @@ from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import Finalists
 from clipfh.model import checkpoint
 from clipfh.model.clip import get_architecture
-from clipfh.model.interpolation import average, interpolate
 from clipfh.report import artifacts, page, status
 from clipfh.storage import layout
 from clipfh.storage.store import Folder
 from clipfh.sweep import finalists, race, soup, sweep
+from clipfh.sweep.interpolation import average, interpolate
 from clipfh.sweep.soup import SHARES, Blend, Step
 from clipfh.train.inputs import load_start
 

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.model import lora
 from clipfh.model.clip import build_model, get_architecture, load_weights
-from clipfh.model.interpolation import average, interpolate
+from clipfh.sweep.interpolation import average, interpolate
 
 
 @pytest.fixture(scope="module")
