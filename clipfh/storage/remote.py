@@ -292,7 +292,7 @@ def patiently(work: Callable[..., T], *args: Any, name: str, patience: float | N
                     "where it trains"
                 ) from error
             if waited > QUIET and not is_told:
-                _tell(f"{name} does not answer ({reason}): waits for it, for up to {patience / 60:.0f} minutes")
+                _tell(f"{name} does not answer ({reason}): waits for it, for up to {_duration(patience)}")
                 is_told = True
             time.sleep(pause)
             pause = min(2 * pause, PAUSES[1])
@@ -300,6 +300,10 @@ def patiently(work: Callable[..., T], *args: Any, name: str, patience: float | N
             if is_told:
                 _tell(f"{name} answers again, after {time.monotonic() - began:.0f} s")
             return result
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
 
 
 def _tell(line: str) -> None:
