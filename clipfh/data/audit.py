@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import product
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, product
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +21,7 @@ from PIL import Image
 
 from clipfh.config import cores
 from clipfh.data.catalogue import Catalogue, read_columns
-from clipfh.data.near_copies import SIDE, THUMB, find_near_copies, small_picture, thumbnails
+from clipfh.data.near_copies import SIDE, find_near_copies, small_picture, thumbnails
 from clipfh.data.splits import SPLITS
 from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
@@ -70,7 +72,66 @@ class CopyGroup:
 OnProgress = Callable[[int, int], None]
 
 
-def find_copies(shards: Sequence[str], progress: OnProgress = lambda done, total: None) -> list[CopyGroup]:
+LOOK = np.dtype([("file", "S16"), ("content", "S16"), ("picture", np.uint8, (SIDE, SIDE, 3))])
+"""What photos are compared by: digests of the file and of what makes its pixels, and a small picture."""
+
+
+def look_at(encoded: bytes, picture: np.ndarray | None = None) -> bytes:
+    """The look of a photo of a catalogue, of its small picture where that is at hand.
+
+    What stands in a JPEG before its tables is about the photo, and makes no pixels.
+    """
+    start = max(0, encoded.find(_QUANTIZATION_TABLE))
+    content = _digest(encoded[start:])
+    picture = small_picture(encoded) if picture is None else picture
+    return _digest(encoded[:start] + content) + content + picture.tobytes()
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The looks of a catalogue's photos, in a temporary file, where each shard has its place.
+
+    So `prepare`, which decodes every photo, takes its look in whichever process that is done, and none is decoded
+    again. Shards without looks are read by `find_copies`.
+    """
+
+    path: str
+    starts: Mapping[str, int]
+    """The place of each shard, by its name, in photos."""
+    filled: set[str] = field(default_factory=set)
+    """Names of the shards whose looks are written."""
+
+    def read(self, start: int, number: int) -> np.ndarray:
+        return np.fromfile(self.path, LOOK, number, offset=start * LOOK.itemsize)
+
+    def read_pictures(self, places: np.ndarray) -> np.ndarray:
+        """The small pictures (n, SIDE, SIDE, 3) of photos at places (n,)."""
+        offset = LOOK.fields["picture"][1]  # type: ignore[index]
+        pictures = np.empty((len(places), SIDE, SIDE, 3), np.uint8)
+        with open(self.path, "rb") as file:  # noqa: PTH123
+            for picture, place in zip(pictures, places.tolist(), strict=True):
+                os.preadv(file.fileno(), [picture.data], place * LOOK.itemsize + offset)
+        return pictures
+
+
+def write_looks(path: str, start: int, looks: Iterable[bytes]) -> None:
+    """Write looks to their place in a file of looks."""
+    with open(path, "r+b") as file:  # noqa: PTH123
+        file.seek(start * LOOK.itemsize)
+        file.writelines(looks)
+
+
+@contextmanager
+def temporary_looks(folder: Folder, sizes: Mapping[str, int]) -> Iterator[Looks]:
+    """Looks of shards in `folder` with up to so many photos each; on this machine where the folder is in a bucket."""
+    where = folder.local_path() if folder.is_local else None
+    with tempfile.NamedTemporaryFile(dir=where, prefix="looks-", suffix=".new") as file:
+        yield Looks(file.name, dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False)))
+
+
+def find_copies(
+    shards: Sequence[str], progress: OnProgress = lambda done, total: None, looks: Looks | None = None
+) -> list[CopyGroup]:
     """All copies among the photos of a catalogue's shards, on all cores.
 
     12 KiB a photo are written to a temporary file, beside the shards where these are on a disk; about 1.5 KiB a photo
@@ -79,22 +140,23 @@ def find_copies(shards: Sequence[str], progress: OnProgress = lambda done, total
     Args:
         shards: files of the catalogue.
         progress: called with the number of photos done and of all photos, where one that is but read counts half.
+        looks: those that `prepare` took; without them, all photos are read.
     """
     if not shards:
         return []
+    if not looks:
+        with temporary_looks(Folder(shards[0]).parent, {_name(shard): _num_rows(shard) for shard in shards}) as looks:
+            return find_copies(shards, progress, looks)
     rows = pa.concat_tables(read_columns(shard, ["path", "item_id", "split"]) for shard in shards)
     count = len(rows)
-    beside = Folder(shards[0]).parent
-    with tempfile.TemporaryFile(dir=beside.local_path() if beside.is_local else None) as file:
-        pictures = np.memmap(file, np.uint8, "w+", shape=(count, SIDE, SIDE, 3))
-        whole, content, thumbs = _scan(shards, pictures, lambda share: progress(int(share * count / 2), count))
-        picture = _number_pictures(shards, content, thumbs)
-        first = np.unique(picture, return_index=True)[1]
-        one, other, difference = find_near_copies(
-            thumbs[first],
-            lambda rows: pictures[first[rows]],
-            lambda share: progress(int((1 + share) * count / 2), count),
-        )
+    place, whole, content, thumbs = _scan(shards, looks, lambda done: progress(done // 2, count))
+    picture = _number_pictures(shards, content, thumbs)
+    first = np.unique(picture, return_index=True)[1]
+    one, other, difference = find_near_copies(
+        thumbs[first],
+        lambda rows: looks.read_pictures(place[first[rows]]),
+        lambda share: progress(int((1 + share) * count / 2), count),
+    )
     near = np.stack([first[one], first[other]], axis=1)
     picture, near = _join_equal(shards, picture, near, difference <= ALMOST)
     exact = [members for members in _group(range(count), picture.tolist()).values() if len(members) > 1]
@@ -104,57 +166,58 @@ def find_copies(shards: Sequence[str], progress: OnProgress = lambda done, total
     return [CopyGroup(kind, [CopiedPhoto(**row) for row in rows.take(its).to_pylist()]) for kind, its in groups]
 
 
+def _name(shard: str) -> str:
+    return shard.rpartition("/")[2]
+
+
+def _num_rows(shard: str) -> int:
+    return store.open_parquet(shard).metadata.num_rows
+
+
 def _scan(
-    shards: Sequence[str], pictures: np.ndarray, progress: Callable[[float], None]
-) -> tuple[list[bytes], list[bytes], np.ndarray]:
-    """Fill `pictures`; returns for each photo a digest of its bytes, one of those that make pixels, and a thumbnail."""
-    digests, thumbs, row = list[tuple[bytes, bytes]](), np.empty((len(pictures), THUMB, THUMB), np.uint8), 0
+    shards: Sequence[str], looks: Looks, progress: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The place of each photo among the looks, digests of its file and of its content, and its thumbnail."""
+    parts, done = [], 0
     with ThreadPoolExecutor(cores.available()) as pool:
-        for batches in _read_batches(shards):
-            for batch_digests, *batch in pool.map(_look_at, batches):
-                rows = slice(row, row := row + len(batch_digests))
-                digests += batch_digests
-                pictures[rows], thumbs[rows] = batch
-            progress(row / len(pictures))
-    return [whole for whole, _ in digests], [content for _, content in digests], thumbs
+        for shard in shards:
+            start = looks.starts[_name(shard)]
+            if _name(shard) not in looks.filled:
+                write_looks(
+                    looks.path, start, [look for batch in pool.map(_look_at, _batches(shard)) for look in batch]
+                )
+            number = _num_rows(shard)
+            its = looks.read(start, number)
+            parts.append((np.arange(start, start + number), its["file"], its["content"], thumbnails(its["picture"])))
+            progress(done := done + number)
+    place, file, content, thumbs = map(np.concatenate, zip(*parts, strict=True))
+    return place, file, content, thumbs
 
 
-def _read_batches(shards: Sequence[str]) -> Iterator[list[list[bytes]]]:
-    """As many batches of photos at a time as there are cores."""
-    for shard in shards:
-        for read in store.open_parquet(shard).iter_batches(BATCH * cores.available(), columns=["image"]):
-            images = read["image"].to_pylist()
-            yield [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+def _batches(shard: str) -> Iterator[list[bytes]]:
+    return (read["image"].to_pylist() for read in store.open_parquet(shard).iter_batches(BATCH, columns=["image"]))
 
 
-def _look_at(batch: Sequence[bytes]) -> tuple[list[tuple[bytes, bytes]], np.ndarray, np.ndarray]:
-    pictures = np.stack([small_picture(encoded) for encoded in batch])
-    return [_digests(encoded) for encoded in batch], pictures, thumbnails(pictures)
-
-
-def _digests(encoded: bytes) -> tuple[bytes, bytes]:
-    """Of a photo's bytes, and of those that make its pixels: what stands before them in a JPEG is about the photo."""
-    start = max(0, encoded.find(_QUANTIZATION_TABLE))
-    content = _digest(encoded[start:])
-    return _digest(encoded[:start] + content), content
+def _look_at(batch: Sequence[bytes]) -> list[bytes]:
+    return [look_at(encoded) for encoded in batch]
 
 
 def _digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()[:16]
 
 
-def _number_pictures(shards: Sequence[str], content: list[bytes], thumbs: np.ndarray) -> np.ndarray:
+def _number_pictures(shards: Sequence[str], content: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
     """(N,) number of the picture of each photo: photos that are equal to the pixel have one.
 
     Only photos with equal thumbnails and other contents are decoded to find out.
     """
-    keys = list(content)
+    keys = content.tolist()
     groups = _group(range(len(keys)), (_digest(thumb.tobytes()) for thumb in thumbs)).values()
-    firsts = [{content[row]: row for row in reversed(rows)} for rows in groups]
+    firsts = [{keys[row]: row for row in reversed(rows)} for rows in groups]
     pixels = _digest_rows(shards, {row for first_of in firsts if len(first_of) > 1 for row in first_of.values()})
     for rows, first_of in zip(groups, firsts, strict=True):
         for row in rows if len(first_of) > 1 else []:
-            keys[row] = pixels[first_of[content[row]]]
+            keys[row] = pixels[first_of[keys[row]]]
     return np.unique(np.array(keys, dtype="S16"), return_inverse=True)[1]
 
 

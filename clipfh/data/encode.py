@@ -9,11 +9,15 @@ from functools import lru_cache
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
+from PIL import Image
 from pyarrow import fs
 
 from clipfh import UserError
 from clipfh.data import photo as photo_module
+from clipfh.data.audit import look_at
+from clipfh.data.near_copies import reduce_picture
 from clipfh.data.photo import RefusedPhotoError, shrink
 from clipfh.sources.files import is_local
 from clipfh.sources.listing import LINK, Photo
@@ -63,10 +67,18 @@ def _hold(pixels: int) -> AbstractContextManager[object]:
     return _memory.hold(pixels) if _memory else nullcontext()
 
 
-def encode_listed(store: fs.SubTreeFileSystem, photo: Photo, image_size: int, follow_links: bool) -> bytes | str:
-    """The photo as a catalogue holds it, or the reason for leaving it out."""
+def encode_listed(
+    store: fs.SubTreeFileSystem, photo: Photo, image_size: int, follow_links: bool
+) -> tuple[bytes, bytes] | str:
+    """The photo as a catalogue holds it with its look, or the reason for leaving it out."""
+    pictures = list[np.ndarray]()
+
+    def reduce(image: Image.Image) -> None:
+        pictures.append(reduce_picture(image))
+
     try:
-        return shrink(_read(store, photo, follow_links), image_size, photo.box, _hold)
+        encoded = shrink(_read(store, photo, follow_links), image_size, photo.box, _hold, reduce)
+        return encoded, look_at(encoded, *pictures)
     except RefusedPhotoError as refused:
         return str(refused)
     except Exception as error:  # decoders fail on foreign bytes in every way there is

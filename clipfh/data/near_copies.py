@@ -67,8 +67,13 @@ class Pairs:
 def small_picture(encoded: bytes) -> np.ndarray:
     """(SIDE, SIDE, 3) uint8 of an encoded image."""
     with Image.open(io.BytesIO(encoded)) as image:
-        _, box = image.draft("RGB", (SIDE, SIDE)) or ("", (0, 0, *image.size))  # a JPEG's sides may end within a pixel
-        return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX, box))
+        return reduce_picture(image)
+
+
+def reduce_picture(image: Image.Image) -> np.ndarray:
+    """(SIDE, SIDE, 3) uint8 of an opened image, which is decoded to its end, a JPEG at few pixels."""
+    _, box = image.draft("RGB", (SIDE, SIDE)) or ("", (0, 0, *image.size))  # a JPEG's sides may end within a pixel
+    return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX, box))
 
 
 def thumbnails(pictures: np.ndarray) -> np.ndarray:

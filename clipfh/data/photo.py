@@ -30,6 +30,12 @@ OUTSIDE_BOX = "its box is outside of the image"
 Memory = Callable[[int], AbstractContextManager[object]]
 
 
+def read_to_end(image: Image.Image) -> object:
+    """Decode an opened image to its end, at as few pixels as its format allows."""
+    image.draft("L", (1, 1))
+    return image.load()
+
+
 class RefusedPhotoError(Exception):
     """A photo that is not taken, for the reason given."""
 
@@ -44,6 +50,7 @@ def shrink(
     image_size: int,
     box: tuple[int, int, int, int] | None = None,
     memory: Memory = lambda pixels: nullcontext(),
+    decode: Callable[[Image.Image], object] = read_to_end,
 ) -> bytes:
     """The image as JPEG with a short side of `image_size`; its own bytes if it is no larger, plain and upright.
 
@@ -54,6 +61,7 @@ def shrink(
         image_size: pixels of the short side.
         box: left, top, width and height of what is cut out before all else, in pixels of the file.
         memory: context to decode in, of the number of pixels that lie in memory meanwhile.
+        decode: called with an opened image that keeps its bytes; must decode it to its end.
     """
     with _open(data) as opened:
         _check_size(opened)
@@ -61,9 +69,8 @@ def shrink(
         _check_length(width, height)
         excess = min(width, height) / image_size
         if excess <= 1 and not box and _is_plain(opened):
-            opened.draft("L", (1, 1))  # reads a JPEG to its end, but makes few pixels of it
             with memory(opened.width * opened.height):
-                opened.load()
+                decode(opened)
             return data
         full, pixels = opened.size, opened.width * opened.height
         # A JPEG may decode to a half, quarter or eighth; from twice the wanted size that costs no visible quality

@@ -29,7 +29,7 @@ from pyarrow import fs
 
 from clipfh import UserError
 from clipfh.config import cores
-from clipfh.data.audit import OnProgress, describe_copies, find_copies, save_copies
+from clipfh.data.audit import Looks, OnProgress, describe_copies, find_copies, save_copies, temporary_looks, write_looks
 from clipfh.data.catalogue import (
     COLUMNS,
     FORMAT,
@@ -124,10 +124,12 @@ def prepare(
         folder = partial_folder(out)
         with _user_errors(folder):
             _claim(folder, plan)
-            _write_shards(pool, folder, shards, _Reader(listing.store, image_size, follow_links), tally)
-            pool.shutdown()  # what follows needs memory, the processes none any more
-            contents = _describe_contents(folder, shards)
-            copies = find_copies([f"{folder.address}/{shard.name}" for shard in shards], compare_progress)
+            with temporary_looks(folder, {shard.name: len(shard.photos) for shard in shards}) as looks:
+                reader = _Reader(listing.store, image_size, follow_links)
+                _write_shards(pool, folder, shards, reader, looks, tally)
+                pool.shutdown()  # what follows needs memory, the processes none any more
+                contents = _describe_contents(folder, shards)
+                copies = find_copies([f"{folder.address}/{shard.name}" for shard in shards], compare_progress, looks)
             save_copies(folder, copies, contents["hash"])
             manifest = {
                 "format": FORMAT,
@@ -313,6 +315,8 @@ def _claim(folder: Folder, plan: str) -> None:
     content = json.dumps({"plan": plan})
     is_claimed = folder.exists(layout.PLAN)
     if is_claimed and folder.read_text(layout.PLAN) == content:
+        for stale in (name for name in folder.files() if name.endswith(".new")):
+            folder.remove_file(stale)
         return
     if is_claimed:
         folder.clear()
@@ -326,6 +330,7 @@ def _write_shards(
     folder: Folder,
     shards: list[_Shard],
     reader: _Reader,
+    looks: Looks,
     tally: _PhotoCount,
 ) -> None:
     """Write the missing shards, each in one process: first all others, then those of queries, which need a gallery."""
@@ -339,24 +344,32 @@ def _write_shards(
                 tally.add(footer["images"], footer["left_out"])
                 continue
             items = matched.get(shard.split)
-            under_way.append(pool.submit(_write_shard, folder, shard.name, shard.photos, reader, items))
+            place = looks.path, looks.starts[shard.name]
+            under_way.append(pool.submit(_write_shard, folder, shard.name, shard.photos, reader, items, place))
+            looks.filled.add(shard.name)
         for done in as_completed(under_way):
             tally.add(*done.result())
 
 
 def _write_shard(
-    folder: Folder, name: str, photos: list[Photo], reader: _Reader, matched: set[str] | None
+    folder: Folder,
+    name: str,
+    photos: list[Photo],
+    reader: _Reader,
+    matched: set[str] | None,
+    place_of_looks: tuple[str, int],
 ) -> tuple[int, list[LeftOut]]:
-    """Write a shard whole or not at all.
+    """Write a shard whole or not at all, and the looks of its photos.
 
     Its footer holds the hash of its rows and what was left out, for a later run that finds it finished. Returns the
     number of images and what was left out: also a query whose item is not in `matched`.
     """
     num_images, hashes, left_out = 0, [], list[LeftOut]()
-    rows = _rows(photos, reader, matched, left_out)
+    rows, (file_of_looks, start) = _rows(photos, reader, matched, left_out), place_of_looks
     with folder.replacing(name, is_kept=True) as file, pq.ParquetWriter(file, SCHEMA, **_STORED) as writer:
         while group := list(islice(rows, ROW_GROUP_IMAGES)):
-            images, *columns = zip(*group, strict=True)
+            looks, images, *columns = zip(*group, strict=True)
+            write_looks(file_of_looks, start + num_images, looks)
             hashes.append(digest(json.dumps(columns), *images))
             writer.write_table(pa.table([pa.array(values) for values in (images, *columns)], schema=SCHEMA))
             num_images += len(group)
@@ -369,16 +382,17 @@ def _rows(
     reader: _Reader,
     matched: set[str] | None,
     left_out: list[LeftOut],
-) -> Iterator[tuple[bytes | str, ...]]:
-    """Rows in the order of SCHEMA of the photos that have an image and, where that counts, a match."""
+) -> Iterator[tuple[Any, ...]]:
+    """Looks and rows in the order of SCHEMA of the photos that have an image and, where that counts, a match."""
     for photo in photos:
-        image = encode_listed(reader.store, photo, reader.image_size, reader.follow_links)
-        if isinstance(image, str):
-            left_out.append((photo.path, image))
+        encoded = encode_listed(reader.store, photo, reader.image_size, reader.follow_links)
+        if isinstance(encoded, str):
+            left_out.append((photo.path, encoded))
         elif matched is not None and photo.item_id not in matched:
             left_out.append((photo.path, NO_GALLERY))
         else:
-            yield image, *_row_of(photo)
+            image, look = encoded
+            yield look, image, *_row_of(photo)
 
 
 def _footer(folder: Folder, name: str) -> dict[str, Any] | None:
@@ -449,8 +463,6 @@ def _note_oddities(rows: pa.Table, items: pa.Table) -> list[str]:
 
 
 def _finish(folder: Folder, out: Folder, manifest: dict[str, Any]) -> None:
-    for stale in (name for name in folder.files() if name.endswith(".new")):
-        folder.remove_file(stale)
     with folder.replacing(layout.CATALOGUE, is_kept=True) as file:
         file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode())
     if folder != out:

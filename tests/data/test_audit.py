@@ -14,6 +14,7 @@ from clipfh.data import audit
 from clipfh.data.audit import CopiedPhoto, CopyGroup
 from clipfh.data.near_copies import find_near_copies, small_picture, thumbnails
 from clipfh.data.prepare import prepare
+from clipfh.data.splits import SPLITS
 from clipfh.sources.listing import NOT_WANTED
 
 
@@ -173,3 +174,23 @@ def test_prepare_tells_how_far_the_comparison_is(source, tmp_path, quick):
     made = prepare(source, tmp_path / "out", compare_progress=lambda *call: calls.append(call))
     total = sum(counts["images"] for counts in made.manifest["counts"].values())
     assert calls == sorted(calls) and calls[-1] == (total, total) and 0 < calls[0][0] < total
+
+
+def test_the_looks_that_prepare_takes_are_those_of_its_shards(source, tmp_path, quick, monkeypatch):
+    """Also of photos that are shrunk, turned or laid on white; none is decoded a second time."""
+    Image.open(source / "sku20/0.jpg").resize((400, 300)).save(source / "sku20/large.png")
+    looks_of, spied = list[np.ndarray](), audit.find_copies
+
+    def spy(shards, progress, looks):
+        monkeypatch.setattr(audit, "_batches", None)
+        groups = spied(shards, progress, looks)
+        monkeypatch.undo()
+        looks_of.extend(looks.read(looks.starts[audit._name(shard)], audit._num_rows(shard)) for shard in shards)
+        return groups
+
+    monkeypatch.setattr("clipfh.data.prepare.find_copies", spy)
+    made = prepare(source, tmp_path / "out")
+    shards = [path for split in SPLITS for path in made.shards(split)]
+    encoded = [image for split in SPLITS for image in made.images(split)["image"].to_pylist()]
+    assert b"".join(each.tobytes() for each in looks_of) == b"".join(map(audit.look_at, encoded))
+    assert audit.find_copies(shards) == audit.read_copies(made)
