@@ -20,7 +20,7 @@ _SIGLIP: dict[str, Any] = {**_PRETRAINED, "optimizer.weight_decay": 0.0}
 _CONVNEXT: dict[str, Any] = {**_PRETRAINED, "optimizer.layer_decay": 0.93}
 _SCRATCH: dict[str, Any] = {
     "loss.supcon": 1.0,
-    "loss.supcon_temperature": 0.05,
+    "loss.supcon_temperature": 0.03,
     "optimizer.lr": 1e-3,
     "optimizer.text_lr": 1.0,
     "optimizer.head_lr": 1.0,
@@ -33,6 +33,7 @@ _SCRATCH: dict[str, Any] = {
     "batch.items": 32,
     "batch.views": 4,
     "augment.crop_min": 0.7,
+    "augment.flip": False,
     "budget.images": 60_000,
 }
 _ORIGINAL: dict[str, Any] = {

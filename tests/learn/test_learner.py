@@ -471,7 +471,8 @@ def test_heads_learn_first_and_alone():
     """In the first of ten steps the classifier, and what follows the last block; then all."""
     one = learner_of("joint", **TERMS["all"], **{"optimizer.head_first": 0.3})
     before = {name: tensor.clone() for name, tensor in one.clip.state_dict().items()}
-    head = {"visual.ln_post.weight", "visual.ln_post.bias", "visual.proj"}
+    pooler = {name for name in before if name.startswith("visual.attn_pool.")}
+    head = {"visual.ln_post.weight", "visual.ln_post.bias", "visual.proj", *pooler}
     heads_before = {name: p.detach().clone() for name, p in one.objective.named_parameters()}
     for steps, rest in ((3, False), (1, True)):
         plan = PKSampler(INDEX.item, P, K)
@@ -505,5 +506,6 @@ def test_a_report_tells_what_is_trained():
     tally_ = StepTally()
     tally_.add(8, 0.0, one.train_step(np.arange(8), IMAGES[:8]))
     report = one.report(tally_, validation(), start_val_mAP=0.0)
-    trained = 4 * sum((3 * 160 + 160) + 2 * 160 + 2 * (160 + 640) for _ in range(4)) + 4 * (160 + 128)
+    blocks = 4 * sum((3 * 160 + 160) + 2 * 160 + 2 * (160 + 640) for _ in range(4))
+    trained = blocks + 4 * (2 * (256 + 256) + 2 * (256 + 160) + 256 + 256)  # the pooler, and the projection
     assert (report["trained_parameters"], report["parameters"]) == (trained, total)

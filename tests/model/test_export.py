@@ -138,7 +138,7 @@ def test_pixels_made_as_the_description_says_are_the_models(folder, clip, photos
 
 def test_towers_that_differ_are_no_export(clip, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
-    monkeypatch.setattr(onnx, "run_tower", lambda file, batch: np.zeros((len(batch), 128), np.float32))
+    monkeypatch.setattr(onnx, "run_tower", lambda file, batch: np.zeros((len(batch), 256), np.float32))
     with pytest.raises(RuntimeError, match="nothing was exported"):
         export.write_export(clip, EXPERIMENT, tmp_path / "model", {}, photos, with_onnx=True)
     assert not any(tmp_path.iterdir())

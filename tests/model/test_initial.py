@@ -1,11 +1,19 @@
 """Weights that the small model starts from."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch.testing import assert_close
 
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
-from clipfh.model.clip import load_initial_model
-from clipfh.model.initial import PATCH_GAIN, VALUE_GAIN, cosine_filters
+from clipfh.model import architecture, initial
+from clipfh.model.clip import build, load_initial_model
+from clipfh.model.initial import OFFSETS, PATCH_GAIN, VALUE_GAIN, cosine_filters
+
+
+def small_visual():
+    return load_initial_model(ModelSettings(SMALL_MODEL), 0).visual
 
 
 def test_filters_of_patches_are_at_right_angles_and_the_first_is_the_mean_brightness():
@@ -22,17 +30,57 @@ def test_more_filters_than_a_patch_has_frequencies_are_random():
     assert filters[48:].flatten(1).norm(dim=1).mean() > 0.5
 
 
-def test_the_small_model_begins_with_attention_to_what_is_alike():
-    visual = load_initial_model(ModelSettings(SMALL_MODEL), 0).visual
+def test_the_small_model_begins_with_attention_to_what_is_alike_at_each_heads_offset():
+    visual = small_visual()
     assert_close(visual.conv1.weight, PATCH_GAIN * cosine_filters(160, 8))
+    places = visual.positional_embedding[1:].detach().view(8, 8, 160)
     for block in visual.transformer.resblocks:
-        query, key, value = block.attn.in_proj_weight.detach().chunk(3)
-        assert_close(query.T @ key, torch.eye(160), atol=1e-5, rtol=0)
+        query, key, value = (part.detach() for part in block.attn.in_proj_weight.chunk(3))
+        assert_close(key.T @ key, torch.eye(160), atol=1e-5, rtol=0)
         assert_close(block.attn.out_proj.weight.detach() @ value, -VALUE_GAIN * torch.eye(160), atol=1e-5, rtol=0)
+        heads = zip(query.split(32), key.split(32), OFFSETS, strict=True)
+        for query_of_head, key_of_head, (right, down) in heads:
+            there = places[3 + down, 4 + right]
+            assert_close(query_of_head @ places[3, 4], key_of_head @ there, atol=1e-4, rtol=0)
 
 
-def test_other_towers_begin_as_open_clip_makes_them():
-    settings = ModelSettings("ViT-B/32", pretrained="none")
-    clip = load_initial_model(settings, 3)
+def test_each_head_of_the_pooler_looks_at_its_place_of_a_grid():
+    visual = small_visual()
+    pool, places = visual.attn_pool, visual.positional_embedding[1:].detach()
+    query = pool.ln_q(pool.query) @ pool.attn.q_proj_weight.T
+    logits = torch.einsum("hd,hdw,nw->hn", query.view(16, 16), pool.attn.k_proj_weight.view(16, 16, 160), places)
+    for head, place in enumerate(logits.argmax(1).tolist()):
+        row, column = divmod(head, 4)
+        assert place // 8 in (2 * row, 2 * row + 1) and place % 8 in (2 * column, 2 * column + 1)
+
+
+def test_other_sizes_of_images_have_their_own_grid():
+    visual = load_initial_model(ModelSettings(SMALL_MODEL, image_size=96), 0).visual
+    assert visual.positional_embedding.shape == (145, 160)
+    assert_close(visual.positional_embedding[1:9], small_visual().positional_embedding[1:9])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pos_embed_type": "learnable"},
+        {"block_type": "custom", "qk_norm": True},
+        {"attn_pooler_heads": 8},
+        {"attn_pooler_queries": 4},
+        {"attentional_pool": False},
+        {"width": 256, "head_width": 64},
+    ],
+)
+def test_other_towers_stay_as_open_clip_makes_them(changed: dict):
+    small = architecture.find(ModelSettings(SMALL_MODEL))
+    vision = {**small.model_cfg["vision_cfg"], **changed}
+    clip = build(replace(small, model_cfg={**small.model_cfg, "vision_cfg": vision}))
+    before = {name: weight.clone() for name, weight in clip.state_dict().items()}
+    initial.initialise(clip)
+    assert_close(clip.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_tower_with_a_name_of_open_clips_stays_random():
+    clip = load_initial_model(ModelSettings("ViT-B/32", pretrained="none"), 3)
     query, key, _ = clip.visual.transformer.resblocks[0].attn.in_proj_weight.chunk(3)
     assert not torch.equal(query, key)
