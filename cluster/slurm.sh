@@ -10,14 +10,14 @@
 #SBATCH --open-mode=append
 # A sweep on the nodes of a Slurm job. Given again, or requeued, it goes on with the sweep that is in OUT.
 # Usage: sbatch cluster/slurm.sh FILE.yaml CATALOGUE OUT [options of clipfh sweep]
+# CATALOGUE and OUT are in a bucket, s3://... or gs://..., or on a disk that all nodes see.
 set -euo pipefail
 
 file=$1 catalogue=$2 out=$3
 shift 3
-resume=()
-if [ -e "$out/sweep.yaml" ]; then resume=(--resume); fi
-
 . "${SLURM_SUBMIT_DIR:-.}/cluster/env.sh"
+resume=()
+if clipfh status "$out" > /dev/null 2>&1; then resume=(--resume); fi
 [ -e ~/.ray/auth_token ] || ray get-auth-token --generate > /dev/null
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')
 address=$(getent ahostsv4 "$head" | awk 'NR == 1 { print $1 }'):6379

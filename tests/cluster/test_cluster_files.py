@@ -81,9 +81,10 @@ def test_the_file_is_sound(name):
         ("kuberay.yaml", "authOptions:", "authOption:"),
         ("kuberay.yaml", "mode: token", "mode: tokens"),
         ("kuberay.yaml", "redisAddress:", "redisAdress:"),
+        ("kuberay.yaml", "serviceAccountName: clipfh-worker", "serviceAccount_name: clipfh-worker"),
         ("kuberay.yaml", "mountPath:", "mountpath:"),
         ("kuberay.yaml", "requests: {cpu: 100m", "request: {cpu: 100m"),
-        ("slurm.sh", "if [ -e", "if [-e"),
+        ("slurm.sh", "then resume=", "than resume="),
         ("slurm.sh", '"$catalogue"', '"$catalog"'),
         ("env.sh", "PATH=", "PAHT="),
         ("Containerfile", "COPY clipfh", "COPPY clipfh"),
@@ -113,6 +114,24 @@ def test_what_the_commands_write_here_is_neither_kept_by_git_nor_copied_to_every
     assert {"catalogue", "runs", "demo", "out"} <= ignored
 
 
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+def test_every_node_opens_the_bucket_by_a_role_and_its_driver_is_tried_before_ray_starts(name):
+    config = yaml.safe_load((CLUSTER / name).read_text())
+    roles = [
+        kind["node_config"].get("IamInstanceProfile", {}).get("Name")
+        or kind["node_config"]["serviceAccounts"][0]["email"].partition("@")[0]
+        for kind in config["available_node_types"].values()
+    ]
+    assert roles == ["clipfh-head", "clipfh-worker"]
+    assert [command for command in config["worker_setup_commands"] if "torch.zeros(1).cuda()" in command]
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_no_file_needs_a_shared_disk(name):
+    lines = (CLUSTER / name).read_text().splitlines()
+    assert not [line for line in lines if "/shared" in line and not line.strip().startswith(("#", "volumeMounts:  "))]
+
+
 def commands() -> list[str]:
     """The clipfh commands of the README's blocks, each on one line."""
     blocks = re.findall(r"```\n(.*?)```", (CLUSTER / "README.md").read_text(), flags=re.DOTALL)
@@ -122,7 +141,7 @@ def commands() -> list[str]:
 
 def test_the_readme_quotes_commands():
     """Else the test below would have nothing to fail on."""
-    assert {shlex.split(command)[1] for command in commands()} == {"submit", "status"}
+    assert {shlex.split(command)[1] for command in commands()} == {"prepare", "audit", "evaluate", "submit", "status"}
 
 
 @pytest.mark.parametrize("command", commands())
@@ -149,7 +168,9 @@ def test_the_entrypoint_of_the_kubernetes_job_is_a_command():
     job = next(yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text()))
     program, *words = shlex.split(re.sub(r"\$\(.*\)", "--resume", job["spec"]["entrypoint"]))
     args = options.parse(words)
-    assert (program, args.command, args.out, args.resume) == ("clipfh", "sweep", "/shared/sweep", True)
+    assert (program, args.command, args.resume) == ("clipfh", "sweep", True)
+    assert (args.catalogue, args.out) == ("s3://CHANGE_ME/catalogue", "s3://CHANGE_ME/sweep")
+    assert f"clipfh status {args.out} " in job["spec"]["entrypoint"], "a sweep that is there is resumed"
 
 
 @pytest.mark.parametrize("resumes", [False, True])
@@ -161,12 +182,12 @@ def test_the_slurm_script_runs_a_sweep_or_goes_on_with_it(resumes, tmp_path):
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").touch()
     if resumes:
-        (tmp_path / "sweep.yaml").touch()
+        (tmp_path / "sweep.yaml").write_text((ROOT / "sweeps" / "demo.yaml").read_text())
     slurm = {"SUBMIT_DIR": str(ROOT), "JOB_NODELIST": "n[1-2]", "JOB_NUM_NODES": "2", "CPUS_PER_TASK": "16"}
     env = {f"SLURM_{name}": value for name, value in slurm.items()} | {"HOME": str(tmp_path)}
     ran = subprocess.run(
         ["bash", CLUSTER / "slurm.sh", "joint.yaml", "/shared/catalogue", str(tmp_path), "--trials", "8"],
-        env={**env, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env={**env, "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=True,
