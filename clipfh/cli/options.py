@@ -351,7 +351,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _placement(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of Placement given on the command line, typed."""
     texts = {name: text for name in RUN_PLACEMENT if (text := vars(args).get(name)) is not None}
-    elastic = re.fullmatch(r"([1-9]\d*)-(\d+)", texts.get("workers", ""))
+    elastic = re.fullmatch(r"(\d+)-(\d+)", texts.get("workers", ""))
     if elastic:
         del texts["workers"]
     typed = {name: schema.parse(name, text, Placement) for name, text in texts.items()}

@@ -19,6 +19,8 @@ Autoscaler                   `_private.state.state.get_cluster_config`. `autosca
                              say which could come. Next: `get_cluster_status` of `autoscaler.v2`.
 Key-value store              `experimental.internal_kv`. A named actor would be a process more, and would lose its state
                              with its node; the head's store lives as long as the cluster. Next: a public store.
+Jobs                         `_private.state.state.job_table`. `util.state.list_jobs` needs a dashboard. Next: whether
+                             it still does.
 Groups of an actor           `_private.state` accessor, `PlacementGroupTableData.creator_actor_id`. The public table has
                              neither creators nor names of Train's groups, and a dead actor leaves its groups behind
                              for as long as the job lives. Next: `placement_group_table` with the creator.
@@ -212,11 +214,24 @@ def take_key(key: str) -> bytes | None:
     return value
 
 
+def read_key(key: str) -> bytes | None:
+    """Value of a key of the head's store, None where there is no such key."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    value: bytes | None = _internal_kv_get(key)
+    return value
+
+
 def keys(prefix: str) -> list[str]:
     """The keys of the head's store that begin with the prefix, sorted."""
     from ray.experimental.internal_kv import _internal_kv_list
 
     return sorted(key.decode() for key in _internal_kv_list(prefix))
+
+
+def running_jobs() -> set[str]:
+    """The ids of the cluster's jobs that are not over."""
+    return {job["JobID"] for job in ray._private.state.state.job_table() if not job["IsDead"]}
 
 
 def _remove_groups(actor_id: str) -> None:

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ ROOM_S = 1800
 
 UNLIMITED_NODES = 100
 """How many nodes are counted of a kind of which an autoscaler may make any number."""
+
+WISH = "clipfh:wish:"
+"""Key of the head's store for what a job, whose id follows, wishes an autoscaler to make room for."""
 
 RAY_UP = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` leaves its file on the head."""
@@ -268,6 +272,19 @@ def autoscaler_request(placement: Placement, resources: Resources) -> Iterator[C
 
 
 def _request(resources: Resources, runs: int) -> None:
-    """Ask the autoscaler for room for some runs, in place of what was asked for before."""
+    """Ask the autoscaler for room for some runs, in place of what this job asked for before.
+
+    A request replaces that of all others on the cluster. So the head's store has what each job wishes for, and the
+    request is for all of it, but for the wishes of jobs that have been killed.
+    """
     bundle = {name: amount / resources.workers for name, amount in resources.total.items() if amount}
-    request_resources(bundles=[bundle] * (runs * resources.workers))
+    wish = json.dumps([bundle] * (runs * resources.workers))
+    ray_private.write_key(f"{WISH}{ray.get_runtime_context().get_job_id()}", wish.encode())
+    wishes, running = ray_private.keys(WISH), ray_private.running_jobs()
+    bundles = [
+        bundle
+        for key in wishes
+        if key.removeprefix(WISH) in running
+        for bundle in json.loads(ray_private.read_key(key) or b"[]")
+    ]
+    request_resources(bundles=bundles)

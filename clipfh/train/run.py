@@ -96,8 +96,8 @@ def train(
         UserError: a setting, the catalogue, the folder or the weights do not fit, or the loss diverged.
     """
     fewest, most = workers if isinstance(workers, tuple) else (0, workers)
-    if fewest:
-        require(fewest <= most, "workers", "the fewest and the most, as 2-8", f"{fewest}-{most}")
+    if isinstance(workers, tuple):
+        require(1 <= fewest <= most, "workers", "1 or more, or the fewest and the most, as 1-8", f"{fewest}-{most}")
     placement = Placement(most, gpus_per_worker, cpus_per_worker, keep_gib=keep_gib)
     as_it_was = resume and not settings and not preset
     experiment = None if as_it_was else presets.resolve(stage, preset, schema.with_absolute_paths(settings or {}))

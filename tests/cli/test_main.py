@@ -31,6 +31,11 @@ def refused(capsys, *words):
         (["train", "image", "none", "--out", "x", "--preset", "joint-v2"], "not for the image stage"),
         (["train", "image", "none", "--out", "x", "--loss", "foo"], "unknown loss 'foo'"),
         (["train", "image", "none", "--out", "x", "--workers", "x"], "workers"),
+        (
+            ["train", "image", "none", "--out", "x", "--workers", "0-2"],
+            "workers must be 1 or more, or the fewest and the most, as 1-8, not 0-2",
+        ),
+        (["train", "image", "none", "--out", "x", "--workers", "3-2"], "as 1-8, not 3-2"),
         (["train", "image", "none", "--out", "x"], "not a catalogue"),
         (["evaluate", "none", "--out", "x"], "not a catalogue"),
         (["prepare", "--source", "none", "--out", "x"], "none"),

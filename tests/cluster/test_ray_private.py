@@ -141,10 +141,15 @@ def test_an_autoscaler_tells_of_the_nodes_that_it_may_make(ray_cluster):
     assert ray_private.autoscaler_nodes() == []
 
 
+def test_a_cluster_tells_which_jobs_run(ray_cluster):
+    assert ray.get_runtime_context().get_job_id() in ray_private.running_jobs()
+
+
 def test_the_heads_store_keeps_keys_in_order_until_they_are_taken(ray_cluster):
     for key in ("b", "a"):
         ray_private.write_key(f"test:{key}", key.encode())
     assert ray_private.keys("test:") == ["test:a", "test:b"]
+    assert [ray_private.read_key(f"test:{key}") for key in ("a", "b", "c")] == [b"a", b"b", None]
     assert [ray_private.take_key(f"test:{key}") for key in ("a", "b", "a")] == [b"a", b"b", None]
     assert ray_private.keys("test:") == []
 

@@ -44,7 +44,13 @@ def nodes(monkeypatch):
     monkeypatch.setattr("ray.cluster_resources", lambda: dict(sum(map(Counter, alive), Counter())))
     monkeypatch.setattr("ray.available_resources", lambda: ray.cluster_resources())
     monkeypatch.setattr(ray_private, "autoscaler_nodes", lambda: planned)
-    return SimpleNamespace(alive=alive, planned=planned)
+    job, stored = SimpleNamespace(get_job_id=lambda: "01"), {}
+    monkeypatch.setattr("ray.get_runtime_context", lambda: job)
+    monkeypatch.setattr(ray_private, "write_key", stored.__setitem__)
+    monkeypatch.setattr(ray_private, "read_key", stored.get)
+    monkeypatch.setattr(ray_private, "keys", lambda prefix: sorted(stored))
+    monkeypatch.setattr(ray_private, "running_jobs", lambda: {"01"})
+    return SimpleNamespace(alive=alive, planned=planned, job=job)
 
 
 def test_a_worker_takes_a_gpu_where_there_are_any(nodes):
@@ -109,6 +115,21 @@ def test_an_autoscaler_is_asked_for_no_more_runs_than_are_left(nodes, monkeypatc
         for left in (5, 4, 4, 3, 1):
             ask(left)
     assert seen == asked
+
+
+def test_the_end_of_a_sweep_leaves_the_wishes_of_others_but_not_those_of_killed_ones(nodes, monkeypatch):
+    nodes.planned[:], seen, jobs = [(GPU_NODE, 8)], [], {"01", "02"}
+    monkeypatch.setattr(resources, "request_resources", lambda bundles: seen.append(len(bundles)))
+    monkeypatch.setattr(ray_private, "running_jobs", lambda: jobs)
+    for number in (1, 2):
+        nodes.job.get_job_id = f"{number:02}".format
+        resources._request(Resources(number, 1, 1, 1), 1)
+    assert seen == [1, 3], "the second asks for both"
+    resources._request(Resources(2, 1, 1, 1), 0)
+    assert seen[-1] == 1, "its end leaves what the first wishes for"
+    jobs.discard("01")
+    resources._request(Resources(2, 1, 1, 1), 1)
+    assert seen[-1] == 2, "the first was killed"
 
 
 @pytest.mark.parametrize(
