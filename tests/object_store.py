@@ -49,6 +49,8 @@ class ObjectStore:
     """The store, and what to do with its next requests."""
 
     endpoint: str = ""
+    direct: str = ""
+    """endpoint beside the proxy, for those who look on"""
     requests: list[Request] = field(default_factory=list)
     answer: Callable[[Request], int | str | float | None] = lambda request: None
     """what becomes of a request: None lets it through, a number of 400 or more is the answer's status, a smaller one
@@ -82,7 +84,8 @@ class ObjectStore:
 @contextlib.contextmanager
 def serve() -> Iterator[ObjectStore]:
     """Run a store with an empty bucket."""
-    port, store = free_port(), ObjectStore()
+    port = free_port()
+    store = ObjectStore(direct=f"http://127.0.0.1:{port}")
     words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), _proxy(store, port))

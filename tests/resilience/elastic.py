@@ -19,7 +19,7 @@ from clipfh.demo.source import write_source
 from clipfh.model import checkpoint
 from clipfh.storage import run_folder
 
-IMAGES, REPORT_EVERY = 24_000, 480
+IMAGES, REPORT_EVERY = 4_800, 240
 SETTINGS = {
     "model": "clipfh-small",
     "batch.items": 8,
@@ -56,6 +56,7 @@ def main() -> int:
     nodes = Nodes(folder)
     alone, elastic = folder / "alone", folder / "elastic"
     assert train(nodes, made.path, alone, "--cpus-per-worker=1").wait() == 0, alone.with_suffix(".log").read_text()
+    process = None
     try:
         nodes.start_all()
         where = "--address", f"127.0.0.1:{nodes.port}"
@@ -70,6 +71,8 @@ def main() -> int:
         code = process.wait()
     finally:
         nodes.kill_all()
+        if process:
+            process.kill()
     print("workers at each report:", *workers(elastic))
     same = (alone / "stream.jsonl").read_text() == (elastic / "stream.jsonl").read_text()
     weights = [load_file(run_folder_weights(run)) for run in (alone, elastic)]

@@ -1,7 +1,9 @@
 """What a sweep loses when something is killed: a real cluster of three nodes on this machine, one kill a sweep.
 
-Run: python tests/resilience/kill_matrix.py [WHAT ...]. Prints a Markdown table, a line as each is known; exits with 1
-where a finished trial was lost or run again, more than one checkpoint interval was lost, or something was left behind.
+Run: python tests/resilience/kill_matrix.py [--bucket] [WHAT ...]. With --bucket the nodes share
+nothing else: each has its own /tmp, with its home and working folder. Prints a Markdown table, a line as each is known;
+exits with 1 where a finished trial was lost or run again, more than one checkpoint interval was lost, a checkpoint is
+not whole, or something was left behind.
 """
 
 import json
@@ -11,16 +13,23 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 from nodes import FIRST, HEAD, SECOND, THIRD, Nodes, leaderboard, reports, until
 
 from clipfh.data.prepare import prepare
 from clipfh.demo.source import write_source
+from clipfh.storage import layout, run_folder
+from clipfh.storage.store import Folder
+
+sys.path.append(str(Path(__file__).parents[1]))
+import object_store
 
 SWEEP = """
 name: killed
@@ -42,31 +51,39 @@ class Sweep:
     """A sweep under way on the cluster."""
 
     nodes: Nodes
-    out: Path
-    catalogue: Path
+    out: Folder
+    catalogue: Folder
+    store: object_store.ObjectStore | None = None
     process: subprocess.Popen | None = None
 
+    @property
+    def log(self) -> Path:
+        return self.nodes.folder / f"{self.out.name}.log"
+
     def start(self, *options: str) -> None:
-        words = ["sweep", self.nodes.folder / "work/sweep.yaml", self.catalogue, "--out", self.out, *options]
-        log = self.out.with_suffix(".log").open("a")
-        command = [sys.executable, "-m", "clipfh", *map(str, words), "--address", f"127.0.0.1:{self.nodes.port}"]
-        self.process = subprocess.Popen(command, env=self.nodes.env, stdout=log, stderr=log, start_new_session=True)
+        (self.nodes.folder / HEAD / "sweep.yaml").write_text(SWEEP)
+        words = ["sweep", "sweep.yaml", self.catalogue, "--out", self.out, *options]
+        command = self.nodes.on_head("-m", "clipfh", *words, "--address", f"127.0.0.1:{self.nodes.port}")
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(**command, stdout=log, stderr=log, start_new_session=True)
+
+    def until(self, condition: Callable[[], object], seconds: float = 900) -> None:
+        """Wait for the condition, or for the end of the sweep."""
+        until(lambda: condition() or self.process.poll() is not None, seconds, 1.0 if self.store else 0.1)
 
     def finished(self) -> set[str]:
         """Trials that are over."""
-        board = leaderboard(self.out) if (self.out / "leaderboard.csv").exists() else {}
-        return {trial for trial, row in board.items() if row["status"] in OVER}
+        return {trial for trial, row in leaderboard(self.out).items() if row["status"] in OVER}
 
     def running(self) -> dict[str, int]:
         """Trials that have a checkpoint and more than a step to go, and the step of their last report."""
-        over = {trial for trial, lines in reports(self.out).items() if lines and lines[-1]["step"] >= TOTAL}
-        return {t: lines[-1]["step"] for t, lines in reports(self.out).items() if lines and t not in over}
+        last = {trial: lines[-1]["step"] for trial, lines in reports(self.out).items()}
+        return {trial: step for trial, step in last.items() if step < TOTAL}
 
     def in_the_middle(self) -> dict[str, int]:
         """Wait for one trial at least to be over and two others to have a checkpoint."""
-        assert self.process
-        middle = until(lambda: (len(self.running()) == 2 and self.finished()) or self.process.poll() is not None)
-        assert isinstance(middle, set), f"the sweep is over: {self.out.with_suffix('.log')}"
+        self.until(lambda: len(self.running()) == 2 and self.finished())
+        assert self.process.poll() is None, f"the sweep is over: {self.log}"
         return self.running()
 
     def wait(self) -> int:
@@ -109,10 +126,8 @@ def worker_node(sweep: Sweep) -> None:
 
 def notice(sweep: Sweep) -> None:
     """A spot machine's: half a minute, then it is gone."""
-    listed = subprocess.run(
-        [sys.executable, "-c", NODE_IDS, f"127.0.0.1:{sweep.nodes.port}"],
-        env=sweep.nodes.env, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    asks = sweep.nodes.on_head("-c", NODE_IDS, f"127.0.0.1:{sweep.nodes.port}")
+    listed = subprocess.run(**asks, capture_output=True, text=True, check=True)
     node = json.loads(listed.stdout.splitlines()[-1])[FIRST]
     drain = ["ray", "drain-node", f"--address=127.0.0.1:{sweep.nodes.port}", f"--node-id={node}"]
     drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=30"]
@@ -138,34 +153,73 @@ def head(sweep: Sweep) -> None:
 
 
 def storage_away(sweep: Sweep) -> None:
-    """A minute without the folder of the sweep, as when a share is not mounted."""
-    away = sweep.out.with_suffix(".away")
-    sweep.out.rename(away)
-    time.sleep(60)
-    if sweep.out.exists():  # what was written meanwhile is not the sweep's
-        shutil.rmtree(sweep.out)
-    away.rename(sweep.out)
+    """A minute without the folder of the sweep, as when a share is not mounted, or without an answer of the store."""
+    with sweep.store.failing(lambda request: "cut") if sweep.store else moved_away(sweep.out.local_path()):
+        time.sleep(60)
     if sweep.process.poll() is not None:
         sweep.start("--resume")
 
 
+@contextmanager
+def moved_away(out: Path) -> Iterator[None]:
+    away = out.with_suffix(".away")
+    out.rename(away)
+    yield
+    if out.exists():  # what was written meanwhile is not the sweep's
+        shutil.rmtree(out)
+    away.rename(out)
+
+
+def storage_busy(sweep: Sweep) -> None:
+    with sweep.store.failing(lambda request: 503):
+        time.sleep(60)
+
+
+@contextmanager
+def uploading(store: object_store.ObjectStore, name: str, runs: int) -> Iterator[None]:
+    """Wait until some runs send objects of this name, and go no further with these until the block has ended."""
+    held, is_over = set(), threading.Event()
+
+    def hold(request: object_store.Request) -> str | None:
+        if is_over.is_set() or request.kind not in ("PUT", "part") or name not in request.path:
+            return None
+        held.add(request.path.partition(name)[0])
+        is_over.wait()
+        return "cut"
+
+    with store.failing(hold):
+        try:
+            until(lambda: len(held) >= runs)
+            yield
+        finally:
+            is_over.set()
+
+
+def worker_sending(sweep: Sweep) -> None:
+    with uploading(sweep.store, layout.RAW_WEIGHTS, runs=2):
+        worker(sweep)
+
+
+def sweep_driver_sending(sweep: Sweep) -> None:
+    with uploading(sweep.store, layout.LEADERBOARD, runs=1):
+        os.killpg(sweep.process.pid, signal.SIGKILL)
+        sweep.process.wait()
+    sweep.start("--resume")
+
+
 def disk_full(sweep: Sweep) -> None:
     """Fill up the file system until the sweep ends or ten seconds have gone, then free it."""
-    filler = sweep.out.parent / "filler"
+    filler = sweep.out.local_path().parent / "filler"
     with filler.open("wb") as file:
         try:
             while True:
                 file.write(b"0" * 2**20)
         except OSError:
             pass
-    until(lambda: sweep.process.poll() is not None or "No space left" in log_of(sweep), 120)
+    sweep.until(lambda: "No space left" in sweep.log.read_text(), 120)
     filler.unlink()
     if sweep.process.poll() is not None:
         sweep.start("--resume")
-
-
-def log_of(sweep: Sweep) -> str:
-    return sweep.out.with_suffix(".log").read_text()
 
 
 KILLS: dict[str, Callable[[Sweep], None]] = {
@@ -177,36 +231,38 @@ KILLS: dict[str, Callable[[Sweep], None]] = {
     "a node after a notice of 30 s": notice,
     "the head and all nodes": head,
     "storage away for 60 s": storage_away,
-    "a full disk": disk_full,
 }
+DISK = {"a full disk": disk_full}
+BUCKET = {
+    "503s for 60 s": storage_busy,
+    "a training worker as it sends a checkpoint": worker_sending,
+    "the sweep's driver as it sends the leaderboard": sweep_driver_sending,
+}
+HEADINGS = ("killed", "over before", "over at the end", "of these run again", "steps lost", "whole checkpoints")
+HEADINGS += ("seconds", "left behind", "good")
+TRAFFIC = ("requests a trial-minute", "lists a second, in the busiest 10 s", "renames")
 
 
-def one(name: str, nodes: Nodes, made: Path, out: Path) -> tuple[str, bool]:
+def one(name: str, sweep: Sweep) -> tuple[list[object], bool]:
     """A line of the table, and whether all is as it should be."""
-    sweep = Sweep(nodes, out, made)
+    out, nodes = sweep.out, sweep.nodes
+    requests = len(sweep.store.requests) if sweep.store else 0
     sweep.start()
     before_kill = sweep.in_the_middle()
-    over, lines = sweep.finished(), {t: (out / "trials" / t / "metrics.jsonl").read_text() for t in sweep.finished()}
+    over = {trial: out.read_text(f"{layout.TRIALS}/{trial}/{layout.REPORTS}") for trial in sweep.finished()}
     begun = time.monotonic()
-    KILLS[name](sweep)
+    {**KILLS, **DISK, **BUCKET}[name](sweep)
     seconds, lost = recovery(sweep, before_kill, begun)
-    code = sweep.wait()
-    board = leaderboard(out) if (out / "leaderboard.csv").exists() else {}
-    ended = {trial for trial, row in board.items() if row["status"] in OVER}
-    again = [t for t in over if (out / "trials" / t / "metrics.jsonl").read_text() != lines[t]]
+    code, ended = sweep.wait(), sweep.finished()
+    again = [
+        trial for trial, text in over.items() if out.read_text(f"{layout.TRIALS}/{trial}/{layout.REPORTS}") != text
+    ]
+    whole, broken = checkpoints(out)
     left = held(nodes)
-    good = code == 0 and len(ended) == TRIALS and not again and lost <= INTERVAL and not left
-    cells = (
-        name,
-        len(over),
-        len(ended),
-        len(again),
-        lost,
-        f"{seconds:.0f}",
-        left or "nothing",
-        "yes" if good else "NO",
-    )
-    return f"| {' | '.join(map(str, cells))} |", good
+    good = code == 0 and len(ended) == TRIALS and not again and lost <= INTERVAL and whole and not broken and not left
+    cells = [name, len(over), len(ended), len(again), lost, f"{whole} of {whole + broken}", f"{seconds:.0f}"]
+    cells += [left or "nothing", "yes" if good else "NO"]
+    return cells + (traffic(sweep.store.requests[requests:], out) if sweep.store else []), bool(good)
 
 
 def recovery(sweep: Sweep, before: dict[str, int], begun: float) -> tuple[float, int]:
@@ -219,20 +275,45 @@ def recovery(sweep: Sweep, before: dict[str, int], begun: float) -> tuple[float,
 
     def further() -> bool:
         nonlocal lost
-        now = {t: lines[-1]["step"] for t, lines in reports(sweep.out).items() if lines}
+        now = {trial: lines[-1]["step"] for trial, lines in reports(sweep.out).items()}
         for trial, step in before.items():
             lost = max(lost, step - now.get(trial, step))
         return all(now.get(trial, 0) > step for trial, step in before.items())
 
-    until(lambda: further() or sweep.process.poll() is not None, 900)
+    sweep.until(further)
     return time.monotonic() - begun, lost
+
+
+def checkpoints(out: Folder) -> tuple[int, int]:
+    """How many of a sweep's files of weights are whole, and how many are not, or are listed and are not there."""
+    whole = broken = 0
+    for run in out.folders(layout.TRIALS):
+        kept = run_folder.read_freed(run).get("kept") if run_folder.read_freed(run) else None
+        listed = [kept] if kept else [] if kept == "" else [run_folder.find_best_checkpoint(run)]
+        files = (run / layout.CHECKPOINTS).files()
+        names = {name for name in files if name.endswith(".safetensors")}
+        names |= {f"{name}/{layout.RAW_WEIGHTS}" for name in listed}
+        for name in names:
+            try:
+                safetensors.torch.load((run / layout.CHECKPOINTS).read_bytes(name))
+                whole += 1
+            except (safetensors.SafetensorError, FileNotFoundError):
+                broken += 1
+    return whole, broken
+
+
+def traffic(requests: list[object_store.Request], out: Folder) -> list[object]:
+    """What the nodes asked of the store: cells of `TRAFFIC`."""
+    minutes = sum(run_folder.spent(lines)[1] for lines in reports(out).values()) / 60
+    lists = [each.time for each in requests if each.kind == "list"]
+    busiest = max((sum(0 <= other - each < 10 for other in lists) for each in lists), default=0)
+    renames = sum(each.kind == "copy" for each in requests)
+    return [f"{len(requests) / minutes:.0f}", f"{busiest / 10:.1f}", renames]
 
 
 def held(nodes: Nodes) -> str:
     """What the cluster's nodes have not got back within ten seconds."""
-    ran = subprocess.run(
-        [sys.executable, "-c", HELD, f"127.0.0.1:{nodes.port}"], env=nodes.env, capture_output=True, text=True
-    )
+    ran = subprocess.run(**nodes.on_head("-c", HELD, f"127.0.0.1:{nodes.port}"), capture_output=True, text=True)
     return ran.stdout.strip().splitlines()[-1] if ran.stdout.strip() else ran.stderr[-200:]
 
 
@@ -265,25 +346,35 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def main(names: list[str]) -> int:
+@contextmanager
+def bucket(is_wanted: bool) -> Iterator[object_store.ObjectStore | None]:
+    """An object store, which this process looks at beside the proxy, so that what is counted is the nodes' own."""
+    if not is_wanted:
+        yield None
+        return
+    with object_store.serve() as store:
+        os.environ |= {**store.env, "AWS_ENDPOINT_URL": store.direct}
+        yield store
+
+
+def row(cells: list[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main(names: list[str], store: object_store.ObjectStore | None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="clipfh-", dir="/tmp"))
-    (folder / "work").mkdir()
-    (folder / "work/sweep.yaml").write_text(SWEEP)
+    place = Folder(store.uri(folder.name) if store else folder)
     write_source(folder / "photos", items=40, seed=1, size=64)
-    made = prepare(str(folder / "photos"), folder / "catalogue", image_size=64)
-    nodes, good = Nodes(folder), True
-    print("| killed | over before | over at the end | of these run again | steps lost | seconds | left behind | good |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    prepare(str(folder / "photos"), place / "catalogue", image_size=64)
+    nodes, good = Nodes(folder, apart=store is not None, env=store.env if store else None), True
+    headings = [*HEADINGS, *(TRAFFIC if store else ())]
+    print(f"{row(headings)}\n|{'---|' * len(headings)}", flush=True)
     try:
         nodes.start_all()
         for number, name in enumerate(names):
-            out = folder / f"sweep-{number}"
-            if name == "a full disk":
-                with small_disk(folder / "small", 400) as small:
-                    line, fine = one(name, nodes, made.path, small / "sweep")
-            else:
-                line, fine = one(name, nodes, made.path, out)
-            print(line, flush=True)
+            with small_disk(folder / "small", 400) if name in DISK else nullcontext(place) as within:
+                cells, fine = one(name, Sweep(nodes, Folder(within) / f"sweep-{number}", place / "catalogue", store))
+            print(row(cells), flush=True)
             good &= fine
             if nodes.started.keys() != {HEAD, FIRST, SECOND}:  # a new cluster, which knows of no lost node
                 nodes.kill_all()
@@ -296,5 +387,8 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    chosen = [name for name in KILLS if not sys.argv[1:] or any(word in name for word in sys.argv[1:])]
-    sys.exit(main(chosen))
+    words = [word for word in sys.argv[1:] if word != "--bucket"]
+    with bucket("--bucket" in sys.argv) as storage:
+        kinds = {**KILLS, **(BUCKET if storage else DISK)}
+        chosen = [name for name in kinds if not words or any(word in name for word in words)]
+        sys.exit(main(chosen, storage))

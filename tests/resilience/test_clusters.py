@@ -4,8 +4,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import object_store
 import pytest
 from nodes import FIRST, SECOND, THIRD, Nodes, leaderboard, reports, until
+
+import clipfh
+from clipfh.storage.store import Folder
 
 pytestmark = [pytest.mark.resilience, pytest.mark.slow]
 
@@ -34,6 +38,45 @@ def nodes():
     finally:
         nodes.kill_all()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Nodes that share nothing but a bucket, and its store."""
+    folder = Path(tempfile.mkdtemp(prefix="clipfh-", dir="/tmp"))
+    (folder / "work").mkdir()
+    (folder / "work" / "nodes.yaml").write_text(SWEEP)
+    with object_store.serve() as store:
+        for name, value in {**store.env, "AWS_ENDPOINT_URL": store.direct}.items():
+            monkeypatch.setenv(name, value)
+        nodes = Nodes(folder, apart=True, env=store.env)
+        try:
+            nodes.start_all()
+            yield nodes, store
+        finally:
+            nodes.kill_all()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_nodes_that_share_a_bucket_alone_lose_one_and_end_a_sweep_from_outside(apart, source):
+    nodes, store = apart
+    clipfh.prepare(source, store.uri("catalogue"), image_size=64)
+    out = Folder(store.uri("sweep"))
+    job = nodes.submit("sweep", "nodes.yaml", store.uri("catalogue"), "--out", out)
+    on = set[str]()
+
+    def are_both_at_work() -> bool:
+        on.update(lines[-1]["node"] for lines in reports(out).values())
+        return job.poll() is not None or on == {FIRST, SECOND}
+
+    until(are_both_at_work, pause=1.0)
+    nodes.kill(FIRST)
+    nodes.start_worker(THIRD)
+    log = job.communicate()[0]
+    assert job.returncode == 0 and on == {FIRST, SECOND}, log
+    assert {row["status"] for row in leaderboard(out).values()} == {"done", "zero-shot"}
+    steps = {trial: [line["step"] for line in lines] for trial, lines in reports(out).items()}
+    assert steps == {trial: list(range(8, 65, 8)) for trial in ("0001", "0002")}
 
 
 @pytest.fixture(scope="module")
