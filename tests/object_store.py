@@ -137,7 +137,6 @@ def _proxy(store: ObjectStore, port: int) -> type[BaseHTTPRequestHandler]:
             store.requests.append(request)
             fault = store.answer(request)
             if fault == "cut":
-                self.rfile.readline()
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return

@@ -287,15 +287,14 @@ def recovery(sweep: Sweep, before: dict[str, int], begun: float) -> tuple[float,
 def checkpoints(out: Folder) -> tuple[int, int]:
     """How many of a sweep's files of weights are whole, and how many are not, or are listed and are not there."""
     whole = broken = 0
-    for run in out.folders(layout.TRIALS):
-        kept = run_folder.read_freed(run).get("kept") if run_folder.read_freed(run) else None
-        listed = [kept] if kept else [] if kept == "" else [run_folder.find_best_checkpoint(run)]
-        files = (run / layout.CHECKPOINTS).files()
-        names = {name for name in files if name.endswith(".safetensors")}
-        names |= {f"{name}/{layout.RAW_WEIGHTS}" for name in listed}
-        for name in names:
+    for trial in reports(out):
+        run = out / layout.TRIALS / trial
+        freed, folder = run_folder.read_freed(run), run / layout.CHECKPOINTS
+        best = freed["kept"] if freed else run_folder.find_best_checkpoint(run)
+        names = {name for name in folder.files() if name.endswith(".safetensors")}
+        for name in names | ({f"{best}/{layout.RAW_WEIGHTS}"} if best else set()):
             try:
-                safetensors.torch.load((run / layout.CHECKPOINTS).read_bytes(name))
+                safetensors.torch.load(folder.read_bytes(name))
                 whole += 1
             except (safetensors.SafetensorError, FileNotFoundError):
                 broken += 1

@@ -62,6 +62,7 @@ class Nodes:
         self.env |= {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
+            "RAY_worker_niceness": "0",  # at Ray's 15, what else runs on the machine leaves them nothing
             **(env or {}),
         }
         self.env |= {"RAY_AUTH_TOKEN": self.token.read_text(), "HOME": "/tmp"} if apart else {}
