@@ -75,7 +75,11 @@ def _check_disjoint(photos: list[Photo]) -> None:
         part = {"train": "train", "query": "test", "gallery": "test"}.get(photo.split, "validation")
         parts["item", photo.item_id].add(part)
         parts["photo", photo.path].add(part)
-    for kind, remedy in (("item", "give all images of an item to one of them"), ("photo", "list it in one of them")):
+    remedies = {
+        "item": "give all images of an item to one of them, or, where ids begin anew in each, items ids of their own",
+        "photo": "list it in one of them",
+    }
+    for kind, remedy in remedies.items():
         shared = [name for (of, name), its in parts.items() if of == kind and len(its) > 1]
         if shared:
             names = " and ".join(sorted(parts[kind, shared[0]]))

@@ -29,6 +29,8 @@ _CAMERAS = (
     "names hold a camera: figures published for such data sets leave out photos of a query's item by its own camera, "
     "which evaluate counts, so these are not comparable"
 )
+_CAMERA_FOLDER = re.compile(r"cam(era)?[ _-]?\d+", re.IGNORECASE)
+_LIST = re.compile(r"(^|/)metadata\.(csv|jsonl|parquet)$", re.IGNORECASE)
 JUNK_ID = "-1"
 """Item that Market-1501 and its like give to boxes without a person."""
 
@@ -46,6 +48,7 @@ def read_folders(store: fs.SubTreeFileSystem, files: Sequence[File]) -> Listing:
     images, more = _inside_splits(images, base, splits) if splits else _without_loose(images)
     rows = [(file, _below_split(file.path, base, splits)) for file in images]
     loose = [path for _, (_, path) in rows if "/" not in path]
+    _refuse_lists(store.base_path, files, {posixpath.dirname(file.path) for file, (_, path) in rows if "/" not in path})
     ids = _ids_by_name(loose)
     if loose and not ids:
         raise UserError(
@@ -55,12 +58,35 @@ def read_folders(store: fs.SubTreeFileSystem, files: Sequence[File]) -> Listing:
     if ids:
         name, item = next(iter(ids.items()))
         more.append(f"items are what the names of the photos begin with: {printable(name)} is of {item}")
-        more += [_CAMERAS] if _PERSON.match(posixpath.basename(name)) else []
+    more += _camera_notes([path for _, (_, path) in rows])
     photos = [_photo(file, split, path, ids) for file, (split, path) in rows]
-    junk = [photo for photo in photos if photo.item_id == JUNK_ID] if ids else []
+    junk = [photo for photo in photos if photo.item_id == JUNK_ID] if _CAMERAS in more else []
     if junk:
         more.append(f"{len(junk):,} photos of {JUNK_ID}, which is no item in data sets like Market-1501, were left out")
     return locate(store, [photo for photo in photos if photo not in junk] if junk else photos, [*notes, *more])
+
+
+def _refuse_lists(where: str, files: Sequence[File], folders: set[str]) -> None:
+    """Refuse photos in no item's folder where a file beside them, called as hubs call it, says what they are."""
+    lists = [file.path for file in files if posixpath.dirname(file.path) in folders and _LIST.search(file.path)]
+    if lists:
+        give = "give it as --source" if len(lists) == 1 else "give one that has all of their rows and a column split"
+        raise UserError(
+            f"{where}: {', '.join(map(printable, lists[:3]))} says what the photos beside it are: {give}, with the "
+            "columns file_name and item_id"
+        )
+
+
+def _camera_notes(paths: Sequence[str]) -> list[str]:
+    """What there is to know where names or folders hold cameras; `paths` are those below the splits."""
+    notes = [_CAMERAS] if paths and all(_PERSON.match(posixpath.basename(path)) for path in paths) else []
+    of_camera = [path for path in paths if any(map(_CAMERA_FOLDER.fullmatch, path.split("/")[:-1]))]
+    if of_camera:
+        notes.append(
+            f"{len(of_camera):,} photos lie in folders called as cameras are, which count as items, "
+            f"e.g. {printable(of_camera[0])}: where they are none, list the photos in a CSV with item_id"
+        )
+    return notes
 
 
 def pass_over(files: Iterable[File]) -> tuple[list[File], list[str]]:

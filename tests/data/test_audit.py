@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from clipfh import UserError
 from clipfh.data import audit
@@ -72,6 +72,18 @@ def test_photos_that_differ_in_one_part_are_no_copies():
     red, green, blue = image.crop((30, 40, 120, 160)).split()
     dyed.paste(Image.merge("RGB", (blue, red, green)), (30, 40))
     assert near([encoded(each) for each in (image, printed, dyed)]) == set()
+
+
+def test_a_letter_or_an_emblem_tells_two_drawings_apart():
+    """As with flags that differ in what is on their white: all else is equal to the pixel."""
+    flag = Image.new("RGB", (160, 120), "white")
+    for top, color in ((0, "#0048b0"), (80, "#0048b0")):
+        flag.paste(color, (0, top, 160, top + 40))
+    with_emblem = flag.copy()
+    ImageDraw.Draw(with_emblem).ellipse((70, 50, 90, 70), fill="#307030")
+    assert near([encoded(flag), encoded(with_emblem)]) == set()
+    again = encoded(crop(with_emblem, 0.05, 0.05, 0.9), quality=60)
+    assert near([encoded(flag), encoded(with_emblem), again]) == {(1, 2)}
 
 
 def test_a_plain_picture_is_a_near_copy_of_none():

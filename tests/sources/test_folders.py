@@ -71,6 +71,46 @@ def test_market_1501_is_read_as_distributed(tmp_path):
     assert any(note.startswith("names hold a camera: ") for note in listing.notes)
 
 
+def test_re_identification_data_in_folders_of_people_are_the_same(tmp_path):
+    """As people copy Market-1501 to train on it: a folder a person, and all of train again."""
+    for split, person in (("train_all", "0002"), ("train", "0002"), ("query", "0003"), ("gallery", "0003")):
+        put(tmp_path, f"{split}/{person}/{person}_c1s1_000451_03.jpg", f"{split}/{person}/{person}_c2s1_000451_03.jpg")
+    put(tmp_path, "gallery/-1/-1_c1s1_000401_03.jpg", "multi-query/0003/0003_c1s1_000551_00.jpg")
+    listing = read_source(tmp_path)
+    assert {(item, split) for _, item, split in rows(listing)} == {
+        ("0002", "train"),
+        ("0003", "query"),
+        ("0003", "gallery"),
+    }
+    assert "3 photos beside the split folders were left out (multi-query, train_all)" in listing.notes
+    assert "1 photos of -1, which is no item in data sets like Market-1501, were left out" in listing.notes
+    assert any(note.startswith("names hold a camera: ") for note in listing.notes)
+
+
+def test_folders_called_as_cameras_are_told(tmp_path):
+    listing = read_source(put(tmp_path, *(f"train/cam0{c}/person{p}/{c}.jpg" for c in (1, 2) for p in range(3))))
+    assert any(note.startswith("6 photos lie in folders called as cameras are, which count") for note in listing.notes)
+    plain = read_source(put(tmp_path / "plain", "camera bags/3/0.jpg", "camera bags/3/1.jpg"))
+    assert not any("called as cameras" in note for note in plain.notes)
+
+
+@pytest.mark.parametrize(
+    ("lists", "said"),
+    [
+        (["metadata.csv"], "metadata.csv says what the photos beside it are: give it as --source"),
+        (["train/metadata.jsonl", "test/metadata.jsonl"], "has all of their rows and a column split"),
+    ],
+)
+def test_a_list_beside_photos_in_no_items_folder_is_named(tmp_path, lists, said):
+    """Ids in the names would be other items, and begin anew in each split's folder."""
+    for file in lists:
+        folder = tmp_path / file.rpartition("/")[0]
+        put(folder, "0_a.jpg", "0_b.jpg", "1_a.jpg", "1_b.jpg")
+        (folder / file.rpartition("/")[2]).write_text("")
+    with pytest.raises(UserError, match=said):
+        read_source(tmp_path)
+
+
 @pytest.mark.parametrize(
     "names",
     [
