@@ -47,7 +47,7 @@ LOOP: Ranges = {
     "augment.flip": one_of(True, False),
 }
 OWN: dict[str, Ranges] = {
-    "clipfh": {"loss.supcon_temperature": between(0.05, 0.3), "loss.ce": one_of(0.0, 0.25, 1.0)},
+    "clipfh": {"loss.supcon_temperature": between(0.015, 0.15), "loss.ce": one_of(0.0, 0.25, 1.0)},
     "pml SupConLoss": {"temperature": between(0.05, 0.3)},
     "pml MultiSimilarityLoss": {"alpha": one_of(2.0, 4.0), "beta": one_of(20.0, 50.0), "base": one_of(0.5, 1.0)},
     "pml TripletMarginLoss": {"margin": between(0.05, 0.4)},
@@ -120,8 +120,8 @@ class _Peer:
         value = self.loss(feature_BD, labels.item)
         return value, {self.name: value}
 
-    def move_centers(self, *_: object) -> None:
-        """It has none."""
+    def follow(self, *_: object) -> None:
+        """Nothing of it follows the features."""
 
 
 def compete(args: argparse.Namespace, pool: ProcessPoolExecutor) -> dict[str, list[float]]:
