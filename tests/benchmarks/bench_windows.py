@@ -24,6 +24,7 @@ from clipfh.config.experiment import AugmentSettings, BatchSettings
 from clipfh.data.catalogue import COLUMNS, SCHEMA, Catalogue
 from clipfh.data.decoding import BatchSpec, StreamPart, open_sampler
 from clipfh.data.sampler import ItemRows, PKSampler
+from clipfh.storage.store import Folder
 
 STORE = 128 * 2**20
 TIMES = 10
@@ -247,7 +248,7 @@ def write_catalogue(folder: Path, splits: dict[str, int], photos: list[bytes], s
             shards.setdefault(split, {})[file.name] = file.stat().st_size
     counts = {split: {"images": images, "items": images // VIEWS} for split, images in splits.items()}
     manifest = {"counts": counts, "shards": shards, "hash": json.dumps(counts)}
-    return Catalogue(folder, manifest)
+    return Catalogue(Folder(folder), manifest)
 
 
 def row(name: str, value: float, at_least: float | None = None, at_most: float | None = None) -> dict:
