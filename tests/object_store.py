@@ -141,6 +141,9 @@ def _proxy(store: ObjectStore, port: int) -> type[BaseHTTPRequestHandler]:
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
             body = self.read_body(headers)
+            if len(body) < int(headers.get("content-length", 0)):  # its sender was killed: a store keeps no half of it
+                self.close_connection = True
+                return
             if isinstance(fault, int | float) and fault < 400:
                 time.sleep(fault)
             elif fault:
@@ -148,7 +151,8 @@ def _proxy(store: ObjectStore, port: int) -> type[BaseHTTPRequestHandler]:
                 return
             passed = {name: value for name, value in headers.items() if name not in ("transfer-encoding", "expect")}
             passed["content-length"] = str(len(body))
-            self.answer(*_forward(port, self.command, self.path, passed, body))
+            with contextlib.suppress(ConnectionError):  # who asked was killed
+                self.answer(*_forward(port, self.command, self.path, passed, body))
 
         def read_body(self, headers: dict[str, str]) -> bytes:
             if "chunked" not in headers.get("transfer-encoding", ""):
