@@ -256,8 +256,10 @@ class Folder(os.PathLike[str]):
 
 
 def as_text(path: str | os.PathLike[str]) -> str:
-    """A path or URI as a text. A `Path` of a URI has lost one of its slashes, which comes back."""
-    return re.sub(r"^([A-Za-z][\w+.-]+):/(?!/)", r"\1://", str(path))
+    """A path or URI as a text. A `Path` of a URI has lost one of its slashes, which comes back.
+
+    `local-dir:/FOLDER` is the name of a model, not a URI."""
+    return re.sub(r"^(?!local-dir:)([A-Za-z][\w+.-]+):/(?!/)", r"\1://", str(path))
 
 
 def locate(path: str | os.PathLike[str]) -> tuple[pyarrow.fs.FileSystem, str]:

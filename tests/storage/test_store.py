@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs
@@ -112,3 +113,8 @@ def test_a_folder_takes_its_place_when_it_is_whole(tmp_path):
             if not ends_well:
                 raise KeyError
         assert [file.name for file in tmp_path.rglob("*")] == ["export"] + ["weights"] * ends_well
+
+
+def test_a_model_of_a_folder_is_no_address():
+    assert store.as_text(Path("local-dir:/models/mine")) == "local-dir:/models/mine"
+    assert store.as_text(Path("s3://bucket/runs")) == "s3://bucket/runs"
