@@ -251,6 +251,9 @@ class BatchSettings:
     memory: int = 0
     """images of past steps that supcon, triplet and multi_similarity compare a batch's images with, beside each other
     (cross-batch memory); their features stay as they were; 0: none"""
+    neighbours: float = 0.0
+    """share of P that is filled with items which at the last report looked like the others of the batch, as hard
+    negatives. Needs all images in memory; 0: none"""
 
     def __post_init__(self) -> None:
         require(self.items >= 2, "batch.items", "2 or more", self.items)
@@ -259,6 +262,12 @@ class BatchSettings:
         require(self.window == "auto" or self.window >= 0, "batch.window", "0 or more, or auto", self.window)
         require(self.chunk >= 0, "batch.chunk", "0 or more", self.chunk)
         require(self.memory >= 0, "batch.memory", "0 or more", self.memory)
+        require(0 <= self.neighbours < 1, "batch.neighbours", "from 0 to below 1", self.neighbours)
+
+    @property
+    def num_neighbours(self) -> int:
+        """Number of the P items that are there as neighbours of the others."""
+        return min(round(self.items * self.neighbours), self.items - 1)
 
     @property
     def images(self) -> int:

@@ -35,6 +35,10 @@ class Schedule:
         images, every = step * self.batch_images, self.images_per_report
         return step == self.num_steps or images // every > (images - self.batch_images) // every
 
+    def next_report(self, step: int) -> int:
+        """The step, after this number of steps, at which the next report is due."""
+        return next(later for later in range(step + 1, self.num_steps + 1) if self.is_report(later))
+
 
 def make_schedule(experiment: Experiment, num_images: int, num_single: int) -> Schedule:
     """The schedule that sees at least the images of the experiment's budget.

@@ -107,6 +107,8 @@ class StreamPart:
     world_size: int = 1
     tasks: int | None = None
     """Largest number of tasks that decode at a time; None leaves it to the feed."""
+    nearest: Any = None
+    """np.ndarray (I, k), or its handle: the items near to each item, for a batch's neighbours"""
     takes_cpus: bool = True
     """whether tasks take CPUs of the cluster; not where the worker has reserved theirs with its own"""
 
@@ -272,14 +274,14 @@ class BatchDecoder:
     """
 
     def __init__(self, part: StreamPart, open_window: Callable[[Window], Mapping[int, Any]] | None = None) -> None:
-        self.part, self.sampler = part, open_sampler(part.images, part.spec)
+        self.part, self.sampler, self.nearest = part, open_sampler(part.images, part.spec), fetch(part.nearest)
         self.read_decoded = _row_reader(self.sampler.shard_ends, part.images.decoded, operator.getitem)
         self.open_window = open_window
         self.reader_of = functools.lru_cache(maxsize=1)(self._reader_of)  # steps of a window share what it fetched
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows (N,) of the global batch, and images (B, size, size, 3) uint8 of the worker's part of it."""
-        rows = self.sampler.batch(step)
+        rows = self.sampler.batch(step, self.nearest)
         own = worker_slice(len(rows), self.part.rank, self.part.world_size)
         read = self.reader_of(*(self.sampler.windows(step) if self.open_window else ()))
         return rows, decode_batch(self.part.spec, read, step, own.start, rows[own], self.read_decoded)

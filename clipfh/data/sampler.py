@@ -15,12 +15,19 @@ The views of an item stand in a shuffled ring, and each draw takes the next K of
     step 5 (draw 2)     13 [14  12]                 each view was drawn twice: for draw 3 the ring is shuffled anew
 
 Where memory does not hold all images, the items of a pass are shuffled within windows of shards; see `windows`.
+
+With neighbours, only the first of the P items come in passes. The others are items that look like them, by a table of
+nearest items that the run makes at its reports: P = 4, of which 2 are neighbours, and near to 2 are 3 and 0, to 4 is 3:
+
+    from the pass      2   4                        as above, with P = 2
+    beside them                3   1                3 is near to 2; for 4 nothing near is left, so one at random
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +140,7 @@ class PKSampler:
         window: number of images in a window, about; 0 makes all shards one window.
         shard_ends: (S,) number of images up to the end of each shard; only windows need it.
         rows: where the images of each item are, where that is known.
+        neighbours: number of the P items that are neighbours of the others, and come beside the passes.
 
     Raises:
         UserError: there are fewer than P items to draw from.
@@ -150,8 +158,9 @@ class PKSampler:
         window: int = 0,
         shard_ends: np.ndarray | None = None,
         rows: ItemRows | None = None,
+        neighbours: int = 0,
     ) -> None:
-        self.items, self.views, self.seed = items, views, seed
+        self.items, self.views, self.seed, self.neighbours = items - neighbours, views, seed, neighbours
         self.category = category
         self.run_length = max(1, items // categories) if categories else 0
         self.rows, self.fewest_views = rows or ItemRows.of(item), 1 if singles else 2
@@ -173,12 +182,43 @@ class PKSampler:
             raise UserError(
                 f"--batch.items {items} is more than the {self.num_items} {kind}: take {self.num_items} or fewer"
             )
+        if neighbours and window:
+            raise UserError(
+                "--batch.neighbours takes items from anywhere, and this catalogue is read in windows of "
+                f"{window:,} images: leave it out, or give --batch.window 0"
+            )
 
-    def batch(self, step: int) -> np.ndarray:
-        """(P*K,) image rows of the step's batch, the K views of an item side by side."""
-        items, passes = zip(*(self._draw_items(*part) for part in self._parts(step)), strict=True)
+    def batch(self, step: int, nearest: np.ndarray | None = None) -> np.ndarray:
+        """(P*K,) image rows of the step's batch, the K views of an item side by side.
+
+        Args:
+            step: number of the step.
+            nearest: (I, k) numbers of the items near to each item, the nearest first, -1 for none; only neighbours
+                need it. Without it, random items take their places.
+        """
+        drawn, passes = zip(*(self._draw_items(*part) for part in self._parts(step)), strict=True)
+        items = np.concatenate(drawn)
         # An item is drawn once a pass: its n-th draw is in pass n
-        return self._draw_views(np.concatenate(items), np.concatenate(passes)).reshape(-1)
+        rows = self._draw_views(items, np.concatenate(passes)).reshape(-1)
+        if not self.neighbours:
+            return rows
+        beside = self._draw_neighbours(step, items, nearest)
+        return np.concatenate([rows, self._draw_views(beside, np.full(len(beside), step)).reshape(-1)])
+
+    def _draw_neighbours(self, step: int, items: np.ndarray, nearest: np.ndarray | None) -> np.ndarray:
+        """Items that the batch lacks: for each of its items in turn the nearest, else a random one."""
+        rng, batch, beside = np.random.default_rng((self.seed, step, 0, 3)), set(items.tolist()), list[int]()
+        for item in itertools.islice(itertools.cycle(items.tolist()), self.neighbours):
+            near = nearest[item] if nearest is not None else np.zeros(0, np.int64)
+            near = near[(near >= 0) & (self.rows.sizes(near) >= self.fewest_views)].tolist()
+            at_random = (int(rng.choice(self._all_drawable)) for _ in itertools.count())
+            beside.append(next(other for other in itertools.chain(near, at_random) if other not in batch))
+            batch.add(beside[-1])
+        return np.array(beside)
+
+    @functools.cached_property
+    def _all_drawable(self) -> np.ndarray:
+        return np.flatnonzero(self.rows.sizes() >= self.fewest_views)
 
     def windows(self, step: int) -> list[Window]:
         """The windows that the step's batch lies in, in order."""
@@ -282,7 +322,7 @@ def make_sampler(index: ItemIndex, batch: BatchSettings, seed: int, singles: boo
         window: number of images in a window, about; 0 makes all images one.
     """
     drawn = batch.items, batch.views, seed, index.category, batch.categories, singles
-    return PKSampler(index.item, *drawn, window, index.shard_ends, index.rows)
+    return PKSampler(index.item, *drawn, window, index.shard_ends, index.rows, batch.num_neighbours)
 
 
 def worker_slice(images: int, rank: int, world_size: int) -> slice:

@@ -21,6 +21,7 @@ from clipfh.config.schedule import make_schedule
 from clipfh.data.sampler import ItemIndex, worker_slice
 from clipfh.learn import augment, diagnostics, optimizer
 from clipfh.learn.all_gather import all_gather_with_gradient
+from clipfh.learn.neighbours import ItemNeighbours
 from clipfh.learn.objective import Objective
 from clipfh.learn.optimizer import ExponentialMovingAverage
 from clipfh.learn.tally import StepTally, UncheckedStep
@@ -88,6 +89,7 @@ class Learner:
         batch = experiment.batch
         objective = Objective(experiment.loss, self.dim, len(index.names), batch.views, batch.memory, has_bias)
         self.objective = objective.to(on, dtype)
+        self.neighbours = ItemNeighbours(len(index.names), self.dim).to(on) if batch.num_neighbours else None
         self.optimizer = optimizer.make_adamw(clip, self.objective, experiment.optimizer, on)
         self.lr_schedule = optimizer.cosine_schedule(
             self.optimizer, self.schedule.num_steps, experiment.optimizer.warmup, experiment.optimizer.head_first
@@ -119,7 +121,8 @@ class Learner:
         """Number of batches, from the first one on, that `begin` wants: a pass over all items, or none."""
         loss = self.experiment.loss
         starts_at_means = loss.arcface > 0 and loss.arcface_start == "mean"
-        return math.ceil(len(self.index.names) / self.experiment.batch.items) if starts_at_means else 0
+        batch = self.experiment.batch
+        return math.ceil(len(self.index.names) / (batch.items - batch.num_neighbours)) if starts_at_means else 0
 
     def begin(self, batches: Iterator[tuple[int, np.ndarray, np.ndarray]]) -> None:
         """Begin the classifier at the mean embedding of each item's first K views, as they are trained on, under the
@@ -155,6 +158,8 @@ class Learner:
         total, terms = self.objective(features, text, log_scale, labels, self.clip.logit_bias)
         grad_norm, not_finite = self._update(total)
         self.objective.follow(features, labels, self.experiment.optimizer.center_lr)
+        if self.neighbours is not None:
+            self.neighbours.add(features.detach(), labels.item, self.experiment.batch.views)
         self.seen = features.detach(), None if text is None else text.detach(), labels
         values = {term: value.detach() for term, value in terms.items()}
         before, self.unchecked = self.unchecked, UncheckedStep(self.step, values, rows, PendingValue(not_finite))
@@ -273,6 +278,8 @@ class Learner:
         """
         assert self.unchecked, "a report before the first step"
         self.unchecked.check()
+        if self.neighbours is not None and self.schedule.is_report(self.step):  # at no other, where batches go on
+            self.neighbours.refresh()
         means = tally.means()  # first, because it measures the time of training
         images = self.step * self.experiment.batch.images
         report: dict[str, Any] = {"step": self.step, "images": images, "epoch": images / self.schedule.epoch_images}
@@ -326,6 +333,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.lr_schedule.state_dict(),
             "objective": self.objective.state_dict(),
+            "neighbours": self.neighbours.state_dict() if self.neighbours is not None else {},
         }
 
     def restore(self, raw: dict[str, Tensor], average: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -343,6 +351,8 @@ class Learner:
             self.average.weights[name].copy_(weights)
         self.lr_schedule.load_state_dict(state["schedule"])
         self.objective.load_state_dict(state["objective"])
+        if self.neighbours is not None:
+            self.neighbours.load_state_dict(state["neighbours"])
         self.step = state["step"]
 
 

@@ -48,7 +48,8 @@ def _prepare_one(
     widest = max(one.corners("batch.items"), key=lambda point: one.experiment(point).batch.items)
     inputs = prepare_inputs(catalogue, one.experiment({**widest, **one.texted}), clip, feed, keep_gib)
     fewest = one.experiment({**widest, **one.paired})
-    make_sampler(fetch(inputs.images.index), fewest.batch, fewest.seed, fewest.loss.takes_singles)
+    images, singles = inputs.images, fewest.loss.takes_singles
+    make_sampler(fetch(images.index), fewest.batch, fewest.seed, singles, images.window)
     return dataclasses.replace(inputs, start_val_mAP=None if inputs.weights is None else zero_shot)
 
 

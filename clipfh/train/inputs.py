@@ -211,7 +211,7 @@ def prepare_inputs(
             f"of {images.window:,} images: leave it out, or give --batch.window 0"
         )
     index: ItemIndex = fetch(images.index)
-    make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles)
+    make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles, images.window)
     preprocess = get_preprocess(clip)
     if keep_gib:
         images = feed.cache_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)

@@ -67,14 +67,14 @@ def train_loop(job: Job, session: Session, feed: Feed) -> None:
     spec, place = BatchSpec.of(experiment, inputs.size), (learner.rank, learner.world_size)
 
     def decode(first: int, last: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        tasks = job.decoding_tasks, not job.reserves_decoding
-        return feed.batches(StreamPart(inputs.images, spec, first, last, *place, *tasks))
+        near, tasks = learner.neighbours, (job.decoding_tasks, not job.reserves_decoding)
+        nearest = None if near is None else feed.put(near.table())
+        return feed.batches(StreamPart(inputs.images, spec, first, last, *place, tasks[0], nearest, tasks[1]))
 
     progress = _begin(learner, validation, inputs, session, decode)
     reports = _Reports(learner, validation, History(job.out, learner.step), session)
     last = learner.schedule.num_steps
-    decoded = decode(learner.step, last)
-    batch_stream = prefetch(decoded, learner.device)
+    batch_stream = _stream_batches(learner, decode)
     tally, patience, notice, first_step_time = StepTally(), experiment.budget.patience, _Notice(session), 0.0
     # Not sooner: other trials may still be starting here
     prestart_step = learner.step + learner.schedule.half_report_steps
@@ -96,6 +96,14 @@ def train_loop(job: Job, session: Session, feed: Feed) -> None:
             except Diverged as diverged:
                 reports.make_last(diverged, inputs)
                 return
+
+
+def _stream_batches(learner: Learner, decode: Decode) -> Iterator[tuple[int, np.ndarray, torch.Tensor]]:
+    """The batches from the learner's step on. With neighbours, those after a report begin to be decoded after it."""
+    schedule = learner.schedule
+    while learner.step < schedule.num_steps:
+        end = schedule.num_steps if learner.neighbours is None else schedule.next_report(learner.step)
+        yield from prefetch(decode(learner.step, end), learner.device)
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,40 @@ def test_items_of_one_photo_are_drawn_where_a_term_takes_them(terms, takes):
     assert schedule.epoch_images == (6 if takes else 4), "an epoch is of what is drawn"
 
 
+@given(plans(), st.integers(0, 40), st.data())
+@settings(max_examples=60, deadline=None)
+def test_neighbours_are_the_nearest_that_the_batch_lacks(case, step, data):
+    item, plan, singles = case
+    both = data.draw(st.integers(2, plan.num_items))
+    count = data.draw(st.integers(1, both - 1))
+    drawn = PKSampler(item, both, plan.views, plan.seed, singles=singles, neighbours=count)
+    alone = PKSampler(item, both - count, plan.views, plan.seed, singles=singles)
+    rng = np.random.default_rng(0)
+    nearest = np.stack([rng.permutation(item.max() + 1)[:4] for _ in range(item.max() + 1)]) - (step % 2)  # some are -1
+    rows = drawn.batch(step, nearest).reshape(both, plan.views)
+    np.testing.assert_array_equal(rows[: both - count].reshape(-1), alone.batch(step))
+    np.testing.assert_array_equal(rows.reshape(-1), drawn.batch(step, nearest))
+    items = item[rows[:, 0]].tolist()
+    assert (item[rows] == item[rows[:, :1]]).all() and len(set(items)) == both
+    takes_part = np.bincount(item) >= (1 if singles else 2)
+    for place in range(both - count, both):
+        near = nearest[items[(place - both + count) % (both - count)]]
+        left = [i for i in near.tolist() if i >= 0 and takes_part[i] and i not in items[:place]]
+        assert items[place] == left[0] if left else takes_part[items[place]]
+
+
+def test_the_example_of_neighbours_in_the_module_is_what_is_drawn():
+    plan = PKSampler(np.repeat(np.arange(5), 3), items=4, views=2, seed=0, neighbours=2)
+    nearest = np.array([[-1, -1], [-1, -1], [3, 0], [-1, -1], [3, -1]])
+    assert (plan.batch(0, nearest)[::2] // 3).tolist() == [2, 4, 3, 1]
+
+
+def test_neighbours_and_windows_exclude_each_other():
+    index = ItemIndex(np.arange(8) // 2, np.zeros(4, np.int32), list("abcd"), np.array([4, 8]))
+    with pytest.raises(UserError, match="batch.neighbours takes items from anywhere.* --batch.window 0"):
+        make_sampler(index, BatchSettings(items=2, views=2, neighbours=0.5), 0, True, window=4)
+
+
 def test_the_example_in_the_module_is_what_is_drawn():
     plan = PKSampler(np.repeat(np.arange(5), 3), items=2, views=2, seed=0)
     assert [(plan.batch(step) // 3)[::2].tolist() for step in range(5)] == [[2, 4], [3, 0], [1, 4], [1, 3], [0, 2]]

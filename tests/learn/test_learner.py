@@ -60,6 +60,7 @@ TERMS = {
         **{"loss.triplet": 1.0, "loss.multi_similarity": 1.0, "loss.smooth_ap": 1.0, "loss.supcon": 1.0},
         "batch.memory": 11,  # full in the second step, no multiple of a batch
     },
+    "supcon with neighbours": {"loss.supcon": 1.0, "batch.neighbours": 0.5},
     "arcface": {"loss.arcface": 1.0, "loss.arcface_centers": 2, "loss.arcface_dropout": 0.5},
     "center": {"loss.center": 1.0},
     "supcon": {"loss.supcon": 1.0},
@@ -106,8 +107,12 @@ FEW = learner.Validation(IMAGES[:4], np.array([0, 1, 0, 1]), np.arange(4), 2)
 
 
 def outcome(one: learner.Learner) -> dict[str, torch.Tensor]:
-    """A rank's weights after its steps, and their score."""
-    return {**train(one), "validation": torch.tensor(one.validate(FEW))}
+    """A rank's weights after its steps, their score, and which items it takes for near."""
+    found = {**train(one), "validation": torch.tensor(one.validate(FEW))}
+    if one.neighbours is None:
+        return found
+    one.neighbours.refresh()
+    return {**found, "nearest": one.neighbours.nearest}
 
 
 def gradients(one: learner.Learner, steps: int = 1) -> dict[str, torch.Tensor]:
@@ -438,7 +443,9 @@ def test_a_report_warns_of_a_collapse_only_after_the_warm_up():
     assert "supcon has collapsed: all embeddings alike" in report["warnings"][0]
 
 
-@pytest.mark.parametrize("term", ["all", "all, siglip", "all, lora", "pairs with a memory", "arcface"])
+@pytest.mark.parametrize(
+    "term", ["all", "all, siglip", "all, lora", "pairs with a memory", "supcon with neighbours", "arcface"]
+)
 def test_a_restored_learner_goes_on_as_if_nothing_had_been(term: str, tmp_path: Path):
     one, other = learner_for("joint", term), learner_for("joint", term)
     train(one, steps=3)
@@ -449,7 +456,8 @@ def test_a_restored_learner_goes_on_as_if_nothing_had_been(term: str, tmp_path: 
         for rows in (np.arange(8), np.arange(8, 16)):
             each.train_step(rows, IMAGES[rows])
     states = (
-        [learner_.clip.state_dict(), *learner_.weights(), learner_.objective.state_dict()] for learner_ in (one, other)
+        [each.clip.state_dict(), *each.weights(), each.objective.state_dict(), each.state()["neighbours"]]
+        for each in (one, other)
     )
     for mine, theirs in zip(*states, strict=True):
         assert_equal(dict(theirs), dict(mine), 0)

@@ -31,8 +31,11 @@ def recipe(tiny):
 
 
 def test_its_batches_are_those_of_ray_data(shared, recipe, small_catalogue, ray_cluster):
-    here = list(in_process.InProcessFeed().batches(StreamPart(shared, recipe, 2, 9)))
-    over_ray = list(stream.batches(StreamPart(stream.share(small_catalogue, "train"), recipe, 2, 9)))
+    recipe = dataclasses.replace(recipe, batch=BatchSettings(items=6, views=2, neighbours=0.5))
+    near = np.arange(len(shared.index.names))[:, None] + 1
+    here = list(in_process.InProcessFeed().batches(StreamPart(shared, recipe, 2, 9, nearest=near)))
+    part = StreamPart(stream.share(small_catalogue, "train"), recipe, 2, 9, nearest=stream.put(near))
+    over_ray = list(stream.batches(part))
     assert [step for step, _, _ in here] == list(range(2, 9)) == [step for step, _, _ in over_ray]
     for one, other in zip(here, over_ray, strict=True):
         np.testing.assert_array_equal(one[1], other[1])
@@ -70,6 +73,30 @@ def test_a_run_keeps_the_window_that_it_began_with(small_catalogue, tmp_path, mo
     assert json.loads((tmp_path / "run" / layout.RUN).read_text())["window"] == int(0.15 * images)
     with pytest.raises(UserError, match="--keep-gib keeps decoded images of a catalogue that memory holds whole"):
         train("image", small_catalogue, tmp_path / "run", resume=True, keep_gib=1, log=lines.append)
+
+
+def test_a_batch_has_neighbours_from_the_first_report_on_over_a_restart(small_catalogue, tmp_path, monkeypatch):
+    settings = {**TINY, "batch.items": 6, "batch.views": 2, "batch.neighbours": 0.5}
+    settings |= {"budget.images": 96, "budget.report_every": 48}
+    monkeypatch.setattr(in_process, "wanted", lambda *_: True)
+
+    def stop_at_a_report(line):
+        if "val mAP" in line:
+            raise KeyboardInterrupt
+
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    train("image", small_catalogue, whole, settings=settings, log=lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        train("image", small_catalogue, halted, settings=settings, log=stop_at_a_report)
+    assert len(run_folder.read_metrics(halted)) == 1
+    train("image", small_catalogue, halted, resume=True, log=lambda line: None)
+    one, other = (run_folder.read_metrics(folder)[-1] for folder in (whole, halted))
+    assert one["stream"] == other["stream"]
+    steps = [json.loads(line) for line in (whole / layout.STREAM).read_text().splitlines()]
+    index = in_process.InProcessFeed().share(small_catalogue, "train").index
+    plan = decoding.make_sampler(index, BatchSettings(items=6, views=2, neighbours=0.5), 0, True)
+    at_random = [plan.batch(each["step"]).tolist() == each["images"] for each in steps]
+    assert at_random[:4] == [True] * 4 and not all(at_random)
 
 
 def test_validation_images_beyond_their_share_are_decoded_at_each_report(small_catalogue, monkeypatch):
