@@ -360,8 +360,9 @@ class Placement:
     """auto: 1 beside a GPU, else what the machine has to spare"""
     concurrent: int | Literal["auto"] = "auto"
     """trials at once in a sweep, if there is room; auto: what the cluster holds, data pipelines counted in"""
-    keep_gib: float = 0.0
-    """GiB of decoded images to keep in the cluster's object store, as far as they go: decoding is then spared"""
+    keep_gib: float | Literal["auto"] = "auto"
+    """GiB of decoded images to keep in the cluster's object store, as far as they go: decoding is then spared. auto:
+    none there; where a run trains in its own process, an eighth of memory, if it reads each image twice or more"""
     keep_weights: Literal["best", "leaders", "all"] = "leaders"
     """whose weights a sweep leaves on disk: of the best trial, of those that `final` trains again, or of all with
     optimizer state"""
@@ -376,4 +377,4 @@ class Placement:
         cpus = self.cpus_per_worker
         require(cpus == "auto" or cpus > 0, "cpus-per-worker", "above 0", cpus)
         require(self.concurrent == "auto" or self.concurrent >= 1, "concurrent", "1 or more", self.concurrent)
-        require(self.keep_gib >= 0, "keep-gib", "0 or more", self.keep_gib)
+        require(self.keep_gib == "auto" or self.keep_gib >= 0, "keep-gib", "0 or more, or auto", self.keep_gib)

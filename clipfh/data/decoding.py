@@ -193,6 +193,9 @@ class Feed(Protocol):
     def put(self, value: Any) -> Any:
         """Hold a value; returns its handle, as `fetch` takes."""
 
+    def spare_gib(self) -> float:
+        """GiB of memory that decoded images may take where nobody said how many."""
+
     def cache_decoded(self, shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
         """Cache images decoded too, as many shards of them as fit into the memory given. It changes no pixel.
 

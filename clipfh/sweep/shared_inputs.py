@@ -33,7 +33,8 @@ def prepare(
     Raises:
         UserError: the largest P that may be drawn is more than the items that some losses of the space leave.
     """
-    keep_gib = sweep.placement.keep_gib / len({each.pixels for each in contenders})
+    kept = sweep.placement.keep_gib
+    keep_gib: float | Literal["auto"] = "auto" if kept == "auto" else kept / len({each.pixels for each in contenders})
     inputs = {}
     for each in contenders:
         one, start = sweep.only([each.model]), sweep.start(each.model)
@@ -42,7 +43,7 @@ def prepare(
 
 
 def _prepare_one(
-    one: SweepFile, catalogue: Catalogue, clip: Any, feed: Feed, keep_gib: float, zero_shot: float
+    one: SweepFile, catalogue: Catalogue, clip: Any, feed: Feed, keep_gib: float | Literal["auto"], zero_shot: float
 ) -> Inputs:
     """What all trials of a sweep with one model read. UserError: as `prepare`."""
     widest = max(one.corners("batch.items"), key=lambda point: one.experiment(point).batch.items)
@@ -103,6 +104,9 @@ class SharingFeed:
 
     def put(self, value: Any) -> Any:
         return self.feed.put(value)
+
+    def spare_gib(self) -> float:
+        return self.feed.spare_gib()
 
     def cache_decoded(self, shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
         key = ("decoded", gib, size, crop_min)

@@ -35,6 +35,8 @@ from clipfh.train.run_inputs import Inputs, Job
 
 AHEAD = 2
 """Batches that are decoded beyond one for each core."""
+SPARE_SHARE = 1 / 8
+"""Share of memory that decoded images may take unasked."""
 
 
 class InProcessFeed:
@@ -53,6 +55,9 @@ class InProcessFeed:
 
     def put(self, value: Any) -> Any:
         return value
+
+    def spare_gib(self) -> float:
+        return memory.available() * SPARE_SHARE / 2**30
 
     def cache_decoded(self, shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
         room, decoded = gib * 2**30, list[Any]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from torch import nn
 from clipfh import UserError
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment, LossSettings
+from clipfh.config.schedule import make_schedule
 from clipfh.data.audit import picture_codes, read_copies
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Feed, fetch
@@ -183,7 +185,7 @@ def prepare_inputs(
     experiment: Experiment,
     clip: nn.Module,
     feed: Feed,
-    keep_gib: float = 0.0,
+    keep_gib: float | Literal["auto"] = 0.0,
     with_validation: bool = False,
     warm: bool = False,
     window: int | None = None,
@@ -195,7 +197,7 @@ def prepare_inputs(
         experiment: of which the model, the prompts and the largest P x K count.
         clip: weights to start from.
         feed: what holds it, and gives the workers their batches.
-        keep_gib: GiB of decoded images to keep for all runs.
+        keep_gib: GiB of decoded images to keep for all runs; "auto" for what the feed spares, where images come again.
         with_validation: train on the validation items too; their score then means nothing, and there is none.
         warm: the weights are another run's. Others that are random each run draws by its own seed.
         window: number of images in a window, 0 for all in one; None for what the experiment says.
@@ -205,7 +207,7 @@ def prepare_inputs(
     """
     splits = ("train", *VALIDATION) if with_validation else ("train",)
     images = feed.share(catalogue, *splits, window=experiment.batch.window if window is None else window)
-    if keep_gib and images.window:
+    if keep_gib not in (0, "auto") and images.window:
         raise UserError(
             "--keep-gib keeps decoded images of a catalogue that memory holds whole, and this one is read in windows "
             f"of {images.window:,} images: leave it out, or give --batch.window 0"
@@ -213,6 +215,8 @@ def prepare_inputs(
     index: ItemIndex = fetch(images.index)
     make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles, images.window)
     preprocess = get_preprocess(clip)
+    if keep_gib == "auto":
+        keep_gib = feed.spare_gib() if not images.window and _reads_again(experiment, index) else 0
     if keep_gib:
         images = feed.cache_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
     captions, num_cut = tokenize_captions(catalogue, index.names, experiment, get_architecture(clip), *splits)
@@ -229,6 +233,12 @@ def prepare_inputs(
         num_single=index.num_single,
         num_cut=num_cut,
     )
+
+
+def _reads_again(experiment: Experiment, index: ItemIndex) -> bool:
+    """Whether a run reads each image twice or more."""
+    schedule = make_schedule(experiment, len(index.item), index.num_single)
+    return schedule.num_steps * schedule.batch_images >= 2 * len(index.item)
 
 
 def validation_codes(catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray, int]:

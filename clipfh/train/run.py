@@ -66,7 +66,7 @@ def train(
     workers: int | tuple[int, int] = 1,
     gpus_per_worker: float | Literal["auto"] = "auto",
     cpus_per_worker: float | Literal["auto"] = "auto",
-    keep_gib: float = 0.0,
+    keep_gib: float | Literal["auto"] = "auto",
     settings: Mapping[str, Any] | None = None,
     address: str | None = None,
     dashboard: bool = False,
@@ -86,7 +86,8 @@ def train(
             come and go. It changes neither batches nor gradients.
         gpus_per_worker: from 0 to 1; "auto" is 1 where there is a GPU, else 0.
         cpus_per_worker: "auto" is 1 beside a GPU, else what the machine has to spare.
-        keep_gib: GiB of decoded images to keep in memory.
+        keep_gib: GiB of decoded images to keep in memory; "auto" is an eighth of memory where the run trains in this
+            process and reads each image twice or more, else none.
         settings: dotted settings, such as {"optimizer.lr": 1e-5}.
         address: Ray cluster to train on.
         dashboard: serve Ray's dashboard, where a cluster is started.

@@ -86,6 +86,11 @@ def put(value: Any) -> Any:
     return ray.put(value)
 
 
+def spare_gib() -> float:
+    """Nothing: the object store is all runs', and nodes come and go. As `Feed` has it."""
+    return 0.0
+
+
 def cache_decoded(shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
     """Cache images decoded too, as many shards of them as fit into the memory given. It changes no pixel.
 

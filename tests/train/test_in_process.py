@@ -14,9 +14,11 @@ from clipfh.config import cores, memory
 from clipfh.config.experiment import BatchSettings, Placement
 from clipfh.data import decoding
 from clipfh.data.decoding import BatchSpec, StreamPart
+from clipfh.model.clip import load_initial_model
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
 from clipfh.train import in_process, stream, worker
+from clipfh.train.inputs import prepare_inputs
 from clipfh.train.run import train
 
 
@@ -121,6 +123,19 @@ def test_kept_images_change_no_pixel_and_stay_within_their_memory(shared, recipe
     plain_batches, cached_batches = (feed.batches(StreamPart(each, recipe, 0, 3)) for each in (shared, some))
     for plain, found in zip(plain_batches, cached_batches, strict=True):
         np.testing.assert_array_equal(plain[2], found[2])
+
+
+@pytest.mark.parametrize("passes,kept", [(1.9, False), (2, True)])
+def test_images_are_kept_decoded_unasked_where_they_come_again(passes, kept, small_catalogue, tiny, monkeypatch):
+    images, batch = small_catalogue.num_images("train"), BatchSettings(items=2, views=2)
+    budget = dataclasses.replace(tiny.budget, images=int(passes * images))
+    experiment = dataclasses.replace(tiny, batch=batch, budget=budget)
+    clip, feed = load_initial_model(experiment.model, 0), in_process.InProcessFeed()
+    prepared = prepare_inputs(small_catalogue, experiment, clip, feed, "auto").images
+    assert all((shard is not None) == kept for shard in prepared.decoded)
+    monkeypatch.setattr(memory, "available", lambda: 8 * small_catalogue.size("train")[1])
+    prepared = prepare_inputs(small_catalogue, experiment, clip, feed, "auto").images
+    assert not prepared.window and not all(shard is not None for shard in prepared.decoded)
 
 
 def test_validation_images_are_those_of_ray_data(small_catalogue, ray_cluster):
