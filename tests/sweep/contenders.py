@@ -15,8 +15,9 @@ LABELS = [f"{SMALL_MODEL} {name}.pt" for name in RANKS]
 def write_weights(folder: Path) -> list[dict[str, str]]:
     """Write the weights files; returns entries of a sweep file's `models`."""
     state = load_initial_model(ModelSettings(SMALL_MODEL), 0).state_dict()
+    projection = state["visual.proj"]
+    directions = torch.linalg.qr(torch.randn(len(projection.T), len(projection.T), generator=torch.manual_seed(0)))[0]
     for name, rank in RANKS.items():
-        left, values, right = torch.linalg.svd(state["visual.proj"], full_matrices=False)
-        values[rank:] = 0
-        torch.save({**state, "visual.proj": left @ values.diag() @ right}, folder / f"{name}.pt")
+        left = directions[:, :rank]
+        torch.save({**state, "visual.proj": projection @ left @ left.T}, folder / f"{name}.pt")
     return [{"name": SMALL_MODEL, "pretrained": str(folder / f"{name}.pt")} for name in RANKS]

@@ -55,7 +55,7 @@ def test_a_space_whose_losses_may_leave_too_few_items_is_refused(tmp_path, monke
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x", "search": search}))
     loaded = sweep_file.load(tmp_path / "x.yaml")
     index = ItemIndex(np.array([0, 0, 1, 1, 2, 2, 3, 4]), np.zeros(5, int), list("abcde"), np.array([8]))
-    inputs = SimpleNamespace(images=SimpleNamespace(index=index))
+    inputs = SimpleNamespace(images=SimpleNamespace(index=index, window=0))
     monkeypatch.setattr(shared_inputs, "prepare_inputs", lambda *_: inputs)
     contender = Contender("ViT-B/16", "0000", 1, 64, 1.0)
     with pytest.raises(UserError, match="--batch.items 4 is more than the 3 train items with two photos or more"):
