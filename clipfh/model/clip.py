@@ -55,6 +55,14 @@ def _build_error(architecture: Architecture, error: Exception) -> UserError:
     return UserError(f"open_clip {load_open_clip().__version__} can't build the model ({reason}): take another")
 
 
+def build_initial(architecture: Architecture, seed: int) -> nn.Module:
+    """A model as training starts it where there are no weights, by the seed. UserError: as `build`."""
+    torch.manual_seed(seed)
+    clip = build(architecture)
+    initialise(clip)
+    return clip
+
+
 def build_model(settings: ModelSettings) -> nn.Module:
     """The model that the settings name, with random weights. UserError: as `architecture.find` and `build`."""
     return build(architectures.find(settings))
@@ -77,12 +85,10 @@ def load_initial_model(settings: ModelSettings, seed: int) -> nn.Module:
     Raises:
         UserError: weights that can't be had or don't fit.
     """
-    torch.manual_seed(seed)
     weights = architectures.weights_name(settings)
     if not weights:
-        clip = build_model(settings)
-        initialise(clip)
-        return clip
+        return build_initial(architectures.find(settings), seed)
+    torch.manual_seed(seed)
     native = build_model(replace(settings, image_size=0))
     try:
         with _quiet(), state_dicts.readable(_weights_file(settings, weights)) as file:

@@ -22,7 +22,7 @@ from clipfh.data.decoding import BatchSpec, Feed, StreamPart, fetch
 from clipfh.learn.learner import Learner, Validation
 from clipfh.learn.tally import Diverged, StepTally
 from clipfh.model import checkpoint as checkpoint_module
-from clipfh.model.clip import build, get_architecture
+from clipfh.model.clip import build, build_initial, get_architecture
 from clipfh.model.devices import choose_device, explain_out_of_memory, precision_notes
 from clipfh.model.transfer import prefetch
 from clipfh.storage import layout
@@ -209,9 +209,9 @@ def make_learner(experiment: Experiment, inputs: Inputs, on: torch.device) -> Le
     """Make a rank's learner, of what lies in the object store."""
     weights = fetch(inputs.weights)
     if weights is None:
-        torch.manual_seed(experiment.seed)
-    clip = build(inputs.architecture)
-    if weights is not None:
+        clip = build_initial(inputs.architecture, experiment.seed)
+    else:
+        clip = build(inputs.architecture)
         clip.load_state_dict({n: torch.from_numpy(w.copy()) for n, w in weights.items()})
     index, captions = fetch(inputs.images.index), fetch(inputs.captions)
     return Learner(experiment, clip, index, captions, on)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -353,18 +354,21 @@ def test_random_weights_are_drawn_by_each_runs_seed(tiny):
     captions = ItemCaptions(np.zeros((0, 0), np.int32), np.full(2, -1))
     kept = {name: tensor.numpy() for name, tensor in load_start(tiny).state_dict().items()}
 
-    def first(seed: int, weights) -> torch.Tensor:
+    def first(seed: int, weights) -> list[torch.Tensor]:
         inputs = Inputs(
             find_architecture(tiny.model), SimpleNamespace(index=index), captions, weights, None, None, 64, 4, 0, 0
         )
         settings = {"seed": seed, "batch.items": 2}
         one = worker.make_learner(schema.replace(tiny, settings), inputs, torch.device("cpu"))
-        return one.clip.visual.proj.detach().clone()
+        return [weight.detach().clone() for weight in one.clip.parameters()]
 
-    assert torch.equal(first(0, None), load_start(tiny).visual.proj)
-    assert torch.equal(first(3, None), load_start(schema.replace(tiny, {"seed": 3})).visual.proj)
-    assert not torch.equal(first(3, None), first(0, None))
-    assert torch.equal(first(3, kept), first(0, kept)), "pretrained weights are the same for all seeds"
+    def are_equal(some: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
+        return all(map(torch.equal, some, others))
+
+    assert are_equal(first(0, None), load_start(tiny).parameters())
+    assert are_equal(first(3, None), load_start(schema.replace(tiny, {"seed": 3})).parameters())
+    assert not are_equal(first(3, None), first(0, None))
+    assert are_equal(first(3, kept), first(0, kept)), "pretrained weights are the same for all seeds"
 
 
 class Held:
