@@ -138,7 +138,8 @@ def worker(rank: int, world_size: int, store: str, expected: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     for case, weights in torch.load(expected).items():
-        assert_equal(outcome(learner_for(*case)), weights, 1e-8, f"{case}:")
+        # AdamW divides by the gradient's size: where that is nearly 0, rounding shows. A wrong part moves by 1e-3
+        assert_equal(outcome(learner_for(*case)), weights, 1e-5, f"{case}:")
     dist.destroy_process_group()
 
 
