@@ -101,6 +101,14 @@ def serve() -> Iterator[ObjectStore]:
         process.wait()
 
 
+@contextlib.contextmanager
+def serve_to_nodes() -> Iterator[ObjectStore]:
+    """An object store, which this process looks at beside the proxy, so that what is counted is the nodes' own."""
+    with serve() as store:
+        os.environ |= {**store.env, "AWS_ENDPOINT_URL": store.direct}
+        yield store
+
+
 def _make_bucket(port: int) -> None:
     end = time.monotonic() + 120
     while True:

@@ -1,23 +1,26 @@
 """An elastic run while nodes come and go: its batches and its end against those of one worker that nothing disturbs.
 
-Run: python tests/resilience/elastic.py. Prints the number of workers at each report, and how far the weights are apart;
-exits with 1 where the batches differ, or the weights by more than rounding.
+Run: python tests/resilience/elastic.py. The nodes share a bucket and nothing else. Prints the number of workers at each
+report, and how far the weights are apart; exits with 1 where the batches differ, or the weights by more than rounding.
 """
 
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+import safetensors.torch
+import torch
 from nodes import FIRST, SECOND, THIRD, Nodes, until
-from safetensors.torch import load_file
 
 from clipfh.data.prepare import prepare
 from clipfh.demo.source import write_source
-from clipfh.model import checkpoint
-from clipfh.storage import run_folder
+from clipfh.storage import layout, run_folder
+from clipfh.storage.store import Folder
+
+sys.path.append(str(Path(__file__).parents[1]))
+import object_store
 
 IMAGES, REPORT_EVERY = 4_800, 240
 SETTINGS = {
@@ -32,51 +35,39 @@ TOLERANCE = 1e-4
 """The rates are small, so that AdamW does not make steps of rounding."""
 
 
-def train(nodes: Nodes, catalogue: Path, out: Path, *options: str) -> subprocess.Popen:
+def train(nodes: Nodes, catalogue: Folder, out: Folder, *options: str) -> subprocess.Popen:
     settings = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    command = [sys.executable, "-m", "clipfh", "train", "image", str(catalogue), "--out", str(out), *settings, *options]
-    with out.with_suffix(".log").open("w") as log:
-        return subprocess.Popen(command, env=nodes.env, stdout=log, stderr=log)
+    words = ["-m", "clipfh", "train", "image", catalogue, "--out", out, *settings, *options]
+    with log_file(nodes, out).open("w") as log:
+        return subprocess.Popen(**nodes.on_head(*words), stdout=log, stderr=log)
 
 
-def workers(out: Path) -> list[int]:
+def log_file(nodes: Nodes, out: Folder) -> Path:
+    return nodes.folder / f"{out.name}.log"
+
+
+def workers(out: Folder) -> list[int]:
     """Number of workers at each report."""
     return [line["workers"] for line in run_folder.read_metrics(out)]
 
 
-def await_workers(process: subprocess.Popen, out: Path, are_there: Callable[[list[int]], bool]) -> None:
-    until(lambda: process.poll() is not None or (workers(out) and are_there(workers(out))), 900)
-    assert process.poll() is None, out.with_suffix(".log").read_text()
-
-
-def main() -> int:
+def main(store: object_store.ObjectStore) -> int:
     folder = Path(tempfile.mkdtemp(prefix="clipfh-", dir="/tmp"))
+    place = Folder(store.uri(folder.name))
     write_source(folder / "photos", items=40, seed=1, size=64)
-    made = prepare(str(folder / "photos"), folder / "catalogue", image_size=64)
-    nodes = Nodes(folder)
-    alone, elastic = folder / "alone", folder / "elastic"
-    assert train(nodes, made.path, alone, "--cpus-per-worker=1").wait() == 0, alone.with_suffix(".log").read_text()
-    process = None
+    prepare(str(folder / "photos"), place / "catalogue", image_size=64)
+    nodes, alone, elastic = Nodes(folder, apart=True, env=store.env), place / "alone", place / "elastic"
     try:
         nodes.start_all()
-        where = "--address", f"127.0.0.1:{nodes.port}"
-        process = train(nodes, made.path, elastic, "--workers=1-3", "--cpus-per-worker=1", *where)
-        await_workers(process, elastic, lambda seen: seen[-1] == 2)
-        nodes.start_worker(THIRD)
-        await_workers(process, elastic, lambda seen: seen[-1] == 3)
-        nodes.kill(FIRST)
-        await_workers(process, elastic, lambda seen: seen[-1] == 2)
-        nodes.kill(SECOND)
-        await_workers(process, elastic, lambda seen: seen[-1] == 1)
-        code = process.wait()
+        code = train(nodes, place / "catalogue", alone, "--cpus-per-worker=1").wait()
+        assert code == 0, log_file(nodes, alone).read_text()
+        code = come_and_go(nodes, place / "catalogue", elastic)
     finally:
         nodes.kill_all()
-        if process:
-            process.kill()
     print("workers at each report:", *workers(elastic))
-    same = (alone / "stream.jsonl").read_text() == (elastic / "stream.jsonl").read_text()
-    weights = [load_file(run_folder_weights(run)) for run in (alone, elastic)]
-    apart = max((one - weights[1][name]).abs().max().item() for name, one in weights[0].items())
+    same = alone.read_text(layout.STREAM) == elastic.read_text(layout.STREAM)
+    one, other = raw_weights(alone), raw_weights(elastic)
+    apart = max((weight - other[name]).abs().max().item() for name, weight in one.items())
     print(f"exit code {code}; batches {'the same' if same else 'DIFFER'}; weights apart by {apart:.1e} at most")
     good = code == 0 and same and apart < TOLERANCE
     if good:
@@ -84,11 +75,40 @@ def main() -> int:
     return 0 if good else 1
 
 
-def run_folder_weights(run: Path) -> Path:
-    """The raw weights of a run's last checkpoint."""
-    latest = max((run / "checkpoints").glob("checkpoint_*-*"))
-    return next(file for file in checkpoint.list_weight_files(latest) if file.name == "model.safetensors")
+def come_and_go(nodes: Nodes, catalogue: Folder, out: Folder) -> int:
+    """Train with one to three workers while a node comes and two are killed.
+
+    Returns:
+        The exit code.
+    """
+    address = f"--address=127.0.0.1:{nodes.port}"
+    process = train(nodes, catalogue, out, "--workers=1-3", "--cpus-per-worker=1", address)
+
+    def await_workers(count: int) -> None:
+        until(lambda: process.poll() is not None or workers(out)[-1:] == [count], 900, pause=1.0)
+        assert process.poll() is None, log_file(nodes, out).read_text()
+
+    try:
+        await_workers(2)
+        nodes.start_worker(THIRD)
+        await_workers(3)
+        nodes.kill(FIRST)
+        await_workers(2)
+        nodes.kill(SECOND)
+        await_workers(1)
+        return process.wait()
+    finally:
+        process.kill()
+
+
+def raw_weights(run: Folder) -> dict[str, torch.Tensor]:
+    """Those of a run's last checkpoint."""
+    folder = run / layout.CHECKPOINTS
+    return safetensors.torch.load(
+        folder.read_bytes(max(name for name in folder.files() if name.endswith(layout.RAW_WEIGHTS)))
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with object_store.serve_to_nodes() as store:
+        sys.exit(main(store))

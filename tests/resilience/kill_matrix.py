@@ -345,17 +345,6 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@contextmanager
-def bucket(is_wanted: bool) -> Iterator[object_store.ObjectStore | None]:
-    """An object store, which this process looks at beside the proxy, so that what is counted is the nodes' own."""
-    if not is_wanted:
-        yield None
-        return
-    with object_store.serve() as store:
-        os.environ |= {**store.env, "AWS_ENDPOINT_URL": store.direct}
-        yield store
-
-
 def row(cells: list[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -387,7 +376,7 @@ def main(names: list[str], store: object_store.ObjectStore | None) -> int:
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if word != "--bucket"]
-    with bucket("--bucket" in sys.argv) as storage:
+    with object_store.serve_to_nodes() if "--bucket" in sys.argv else nullcontext() as storage:
         kinds = {**KILLS, **(BUCKET if storage else DISK)}
         chosen = [name for name in kinds if not words or any(word in name for word in words)]
         sys.exit(main(chosen, storage))
