@@ -17,7 +17,7 @@ import functools
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -246,9 +246,11 @@ def decode_batch(
     """
     crop, flip = spec.augment.crop_min, spec.augment.flip
     out = np.empty((len(rows), spec.size, spec.size, 3), np.uint8)
+    # A place's numbers are the same however many come after it
+    draws = np.random.Generator(np.random.SFC64((spec.seed, step))).random((first + len(rows), images.NUM_DRAWS))
     for i, row in enumerate(rows):
-        rng = np.random.Generator(np.random.SFC64((spec.seed, step, first + i)))
-        out[i] = images.decode_for_training(read(int(row)), spec.size, crop, flip, rng, decoded(int(row)))
+        draw, cached = draws[first + i], decoded(int(row))
+        out[i] = images.decode_for_training(read(int(row)), spec.size, crop, flip, draw, cached)
     return out
 
 
@@ -282,12 +284,22 @@ class BatchDecoder:
         self.open_window = open_window
         self.reader_of = functools.lru_cache(maxsize=1)(self._reader_of)  # steps of a window share what it fetched
 
-    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (N,) of the global batch, and images (B, size, size, 3) uint8 of the worker's part of it."""
+    def __call__(
+        self, step: int, share_out: Callable[..., Iterable[np.ndarray]] = map, parts: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (N,) of the global batch, and images (B, size, size, 3) uint8 of the worker's part of it.
+
+        `share_out` applies a function to each of `parts` parts of these images, as `map` does.
+        """
         rows = self.sampler.batch(step, self.nearest)
         own = worker_slice(len(rows), self.part.rank, self.part.world_size)
         read = self.reader_of(*(self.sampler.windows(step) if self.open_window else ()))
-        return rows, decode_batch(self.part.spec, read, step, own.start, rows[own], self.read_decoded)
+
+        def decode(places: np.ndarray) -> np.ndarray:
+            return decode_batch(self.part.spec, read, step, places[0], rows[places], self.read_decoded)
+
+        places = [part for part in np.array_split(np.arange(own.start, own.stop), parts) if len(part)]
+        return rows, np.concatenate(list(share_out(decode, places)))
 
     def _reader_of(self, *windows: Window) -> Callable[[int], Any]:
         """Function from a row to its encoded image, for rows of some windows."""

@@ -39,8 +39,15 @@ class DecodedPhoto:
     """(h, w, 3) uint8."""
 
 
+CROP_TRIES = 10
+"""Crops that are drawn for an image until one fits."""
+
+NUM_DRAWS = 1 + 4 * CROP_TRIES
+"""Random numbers that an image takes: whether it is mirrored, and area, aspect ratio, left and top of each try."""
+
+
 def decode_for_training(
-    encoded: bytes, size: int, crop_min: float, flip: bool, rng: np.random.Generator, cached: DecodedPhoto | None = None
+    encoded: bytes, size: int, crop_min: float, flip: bool, draws: np.ndarray, cached: DecodedPhoto | None = None
 ) -> np.ndarray:
     """Decode a random crop of the image, mirrored with probability 1/2.
 
@@ -48,12 +55,20 @@ def decode_for_training(
     aspect ratio uniform between those of 3/4 and 4/3. A JPEG is decoded straight to the smallest scale that still has
     the crop's pixels. `cached`, the photo decoded before, spares the decoding and changes no pixel.
 
+    Args:
+        encoded: the image's file.
+        size: side of the model's input, pixels.
+        crop_min: smallest share of the image's area that a crop takes; 1 takes the whole image.
+        flip: whether images are mirrored.
+        draws: (NUM_DRAWS,) random numbers, uniform in [0, 1).
+        cached: the photo decoded before.
+
     Returns:
         (size, size, 3) uint8.
     """
     photo = cached or Image.open(io.BytesIO(encoded))
     width, height = photo.width, photo.height
-    left, top, w, h = _random_crop(width, height, crop_min, rng)
+    left, top, w, h = _random_crop(width, height, crop_min, draws[1:])
     reduction = _strongest_reduction(width, height, size, w, h)
     if cached and cached.reduction != reduction:
         photo = Image.open(io.BytesIO(encoded))
@@ -61,7 +76,7 @@ def decode_for_training(
     across, down = pixels.shape[1] / width, pixels.shape[0] / height
     columns, rows = _whole_pixels(left, w, across, pixels.shape[1]), _whole_pixels(top, h, down, pixels.shape[0])
     crop = _resize(pixels[rows, columns].copy(), size)
-    return crop[:, ::-1] if flip and rng.random() < 0.5 else crop
+    return crop[:, ::-1] if flip and draws[0] < 0.5 else crop
 
 
 def decode(encoded: bytes, reduction: int) -> np.ndarray:
@@ -106,16 +121,15 @@ def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def _random_crop(
-    width: int, height: int, crop_min: float, rng: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """Left, top, width and height of a random crop: the whole image if ten draws do not fit, or if crop_min is 1."""
-    for _ in range(10 if crop_min < 1 else 0):
-        area = width * height * rng.uniform(crop_min, 1)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+def _random_crop(width: int, height: int, crop_min: float, draws: np.ndarray) -> tuple[float, float, float, float]:
+    """Left, top, width and height of a random crop: the whole image if no try fits, or if crop_min is 1."""
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for area, ratio, left, top in draws.reshape(CROP_TRIES, 4).tolist() if crop_min < 1 else ():
+        pixels = width * height * (crop_min + (1 - crop_min) * area)
+        root = math.exp((low + (high - low) * ratio) / 2)
+        w, h = math.sqrt(pixels) * root, math.sqrt(pixels) / root
         if w <= width and h <= height:
-            return rng.uniform(0, width - w), rng.uniform(0, height - h), w, h
+            return left * (width - w), top * (height - h), w, h
     return 0, 0, width, height
 
 

@@ -31,7 +31,7 @@ FIRST_SHAPE, FIRST_COLOR, FIRST_PLAIN = 1, 6, 10
 
 
 def step_generator(seed: int, step: int) -> np.random.Generator:
-    """The generator of a step. Its draws differ from those of the crops, which come from (seed, step, place)."""
+    """The generator of a step. Its draws differ from those of the crops, whose generator is that of (seed, step)."""
     return np.random.Generator(np.random.SFC64((seed, step, 0, 1)))  # numpy takes zeros at the end for nothing
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -52,26 +51,28 @@ Step = tuple[int, np.ndarray, np.ndarray]
 
 
 def prefetch(steps: Iterator[Step], on: torch.device) -> Iterator[tuple[int, np.ndarray, Tensor]]:
-    """The steps with their images on the device. A thread fetches and sends each step during the step before it.
+    """The steps with their images on the device.
 
-    On a GPU the copies run on a stream of their own, in parallel with the computation. On the CPU the thread only
-    fetches.
+    For a GPU a thread fetches and sends each step during the step before it, on a stream of its own. On the CPU a step
+    is fetched when it is asked for: what would be done beside the computation would take its cores.
     """
-    beside = torch.cuda.Stream(on) if on.type == "cuda" else None
+    if on.type != "cuda":
+        yield from ((number, rows, images_to_device(images, on)) for number, rows, images in steps)
+        return
+    beside = torch.cuda.Stream(on)
 
-    def fetch() -> tuple[int, np.ndarray, Tensor, torch.cuda.Event | None] | None:
+    def fetch() -> tuple[int, np.ndarray, Tensor, torch.cuda.Event] | None:
         step = next(steps, None)
         if step is None:
             return None
-        with torch.cuda.stream(beside) if beside else contextlib.nullcontext():  # of the device too, in this thread
-            return *step[:2], images_to_device(step[2], on), beside.record_event() if beside else None
+        with torch.cuda.stream(beside):  # of the device too, in this thread
+            return *step[:2], images_to_device(step[2], on), beside.record_event()
 
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(fetch)
         while fetched := coming.result():
             coming = thread.submit(fetch)
             number, rows, pixels, sent_off = fetched
-            if sent_off:
-                torch.cuda.current_stream(on).wait_event(sent_off)
-                pixels.record_stream(torch.cuda.current_stream(on))  # not to be overwritten before that one has read it
+            torch.cuda.current_stream(on).wait_event(sent_off)
+            pixels.record_stream(torch.cuda.current_stream(on))  # not to be overwritten before that one has read it
             yield number, rows, pixels

@@ -13,13 +13,13 @@ import importlib.metadata
 import json
 import os
 import socket
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from clipfh.config import cores, memory
 from clipfh.config.experiment import Experiment, Placement
@@ -33,14 +33,16 @@ from clipfh.storage.store import Folder
 from clipfh.train import worker
 from clipfh.train.run_inputs import Inputs, Job
 
-AHEAD = 2
-"""Batches that are decoded beyond one for each core."""
 SPARE_SHARE = 1 / 8
 """Share of memory that decoded images may take unasked."""
 
 
 class InProcessFeed:
-    """The `decoding.Feed` that holds what a run reads in this process's memory."""
+    """The `decoding.Feed` that holds what a run reads in this process's memory.
+
+    A batch is decoded when it is asked for, by all threads that the steps have: threads that decoded beside a step
+    would make torch's wait for each other.
+    """
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(cores.available())
@@ -80,21 +82,12 @@ class InProcessFeed:
     def batches(self, part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         windows = decoding.open_windows(part, self._begin_reading) if part.images.window else None
         decoder = BatchDecoder(part, windows.open if windows else None)
-        count = part.tasks or cores.available()
-        pool = ThreadPoolExecutor(count)
-        try:
-            steps = range(part.first, min(part.first + count + AHEAD, part.last))
-            waiting = deque((step, pool.submit(decoder, step)) for step in steps)
-            while waiting:
-                step, future = waiting.popleft()
-                rows, pixels = future.result()
-                if (following := step + count + AHEAD) < part.last:
-                    waiting.append((following, pool.submit(decoder, following)))
+        with ThreadPoolExecutor(part.tasks or cores.available()) as pool:
+            for step in range(part.first, part.last):
+                rows, pixels = decoder(step, pool.map, torch.get_num_threads())
                 if windows:
                     windows.move(part.rank, decoder.sampler.windows(step)[0])
                 yield step, rows, pixels
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _begin_reading(self, path: str) -> Future[pa.Table]:
         return self.pool.submit(decoding.read_shard, path)
@@ -188,8 +181,6 @@ def _empty_list() -> dict[str, Any]:
 
 def wanted(placement: Placement, address: str | None) -> bool:
     """Whether a run trains in this process: one worker, on this machine's CPUs."""
-    import torch
-
     elsewhere = address or os.environ.get("RAY_ADDRESS")
     has_gpu = placement.gpus_per_worker if placement.gpus_per_worker != "auto" else torch.cuda.device_count()
     return not elsewhere and placement.workers == 1 and not has_gpu

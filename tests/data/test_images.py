@@ -22,6 +22,10 @@ def photo(width, height, mode="RGB", format="JPEG", seed=0):
     return stream.getvalue()
 
 
+def draws(seed):
+    return np.random.default_rng(seed).random(images.NUM_DRAWS)
+
+
 @given(
     st.integers(30, 400), st.integers(30, 400), st.sampled_from([32, 64, 224]), st.sampled_from(["shortest", "squash"])
 )
@@ -42,13 +46,13 @@ def test_evaluation_equals_open_clip(width, height, size, resize_mode):
 def test_any_mode_becomes_rgb(mode, format):
     encoded = photo(90, 120, mode, format)
     assert images.decode_for_evaluation(encoded, Preprocess(64, (0,) * 3, (1,) * 3)).shape == (64, 64, 3)
-    assert images.decode_for_training(encoded, 64, 0.3, True, np.random.default_rng(0)).shape == (64, 64, 3)
+    assert images.decode_for_training(encoded, 64, 0.3, True, draws(0)).shape == (64, 64, 3)
 
 
 def test_training_crop_repeats_by_seed_and_covers_the_image():
     encoded = photo(256, 200)
-    crops = [images.decode_for_training(encoded, 64, 0.2, True, np.random.default_rng(s)) for s in range(30)]
-    again = [images.decode_for_training(encoded, 64, 0.2, True, np.random.default_rng(s)) for s in range(30)]
+    crops = [images.decode_for_training(encoded, 64, 0.2, True, draws(s)) for s in range(30)]
+    again = [images.decode_for_training(encoded, 64, 0.2, True, draws(s)) for s in range(30)]
     np.testing.assert_array_equal(crops, again)
     assert len({c.tobytes() for c in crops}) == 30
 
@@ -63,16 +67,13 @@ def test_a_kept_photo_gives_the_same_crop(width, height, format, crop_min, seed)
     assert shape == [width, height] and (reduction == 1 or format == "JPEG")
     kept = images.DecodedPhoto(width, height, reduction, images.decode(encoded, reduction))
     assert kept.pixels.shape == (-(-height // reduction), -(-width // reduction), 3)
-    plain, same = (
-        images.decode_for_training(encoded, 32, crop_min, True, np.random.default_rng(seed), each)
-        for each in (None, kept)
-    )
+    plain, same = (images.decode_for_training(encoded, 32, crop_min, True, draws(seed), each) for each in (None, kept))
     np.testing.assert_array_equal(plain, same)
 
 
 def test_whole_image_without_augmentation():
     encoded = photo(128, 128)
-    crop = images.decode_for_training(encoded, 64, 1.0, False, np.random.default_rng(0)).astype(float)
+    crop = images.decode_for_training(encoded, 64, 1.0, False, draws(0)).astype(float)
     whole = np.asarray(Image.open(io.BytesIO(encoded)).resize((64, 64), Image.Resampling.BICUBIC)).astype(float)
     assert np.abs(crop - whole).mean() < 3, "a decoding short cut may round, not move"
     assert np.abs(crop[:, ::-1] - whole).mean() > 3

@@ -47,23 +47,34 @@ def steps(asked: list[threading.Event], end: Exception | None = None):
         raise end
 
 
-def test_a_batch_is_fetched_while_the_one_before_is_computed():
+def test_on_the_cpu_a_batch_is_fetched_when_it_is_asked_for():
     asked = [threading.Event() for _ in range(3)]
-    found = prefetch(steps(asked), CPU)
-    for number, rows, pixels in found:
+    for number, rows, pixels in prefetch(steps(asked), CPU):
+        assert len(rows) == number and pixels.shape == (1, 3, 2, 2) and (pixels == number).all()
+        assert [event.is_set() for event in asked] == [place <= number for place in range(3)]
+    assert number == 2
+
+
+def test_for_a_gpu_a_batch_is_fetched_while_the_one_before_is_computed(streams):
+    asked = [threading.Event() for _ in range(3)]
+    for number, rows, pixels in prefetch(steps(asked), GPU):
         assert len(rows) == number and pixels.shape == (1, 3, 2, 2) and (pixels == number).all()
         assert all(event.wait(10) for event in asked[: number + 2]), "already asked for"
     assert number == 2
 
 
-def test_what_goes_wrong_with_a_batch_is_raised_where_it_is_taken():
-    found = prefetch(steps([threading.Event()], OSError("no such photo")), CPU)
+@pytest.mark.parametrize("on", [CPU, GPU])
+def test_what_goes_wrong_with_a_batch_is_raised_where_it_is_taken(on, streams):
+    found = prefetch(steps([threading.Event()], OSError("no such photo")), on)
     next(found)
     with pytest.raises(OSError, match="no such photo"):
         next(found)
 
 
-def test_a_gpu_computes_on_images_that_have_come_and_stay(asked, monkeypatch):
+@pytest.fixture
+def streams(asked, monkeypatch):
+    """Streams of CUDA that note what is asked of them."""
+
     class Stream:
         def __init__(self, on):
             pass
@@ -78,5 +89,9 @@ def test_a_gpu_computes_on_images_that_have_come_and_stay(asked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: asked.append("kept"))
+    return asked
+
+
+def test_a_gpu_computes_on_images_that_have_come_and_stay(streams):
     assert len(list(prefetch(steps([threading.Event()]), GPU))) == 1
-    assert asked == ["pinned", True, "sent", "wait for event", "kept"]
+    assert streams == ["pinned", True, "sent", "wait for event", "kept"]

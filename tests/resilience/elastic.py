@@ -22,7 +22,7 @@ from clipfh.storage.store import Folder
 sys.path.append(str(Path(__file__).parents[1]))
 import object_store
 
-IMAGES, REPORT_EVERY = 4_800, 240
+IMAGES, REPORT_EVERY = 12_000, 240
 SETTINGS = {
     "model": "clipfh-small",
     "batch.items": 8,

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 
 from clipfh import UserError
@@ -42,6 +43,24 @@ def test_its_batches_are_those_of_ray_data(shared, recipe, small_catalogue, ray_
     for one, other in zip(here, over_ray, strict=True):
         np.testing.assert_array_equal(one[1], other[1])
         np.testing.assert_array_equal(one[2], other[2])
+
+
+def test_a_batch_is_decoded_when_it_is_asked_for_in_as_many_parts_as_the_steps_have_threads(
+    shared, recipe, monkeypatch
+):
+    steps, decode_batch = [], decoding.decode_batch
+    monkeypatch.setattr(decoding, "decode_batch", lambda *args: steps.append(args[2]) or decode_batch(*args))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        stream = in_process.InProcessFeed().batches(StreamPart(shared, recipe, 2, 9))
+        apart = [next(stream)[2] for _ in range(2)]
+        assert steps == [2] * 3 + [3] * 3
+        torch.set_num_threads(1)
+        whole = next(in_process.InProcessFeed().batches(StreamPart(shared, recipe, 3, 9)))[2]
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(apart[1], whole)
 
 
 def test_windows_are_read_once_a_pass_and_their_batches_are_the_samplers(recipe, small_catalogue, monkeypatch):
