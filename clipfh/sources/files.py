@@ -27,6 +27,8 @@ class File(NamedTuple):
     """Bytes that are no UTF-8 stand in it as `os.fsdecode` has them."""
     stamp: str
     """Size in bytes and time of change."""
+    is_dead: bool = False
+    """Whether it is a link that leads nowhere."""
 
 
 def is_local(store: fs.SubTreeFileSystem) -> bool:
@@ -34,7 +36,10 @@ def is_local(store: fs.SubTreeFileSystem) -> bool:
 
 
 def walk(store: fs.SubTreeFileSystem) -> list[File]:
-    """All files of a store, in folders that are links too. A link into a folder around it is not entered again."""
+    """All files of a store, in folders that are links too, and links that lead nowhere.
+
+    A link into a folder around it is not entered again.
+    """
     if is_local(store):
         return list(_walk_local(store.base_path, "", frozenset()))
     infos = store.get_file_info(fs.FileSelector("", recursive=True))
@@ -50,10 +55,17 @@ def _walk_local(root: str, folder: str, around: frozenset[tuple[int, int]]) -> I
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
         path = posixpath.join(folder, entry.name)
-        if entry.is_dir():
+        if _is_dead(entry):
+            yield File(path, "", is_dead=True)
+        elif entry.is_dir():
             yield from _walk_local(root, path, around | {here})
         elif entry.is_file():
             yield File(path, _stamp(entry.stat()))
+
+
+def _is_dead(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a link to what is not there, or to itself."""
+    return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110  this asks as the rest does
 
 
 def _stamp(stat: os.stat_result) -> str:
@@ -249,7 +261,10 @@ def _nothing_there(store: fs.SubTreeFileSystem, photos: list[Photo]) -> str:
 
 
 def _remedy(store: fs.SubTreeFileSystem) -> str:
-    files = [printable(file.path) for file in walk(store) if file.path.count("/") < 2]
+    listed = walk(store)
+    if dead := [file.path for file in listed if file.is_dead and is_image(file.path)]:
+        return f"{len(dead):,} links lead nowhere, e.g. {printable(dead[0])}: bring what they lead to (cp -rL copies it)"
+    files = [printable(file.path) for file in listed if file.path.count("/") < 2]
     archives = sorted(path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES))
     more = f" and {len(archives) - 5} more" if len(archives) > 5 else ""
     return f"unpack {', '.join(archives[:5])}{more} there" if archives else "put images there"

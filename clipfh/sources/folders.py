@@ -92,18 +92,21 @@ def _camera_notes(paths: Sequence[str]) -> list[str]:
 def pass_over(files: Iterable[File]) -> tuple[list[File], list[str]]:
     """The images among files, and notes on what else there is."""
     images = list[File]()
-    hidden, unread, others = 0, Counter[str](), Counter[str]()
+    hidden, dead, unread, others = 0, 0, Counter[str](), Counter[str]()
     for file in files:
         *folders, name = file.path.split("/")
         suffix = posixpath.splitext(name)[1].lower()
         if any(map(_LEFT_BEHIND.fullmatch, folders)) or _LEFT_FILES.fullmatch(name):
             hidden += 1
+        elif file.is_dead:
+            dead += 1
         elif is_image(name):
             images.append(file)
         else:
             (unread if _PICTURES_NOT_READ.fullmatch(suffix) else others)[printable(suffix)] += 1
     counts = {
         "files in hidden or thumbnail folders were passed over": hidden,
+        "links lead nowhere and were passed over": dead,
         f"files are of kinds that are not read ({_kinds(unread)}): export them as JPEG": unread.total(),
         f"other files are no photos ({_kinds(others)})": others.total(),
     }

@@ -205,6 +205,19 @@ def test_a_circle_of_links_ends(tmp_path):
     assert [photo.path for photo in read_source(tmp_path).photos] == ["sku/0.jpg"]
 
 
+def test_links_that_lead_nowhere_are_counted_and_named_where_there_is_nothing_else(tmp_path):
+    put(tmp_path, "a/0.jpg")
+    (tmp_path / "a/1.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "a/2.jpg").symlink_to("2.jpg")
+    (tmp_path / "b").symlink_to("gone")
+    listing = read_source(tmp_path)
+    assert [photo.path for photo in listing.photos] == ["a/0.jpg"]
+    assert listing.notes == ["3 links lead nowhere and were passed over"]
+    (tmp_path / "a/0.jpg").unlink()
+    with pytest.raises(UserError, match=r"no images are found or listed: 2 links lead nowhere, e.g. a/1.jpg: bring"):
+        read_source(tmp_path)
+
+
 @pytest.mark.parametrize(
     "trace", ["Img/img/WOMEN/Dresses/id_00000001/01_1_front.jpg", "img_highres/MEN/Tees/id_00000007/01_1_front.jpg"]
 )
