@@ -10,7 +10,6 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 from pyarrow import fs
 
@@ -21,6 +20,7 @@ from clipfh.data.near_copies import reduce_picture
 from clipfh.data.photo import RefusedPhotoError, shrink
 from clipfh.sources.files import is_local
 from clipfh.sources.listing import LINK, Photo
+from clipfh.sources.parquet_tables import NOWHERE, iterate_images, stands_in_table
 
 MAX_FILE_BYTES = 1 << 30
 NO_IMAGE = "a row without an image"
@@ -86,17 +86,18 @@ def encode_listed(
 
 
 def _read(store: fs.SubTreeFileSystem, photo: Photo, follow_links: bool) -> bytes:
-    if is_local(store) and not follow_links:
-        _check_inside(store.base_path, photo.file)
+    if is_local(store) and not follow_links and leads_out(store.base_path, photo.file):
+        raise RefusedPhotoError(LINK)
     if photo.part is None:
         return _read_bytes(store, photo.file)
-    if photo.file.endswith(".tar"):
+    if stands_in_table(photo):
+        group, row = photo.part
+        image = _read_images(store, photo.file, group)[row]
+        if image is not None:
+            return image
+    elif photo.part != NOWHERE:
         return _read_bytes(store, photo.file, *photo.part)
-    group, row = photo.part
-    image = _read_images(store, photo.file, group)[row]
-    if image is None:
-        raise RefusedPhotoError(NO_IMAGE)
-    return image
+    raise RefusedPhotoError(NO_IMAGE)
 
 
 def _read_bytes(store: fs.SubTreeFileSystem, file: str, offset: int = 0, size: int | None = None) -> bytes:
@@ -120,19 +121,14 @@ def _read_images(store: fs.SubTreeFileSystem, file: str, group: int) -> list[byt
     key = (store.base_path + file, group)
     if key not in _row_groups:
         _row_groups.clear()
-        with store.open_input_file(file) as opened:
-            table = pq.ParquetFile(opened)
-            name = next(name for name in table.schema_arrow.names if name.strip().casefold() == "image")
-            values = table.read_row_group(group, columns=[name])[name].to_pylist()
-        _row_groups[key] = [value["bytes"] if isinstance(value, dict) else value for value in values]
+        _row_groups[key] = list(iterate_images(store, file, group))
     return _row_groups[key]
 
 
-def _check_inside(root: str, file: str) -> None:
-    """Refuse a file that a link leads out of the source to."""
+def leads_out(root: str, file: str) -> bool:
+    """Whether a link leads out of the source `root` to this file."""
     is_link = os.path.islink(root + file)  # noqa: PTH114
-    if not _is_inside(file if is_link else file.rpartition("/")[0], root):
-        raise RefusedPhotoError(LINK)
+    return not _is_inside(file if is_link else file.rpartition("/")[0], root)
 
 
 @lru_cache(maxsize=1 << 12)  # a folder is asked for with each of its images

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
@@ -40,10 +40,12 @@ from clipfh.data.catalogue import (
     partial_folder,
     read_columns,
 )
-from clipfh.data.encode import DecodingMemory, encode_listed, start_encoding
+from clipfh.data.encode import DecodingMemory, encode_listed, leads_out, start_encoding
 from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, digest
 from clipfh.sources import read as read_module
+from clipfh.sources.files import is_local
 from clipfh.sources.listing import NOT_WANTED, UNBLAMED, LeftOut, Photo, ReadOptions
+from clipfh.sources.parquet_tables import gathered, is_scattered
 from clipfh.storage import layout, store
 from clipfh.storage.output import require_writable
 from clipfh.storage.store import Folder
@@ -125,8 +127,8 @@ def prepare(
         with _user_errors(folder):
             _claim(folder, plan)
             with temporary_looks(folder, {shard.name: len(shard.photos) for shard in shards}) as looks:
-                reader = _Reader(listing.store, image_size, follow_links)
-                _write_shards(pool, folder, shards, reader, looks, tally)
+                with _in_order(_Reader(listing.store, image_size, follow_links), shards, folder) as (reader, ordered):
+                    _write_shards(pool, folder, ordered, reader, looks, tally)
                 pool.shutdown()  # what follows needs memory, the processes none any more
                 contents = _describe_contents(folder, shards)
                 copies = find_copies([f"{folder.address}/{shard.name}" for shard in shards], compare_progress, looks)
@@ -196,6 +198,22 @@ def _cut_into_shards(photos: list[Photo]) -> list[_Shard]:
             cuts[-1] += views
         shards += [_Shard(f"{split}-{number:05d}.parquet", split, cut) for number, cut in enumerate(cuts)]
     return shards
+
+
+@contextmanager
+def _in_order(reader: _Reader, shards: list[_Shard], folder: Folder) -> Iterator[tuple[_Reader, list[_Shard]]]:
+    """What reads the shards, and these: where tables have their images scattered, they are gathered in a file first."""
+    source, photos = reader.store, [photo for shard in shards for photo in shard.photos]
+    is_free = reader.follow_links or not is_local(source)
+    may_read = is_free or not any(leads_out(source.base_path, file) for file in {photo.file for photo in photos})
+    if not (may_read and is_scattered(photos)):
+        yield reader, shards
+        return
+    with gathered(source, photos, folder.local_path() if folder.is_local else None) as (place, moved):
+        yield (
+            replace(reader, store=place),
+            [replace(shard, photos=[moved[photo] for photo in shard.photos]) for shard in shards],
+        )
 
 
 @contextmanager

@@ -263,7 +263,9 @@ def _nothing_there(store: fs.SubTreeFileSystem, photos: list[Photo]) -> str:
 def _remedy(store: fs.SubTreeFileSystem) -> str:
     listed = walk(store)
     if dead := [file.path for file in listed if file.is_dead and is_image(file.path)]:
-        return f"{len(dead):,} links lead nowhere, e.g. {printable(dead[0])}: bring what they lead to (cp -rL copies it)"
+        return (
+            f"{len(dead):,} links lead nowhere, e.g. {printable(dead[0])}: bring what they lead to (cp -rL copies it)"
+        )
     files = [printable(file.path) for file in listed if file.path.count("/") < 2]
     archives = sorted(path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES))
     more = f" and {len(archives) - 5} more" if len(archives) > 5 else ""

@@ -3,9 +3,13 @@
 import json
 import posixpath
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -128,3 +132,60 @@ def _check_type(field: pa.Field, where: str) -> None:
     text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     if not any(is_a(kind) for is_a in (*text, pa.types.is_integer, pa.types.is_floating, pa.types.is_null)):
         raise UserError(f"{where}: column {field.name} holds {kind}: store it as text")
+
+
+# The images themselves
+
+SUFFIX = ".parquet"
+MOST_READS = 2
+"""How often on average row groups are read before their images are gathered in a file."""
+NOWHERE = (0, -1)
+"""Place in a gathered file of a row without an image."""
+_BATCH = 16
+
+
+def stands_in_table(photo: Photo) -> bool:
+    """Whether the photo's image stands inside a Parquet file."""
+    return photo.part is not None and photo.file.lower().endswith(SUFFIX)
+
+
+def iterate_images(store: fs.SubTreeFileSystem, file: str, group: int) -> Iterator[bytes | None]:
+    """The images of a row group, encoded as they are; None for a row without one."""
+    with store.open_input_file(file) as opened:
+        table = pq.ParquetFile(opened)
+        name = next(name for name in table.schema_arrow.names if name.strip().casefold() == "image")
+        for batch in table.iter_batches(_BATCH, row_groups=[group], columns=[name]):
+            values = batch.column(0).to_pylist()
+            yield from (value["bytes"] if isinstance(value, dict) else value for value in values)
+
+
+def is_scattered(photos: Iterable[Photo]) -> bool:
+    """Whether images inside Parquet files, read in this order, would have row groups read again and again."""
+    groups = [_group_of(photo) for photo in photos if stands_in_table(photo)]
+    return sum(1 for _ in groupby(groups)) > MOST_READS * len(set(groups))
+
+
+def _group_of(photo: Photo) -> tuple[str, int]:
+    """File and row group of a photo in a table."""
+    assert photo.part is not None
+    return photo.file, photo.part[0]
+
+
+@contextmanager
+def gathered(
+    store: fs.SubTreeFileSystem, photos: Iterable[Photo], folder: Path | None
+) -> Iterator[tuple[fs.SubTreeFileSystem, Mapping[Photo, Photo]]]:
+    """The images of photos in tables, one after another in a temporary file in `folder`: its folder, and their places.
+
+    Each row group is read once, some images at a time. The file takes as much of the disk as the images do.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="images-", suffix=".new") as file:
+        moved, where = dict[Photo, Photo](), Path(file.name)
+        for (table, group), its in groupby(sorted(photos, key=_group_of), key=_group_of):
+            of_row = {photo.part: photo for photo in its}
+            for row, image in enumerate(iterate_images(store, table, group)):
+                if photo := of_row.get((group, row)):
+                    part = NOWHERE if image is None else (file.tell(), file.write(image))
+                    moved[photo] = photo._replace(file=where.name, part=part)
+        file.flush()
+        yield fs.SubTreeFileSystem(str(where.parent), fs.LocalFileSystem()), moved

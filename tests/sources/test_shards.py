@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import tarfile
 
 import numpy as np
@@ -12,7 +13,9 @@ from PIL import Image
 from shop import colored, rows_of, saved
 
 from clipfh import UserError
+from clipfh.data import encode
 from clipfh.data.prepare import prepare
+from clipfh.sources import parquet_tables
 from clipfh.sources.listing import LINK
 from clipfh.sources.read import read_source
 from clipfh.sources.tar_shards import NO_IMAGE
@@ -66,6 +69,30 @@ def test_a_folder_of_shards_of_a_hub_has_its_splits_and_the_names_of_its_labels(
     assert items(catalogue) == expected("boot {}".format)
     assert {row["item_id"] for row in rows_of(catalogue, "query", "gallery")} == {"boot 6", "boot 7"}
     assert "there is no item_id: items are the values of label" in catalogue.manifest["notes"]
+
+
+def test_shuffled_rows_make_the_same_catalogue_and_each_row_group_is_read_once(tmp_path, quick, monkeypatch):
+    reads, iterate = [], parquet_tables.iterate_images
+
+    def counted(store, file, group):
+        reads.append((file, group))
+        return iterate(store, file, group)
+
+    for module in (parquet_tables, encode):
+        monkeypatch.setattr(module, "iterate_images", counted)
+    table = hub_table(PHOTOS, item_id=[path.partition("/")[0] for path in PHOTOS])
+    table = table.append_column("image_path", pa.array([*PHOTOS])).to_pylist()
+    table[5]["image"] = None
+    made = {}
+    for name, rows in {"sorted": table, "shuffled": random.Random(0).sample(table, len(table))}.items():
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet", row_group_size=5)
+        made[name] = prepare(tmp_path / f"{name}.parquet", tmp_path / name, max_bad=0.1)
+    assert made["sorted"].manifest["hash"] == made["shuffled"].manifest["hash"]
+    left_out = made["shuffled"].manifest["left_out"]["list"]
+    assert left_out == made["sorted"].manifest["left_out"]["list"] == [["sku1/1.jpg", "a row without an image"]]
+    shuffled = [read for read in reads if read[0] == "shuffled.parquet"]
+    assert len(shuffled) == len(set(shuffled)) == 7
+    assert not list(tmp_path.rglob("images-*"))
 
 
 def test_a_row_without_an_image_is_left_out(tmp_path, quick):
