@@ -11,6 +11,12 @@ import torch
 from clipfh import UserError
 
 
+def gpus_here() -> int:
+    """Number of GPUs, 0 or 1, for a process that computes alone on this machine: also one that does not work, as Ray
+    counts it."""
+    return min(1, torch.cuda.device_count())
+
+
 def choose_device(gpus: float | None = None) -> torch.device:
     """The device that a process computes on. Its share of GPUs decides, not what torch sees, because Ray hides no GPU
     from a process that was given none.

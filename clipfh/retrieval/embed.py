@@ -21,7 +21,7 @@ from clipfh.data import images as images_module
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.images import Preprocess
 from clipfh.model.clip import get_architecture, get_preprocess, load_tokenizer
-from clipfh.model.devices import choose_device, explain_out_of_memory, resolve_precision
+from clipfh.model.devices import choose_device, explain_out_of_memory, gpus_here, resolve_precision
 from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.storage import store
 
@@ -66,7 +66,7 @@ class InProcessEncoder:
     """The encoder that embeds in this process. Threads decode the next images while the model embeds."""
 
     def __init__(self, clip: nn.Module, settings: ModelSettings) -> None:
-        device = choose_device(min(1, torch.cuda.device_count()))  # also one that does not work, as Ray does
+        device = choose_device(gpus_here())
         self.settings, self.preprocess = settings, get_preprocess(clip)
         self.architecture = get_architecture(clip)
         self.towers = Towers(clip).to(device)

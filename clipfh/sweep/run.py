@@ -19,6 +19,7 @@ from clipfh.cluster.resources import max_concurrent_runs, resolve_placement
 from clipfh.config import sweep_file
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue, open_catalogue
+from clipfh.model.devices import gpus_here
 from clipfh.retrieval.evaluate import get_splits
 from clipfh.storage import layout
 from clipfh.storage.output import all_or_nothing
@@ -140,7 +141,7 @@ def _load(file: str | Path, settings: Mapping[str, Any] | None, trials: int | No
 def _measure_here(one: SweepFile, opened: Catalogue, in_a_process: bool) -> estimate.Measured:
     """What steps take on this machine. Peaks of memory only grow, so each of several models has its own process."""
     gpus = one.placement.gpus_per_worker
-    given = 0, None if gpus == "auto" else gpus, one.placement.workers
+    given = 0, gpus_here() if gpus == "auto" else gpus, one.placement.workers
     if not in_a_process:
         return estimate.measure(opened, one.experiment(one.first), *given)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

@@ -147,6 +147,11 @@ def test_what_is_measured_is_given_what_a_worker_is(tmp_path, monkeypatch):
     run._measure_here(sweep(tmp_path, placement={"gpus_per_worker": 0.5}), None, in_a_process=False)
     assert asked.pop() == (0, 0.5, 1)
 
+    for seen, given in ((0, 0), (4, 1)):  # one that torch can't compute on is given too, and refused
+        monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: seen)
+        run._measure_here(sweep(tmp_path), None, in_a_process=False)
+        assert asked.pop() == (0, given, 1)
+
     task = SimpleNamespace(options=lambda **how: asked.append(how) or SimpleNamespace(remote=estimate.measure))
     monkeypatch.setattr("ray.remote", lambda **_: lambda function: task)
     monkeypatch.setattr("ray.get", lambda result: result)
