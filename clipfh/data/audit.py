@@ -57,6 +57,11 @@ class CopyGroup:
     photos: list[CopiedPhoto]
 
     @property
+    def is_placeholder(self) -> bool:
+        """Whether one picture stands for many items. Mere likeness, as of a drawing in many colours, makes none."""
+        return self.kind != "near" and self.num_items >= MANY_ITEMS
+
+    @property
     def num_items(self) -> int:
         """Number of items that the picture lies under."""
         return len({photo.item_id for photo in self.photos})
@@ -289,11 +294,10 @@ _REACHES: dict[Reach, str] = {"item": "within an item", "items": "across items",
 
 def describe_copies(groups: Sequence[CopyGroup]) -> list[str]:
     """Notes on the copies of a catalogue, a line each."""
-    notes = [
-        f"1 picture lies under {group.num_items:,} items: a placeholder?"
-        for group in groups
-        if group.num_items >= MANY_ITEMS
-    ]
+    most = sorted(group.num_items for group in groups if group.is_placeholder)
+    notes = [f"1 picture lies under {most[0]:,} items: a placeholder?"] if len(most) == 1 else []
+    if len(most) > 1:
+        notes = [f"{len(most):,} pictures lie under {most[0]:,} to {most[-1]:,} items each: placeholders?"]
     images, count = Counter[tuple[Kind, Reach]](), Counter[tuple[Kind, Reach]]()
     for group in groups:
         images[group.kind, group.reach] += len(group.photos)
@@ -313,12 +317,12 @@ def photos_to_leave_out(groups: Sequence[CopyGroup]) -> list[str]:
     comparable, then the first by its path. Of a placeholder none is.
     """
     photos = {photo.path: photo for group in groups for photo in group.photos}
+    placeholders = {photo.path for group in groups if group.is_placeholder for photo in group.photos}
     joined = join_pairs((group.photos[0].path, photo.path) for group in groups for photo in group.photos)
     left_out = []
     for paths in joined:
         ordered = sorted(paths, key=lambda path: (-SPLITS.index(photos[path].split), path))
-        is_placeholder = len({photos[path].item_id for path in paths}) >= MANY_ITEMS
-        left_out += ordered if is_placeholder else ordered[1:]
+        left_out += ordered[1:] if placeholders.isdisjoint(paths) else ordered
     return left_out
 
 

@@ -196,7 +196,7 @@ def _sections(copies: Sequence[CopyGroup]) -> list[dict[str, Any]]:
     }
     groups = defaultdict[str, list[CopyGroup]](list)
     for group in copies:
-        groups["many" if group.num_items >= MANY_ITEMS else group.reach].append(group)
+        groups["many" if group.is_placeholder else group.reach].append(group)
     return [
         {"title": title, "count": len(groups[key]), "groups": groups[key][:SHOWN_GROUPS]}
         for key, title in headings.items()

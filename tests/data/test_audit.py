@@ -120,8 +120,16 @@ def test_one_photo_of_each_picture_is_kept_and_none_of_a_placeholder():
     leak = CopyGroup("pixel", [of("a", "train"), of("b", "query")])
     joined = CopyGroup("near", [of("a", "train"), of("c", "train")])
     placeholder = CopyGroup("byte", [of(f"p{n}", "train") for n in range(audit.MANY_ITEMS)])
-    left_out = audit.photos_to_leave_out([leak, joined, placeholder])
-    assert sorted(left_out) == ["a/0.jpg", "c/0.jpg", *(f"p{n}/0.jpg" for n in range(audit.MANY_ITEMS))]
+    colours = CopyGroup("near", [of(f"c{n}", "train") for n in range(audit.MANY_ITEMS)])
+    left_out = audit.photos_to_leave_out([leak, joined, placeholder, colours])
+    merely_alike = [f"c{n}/0.jpg" for n in range(1, audit.MANY_ITEMS)]
+    assert sorted(left_out) == [
+        *("a/0.jpg", "c/0.jpg", *merely_alike),
+        *(f"p{n}/0.jpg" for n in range(audit.MANY_ITEMS)),
+    ]
+    other = CopyGroup("pixel", [of(f"q{n}", "train") for n in range(9)])
+    notes = audit.describe_copies([leak, placeholder, colours, other])
+    assert notes[0] == "2 pictures lie under 5 to 9 items each: placeholders?"
 
 
 @pytest.fixture
