@@ -58,10 +58,10 @@ def audit(args: argparse.Namespace) -> None:
     if found.suspects is None:
         print("labels were not looked at: --checkpoint names a model that can tell items apart")
     else:
-        rows = [[each.path, each.item_id, each.like, f"{each.margin:.3f}"] for each in found.suspects[:20]]
+        rows = [[each.path, each.item_id, each.like, f"{each.ratio:.1f}"] for each in found.suspects[:20]]
         print(f"{len(found.suspects):,} views look like another item's" + ", the first 20:" * (len(rows) == 20))
         if rows:
-            print(console.table(["path", "item", "looks like", "by"], rows))
+            print(console.table(["path", "item", "looks like", "times as near"], rows))
     print(f"page {found.page}")
     if found.without:
         print(f"{len(found.without):,} photos to leave out by prepare --without: {found.page.parent / layout.WITHOUT}")

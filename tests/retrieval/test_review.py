@@ -42,25 +42,61 @@ def test_views_under_the_wrong_item_are_suspected():
         ("5.jpg", "item9", "item1"),
         ("42.jpg", "item2", "item10"),
     }
-    assert [each.margin for each in suspects] == sorted((each.margin for each in suspects), reverse=True)
+    deviations = [each.deviation for each in suspects]
+    assert deviations == sorted(deviations, reverse=True)
     assert review.find_suspects(embedding, table(items)) == []
 
 
-def test_margins_are_those_of_a_loop_and_single_views_are_not_suspected():
-    embedding, items = embeddings(spread=2.0)
+def test_wrong_labels_that_a_model_has_learned_are_suspected():
+    generator = torch.Generator().manual_seed(1)
+    means = torch.randn(60, 32, generator=generator) + 3  # cosines of embeddings are large where models are small
+    item = torch.arange(60).repeat_interleave(VIEWS)
+    is_train = item < 40
+    spread = torch.where(is_train, 0.1, 0.6)[:, None]  # what a model has learned lies close together
+    embedding = means[item] + spread * torch.randn(len(item), 32, generator=generator)
+    learned, seen_first_now = [5, 50, 101], [170, 201]
+    for row in learned:  # drawn to the item that they were learned under, and still nearer to their own
+        embedding[row] = 0.65 * means[item[row]] + 0.35 * means[item[row] + 1] + embedding[row] - means[item[row]]
+    names = [f"item{number}" for number in item.tolist()]
+    for row in learned + seen_first_now:
+        names[row] = f"item{item[row] + 1}"
+    rows = table(names).set_column(2, "split", [["train" if each else "query" for each in is_train.tolist()]])
+    suspects = review.find_suspects(normalize(embedding), rows)
+    assert {each.path for each in suspects} == {f"{row}.jpg" for row in learned + seen_first_now}
+    assert all(each.like == f"item{item[int(each.path[:-4])]}" for each in suspects)
+
+
+@pytest.mark.parametrize("num_train", [60, 110], ids=["two groups", "too few others"])
+def test_suspects_are_those_of_a_loop_and_single_views_are_none(num_train):
+    embedding, items = embeddings(spread=0.8)
     items[:2] = ["single", "item7"]
-    suspects = {each.path: each for each in review.find_suspects(embedding, table(items), margin=-9)}
+    rows = table(items).set_column(2, "split", [["train"] * num_train + ["query"] * (len(items) - num_train)])
+    suspects = {each.path: each for each in review.find_suspects(embedding, rows, 1e-9, -99)}
     assert len(suspects) == len(items) - 1 and "0.jpg" not in suspects
-    names = np.array(items)
-    for row in range(1, len(items)):
-        mean = {
-            name: normalize(embedding[(names == name) & (np.arange(len(names)) != row)].sum(0), dim=0)
-            for name in set(items)
-        }
-        own = float(embedding[row] @ mean.pop(items[row]))
-        like = max(mean, key=lambda name: float(embedding[row] @ mean[name]))
-        assert suspects[f"{row}.jpg"].like == like
-        assert suspects[f"{row}.jpg"].margin == pytest.approx(float(embedding[row] @ mean[like]) - own, abs=1e-5)
+    views = {name: [row for row, its in enumerate(items) if its == name] for name in items}
+    groups = [range(1, 60), range(60, len(items))] if num_train == 60 else [range(1, len(items))]
+
+    def distances(row, its):
+        """Of a view to the mean of views, and to the nearest."""
+        mean = normalize(embedding[its].sum(0), dim=0)
+        return [1 - float(embedding[row] @ mean), 1 - max(float(embedding[row] @ embedding[other]) for other in its)]
+
+    for group in groups:
+        own = {row: distances(row, [other for other in views[items[row]] if other != row]) for row in group}
+        soft = [sorted(column)[(len(group) - 1) // 2] / 4 for column in zip(*own.values(), strict=True)]
+        logs = {}
+        for row in group:
+            others = {name: distances(row, its) for name, its in views.items() if name != items[row]}
+            like = min(others, key=lambda name: others[name][0])
+            assert suspects[f"{row}.jpg"].like == like
+            pairs = zip(own[row], others[like], soft, strict=True)
+            logs[row] = np.mean([np.log((mine + much) / (its + much)) for mine, its, much in pairs])
+            assert suspects[f"{row}.jpg"].ratio == pytest.approx(np.exp(logs[row]), rel=1e-4)
+        median = sorted(logs.values())[(len(group) - 1) // 2]
+        deviation = sorted(abs(log - median) for log in logs.values())[(len(group) - 1) // 2]
+        for row in group:
+            expected = (logs[row] - median) / (1.4826 * deviation)
+            assert suspects[f"{row}.jpg"].deviation == pytest.approx(expected, abs=1e-2)
 
 
 # Copies in an evaluation: items a and b with a query each, and gallery photos
@@ -155,8 +191,9 @@ def test_the_page_shows_copies_and_the_list_keeps_the_test_photo(small_catalogue
 def test_a_model_names_suspects_and_those_of_train_alone_are_listed(small_catalogue, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(small_catalogue.path, tmp_path / "catalogue")
     assert main.main(["audit", str(folder), "--model", "clipfh-small"]) == 0
-    assert (folder / "without.txt").read_text() == "" and "Not looked for" not in (folder / "audit.html").read_text()
-    monkeypatch.setattr(review, "MARGIN", -0.001)
+    assert "Not looked for" not in (folder / "audit.html").read_text()
+    monkeypatch.setattr(review, "RATIO", 1.0)
+    monkeypatch.setattr(review, "DEVIATIONS", -1.0)
     found = clipfh.audit(folder, settings={"model.name": "clipfh-small"})
     assert found.suspects and {each.split for each in found.suspects} > {"train"}
     of_train = [each.path for each in found.suspects if each.split == "train"]
