@@ -38,10 +38,10 @@ base: {model.name: clipfh-small, batch.items: 8, batch.views: 2, budget.report_e
 search:
   optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
 trials: 4
-budget: {images: 1536}
+budget: {images: 2560}
 placement: {concurrent: 2}
 """
-TRIALS, INTERVAL, TOTAL = 4, 16, 96
+TRIALS, INTERVAL, TOTAL = 4, 16, 160
 """Trials; steps between two checkpoints, and of a trial."""
 OVER = ("done", "stopped")
 
