@@ -43,6 +43,8 @@ DIFFERENCE = 0.34
 """Largest difference of a near copy: that of the part of the picture that differs most, by the picture's contrast."""
 DETAIL = 0.25
 """Largest detail that one photo has and the other lacks: a letter, an emblem on a flag; by the picture's contrast."""
+GAIN = 1.35
+"""Largest gain of the light between near copies: what is brighter or darker than that is another colour."""
 CHUNK = 1024
 """Number of photos, or of pairs, that are worked on at a time."""
 QUERIES = 256
@@ -328,17 +330,20 @@ def _detail(pairs: Pairs, read: Read) -> np.ndarray:
     """How much of their difference (n,) at 32 x 32 no shift explains, in the worst of 8 x 8 parts, by the contrast.
 
     A window that lies a little wrong differs where both photos have an edge, by what their grey levels change within a
-    pixel. A detail of one photo differs where the other is flat.
+    pixel. A detail of one photo differs where the other is flat. Photos whose light differs by more than GAIN differ
+    infinitely.
     """
     larger, whole = (_take(read, rows).mean(1, keepdims=True) for rows in (pairs.larger, pairs.whole))
     larger[pairs.is_mirrored] = larger[pairs.is_mirrored, ..., ::-1]
     window = _sample(larger, _inner(_mirror(pairs.place, pairs.is_mirrored)), 32)[:, 0]
     whole = _sample(whole, _inner(_WHOLE_PLACE), 32)[:, 0]
     one, other = (each - each.mean((1, 2), keepdims=True) for each in (window, whole))
-    one *= ((one * other).sum((1, 2)) / np.maximum((one**2).sum((1, 2)), 1e-9))[:, None, None]
+    gain = (one * other).sum((1, 2)) / np.maximum((one**2).sum((1, 2)), 1e-9)
+    one *= gain[:, None, None]
     beyond = np.maximum(np.abs(one - other) - np.minimum(_slope(one), _slope(other)), 0)
     squares = (beyond**2).reshape(len(pairs), 8, 4, 8, 4).mean((2, 4)).max((1, 2))
-    return np.sqrt(squares) / np.maximum(other.std((1, 2)), 1e-9)
+    is_alike = (gain < GAIN) & (gain > 1 / GAIN)
+    return np.where(is_alike, np.sqrt(squares) / np.maximum(other.std((1, 2)), 1e-9), np.inf)
 
 
 def _slope(images: np.ndarray) -> np.ndarray:

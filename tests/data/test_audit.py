@@ -86,6 +86,16 @@ def test_a_letter_or_an_emblem_tells_two_drawings_apart():
     assert near([encoded(flag), encoded(with_emblem), again]) == {(1, 2)}
 
 
+def test_swatches_of_two_tones_are_no_copies_and_a_little_brighter_ones_are():
+    def swatch(color: tuple[int, int, int]) -> bytes:
+        image = Image.new("RGB", (80, 80), "white")
+        ImageDraw.Draw(image).rounded_rectangle((8, 8, 72, 72), 8, color)
+        return encoded(image)
+
+    assert near([swatch((190, 140, 100)), swatch((151, 71, 7)), swatch((222, 197, 177))]) == set()
+    assert near([swatch((190, 140, 100)), swatch((180, 123, 77))]) == {(0, 1)}
+
+
 def test_a_plain_picture_is_a_near_copy_of_none():
     assert near([encoded(Image.new("RGB", (60, 80), color)) for color in ("white", "#fefefe", "black")]) == set()
 
