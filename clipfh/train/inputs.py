@@ -18,6 +18,7 @@ from clipfh.config.schedule import make_schedule
 from clipfh.data.audit import picture_codes, read_copies
 from clipfh.data.catalogue import Catalogue
 from clipfh.data.decoding import Feed, fetch
+from clipfh.data.prompts import note_fit
 from clipfh.data.sampler import ItemIndex, make_sampler
 from clipfh.learn.learner import ItemCaptions, count_trained
 from clipfh.model import architecture as architectures
@@ -261,8 +262,8 @@ def tokenize_captions(
     names = item_names.to_pylist()
     tokenizer = load_tokenizer(architecture)
     prompt_of = load_prompts_for(catalogue, experiment, tokenizer, *splits)
-    if not set(names) & set(prompt_of):
-        raise UserError(f"--text.file {experiment.text.file} names none of the train items, e.g. {names[0]}")
+    if experiment.text.file:
+        note_fit(prompt_of, names, f"--text.file {experiment.text.file}")
     distinct = {text: i for i, text in enumerate(sorted({prompt_of[n] for n in names if n in prompt_of}))}
     of_item = np.array([distinct[prompt_of[n]] if n in prompt_of else -1 for n in names], np.int32)
     tokens = tokenizer(list(distinct)).numpy().astype(np.int32)

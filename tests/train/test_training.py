@@ -191,6 +191,14 @@ def test_prompts_that_are_cut_are_counted(small_catalogue, tiny, tmp_path):
     assert num_cut == 1 and (captions.of_item >= 0).tolist() == [True, True] + [False] * (len(names) - 2)
 
 
+def test_why_no_prompt_of_a_file_is_of_a_train_item_is_told(small_catalogue, tiny, tmp_path):
+    names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
+    (tmp_path / "prompts.json").write_text(json.dumps({names[0].upper(): "a shirt"}))
+    experiment = schema.replace(tiny, {"text.file": str(tmp_path / "prompts.json"), "loss.infonce": 1.0})
+    with pytest.raises(UserError, match="none of its 1 prompts .* its names differ in case, blanks or .0: 'ID_"):
+        tokenize_captions(small_catalogue, pa.array(names), experiment, find_architecture(experiment.model), "train")
+
+
 def test_patience_stops_a_run_that_no_longer_improves(fitted, tiny):
     still = schema.replace(tiny, {"optimizer.lr": 1e-12, "budget.images": 640, "budget.patience": 2})
     assert len(run_folder.read_metrics(fitted(still))) == 3
