@@ -129,18 +129,7 @@ class WindowReader:
         self.shards, self.following, self.read, self.ranks = shards, following, read, ranks
         self.opened: dict[Window, dict[int, Any]] = {}
         self.places: dict[int, Window] = {}
-        self.earliest: Window | None = None
         self.lock = threading.Lock()
-
-    def is_near(self, window: Window) -> bool:
-        """Whether a window is the one in use or one of the two behind it.
-
-        What is decoded far ahead would hold windows that memory has no room for.
-        """
-        with self.lock:
-            self.earliest = min(self.earliest or window, window)
-            used = min(self.places.values()) if len(self.places) == self.ranks else self.earliest
-            return window <= self.following(self.following(used))
 
     def open(self, window: Window) -> Mapping[int, Any]:
         """Shard to handle of a window."""

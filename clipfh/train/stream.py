@@ -21,7 +21,6 @@ No other process stands between a worker and its tasks. `decoding` shows how row
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import itertools
@@ -47,9 +46,6 @@ FIRST_TASKS, FIRST_IMAGES = 4, 256
 
 TASK_IMAGES, TASK_MIB = 1024, 64
 """Upper limits for every other task: many images, so that Ray's own work for a task counts little."""
-
-WAITING = 10_000
-"""Tasks, of all workers of a run, that may wait for a window at a time."""
 
 TASK_CPUS = 0.5
 """CPUs of a task: tasks wait for memory as well as computing, and two to a core keep it busy."""
@@ -133,14 +129,12 @@ def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     spec = part.spec
-    window = part.images.window
-    most = max(1, window // 2 // spec.batch.images) if window else part.last  # a task waits for few windows at a time
-    steps = _Steps(part.first, part.last, max(1, spec.batch.images // part.world_size), spec.size, most)
+    steps = _Steps(part.first, part.last, max(1, spec.batch.images // part.world_size), spec.size)
     # As many blocks as it has tasks: Ray Data would cut them further. And one kind of task, so that steps are counted
     # where they are decoded; processes of their own would hold CPUs to the end
     kind = {"concurrency": part.tasks, **TASK, **({} if part.takes_cpus else {"num_cpus": 0})}
     counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **kind)
-    windows = _window_actor(part) if window else None
+    windows = _window_actor(part) if part.images.window else None
     work = functools.partial(_decode_steps, part=part, windows=windows)
     decoded = counted.map_batches(work, batch_size=None, **kind)
     decoded.context.execution_options.preserve_order = True
@@ -156,19 +150,14 @@ class _Windows:
 
     def __init__(self, part: StreamPart) -> None:
         self.reader = decoding.open_windows(part, _read_shard.remote)
-        self.moved = asyncio.Condition()
 
-    async def open(self, window: Window) -> dict[int, Any]:
-        """Shard to reference of a window, once it is near: Ray Data would decode as far ahead as there is room."""
-        async with self.moved:
-            await self.moved.wait_for(lambda: self.reader.is_near(window))
-            return dict(self.reader.open(window))
+    def open(self, window: Window) -> dict[int, Any]:
+        """Shard to reference of a window."""
+        return dict(self.reader.open(window))
 
-    async def move(self, rank: int, window: Window) -> None:
+    def move(self, rank: int, window: Window) -> None:
         """Note that a worker's batches have come to a window."""
-        async with self.moved:
-            self.reader.move(rank, window)
-            self.moved.notify_all()
+        self.reader.move(rank, window)
 
 
 _actors: dict[str, Any] = {}
@@ -186,12 +175,7 @@ def _window_actor(part: StreamPart) -> Any:
 
 
 def _start_actor(part: StreamPart, **options: Any) -> Any:
-    outside = {
-        "max_concurrency": WAITING,
-        "num_cpus": 0,
-        "scheduling_strategy": "DEFAULT",
-        "runtime_env": TASK["runtime_env"],
-    }
+    outside = {"num_cpus": 0, "scheduling_strategy": "DEFAULT", "runtime_env": TASK["runtime_env"]}
     return ray.remote(_Windows).options(**outside, **options).remote(part)
 
 
@@ -203,12 +187,11 @@ class _Steps(ray.data.Datasource):
         last: step after the last.
         images: number of images in a step.
         size: side of an image, pixels.
-        most: largest number of steps in a task.
     """
 
-    def __init__(self, first: int, last: int, images: int, size: int, most: int) -> None:
-        small = min(most, max(1, FIRST_IMAGES // images))
-        large = min(most, max(1, min(TASK_IMAGES, TASK_MIB * 2**20 // (3 * size**2)) // images))
+    def __init__(self, first: int, last: int, images: int, size: int) -> None:
+        small = max(1, FIRST_IMAGES // images)
+        large = max(1, min(TASK_IMAGES, TASK_MIB * 2**20 // (3 * size**2)) // images)
         then = min(first + FIRST_TASKS * small, last)
         cuts = [*range(first, then, small), *range(then, last, large), last]
         self.tasks = list(itertools.pairwise(cuts))

@@ -117,17 +117,6 @@ def test_a_reader_waits_for_the_last_worker():
     assert set(reader.opened) == {(0, 2), (0, 3)}
 
 
-def test_windows_that_are_far_ahead_of_the_last_worker_are_not_near():
-    plan = shards_of_four(window=32)
-    reader = WindowReader(plan.shards, plan.plan.following, lambda shard: shard, ranks=2)
-    four = [(0, 0), (0, 1), (0, 2), (0, 3)]
-    assert [reader.is_near(window) for window in four] == [True] * 3 + [False], "from the first that is asked for"
-    reader.move(0, (0, 1))
-    assert not reader.is_near((0, 3)), "the other worker may be behind"
-    reader.move(1, (0, 1))
-    assert [reader.is_near(window) for window in (*four, (1, 0))] == [True] * 4 + [False]
-
-
 def test_a_shard_of_two_windows_is_read_once():
     """Its last item goes on in the next shard, which is in another window."""
     reads = []
