@@ -4,13 +4,14 @@ import errno
 import json
 import os
 import posixpath
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_plus
 
 from pyarrow import fs
 
@@ -113,19 +114,22 @@ def read_stamp(store: fs.SubTreeFileSystem, path: str) -> str:
 # From listed paths to files
 
 
+_DRIVE = re.compile(r"[A-Za-z]:/")
+
+
 def below(path: str, root: str) -> str:
     """The path below the folder `root/`, which it may begin with; empty where it leads elsewhere."""
     roots = (root, f"{os.path.realpath(root)}/")
     path = next((path.removeprefix(each) for each in roots if path.startswith(each)), path)
-    if path.startswith("/") or "://" in path or "\0" in path:
+    if path.startswith(("/", "~/")) or _DRIVE.match(path) or "://" in path or "\0" in path:
         return ""
     path = posixpath.normpath(path)
     return "" if path == "." or path.startswith("..") else path
 
 
 def _as_url(path: str) -> str:
-    """A `file:` URL, or a path with backslashes, quotes or blanks around it, as a plain path."""
-    path = path.strip().strip("\"'").replace("\\", "/")
+    """A `file:` URL, or a path with backslashes, quotes or blanks around it or ~ for the home, as a plain path."""
+    path = os.path.expanduser(path.strip().strip("\"'").replace("\\", "/"))  # noqa: PTH111  a Path drops slashes
     return path.removeprefix("file://localhost").removeprefix("file://") if path.startswith("file:") else path
 
 
@@ -133,7 +137,12 @@ def _unquoted(path: str) -> str:
     return unquote(_as_url(path))
 
 
-SPELLINGS: tuple[Callable[[str], str], ...] = (str, _as_url, _unquoted)
+def _unquoted_twice(path: str) -> str:
+    """A path quoted twice, or as web forms do it, with + for a blank."""
+    return unquote(unquote_plus(_as_url(path)))
+
+
+SPELLINGS: tuple[Callable[[str], str], ...] = (str, _as_url, _unquoted, _unquoted_twice)
 """What a listed path may stand for, the likeliest first."""
 
 
@@ -252,7 +261,7 @@ def _nothing_there(store: fs.SubTreeFileSystem, photos: list[Photo]) -> str:
     path, where = _as_url(photos[0].path), f"{store.base_path}: {len(photos):,} images are listed, none is there"
     if "://" in path:
         return f"{where}: they are listed by URL ({path[:100]}): download them, and list the paths of the files"
-    if not below(path, store.base_path) or path[1:3] == ":/":
+    if not below(path, store.base_path):
         return (
             f"{where}: {path[:100]} is not inside it: give paths relative to it; a table lies beside or above its "
             "photos, so move it where they are"

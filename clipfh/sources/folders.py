@@ -14,7 +14,7 @@ from clipfh.sources.listing import Listing, Photo, make_photo, split_named
 # What operating systems, storage boxes, notebooks and file managers leave in folders of photos
 _LEFT_BEHIND = re.compile(
     r"""\..* | ~.* | @.* | \#recycle | \#snapshot | \$recycle\.bin | recycle[rd] | system\ volume\ information
-      | __macosx | lost\+found | __pycache__ | .*\.lrdata | [_@]*thumb(nail)?s?""",
+      | __macosx | lost\+found | __pycache__ | .*\.lrdata | [_@]*(thumb(nail)?|preview|cache)s?""",
     re.VERBOSE | re.IGNORECASE,
 )
 _LEFT_FILES = re.compile(r"\..*|~.*|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r", re.IGNORECASE)
@@ -44,9 +44,9 @@ def read_folders(store: fs.SubTreeFileSystem, files: Sequence[File]) -> Listing:
     """
     images, notes = pass_over(files)
     notes += tables_beside(files)
-    base, splits = _split_folders(images)
+    base, splits = split_folders(images)
     images, more = _inside_splits(images, base, splits) if splits else _without_loose(images)
-    rows = [(file, _below_split(file.path, base, splits)) for file in images]
+    rows = _without_collection([(file, below_split(file.path, base, splits)) for file in images])
     loose = [path for _, (_, path) in rows if "/" not in path]
     _refuse_lists(store.base_path, files, {posixpath.dirname(file.path) for file, (_, path) in rows if "/" not in path})
     ids = _ids_by_name(loose)
@@ -59,6 +59,11 @@ def read_folders(store: fs.SubTreeFileSystem, files: Sequence[File]) -> Listing:
         name, item = next(iter(ids.items()))
         more.append(f"items are what the names of the photos begin with: {printable(name)} is of {item}")
     more += _camera_notes([path for _, (_, path) in rows])
+    if inner := [path for _, (split, path) in rows if not split and _split_of_folder(path.split("/")[-2:][0])]:
+        more.append(
+            f"{len(inner):,} photos lie in folders called as splits are, within others, e.g. {printable(inner[0])}, "
+            "which count as items: put the split folders around the others, or list the photos in a CSV with split"
+        )
     photos = [_photo(file, split, path, ids) for file, (split, path) in rows]
     junk = [photo for photo in photos if photo.item_id == JUNK_ID] if _CAMERAS in more else []
     if junk:
@@ -120,18 +125,39 @@ def _kinds(suffixes: Counter[str]) -> str:
 # Split folders
 
 
-def _split_folders(images: Sequence[File]) -> tuple[str, dict[str, str]]:
+def split_folders(images: Sequence[File]) -> tuple[str, dict[str, str]]:
     """The folder that split folders lie in, "" or "data/", and the split of each; none where they aren't such."""
     base = ""
     while True:
         inside = [file.path[len(base) :] for file in images]
         folders = {path.partition("/")[0] for path in inside if "/" in path}
-        splits = {folder: split for folder in sorted(folders) if (split := _split_of_folder(folder))}
+        splits = _splits_of_folders(sorted(folders))
         if len(set(splits.values())) > 1:
-            return base, _asked_splits(splits)
+            return base, _nested_splits(inside, _asked_splits(splits))
         if len(folders) != 1 or any("/" not in path for path in inside):
             return "", {}
         base += f"{folders.pop()}/"
+
+
+def _splits_of_folders(names: Sequence[str]) -> dict[str, str]:
+    """The split of each folder that is called as one; of all folders where they differ in it alone: `cars_train`."""
+    splits = {name: split for name in names if (split := _split_of_folder(name))}
+    parts = [re.fullmatch(r"(\d+[_ -])?(.*[_ -])?([^_ -]+?)(\d{4})?", name) for name in names]
+    named = {match[0]: _split_of_folder(match[3]) for match in parts if match}
+    is_shared = len({match[2] for match in parts if match}) == 1 and len({*named.values()}) == len(names)
+    return splits if splits or not is_shared or not all(named.values()) else named
+
+
+def _nested_splits(paths: Sequence[str], splits: dict[str, str]) -> dict[str, str]:
+    """The splits, with `test/query` and `test/gallery` in place of a folder `test` that holds these alone."""
+    nested = dict[str, str]()
+    for folder, split in splits.items():
+        inner = {path.split("/")[1] if path.count("/") > 1 else "" for path in paths if path.startswith(f"{folder}/")}
+        its = {name: _split_of_folder(name) for name in sorted(inner)}
+        is_asked = split in ("test", "val") and {*its.values()} == {"query", "gallery"}
+        of = "val_" if split == "val" else ""
+        nested |= {f"{folder}/{name}": f"{of}{which}" for name, which in its.items()} if is_asked else {folder: split}
+    return nested
 
 
 def _split_of_folder(name: str) -> str:
@@ -147,11 +173,17 @@ def _asked_splits(splits: dict[str, str]) -> dict[str, str]:
     return splits
 
 
-def _inside_splits(images: list[File], base: str, splits: dict[str, str]) -> tuple[list[File], list[str]]:
-    inside = [file for file in images if file.path[len(base) :].partition("/")[0] in splits and "/" in file.path]
-    others = sorted({file.path[len(base) :].partition("/")[0] for file in images} - {*splits})
+def note_splits(base: str, splits: dict[str, str]) -> list[str]:
+    """A note on where the splits are from, where there are any."""
     named = ", ".join(f"{base}{folder} is {split}" for folder, split in splits.items())
-    notes = [f"the splits are those of the folders: {named}"]
+    return [f"the splits are those of the folders: {named}"] if splits else []
+
+
+def _inside_splits(images: list[File], base: str, splits: dict[str, str]) -> tuple[list[File], list[str]]:
+    inside = [file for file in images if below_split(file.path, base, splits)[0]]
+    folders = {name.partition("/")[0] for name in splits}
+    others = sorted({file.path[len(base) :].partition("/")[0] for file in images} - folders)
+    notes = note_splits(base, splits)
     if num_others := len(images) - len(inside):
         shown = ", ".join(map(printable, others[:3]))
         notes.append(f"{num_others:,} photos beside the split folders were left out ({shown})")
@@ -167,12 +199,25 @@ def _without_loose(images: list[File]) -> tuple[list[File], list[str]]:
     return inside, [f"{num_loose:,} photos in no item's folder were left out: put each into the folder of its item"]
 
 
-def _below_split(path: str, base: str, splits: dict[str, str]) -> tuple[str, str]:
-    """Split of a file, and its path below the split's folder."""
-    if not splits:
-        return "", path
-    folder, _, rest = path[len(base) :].partition("/")
-    return splits[folder], rest
+_COLLECTION = re.compile(r"(all[ _-]?)?(images?|imgs?|photos?|pictures?|pics?|jpe?gs?|jpegimages)", re.IGNORECASE)
+
+
+def _without_collection(rows: list[tuple[File, tuple[str, str]]]) -> list[tuple[File, tuple[str, str]]]:
+    """The rows without a folder called `images` that holds all photos: it is no item, they lie in no item's folder."""
+    folders = {posixpath.dirname(path) for _, (_, path) in rows}
+    folder = folders.pop() if len(folders) == 1 else ""
+    if not _COLLECTION.fullmatch(posixpath.basename(folder)):
+        return rows
+    return [(file, (split, posixpath.basename(path))) for file, (split, path) in rows]
+
+
+def below_split(path: str, base: str, splits: dict[str, str]) -> tuple[str, str]:
+    """Split of a file, empty where it is in none, and its path below the split's folder."""
+    parts = path[len(base) :].split("/") if splits else []
+    for depth in (1, 2):
+        if split := splits.get("/".join(parts[:depth])) if len(parts) > depth else "":
+            return split, "/".join(parts[depth:])
+    return "", path
 
 
 # Items

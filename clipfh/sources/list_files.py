@@ -1,6 +1,7 @@
 """Public retrieval data sets whose text files say what the items are: Stanford Online Products, CUB-200-2011."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from pyarrow import fs
 
@@ -9,11 +10,14 @@ from clipfh.sources.files import first_file, locate, read_text
 from clipfh.sources.listing import Listing, require_photo
 
 
-def find_lists(store: fs.SubTreeFileSystem) -> Callable[[fs.SubTreeFileSystem], Listing] | None:
-    """What reads the lists of a folder; None where they are not those of one of these data sets."""
-    if all(first_file(store, name) for name in _EBAY.values()):
-        return read_online_products
-    return read_birds if first_file(store, _IMAGES) and first_file(store, _CLASSES) else None
+def find_lists(store: fs.SubTreeFileSystem, folders: Iterable[str]) -> Callable[[], Listing] | None:
+    """What reads the lists of the first of `folders` that has those of one of these data sets; None where none has."""
+    for folder in folders:
+        inner = fs.SubTreeFileSystem(store.base_path + folder, store.base_fs) if folder else store
+        for names, read in ((_EBAY.values(), read_online_products), ((_IMAGES, _CLASSES), read_birds)):
+            if all(first_file(inner, name) for name in names):
+                return partial(read, inner)
+    return None
 
 
 _EBAY = {"train": "Ebay_train.txt", "test": "Ebay_test.txt"}

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -89,7 +90,9 @@ SPLITS = ("train", "val", "val_query", "val_gallery", "test", "query", "gallery"
 _SPLIT_NAMES = {name: name for name in SPLITS}
 _SPLIT_NAMES |= dict.fromkeys(("training", "trn"), "train") | dict.fromkeys(("testing", "tst"), "test")
 _SPLIT_NAMES |= dict.fromkeys(("valid", "validation", "dev"), "val")
-_SPLIT_NAMES |= dict.fromkeys(("queries", "probe"), "query") | {"galleries": "gallery"}
+_SPLIT_NAMES |= dict.fromkeys(("queries", "probe", "test_query"), "query")
+_SPLIT_NAMES |= dict.fromkeys(("galleries", "test_gallery"), "gallery")
+_SPLIT_NAMES |= dict.fromkeys(("trainval", "train_val"), "train")
 
 
 class BadRow(ValueError):
@@ -98,7 +101,7 @@ class BadRow(ValueError):
 
 def split_named(name: str) -> str:
     """The split that people call by this name ("Validation" is val); empty where it is none."""
-    return _SPLIT_NAMES.get(name.strip().casefold(), "")
+    return _SPLIT_NAMES.get(name.strip().casefold().replace("-", "_"), "")
 
 
 def make_photo(row: Mapping[str, Any]) -> Photo:
@@ -108,7 +111,7 @@ def make_photo(row: Mapping[str, Any]) -> Photo:
         BadRow: a field that must be there is not, or a field holds what it can't.
     """
     fields = {name: text for name, value in row.items() if name in COLUMNS and (text := _plain(value))}
-    path, item_id = fields.pop("image_path", ""), fields.pop("item_id", "").strip()
+    path, item_id = fields.pop("image_path", ""), _clean_id(fields.pop("item_id", ""))
     if not path or not item_id:
         raise BadRow(f"no {'item_id' if path else 'image_path'}")
     if split := fields.get("split", "").strip():
@@ -118,6 +121,21 @@ def make_photo(row: Mapping[str, Any]) -> Photo:
     variant, view = variant_and_view(path)
     fields = {"variant": sys.intern(variant), "view": sys.intern(view)} | fields
     return Photo(path, sys.intern(item_id), **fields)._replace(box=_box(row))  # type: ignore[arg-type]
+
+
+_FORMULA = re.compile(r'="(.*)"')
+
+
+def _clean_id(text: str) -> str:
+    """An id without blanks around it, seen or not, in composed letters; `="007"`, which guards zeros, is 007."""
+    text = text.strip()
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text).strip(_UNSEEN)
+    guarded = _FORMULA.fullmatch(text)
+    return guarded[1].strip() if guarded else text
+
+
+_UNSEEN = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060 \u00a0\u3000\t"
 
 
 def require_photo(row: Mapping[str, Any], where: str) -> Photo:
@@ -202,6 +220,12 @@ def _name_boxes(photos: list[Photo]) -> list[Photo]:
     ]
 
 
+def _core(item: str) -> str:
+    """An id without what spreadsheets and people change about it."""
+    core = "".join(unicodedata.normalize("NFKC", item).split()).casefold().strip("'\"")
+    return core.removesuffix(".0").lstrip("0") or core
+
+
 _ROUNDED = re.compile(r"\d(?:[.,]\d+)?E\+?\d+", re.IGNORECASE)
 _NO_ID = {"nan", "none", "null", "na", "n/a", "#n/a", "#na", "<na>", "nat", "-", "?", "undefined", "unknown"}
 _NO_ID |= {"#ref!", "#value!", "#name?", "#null!", "#div/0!", "#num!"}
@@ -214,11 +238,11 @@ def note_ids(photos: Iterable[Photo]) -> list[str]:
     no_id = [item for item in ids if item.casefold() in _NO_ID]
     alike: dict[str, list[str]] = {}
     for item in ids:
-        alike.setdefault("".join(item.split()).casefold().removesuffix(".0"), []).append(item)
+        alike.setdefault(_core(item), []).append(item)
     twins = [" and ".join(map(repr, its[:2])) for its in alike.values() if len(its) > 1]
     kinds = {
         "item ids look rounded by a spreadsheet, so that one may be several items": rounded,
         "item ids look like a missing one": no_id,
-        "item ids differ from another in nothing but case, blanks or .0": twins,
+        "item ids differ from another in nothing but case, blanks, quotes, zeros or how letters are written": twins,
     }
     return [f"{len(its):,} {what}, e.g. {', '.join(its[:3])}" for what, its in kinds.items() if its]

@@ -58,7 +58,7 @@ def _open(source: str) -> tuple[fs.SubTreeFileSystem, str]:
 
 def _read_file(store: fs.SubTreeFileSystem, name: str, options: ReadOptions) -> Listing:
     where, suffix = f"{store.base_path}{name}", posixpath.splitext(name)[1].lower()
-    if suffix in (".csv", ".tsv"):
+    if suffix in (".csv", ".tsv", ".txt"):
         _require_for(where, inshop_boxes=options.inshop_boxes)
         return read_csv(store, name, options)
     _require_for(where, inshop_boxes=options.inshop_boxes, encoding=options.encoding)
@@ -90,24 +90,27 @@ def _read_folder(store: fs.SubTreeFileSystem, options: ReadOptions) -> Listing:
     deeper = sorted(
         {file.path.partition("/")[0] + "/" for file in files if file.path.isprintable() and "/" in file.path}
     )
-    if place := inshop.find_partition(store, ["", *deeper]):
+    places = ["", *deeper]
+    if place := inshop.find_partition(store, places):
         _require_for(where, encoding=options.encoding, skip_bad_lines=options.skip_bad_lines)
         folder, partition = place
         inner = fs.SubTreeFileSystem(store.base_path + folder, store.base_fs)
         return inshop.read_inshop(inner, partition, options.inshop_boxes)
     _require_for(where, encoding=options.encoding, inshop_boxes=options.inshop_boxes)
-    return _read_plain_folder(store, files, options)
+    return _read_plain_folder(store, files, places, options)
 
 
-def _read_plain_folder(store: fs.SubTreeFileSystem, files: list[File], options: ReadOptions) -> Listing:
+def _read_plain_folder(
+    store: fs.SubTreeFileSystem, files: list[File], places: list[str], options: ReadOptions
+) -> Listing:
     """List a folder that is not In-Shop: images in folders, else Parquet or tar shards."""
     for folder in ("metadata/", ""):
         if first_file(store, folder + "image_paths.json"):
             return inshop.read_processed(store, folder)
     inshop.require_partition(store, files)
-    if read_lists := find_lists(store):
+    if read_lists := find_lists(store, places):
         _require_for(store.base_path, skip_bad_lines=options.skip_bad_lines)
-        return read_lists(store)
+        return read_lists()
     if folders.pass_over(files)[0]:
         _require_for(store.base_path, skip_bad_lines=options.skip_bad_lines)
         return read_folders(store, files)

@@ -130,7 +130,8 @@ def read_json_lines(store: fs.SubTreeFileSystem, name: str, options: ReadOptions
 
 
 _ENCODINGS = (
-    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1257", "mac_roman", "cp437", "cp850"),
+    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp874"),
+    *("mac_roman", "cp437", "cp850", "cp852", "cp857", "cp866", "koi8_r"),
     *("gb18030", "big5", "cp932", "euc_jp", "cp949"),
 )
 
@@ -159,6 +160,8 @@ def _decode(store: fs.SubTreeFileSystem, data: bytes, table: str, encoding: str)
 
 
 def _utf16(data: bytes) -> list[str]:
+    if data[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return ["utf-32"]
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return ["utf-16"]
     odd, even = data[1:400:2].count(0), data[:400:2].count(0)
@@ -194,6 +197,7 @@ def check_columns(names: Sequence[str], table: str, needed: Sequence[str] = ("im
         raise UserError(f"{table}: several columns are called {twice[0]}: keep one of them")
     if missing := {*needed} - {*names}:
         shown = ", ".join(names)[:200]
-        raise UserError(f"{table}: no column {' or '.join(sorted(missing))} (found: {shown}): rename it")
+        remedy = "rename it" if {*names} & {*COLUMNS} else "call them so in its first line"
+        raise UserError(f"{table}: no column {' or '.join(sorted(missing))} (found: {shown}): {remedy}")
     unused = [name for name in names if name and name not in (*ours, *needed)]
     return [f"columns that were not used: {', '.join(unused)}"] if unused else []

@@ -11,8 +11,9 @@ from pyarrow import fs
 
 from clipfh import UserError
 from clipfh.sources.files import File, is_image, locate, read_stamp
-from clipfh.sources.folders import pass_over
+from clipfh.sources.folders import below_split, note_splits, pass_over, split_folders
 from clipfh.sources.listing import BadRow, LeftOut, Listing, Photo, make_photo
+from clipfh.sources.parquet_tables import split_of_shard
 
 NO_IMAGE = "a sample without an image"
 _FIELDS = {"cls": "item_id", "txt": "text"}
@@ -23,12 +24,15 @@ def read_tars(store: fs.SubTreeFileSystem, files: Sequence[str]) -> Listing:
     """List the images in uncompressed tar files, which are read in place.
 
     Files whose names are equal up to the first dot are a sample, whose `.json` has item_id and further columns, or
-    whose `.cls` is its item and whose `.txt` its text. An image without these is of the item that its folder is.
+    whose `.cls` is its item and whose `.txt` its text. An image without these is of the item that its folder is. Splits
+    are those of folders, or in the shards' names: `train-0000.tar`.
     """
     photos, left_out, notes = list[Photo](), list[LeftOut](), dict[str, None]()
+    of_shard = {file: split_of_shard(file) for file in files}
+    named = of_shard if len({*of_shard.values()}) > 1 and all(of_shard.values()) else {}
     for file in files:
         its_photos, imageless = _read_tar(store, file, notes)
-        photos += its_photos
+        photos += [photo._replace(split=photo.split or named.get(file, "")) for photo in its_photos]
         left_out += [(f"{file}/{key}", NO_IMAGE) for key in imageless]
     return locate(store, photos, notes, left_out)
 
@@ -46,14 +50,16 @@ def _read_tar(store: fs.SubTreeFileSystem, file: str, notes: dict[str, None]) ->
         except tarfile.TarError as error:
             raise UserError(f"{where}: not a whole, uncompressed tar file ({error}): unpack it") from error
     images, others = pass_over(File(name, "") for name in members if name not in texts)
-    notes |= dict.fromkeys(others)
+    base, splits = split_folders(images)
+    notes |= dict.fromkeys([*others, *note_splits(base, splits)])
     samples: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, text in texts.items():
         samples[_key(name)] |= _fields(text, name, where)
     photos = []
     for image in images:
         member = members[image.path]
-        row = {"item_id": posixpath.dirname(image.path), **samples[_key(image.path)]}
+        split, path = below_split(image.path, base, splits)
+        row = {"item_id": posixpath.dirname(path), "split": split, **samples[_key(image.path)]}
         row |= {"image_path": f"{file}/{image.path}"}
         try:
             photo = make_photo(row)

@@ -28,6 +28,13 @@ def rows(listing):
         (("train_set", "valid", "test-images"), ("train", "val", "test")),
         (("bounding_box_train", "query", "bounding_box_test"), ("train", "query", "gallery")),
         (("image_train", "image_query", "image_test"), ("train", "query", "gallery")),
+        (("train", "val_query", "val-gallery"), ("train", "val_query", "val_gallery")),
+        (("trainval", "test_query", "test_gallery"), ("train", "query", "gallery")),
+        (("train", "test/query", "test/gallery"), ("train", "query", "gallery")),
+        (("train", "val/query", "val/gallery"), ("train", "val_query", "val_gallery")),
+        (("cars_train", "cars_test"), ("train", "test")),
+        (("1_train", "2_val", "3_test"), ("train", "val", "test")),
+        (("train2017", "val2017"), ("train", "val")),
     ],
 )
 @pytest.mark.parametrize("above", ["", "Shop-v1.0/data/"])
@@ -51,6 +58,26 @@ def test_an_item_under_query_and_gallery_is_one_item(tmp_path):
 def test_a_folder_that_only_sounds_like_a_split_is_a_category(tmp_path):
     put(tmp_path, "train/steam1/0.jpg", "train/steam2/0.jpg", "car/a/0.jpg")
     assert {photo.item_id for photo in read_source(tmp_path).photos} == {"train/steam1", "train/steam2", "car/a"}
+    put(tmp_path / "toys", "steam_train/a/0.jpg", "wooden_train/a/0.jpg", "eye_test/a/0.jpg")
+    assert {photo.split for photo in read_source(tmp_path / "toys").photos} == {""}
+
+
+def test_split_folders_within_those_of_items_are_told(tmp_path):
+    put(tmp_path, *(f"{item}/{split}/{v}.jpg" for item in "ab" for split in ("train", "test") for v in (1, 2)))
+    assert (
+        "8 photos lie in folders called as splits are, within others, e.g. a/test/1.jpg"
+        in read_source(tmp_path).notes[0]
+    )
+
+
+@pytest.mark.parametrize("folder", ["images/", "data/JPEGImages/", "train/image/"])
+def test_a_folder_called_images_is_no_item(tmp_path, folder):
+    others = ("validation/image/0003_1.jpg", "validation/image/0003_2.jpg") if "train" in folder else ()
+    put(tmp_path, *(f"{folder}000{n}_{v}.jpg" for n in (1, 2) for v in (1, 2)), *others)
+    assert {photo.item_id for photo in read_source(tmp_path).photos} == {"0001", "0002", *(["0003"] if others else [])}
+    put(tmp_path / "more", f"{folder}1.jpg", f"{folder}2.jpg", *(["validation/image/1.jpg"] if others else []))
+    with pytest.raises(UserError, match="photos lie in no item's folder, e.g. "):
+        read_source(tmp_path / "more")
 
 
 def test_market_1501_is_read_as_distributed(tmp_path):
@@ -149,6 +176,7 @@ LEFT = (
     ),
     *(".ipynb_checkpoints/0-checkpoint.jpg", ".thumbnails/0.jpg", "thumbs/0.jpg", "_thumbnails/0.png"),
     *("$RECYCLE.BIN/0.jpg", "System Volume Information/0.jpg", "__MACOSX/._0.jpg", "lost+found/0.jpg"),
+    *("cache/1/small_image/0.jpg", "_previews/0.jpg"),
     *(".Trash-1000/files/0.jpg", ".Trashes/0.jpg", "Previews.lrdata/0.jpg", ".git/0.jpg", ".picasaoriginals/0.jpg"),
 )
 

@@ -33,16 +33,20 @@ BIRDS = {
 }
 
 
-def test_stanford_online_products_are_read_by_their_lists(tmp_path):
-    assert rows(read_source(put(tmp_path, PRODUCTS))) == [
+@pytest.mark.parametrize("folder", ["", "Stanford_Online_Products"])
+def test_stanford_online_products_are_read_by_their_lists(tmp_path, folder):
+    put(tmp_path / folder, PRODUCTS)
+    assert rows(read_source(tmp_path)) == [
         ("bicycle_final/111085122871_0.JPG", "1", "bicycle", "train"),
         ("bicycle_final/111085122871_1.JPG", "1", "bicycle", "train"),
         ("toaster_final/140_0.JPG", "11319", "toaster", "test"),
     ]
 
 
-def test_half_of_the_birds_are_train(tmp_path):
-    assert rows(read_source(put(tmp_path, BIRDS))) == [
+@pytest.mark.parametrize("folder", ["", "CUB_200_2011"])
+def test_half_of_the_birds_are_train(tmp_path, folder):
+    put(tmp_path / folder, BIRDS)
+    assert rows(read_source(tmp_path)) == [
         ("images/001.Albatross/a b.jpg", "001.Albatross", "", "train"),
         ("images/001.Albatross/b.jpg", "001.Albatross", "", "train"),
         ("images/002.Wren/a.jpg", "002.Wren", "", "test"),

@@ -133,6 +133,19 @@ def test_tars_of_folders_and_of_samples_are_read(tmp_path, quick):
         assert {row["text"] for row in rows_of(catalogue)} == {text}
 
 
+def test_splits_of_tars_are_those_of_their_folders_or_of_the_names_of_shards(tmp_path):
+    (tmp_path / "shards").mkdir()
+    pack(
+        tmp_path / "folders.tar", {f"shop/{split}/{split}1/{v}.jpg": b"x" for split in ("train", "test") for v in "01"}
+    )
+    for split in ("train", "test"):
+        samples = {f"{v}.jpg": b"x" for v in "01"} | {f"{v}.cls": f"{split}1".encode() for v in "01"}
+        pack(tmp_path / f"shards/{split}-000000.tar", samples)
+    for source in ("folders.tar", "shards"):
+        photos = read_source(tmp_path / source).photos
+        assert {(photo.item_id, photo.split) for photo in photos} == {("train1", "train"), ("test1", "test")}, source
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

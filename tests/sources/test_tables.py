@@ -2,7 +2,7 @@
 
 import json
 import unicodedata
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,6 +46,33 @@ def test_a_csv_is_read_in_whatever_form_a_spreadsheet_wrote_it(shop, separator, 
     assert bool(listing.notes) == (not encoding.startswith("utf-8"))
 
 
+OLD = {"cp1254": "kağıt", "cp1255": "כובע", "cp1256": "قبعة", "cp874": "หมวก", "cp1258": "mưa", "cp1251": "шапка"}
+OLD |= {"cp932": "表", "cp949": "모자", "gb18030": "帽子", "cp1253": "καπέλο", "cp1250": "ľan", "cp866": "шапка"}
+
+
+@pytest.mark.parametrize("encoding", OLD)
+def test_an_old_encoding_of_any_country_is_known_by_the_files(tmp_path, encoding):
+    name = OLD[encoding]
+    (tmp_path / f"{name}.jpg").write_text("")
+    (tmp_path / "list.csv").write_bytes(f"image_path;item_id\r\n{name}.jpg;{name}\r\n".encode(encoding))
+    assert [photo.item_id for photo in read_source(tmp_path / "list.csv").photos] == [name]
+
+
+@pytest.mark.parametrize(("name", "encoding"), [("list.txt", "utf-16"), ("LIST.TSV", "utf-8"), ("list.csv", "utf-32")])
+def test_the_text_files_of_spreadsheets_are_tables(shop, name, encoding):
+    (shop / name).write_bytes(lines(separator="\t").encode(encoding))
+    assert files_of(read_source(shop / name)) == sorted(FILES)
+
+
+@pytest.mark.parametrize("head", ["path,label", "plain/a.jpg,sku1", "Table 1,"])
+def test_a_table_whose_first_line_names_no_columns_says_so(shop, head):
+    (shop / "list.csv").write_text(f"{head}\n{FILES[0]},a\n")
+    with pytest.raises(
+        UserError, match=r"no column image_path or item_id \(found: .*\): call them so in its first line"
+    ):
+        read_source(shop / "list.csv")
+
+
 def test_an_encoding_that_no_file_proves_is_asked_for(shop):
     (shop / "list.csv").write_bytes(lines(FILES[2:]).encode("cp1252"))
     with pytest.raises(UserError, match=r"list.csv: not UTF-8 .*: save it as UTF-8, or name its encoding, e.g. --enc"):
@@ -71,12 +98,16 @@ SPELLINGS = {
     "URL of localhost": lambda path, root: f"file://localhost{root}/{path}",
     "quoted": lambda path, root: quote(path),
     "quoted in decomposed": lambda path, root: quote(unicodedata.normalize("NFD", path)),
+    "quoted twice": lambda path, root: quote(quote(path)),
+    "as a web form": lambda path, root: quote_plus(path, safe="/"),
+    "by its home": lambda path, root: f"~/{path}",
 }
 
 
 @given(st.lists(st.sampled_from(sorted(SPELLINGS)), min_size=3, max_size=3))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_spelling_of_a_path_finds_the_file_that_is_there(shop, how):
+def test_any_spelling_of_a_path_finds_the_file_that_is_there(shop, monkeypatch, how):
+    monkeypatch.setenv("HOME", str(shop))
     paths = [SPELLINGS[name](path, shop) for name, path in zip(how, FILES, strict=True)]
     (shop / "list.csv").write_text(lines(paths))
     listing = read_source(shop / "list.csv")
@@ -103,6 +134,8 @@ def test_a_name_that_could_mean_two_files_is_missing(shop):
         ("https://shop.example/a.jpg", "listed by URL .*: download them, and list the paths of the files"),
         ("/elsewhere/a.jpg", "/elsewhere/a.jpg is not inside it: give paths relative to it"),
         ("C:\\photos\\a.jpg", "C:/photos/a.jpg is not inside it: give paths relative to it"),
+        ("\\\\nas\\photos\\a.jpg", "//nas/photos/a.jpg is not inside it: give paths relative to it"),
+        ("~no-such-user/a.jpg", "put images there"),
         ("../a.jpg", "../a.jpg is not inside it: .* move it where they are"),
         ("sku/a.jpg", ", e.g. sku/a.jpg: put images there"),
     ],
@@ -149,8 +182,32 @@ def test_ids_that_a_spreadsheet_spoiled_are_noted_and_blanks_stripped(shop):
     assert listing.notes[-3:] == [
         "2 item ids look rounded by a spreadsheet, so that one may be several items, e.g. 4.00638E+12, 5,01E12",
         "2 item ids look like a missing one, e.g. nan, #N/A",
-        "2 item ids differ from another in nothing but case, blanks or .0, e.g. 'SKU-1' and 'sku-1', '7' and '7.0'",
+        "2 item ids differ from another in nothing but case, blanks, quotes, zeros or how letters are written, e.g. "
+        "'SKU-1' and 'sku-1', '7' and '7.0'",
     ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Café", unicodedata.normalize("NFD", "Café")),  # of two computers
+        ("A1", "A1\u00a0"),  # of a web page
+        ("\u200bA1\ufeff", "A1"),
+        ('="00123"', "00123"),  # how exports keep a spreadsheet from eating the zeros
+    ],
+)
+def test_an_id_is_one_however_its_signs_are_encoded(shop, one, other):
+    quoted = [item.replace('"', '""') for item in (one, other)]
+    (shop / "list.csv").write_text(f'image_path,item_id\n{FILES[0]},"{quoted[0]}"\n{FILES[1]},"{quoted[1]}"\n')
+    assert len({photo.item_id for photo in read_source(shop / "list.csv").photos}) == 1
+
+
+@pytest.mark.parametrize(("one", "other"), [("00123", "123"), ("123", "１２３"), ("'00123", "00123")])
+def test_ids_that_may_be_one_are_noted(shop, one, other):
+    (shop / "list.csv").write_text(f"image_path,item_id\n{FILES[0]},{one}\n{FILES[1]},{other}\n")
+    listing = read_source(shop / "list.csv")
+    assert {photo.item_id for photo in listing.photos} == {one, other}
+    assert listing.notes[-1].endswith(f"e.g. {one!r} and {other!r}")
 
 
 def test_only_names_like_inshops_hold_a_variant(shop):
