@@ -54,7 +54,7 @@ class TrainImages:
     shards: list[Any]
     """pa.Table with the columns `image` and `path`, each in one chunk; with windows the path of each shard's file."""
     decoded: list[Any]
-    """DecodedShard of each shard, None for a shard that is not cached decoded."""
+    """DecodedShard of each shard, None for a shard that is not cached decoded; empty where none is."""
     window: int = 0
     """Number of images in a window, about; 0 where all shards are held."""
 
@@ -264,10 +264,16 @@ def _cached_sampler(index: Any, batch: BatchSettings, seed: int, singles: bool, 
     return make_sampler(fetch(index), batch, seed, singles, window)
 
 
-def open_windows(part: StreamPart, read: Callable[[Any], Any]) -> WindowReader:
-    """A reader of the windows of a stream. `read` begins to read a shard, by its path, and returns its handle."""
+def open_windows(part: StreamPart, read: Callable[[Any], Any], ranks: int) -> WindowReader:
+    """A reader of the windows of a stream, for its workers. `read` begins to read a shard, and returns its handle.
+
+    Args:
+        part: a worker's part of the stream.
+        read: function that takes the path of a shard.
+        ranks: number of workers that take batches by this reader.
+    """
     sampler, shards = open_sampler(part.images, part.spec), part.images.shards
-    return WindowReader(sampler.shards, sampler.following, lambda shard: read(shards[shard]), part.world_size)
+    return WindowReader(sampler.shards, sampler.following, lambda shard: read(shards[shard]), ranks)
 
 
 class BatchDecoder:
@@ -280,9 +286,10 @@ class BatchDecoder:
 
     def __init__(self, part: StreamPart, open_window: Callable[[Window], Mapping[int, Any]] | None = None) -> None:
         self.part, self.sampler, self.nearest = part, open_sampler(part.images, part.spec), fetch(part.nearest)
-        self.read_decoded = _row_reader(self.sampler.shard_ends, part.images.decoded, operator.getitem)
+        decoded = part.images.decoded or [None] * len(self.sampler.shard_ends)
+        self.read_decoded = _row_reader(self.sampler.shard_ends, decoded, operator.getitem)
         self.open_window = open_window
-        self.reader_of = functools.lru_cache(maxsize=1)(self._reader_of)  # steps of a window share what it fetched
+        self.windows: tuple[Window, ...] | None = None
 
     def __call__(
         self, step: int, share_out: Callable[..., Iterable[np.ndarray]] = map, parts: int = 1
@@ -293,20 +300,25 @@ class BatchDecoder:
         """
         rows = self.sampler.batch(step, self.nearest)
         own = worker_slice(len(rows), self.part.rank, self.part.world_size)
-        read = self.reader_of(*(self.sampler.windows(step) if self.open_window else ()))
+        self._open(*(self.sampler.windows(step) if self.open_window else ()))
 
         def decode(places: np.ndarray) -> np.ndarray:
-            return decode_batch(self.part.spec, read, step, places[0], rows[places], self.read_decoded)
+            return decode_batch(self.part.spec, self.read, step, places[0], rows[places], self.read_decoded)
 
         places = [part for part in np.array_split(np.arange(own.start, own.stop), parts) if len(part)]
         return rows, np.concatenate(list(share_out(decode, places)))
 
-    def _reader_of(self, *windows: Window) -> Callable[[int], Any]:
-        """Function from a row to its encoded image, for rows of some windows."""
-        shards: Any = self.part.images.shards
-        if self.open_window:
-            shards = dict(itertools.chain.from_iterable(self.open_window(window).items() for window in windows))
-        return _row_reader(self.sampler.shard_ends, shards, _read_encoded)
+    def _open(self, *windows: Window) -> None:
+        """Have `read` take a row of these windows to its encoded image. Steps of the same ones share what it fetched.
+
+        It lets go of the windows before as they are left: a cache of functions would hold them until Python collects
+        its garbage.
+        """
+        if windows != self.windows:
+            shards: Any = self.part.images.shards
+            if self.open_window:
+                shards = dict(itertools.chain.from_iterable(self.open_window(window).items() for window in windows))
+            self.windows, self.read = windows, _row_reader(self.sampler.shard_ends, shards, _read_encoded)
 
 
 def read_paths(shared: TrainImages, rows: np.ndarray) -> list[str]:

@@ -131,6 +131,10 @@ class WindowReader:
         self.places: dict[int, Window] = {}
         self.lock = threading.Lock()
 
+    def is_near(self, rank: int, window: Window) -> bool:
+        """Whether a window is at most two behind the one that a worker's batches have come to."""
+        return rank in self.places and window <= self.following(self.following(self.places[rank]))
+
     def open(self, window: Window) -> Mapping[int, Any]:
         """Shard to handle of a window."""
         with self.lock:

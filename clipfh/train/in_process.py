@@ -53,7 +53,7 @@ class InProcessFeed:
         paths = [path for split in splits for path in catalogue.shards(split)]
         images = choose_window(window, *catalogue.size(*splits), memory.available(), runs)
         shards = paths if images else list(self.pool.map(decoding.read_shard, paths))
-        return TrainImages(decoding.read_index(catalogue, *splits), shards, [None] * len(shards), images)
+        return TrainImages(decoding.read_index(catalogue, *splits), shards, [], images)
 
     def put(self, value: Any) -> Any:
         return value
@@ -80,7 +80,7 @@ class InProcessFeed:
         return self.pool.submit(lambda: decoding.decode_shard_for_evaluation(decoding.read_shard(path), preprocess))
 
     def batches(self, part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        windows = decoding.open_windows(part, self._begin_reading) if part.images.window else None
+        windows = decoding.open_windows(part, self._begin_reading, ranks=1) if part.images.window else None
         decoder = BatchDecoder(part, windows.open if windows else None)
         with ThreadPoolExecutor(part.tasks or cores.available()) as pool:
             for step in range(part.first, part.last):

@@ -10,9 +10,8 @@ Who does what for steps 0 to 99 of a run with two workers and 16 images a step (
 Where the object store does not hold all shards, an actor of the run reads them by windows (`data.windows`):
 
     driver        share: the paths of the shards, the index
-    worker 0, 1   tell the actor which window their batches have come to
-    actor         holds the shards of that window and of the next, has each read once a pass, for both workers
-    a task        as above, and asks the actor for the shards of its steps' windows
+    actor         reads each shard once a pass, for both workers, and holds those of the window in use and of the next
+    a task        asks the actor for the shards of its steps' windows, decodes, and tells it that its steps are decoded
 
 Runs that go at the same time draw other windows, so each has its own actor.
 
@@ -21,10 +20,12 @@ No other process stands between a worker and its tasks. `decoding` shows how row
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +47,15 @@ FIRST_TASKS, FIRST_IMAGES = 4, 256
 
 TASK_IMAGES, TASK_MIB = 1024, 64
 """Upper limits for every other task: many images, so that Ray's own work for a task counts little."""
+
+WINDOW_THREADS = 4
+"""Number of shards that the actor of a run's windows reads at a time."""
+
+WAITING = 10_000
+"""Tasks, of all workers of a run, that may wait for a window at a time."""
+
+DECODED_SHARE = 0.2
+"""Share of the object store for images that are decoded ahead, where windows fill most of it. Ray Data's own is .5."""
 
 TASK_CPUS = 0.5
 """CPUs of a task: tasks wait for memory as well as computing, and two to a core keep it busy."""
@@ -72,7 +82,7 @@ def share(catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "a
     runs_a_store = max(1, runs * min(stores) / sum(stores))
     images = choose_window(window, *catalogue.size(*splits), min(stores), runs_a_store)
     shards = paths if images else [_read_shard.remote(path) for path in paths]
-    return TrainImages(ray.put(decoding.read_index(catalogue, *splits)), shards, [None] * len(shards), images)
+    return TrainImages(ray.put(decoding.read_index(catalogue, *splits)), shards, [], images)
 
 
 def object_stores() -> list[float]:
@@ -129,35 +139,71 @@ def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     spec = part.spec
-    steps = _Steps(part.first, part.last, max(1, spec.batch.images // part.world_size), spec.size)
+    window = part.images.window
+    longest = max(1, window // spec.batch.images) if window else part.last  # a task fetches what its steps need
+    steps = _Steps(part.first, part.last, max(1, spec.batch.images // part.world_size), spec.size, longest)
     # As many blocks as it has tasks: Ray Data would cut them further. And one kind of task, so that steps are counted
     # where they are decoded; processes of their own would hold CPUs to the end
     kind = {"concurrency": part.tasks, **TASK, **({} if part.takes_cpus else {"num_cpus": 0})}
     counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **kind)
-    windows = _window_actor(part) if part.images.window else None
+    windows = _window_actor(part) if window else None
+    if windows:
+        windows.begin.remote(part.rank, part.first)
+        # The actor alone has the paths: there may be millions, and each task would get them all
+        part = dataclasses.replace(part, images=dataclasses.replace(part.images, shards=[]))
     work = functools.partial(_decode_steps, part=part, windows=windows)
     decoded = counted.map_batches(work, batch_size=None, **kind)
     decoded.context.execution_options.preserve_order = True
+    if window:
+        decoded.context.override_object_store_memory_limit_fraction = DECODED_SHARE
     for batch in decoded.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
         step = int(batch["step"][0])
-        if windows:
-            windows.move.remote(part.rank, decoding.open_sampler(part.images, spec).windows(step)[0])
         yield step, batch["row"][0], batch["image"][0]
 
 
 class _Windows:
-    """The actor that reads a run's shards by windows. `ranks` workers take batches."""
+    """The actor that reads a run's shards by windows, for `ranks` workers.
 
-    def __init__(self, part: StreamPart) -> None:
-        self.reader = decoding.open_windows(part, _read_shard.remote)
+    It reads them in threads of its own: tasks that read now and then would each be a process that Ray starts anew.
+    """
 
-    def open(self, window: Window) -> dict[int, Any]:
-        """Shard to reference of a window."""
-        return dict(self.reader.open(window))
+    def __init__(self, part: StreamPart, ranks: int) -> None:
+        self.threads = ThreadPoolExecutor(WINDOW_THREADS)
+        self.reader = decoding.open_windows(part, self._begin_reading, ranks)
+        self.sampler = decoding.open_sampler(part.images, part.spec)
+        self.next: dict[int, int] = {}
+        self.decoded: dict[int, dict[int, int]] = {}
+        self.moved = asyncio.Condition()
 
-    def move(self, rank: int, window: Window) -> None:
-        """Note that a worker's batches have come to a window."""
-        self.reader.move(rank, window)
+    def _begin_reading(self, path: str) -> Future[Any]:
+        return self.threads.submit(lambda: ray.put(decoding.read_shard(path)))
+
+    async def begin(self, rank: int, step: int) -> None:
+        """Note that a worker's batches begin with a step."""
+        self.next[rank], self.decoded[rank] = step, {}
+        await self._move(rank)
+
+    async def open(self, rank: int, first: int, window: Window) -> dict[int, Any]:
+        """Shard to reference of a window, for the task of a worker whose first step this is.
+
+        The task waits until it is near: Ray Data decodes as far ahead as there is room, of windows that have none.
+        """
+        async with self.moved:
+            await self.moved.wait_for(lambda: self.reader.is_near(rank, self.sampler.windows(first)[0]))
+            shards = self.reader.open(window)
+        return {shard: await asyncio.wrap_future(reading) for shard, reading in shards.items()}
+
+    async def close(self, rank: int, first: int, last: int) -> None:
+        """Note that a worker's steps from `first` to before `last` are decoded: what comes before them may still be."""
+        self.decoded[rank][first] = last
+        while self.next[rank] in self.decoded[rank]:
+            self.next[rank] = self.decoded[rank].pop(self.next[rank])
+        await self._move(rank)
+
+    async def _move(self, rank: int) -> None:
+        async with self.moved:
+            self.reader.move(rank, self.sampler.windows(self.next[rank])[0])
+            self.moved.notify_all()
 
 
 _actors: dict[str, Any] = {}
@@ -168,15 +214,17 @@ def _window_actor(part: StreamPart) -> Any:
     """The actor of this worker's run, which its first worker to come starts; outside a group of workers, a new one."""
     group = ray.get_runtime_context().get_placement_group_id()
     if not group:
-        return _start_actor(part)
+        return _start_actor(part, 1)
     if group not in _actors:
-        _actors[group] = _start_actor(part, name=f"clipfh-windows-{group}", get_if_exists=True)
+        name = f"clipfh-windows-{group}"
+        _actors[group] = _start_actor(part, part.world_size, name=name, get_if_exists=True)
     return _actors[group]
 
 
-def _start_actor(part: StreamPart, **options: Any) -> Any:
+def _start_actor(part: StreamPart, ranks: int, **options: Any) -> Any:
     outside = {"num_cpus": 0, "scheduling_strategy": "DEFAULT", "runtime_env": TASK["runtime_env"]}
-    return ray.remote(_Windows).options(**outside, **options).remote(part)
+    actor = ray.remote(_Windows).options(max_concurrency=WAITING, **outside, **options)
+    return actor.remote(part, ranks)
 
 
 class _Steps(ray.data.Datasource):
@@ -187,11 +235,12 @@ class _Steps(ray.data.Datasource):
         last: step after the last.
         images: number of images in a step.
         size: side of an image, pixels.
+        longest: largest number of steps in a task.
     """
 
-    def __init__(self, first: int, last: int, images: int, size: int) -> None:
-        small = max(1, FIRST_IMAGES // images)
-        large = max(1, min(TASK_IMAGES, TASK_MIB * 2**20 // (3 * size**2)) // images)
+    def __init__(self, first: int, last: int, images: int, size: int, longest: int) -> None:
+        small = min(longest, max(1, FIRST_IMAGES // images))
+        large = min(longest, max(1, min(TASK_IMAGES, TASK_MIB * 2**20 // (3 * size**2)) // images))
         then = min(first + FIRST_TASKS * small, last)
         cuts = [*range(first, then, small), *range(then, last, large), last]
         self.tasks = list(itertools.pairwise(cuts))
@@ -212,8 +261,11 @@ def _step_table(start: int, end: int) -> list[pa.Table]:
 
 def _decode_steps(block: dict[str, np.ndarray], part: StreamPart, windows: Any) -> dict[str, Any]:
     """Decode a worker's part of some steps: step (S,), row (S, N), image (S, B, size, size, 3)."""
-    decoder = BatchDecoder(part, (lambda window: ray.get(windows.open.remote(window))) if windows else None)
-    rows, pixels = zip(*(decoder(int(step)) for step in block["step"]), strict=True)
+    first, last = int(block["step"][0]), int(block["step"][-1]) + 1
+    opening = (lambda window: ray.get(windows.open.remote(part.rank, first, window))) if windows else None
+    rows, pixels = zip(*map(BatchDecoder(part, opening), range(first, last)), strict=True)
+    if windows:
+        windows.close.remote(part.rank, first, last)
     return {"step": block["step"], "row": np.stack(rows), "image": np.stack(pixels)}
 
 

@@ -26,7 +26,7 @@ from clipfh.data.decoding import BatchSpec, StreamPart, open_sampler
 from clipfh.data.sampler import ItemRows, PKSampler
 from clipfh.storage.store import Folder
 
-STORE = 128 * 2**20
+STORE = 256 * 2**20
 TIMES = 10
 SHARD, VIEWS = 64, 4
 SPEC = BatchSpec(BatchSettings(items=32, views=4), AugmentSettings(), seed=0, size=64, singles=False)
@@ -74,8 +74,8 @@ def one_pass(catalogue: Catalogue, window: object, store: int) -> dict[str, floa
     class Counting(stream._Windows):
         """The actor, which counts the bytes of the shards that it reads."""
 
-        def __init__(self, part: StreamPart) -> None:
-            super().__init__(part)
+        def __init__(self, part: StreamPart, ranks: int) -> None:
+            super().__init__(part, ranks)
             self.bytes, read = 0, self.reader.read
 
             def counted(shard: int) -> object:
@@ -84,12 +84,12 @@ def one_pass(catalogue: Catalogue, window: object, store: int) -> dict[str, floa
 
             self.reader.read = counted
 
-        def bytes_read(self) -> int:
+        async def bytes_read(self) -> int:
             return self.bytes
 
     actors: list = []
-    start = ray.remote(Counting).options(num_cpus=0)
-    stream._start_actor = lambda part, **_: actors.append(start.remote(part)) or actors[-1]
+    start = ray.remote(Counting).options(num_cpus=0, max_concurrency=stream.WAITING)
+    stream._start_actor = lambda *given, **_: actors.append(start.remote(*given)) or actors[-1]
     context = ray.init(num_cpus=4, object_store_memory=store, include_dashboard=False, log_to_driver=False)
     try:
         images = stream.share(catalogue, "train", window=window)
@@ -116,7 +116,7 @@ def one_pass(catalogue: Catalogue, window: object, store: int) -> dict[str, floa
 
 def in_process_rows(folder: Path) -> list[dict]:
     """A pass in this process over a catalogue of ten times its memory, and the same from memory; times are CPU's."""
-    photos, memory_bytes = drawn_photos(), STORE // 2
+    photos, memory_bytes = drawn_photos(), STORE // 4
     images = int(memory_bytes * TIMES / np.mean([len(photo) for photo in photos]))
     catalogue = write_catalogue(folder / "in-process", {"train": images}, photos)
     with mock.patch("clipfh.config.memory.available", lambda: memory_bytes):

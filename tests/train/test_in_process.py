@@ -151,10 +151,10 @@ def test_images_are_kept_decoded_unasked_where_they_come_again(passes, kept, sma
     experiment = dataclasses.replace(tiny, batch=batch, budget=budget)
     clip, feed = load_initial_model(experiment.model, 0), in_process.InProcessFeed()
     prepared = prepare_inputs(small_catalogue, experiment, clip, feed, "auto").images
-    assert all((shard is not None) == kept for shard in prepared.decoded)
+    assert bool(prepared.decoded) == kept and all(prepared.decoded)
     monkeypatch.setattr(memory, "available", lambda: 8 * small_catalogue.size("train")[1])
     prepared = prepare_inputs(small_catalogue, experiment, clip, feed, "auto").images
-    assert not prepared.window and not all(shard is not None for shard in prepared.decoded)
+    assert not prepared.window and not (prepared.decoded and all(prepared.decoded))
 
 
 def test_validation_images_are_those_of_ray_data(small_catalogue, ray_cluster):

@@ -1,7 +1,11 @@
 """What reaches the workers is the plan, in order, the same for any number of workers and after any restart."""
 
+import asyncio
 import dataclasses
+import gc
 import sys
+import weakref
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from clipfh.data import sampler
 from clipfh.data.decoding import BatchSpec, StreamPart
 from clipfh.data.sampler import PKSampler, build_index
 from clipfh.train import stream
+from clipfh.train.in_process import InProcessFeed
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,60 @@ def test_windows_give_any_number_of_workers_the_samplers_batches(recipe, small_c
     for step, (rows, pixels) in two.items():
         np.testing.assert_array_equal(rows, one[step][0])
         np.testing.assert_array_equal(pixels, one[step][1])
+
+
+def test_a_task_waits_until_its_window_is_near(recipe, small_catalogue):
+    recipe = dataclasses.replace(recipe, batch=BatchSettings(items=2, views=2))
+    part = StreamPart(InProcessFeed().share(small_catalogue, "train", window=40), recipe, 0, 100)
+    plan = decoding_module.open_sampler(part.images, recipe)
+    windows = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    start, then, _, far = (next(step for step in range(100) if plan.windows(step)[0] >= each) for each in windows)
+
+    class Windows(stream._Windows):
+        def _begin_reading(self, path):
+            reading = Future()
+            reading.set_result(path)
+            return reading
+
+    async def three_tasks():
+        actor = Windows(part, ranks=1)
+        waiting = asyncio.create_task(actor.open(0, far, windows[3]))
+        await actor.begin(0, start)
+        assert await actor.open(0, start, (0, 0)) == {s: part.images.shards[s] for s in plan.shards((0, 0))}
+        await actor.close(0, then, far)
+        for _ in range(100):
+            await asyncio.sleep(0)  # let the task come as far as it can
+        assert not waiting.done(), "steps before these are not yet decoded"
+        await actor.close(0, start, then)
+        assert set(await waiting) == set(plan.shards(windows[3]).tolist())
+        assert min(actor.reader.opened) == windows[3]
+
+    asyncio.run(three_tasks())
+
+
+def test_a_decoder_lets_go_of_a_window_as_it_leaves_it(recipe, small_catalogue):
+    """Python's garbage collection comes later: objects of several windows would fill the object store meanwhile."""
+    recipe = dataclasses.replace(recipe, batch=BatchSettings(items=2, views=2))
+    part = StreamPart(InProcessFeed().share(small_catalogue, "train", window=40), recipe, 0, 100)
+    held: list[weakref.ref] = []
+
+    def open_window(window):
+        shards = {shard: decoding_module.read_shard(part.images.shards[shard]) for shard in plan.shards(window)}
+        held.extend(map(weakref.ref, shards.values()))
+        return shards
+
+    gc.disable()
+    try:
+        decoder = decoding_module.BatchDecoder(part, open_window)
+        plan = decoder.sampler
+        for step in range(2 * plan.num_items // plan.items):
+            decoder(step)
+            alive = sum(each() is not None for each in held)
+            assert alive == sum(len(plan.shards(window)) for window in plan.windows(step))
+        del decoder
+        assert not any(each() for each in held)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
