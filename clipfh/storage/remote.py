@@ -190,6 +190,25 @@ class Patient(fs.FileSystemHandler):
         self._try(lambda: fs.copy_files(path, str(file), self.base, fs.LocalFileSystem(), chunk_size=CHUNK))
 
 
+class Holding(Patient):
+    """The same, for one who knows that a folder is there: to ask would list it.
+
+    Args:
+        base: the file system.
+        name: of the store, for people.
+        folder: path of the folder.
+    """
+
+    def __init__(self, base: fs.FileSystem, name: str, folder: str) -> None:
+        super().__init__(base, name)
+        self.folder = folder
+
+    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
+        if paths == [self.folder]:
+            return [fs.FileInfo(self.folder, fs.FileType.Directory)]
+        return super().get_file_info(paths)
+
+
 def _unless_gone(delete: Callable[[str], None], path: str) -> None:
     """Delete what may be gone: by an attempt whose answer was lost, say."""
     try:

@@ -90,6 +90,11 @@ class Folder(os.PathLike[str]):
         """The folder above."""
         return Folder((self.given if "://" in self.given else self.path).rpartition("/")[0] or "/")
 
+    def filesystem_holding_it(self) -> pyarrow.fs.FileSystem:
+        """The file system, told that this folder is there, at a URI: who deletes it does not ask by a list."""
+        store = self.filesystem.handler
+        return pyarrow.fs.PyFileSystem(remote.Holding(store.base, store.name, self.path))
+
     def is_folder(self) -> bool:
         """Whether it is there, and not a file."""
         return bool(self._info("").type == pyarrow.fs.FileType.Directory)

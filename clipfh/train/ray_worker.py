@@ -79,7 +79,7 @@ class _RaySession:
             finally:
                 self.arrived.set()
             shutil.rmtree(folder, ignore_errors=True)
-            return ray.train.Checkpoint(place.path, place.filesystem)
+            return ray.train.Checkpoint(place.path, place.filesystem_holding_it())  # Ray Train deletes it in time
 
         ray.train.report(
             metrics,

@@ -76,6 +76,17 @@ def test_a_folder_is_filled_and_fetched_whole(place, bucket):
         assert {request.kind for request in bucket.requests} <= {"part", "PUT", "POST", "HEAD", "GET", "list"}
 
 
+def test_who_knows_that_a_folder_is_there_deletes_it_with_one_list(bucket):
+    folder = Folder(bucket.uri("checkpoint"))
+    folder.write("weights", "w")
+    filesystem = pickle.loads(pickle.dumps(folder.filesystem_holding_it()))
+    bucket.requests.clear()
+    assert filesystem.get_file_info(folder.path).type == pyarrow.fs.FileType.Directory
+    filesystem.delete_dir(folder.path)
+    assert [each.kind for each in bucket.requests].count("list") == 1
+    assert folder.is_empty() and filesystem.get_file_info(f"{folder.path}/weights").type == pyarrow.fs.FileType.NotFound
+
+
 def test_a_large_object_is_read_in_the_parts_that_are_needed(bucket):
     folder = Folder(bucket.uri("large"))
     folder.write_table("table", pa.table({"a": range(300_000), "b": range(300_000)}), compression="none")
