@@ -4,9 +4,10 @@ A near copy shows a window of the other photo (all of it, where nothing was cut 
 looked for by windows of itself among whole photos, in three steps, each slower than the one before and of fewer pairs:
 
 1. Means of 8 x 8 cells of a window and of a whole photo are compared by their cosine. They are split into their even
-   part and the size of their odd part, which mirroring leaves as they are. Whole photos lie in buckets, each around one
-   of them, and a window is compared with those in the nearest buckets alone: there is no table of all pairs.
-2. The nearest photos are compared at 12 x 12, upright and mirrored.
+   part and the size of their odd part, which mirroring leaves as they are. Whole photos lie in buckets, each around the
+   mean of those in it, and some windows are compared with those in the nearest buckets alone: there is no table of all
+   pairs.
+2. The nearest photos are compared with all windows, upright and mirrored: by the cells with the sign of the odd part.
 3. The window is moved and stretched until it fits best (Lucas & Kanade 1981), first at 16 x 16, then at 32 x 32. Then
    the two are compared in colour, part by part, but for a gain and an offset of the light: two photos of one garment
    before the same wall agree in most parts, copies in all.
@@ -21,6 +22,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -31,22 +33,25 @@ SIDE, THUMB = 64, 32
 CELLS = 8
 FLAT = 4.0
 """Standard deviation of grey levels below which a window shows nothing to compare."""
-COSINE, NEAREST = 0.86, 8
+COSINE, NEAREST = 0.8, 12
 """Least cosine of step 1, and how many pairs of each photo go on from there."""
-PROBES = 3
-"""Number of buckets that a window is compared with."""
-CORRELATION, ORIENTED = 0.86, 4
+PROBES, ROUNDS, SAMPLE = 3, 4, 64
+"""Number of buckets that a window is compared with; rounds in which their means are found, of how many photos each."""
+CORRELATION, ORIENTED = 0.92, 4
 """Least correlation of step 2, and how many pairs of each photo go on from there."""
-ROUGH, FITTED = 0.65, 3
+ROUGH, FITTED = 0.6, 3
 """Largest difference of the fit at 16 x 16, and how many pairs of each photo go on from there."""
 DIFFERENCE = 0.34
 """Largest difference of a near copy: that of the part of the picture that differs most, by the picture's contrast."""
+FINE = ((0.75, 0), (0.48, 1), (DIFFERENCE, 2))
+"""Largest differences at 32 x 32 as the fit goes on, each after some steps more: the first two spare most other pairs
+the steps, and lose one copy of a thousand."""
 DETAIL = 0.25
 """Largest detail that one photo has and the other lacks: a letter, an emblem on a flag; by the picture's contrast."""
 GAIN = 1.35
 """Largest gain of the light between near copies: what is brighter or darker than that is another colour."""
-CHUNK = 1024
-"""Number of photos, or of pairs, that are worked on at a time."""
+CHUNK, FEW = 1024, 128
+"""Number of photos, or of pairs, that are worked on at a time: by their thumbnails, and by their pictures."""
 QUERIES = 256
 """Number of windows whose cosines with all buckets are held at a time: few enough for a core's cache."""
 
@@ -104,7 +109,7 @@ def find_near_copies(
     buckets = _Buckets(np.concatenate([_describe(thumbs[rows], _WHOLE)[:, 0] for rows in _chunks(len(thumbs))]))
 
     def search(rows: slice) -> tuple[Pairs, np.ndarray]:
-        pairs = _orient(_candidates(buckets, thumbs[rows], rows.start), thumbs.__getitem__)
+        pairs = _candidates(buckets, thumbs[rows], rows.start)
         pairs, difference = _fit(pairs, thumbs.__getitem__, 16, ROUGH, steps=2)
         nearest = _first_of_each(pairs.larger, difference, FITTED)
         return pairs[nearest], difference[nearest]
@@ -115,8 +120,9 @@ def find_near_copies(
             parts.append(part)
             progress(rows.stop / len(thumbs))
         pairs = _one_of_each(*_join(parts))
-        fits = pool.map(lambda rows: _fit(pairs[rows], read_pictures, 32, DIFFERENCE, steps=3), _chunks(len(pairs)))
-        pairs, difference = _join(fits)
+        for most, steps in FINE:
+            fit = partial(_fit, read=read_pictures, side=32, most=most, steps=steps)
+            pairs, difference = _join(pool.map(fit, [pairs[rows] for rows in _chunks(len(pairs), FEW)]))
         details = pool.map(lambda rows: _detail(pairs[rows], read_pictures), _chunks(len(pairs)))
         same = np.concatenate([np.zeros(0), *details]) <= DETAIL
     pairs, difference = pairs[same], difference[same]
@@ -154,7 +160,7 @@ def _first_of_each(group: np.ndarray, value: np.ndarray, number: int) -> np.ndar
     return rows[place < number]
 
 
-# Step 1: means of cells, in buckets
+# Steps 1 and 2: means of cells
 
 
 def _grid() -> np.ndarray:
@@ -190,18 +196,26 @@ def _description(windows: np.ndarray) -> np.ndarray:
 
 
 _GRID = _grid()
+_COARSE = [0, 5, *range(19, 44, 2), 44, 45]
+"""The windows of the grid that the buckets are asked for: every other one of the small ones."""
 _WINDOWS, _WHOLE = _description(_GRID), _description(_GRID[:1])
 
 
 def _describe(thumbs: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Unit vectors (n, W, CELLS * CELLS) of windows of thumbnails, which mirroring leaves as they are; 0 if flat."""
-    parts = (thumbs.reshape(len(thumbs), -1).astype(np.float32) @ matrix).reshape(len(thumbs), -1, 2, CELLS**2 // 2)
-    np.abs(parts[:, :, 1], out=parts[:, :, 1])
-    vectors = parts.reshape(len(thumbs), -1, CELLS**2)
+    """Unit vectors (n, W, CELLS * CELLS) of windows of thumbnails, the even half and the odd half; 0 if flat."""
+    vectors = (thumbs.reshape(len(thumbs), -1).astype(np.float32) @ matrix).reshape(len(thumbs), -1, CELLS**2)
     length = np.sqrt(np.einsum("nwd,nwd->nw", vectors, vectors))
     is_flat = length < FLAT * CELLS * np.sqrt(2)
     vectors *= np.where(is_flat, 0, 1 / np.maximum(length, 1e-9))[:, :, None]
     return vectors
+
+
+_HALF = CELLS**2 // 2
+
+
+def _fold(vectors: np.ndarray) -> np.ndarray:
+    """The vectors (..., CELLS * CELLS) with the size of their odd half, which mirroring leaves as they are."""
+    return np.concatenate([vectors[..., :_HALF], np.abs(vectors[..., _HALF:])], axis=-1)
 
 
 def _largest(values: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -215,18 +229,30 @@ def _largest(values: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Buckets:
-    """Unit vectors (N, D) in about 2 sqrt(N) buckets, each around one of the vectors."""
+    """Vectors (N, D) of whole photos in about 2 sqrt(N) buckets: those whose folded vectors are nearest to one mean."""
 
     def __init__(self, vectors: np.ndarray) -> None:
-        count = min(len(vectors), int(2 * np.sqrt(len(vectors))) + 1)
-        self.vectors = vectors
-        self.centres = vectors[np.random.default_rng(0).choice(len(vectors), count, replace=False)]
-        bucket = np.concatenate([(vectors[rows] @ self.centres.T).argmax(1) for rows in _chunks(len(vectors))])
-        self.members = bucket.argsort(kind="stable")
-        self.ends = np.searchsorted(bucket[self.members], np.arange(count + 1))
+        count, rng = min(len(vectors), int(2 * np.sqrt(len(vectors))) + 1), np.random.default_rng(0)
+        sample = _fold(vectors[rng.choice(len(vectors), min(len(vectors), SAMPLE * count), replace=False)])
+        self.vectors, self.centres = vectors, sample[:count]
+        for _ in range(ROUNDS):
+            members, ends = self._assign(sample)
+            full = np.flatnonzero(np.diff(ends))
+            sums = np.add.reduceat(sample[members], ends[full])
+            self.centres[full] = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
+        self.members, self.ends = self._assign(vectors)
+
+    def _assign(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of vectors by their buckets, and where in these each bucket ends."""
+        bucket = np.concatenate([(_fold(vectors[rows]) @ self.centres.T).argmax(1) for rows in _chunks(len(vectors))])
+        members = bucket.argsort(kind="stable")
+        return members, np.searchsorted(bucket[members], np.arange(len(self.centres) + 1))
 
     def nearest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The nearest two of each near bucket, of a cosine of at least COSINE: query, vector and cosine, (m,) each."""
+        """The photos nearest to folded vectors, two of each near bucket, of a cosine of at least COSINE.
+
+        Returns query, photo and cosine, (m,) each.
+        """
         probes = min(PROBES, len(self.centres))
         near = [_largest(queries[rows] @ self.centres.T, probes)[0] for rows in _chunks(len(queries), QUERIES)]
         bucket = np.concatenate(near).ravel()
@@ -244,66 +270,79 @@ class _Buckets:
         self, bucket: int, rows: np.ndarray, queries: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         members = self.members[self.ends[bucket] : self.ends[bucket + 1]]
-        cosines = queries[rows] @ self.vectors[members].T
-        best, values = _largest(cosines, min(2, len(members)))
+        cosines = queries[rows] @ _fold(self.vectors[members]).T
+        asking = np.flatnonzero(cosines.max(1) >= COSINE)
+        best, values = _largest(cosines[asking], min(2, len(members)))
         row, slot = np.nonzero(values >= COSINE)
-        return rows[row], members[best[row, slot]], values[row, slot]
+        return rows[asking[row]], members[best[row, slot]], values[row, slot]
 
 
 def _candidates(buckets: _Buckets, thumbs: np.ndarray, first: int) -> Pairs:
-    """The NEAREST whole photos to windows of each of some photos, whose row numbers begin with `first`."""
+    """Whole photos that windows of some photos may show, ORIENTED of each; the numbers of these begin with `first`."""
     windows = _describe(thumbs, _WINDOWS)
-    query, whole, cosine = buckets.nearest(windows.reshape(-1, windows.shape[2]))
-    larger, window = first + query // len(_GRID), query % len(_GRID)
-    differ = np.flatnonzero(larger != whole)
+    query, whole, cosine = buckets.nearest(_fold(windows[:, _COARSE]).reshape(-1, windows.shape[2]))
+    larger = query // len(_COARSE)
+    differ = np.flatnonzero(first + larger != whole)
     rows = differ[_first_of_each((larger << 32 | whole)[differ], -cosine[differ], 1)]
     rows = rows[_first_of_each(larger[rows], -cosine[rows], NEAREST)]
-    return Pairs(larger[rows], whole[rows], _GRID[window[rows]], np.zeros(len(rows), bool))
+    return _orient(windows, buckets.vectors, larger[rows], whole[rows], first)
 
 
-# Steps 2 and 3: pixels
+def _orient(windows: np.ndarray, vectors: np.ndarray, larger: np.ndarray, whole: np.ndarray, first: int) -> Pairs:
+    """The pairs of which a window and the whole photo correlate most, upright or mirrored; `larger` is sorted."""
+    place = np.arange(len(larger)) - np.searchsorted(larger, larger)
+    slots = np.full((len(windows), NEAREST), -1)
+    slots[larger, place] = whole
+    even, odd = np.split(vectors[slots].swapaxes(1, 2), 2, axis=1)
+    even, odd = windows[..., :_HALF] @ even, windows[..., _HALF:] @ odd
+    correlation = np.where(slots[:, None] < 0, -np.inf, even + np.abs(odd))
+    window = correlation.argmax(1)
+    best = np.take_along_axis(correlation, window[:, None], 1)[:, 0]
+    is_mirrored = np.take_along_axis(odd, window[:, None], 1)[:, 0] < 0
+    row, slot = np.nonzero(best >= CORRELATION)
+    nearest = _first_of_each(row, -best[row, slot], ORIENTED)
+    row, slot = row[nearest], slot[nearest]
+    return Pairs(first + row, slots[row, slot], _GRID[window[row, slot]], is_mirrored[row, slot])
 
 
-def _sample(images: np.ndarray, place: np.ndarray, side: int) -> np.ndarray:
-    """Windows (n, 4) of images (n, C, S, S), at (n, C, side, side): each pixel the mean of what it covers."""
-    across, down = (_weights(place[:, axis], place[:, axis + 2], side, images.shape[2]) for axis in (0, 1))
-    return down[:, None] @ images @ across[:, None].transpose(0, 1, 3, 2)
-
-
-def _take(read: Read, rows: np.ndarray) -> np.ndarray:
-    """Photos to compute with: (n, C, S, S) float32."""
-    taken = read(rows).astype(np.float32)
-    return taken[:, None] if taken.ndim == 3 else np.ascontiguousarray(taken.transpose(0, 3, 1, 2))
+# Step 3: pixels
 
 
 _WHOLE_PLACE = np.array([[0.0, 0.0, 1.0, 1.0]], np.float32)
 
 
+def _sample(images: np.ndarray, place: np.ndarray, side: int) -> np.ndarray:
+    """Windows (n, 4) of images (n, S, S, C), at (n, side, C, side): each pixel the mean of what it covers."""
+    across, down = (_weights(place[:, axis], place[:, axis + 2], side, images.shape[1]) for axis in (0, 1))
+    count, height, width, channels = images.shape
+    rows = down @ images.reshape(count, height, width * channels)
+    return rows.reshape(count, side, width, channels).swapaxes(2, 3) @ across.transpose(0, 2, 1)[:, None]
+
+
+def _sample_whole(
+    images: np.ndarray, is_mirrored: np.ndarray, side: int, place: np.ndarray = _WHOLE_PLACE
+) -> np.ndarray:
+    """Images (n, S, S, C) at (n, side, C, side), some of them mirrored."""
+    sampled = _sample(images, place, side)
+    sampled[is_mirrored] = sampled[is_mirrored, ..., ::-1]
+    return sampled
+
+
+def _take(read: Read, rows: np.ndarray) -> np.ndarray:
+    """Photos to compute with: (n, S, S, C) float32."""
+    taken = read(rows).astype(np.float32)
+    return taken[..., None] if taken.ndim == 3 else taken
+
+
+def _grey(images: np.ndarray) -> np.ndarray:
+    """Images (n, S, S, C) as (n, S, S, 1)."""
+    channels = images.shape[3]
+    return images if channels == 1 else images @ np.full((channels, 1), 1 / channels, np.float32)
+
+
 def _inner(place: np.ndarray) -> np.ndarray:
     """Windows (n, 4) without a sixteenth at each edge, where the pixels of a frame run into those of the photo."""
     return np.concatenate([place[:, :2] + place[:, 2:] / 16, place[:, 2:] * 14 / 16], axis=1)
-
-
-def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Pearson's of each of n images with another, (n,)."""
-    one, other = (each.reshape(len(each), -1) for each in (one, other))
-    one, other = one - one.mean(1, keepdims=True), other - other.mean(1, keepdims=True)
-    return (one * other).sum(1) / np.maximum(np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1), 1e-9)
-
-
-def _orient(pairs: Pairs, read: Read) -> Pairs:
-    """The pairs whose window and photo correlate most, upright or mirrored: ORIENTED of each photo."""
-    parts = []
-    for rows in _chunks(len(pairs)):
-        part = pairs[rows]
-        larger, whole = (_take(read, each) for each in (part.larger, part.whole))
-        window, whole = _sample(larger, part.place, 12), _sample(whole, _WHOLE_PLACE, 12)
-        upright, mirrored = _correlation(window, whole), _correlation(window[..., ::-1], whole)
-        part = replace(part, is_mirrored=mirrored > upright)
-        parts.append((part, np.maximum(upright, mirrored)))
-    pairs, correlation = _join(parts)
-    nearest = _first_of_each(pairs.larger, -correlation, ORIENTED)
-    return pairs[nearest[correlation[nearest] >= CORRELATION]]
 
 
 def _fit(pairs: Pairs, read: Read, side: int, most: float, steps: int) -> tuple[Pairs, np.ndarray]:
@@ -315,12 +354,11 @@ def _fit(pairs: Pairs, read: Read, side: int, most: float, steps: int) -> tuple[
     for rows in _chunks(len(pairs)):
         part = pairs[rows]
         larger, whole = (_take(read, each) for each in (part.larger, part.whole))
-        larger[part.is_mirrored] = larger[part.is_mirrored, ..., ::-1]
-        target = _sample(whole.mean(1, keepdims=True), _WHOLE_PLACE, side)[:, 0]
-        place = _align(larger.mean(1), target, _mirror(part.place, part.is_mirrored), steps)
-        window, middle = _sample(larger, _inner(place), 16), _sample(whole, _inner(_WHOLE_PLACE), 16)
-        difference = _difference(window, middle)
-        part = replace(part, place=_mirror(place, part.is_mirrored))
+        if steps:
+            target = _sample_whole(_grey(whole), part.is_mirrored, side)[:, :, 0]
+            part = replace(part, place=_align(_grey(larger), target, part.place, steps))
+        window = _sample(larger, _inner(part.place), 16)
+        difference = _difference(window, _sample_whole(whole, part.is_mirrored, 16, _inner(_WHOLE_PLACE)))
         near = difference <= most
         parts.append((part[near], difference[near]))
     return _join(parts)
@@ -333,10 +371,9 @@ def _detail(pairs: Pairs, read: Read) -> np.ndarray:
     pixel. A detail of one photo differs where the other is flat. Photos whose light differs by more than GAIN differ
     infinitely.
     """
-    larger, whole = (_take(read, rows).mean(1, keepdims=True) for rows in (pairs.larger, pairs.whole))
-    larger[pairs.is_mirrored] = larger[pairs.is_mirrored, ..., ::-1]
-    window = _sample(larger, _inner(_mirror(pairs.place, pairs.is_mirrored)), 32)[:, 0]
-    whole = _sample(whole, _inner(_WHOLE_PLACE), 32)[:, 0]
+    larger, whole = (_grey(_take(read, rows)) for rows in (pairs.larger, pairs.whole))
+    window = _sample(larger, _inner(pairs.place), 32)[:, :, 0]
+    whole = _sample_whole(whole, pairs.is_mirrored, 32, _inner(_WHOLE_PLACE))[:, :, 0]
     one, other = (each - each.mean((1, 2), keepdims=True) for each in (window, whole))
     gain = (one * other).sum((1, 2)) / np.maximum((one**2).sum((1, 2)), 1e-9)
     one *= gain[:, None, None]
@@ -356,14 +393,8 @@ def _slope(images: np.ndarray) -> np.ndarray:
     return np.max(steps, axis=0)
 
 
-def _mirror(place: np.ndarray, is_mirrored: np.ndarray) -> np.ndarray:
-    """Windows (n, 4), of mirrored photos where it says so."""
-    left = np.where(is_mirrored, 1 - place[:, 0] - place[:, 2], place[:, 0])
-    return np.concatenate([left[:, None], place[:, 1:]], axis=1)
-
-
 def _align(images: np.ndarray, targets: np.ndarray, place: np.ndarray, steps: int) -> np.ndarray:
-    """Windows (n, 4) of images (n, S, S) that fit targets (n, side, side), from windows near them.
+    """Windows (n, 4) of images (n, S, S, 1) that fit targets (n, side, side), from windows near them.
 
     A target is taken for gain * window + offset, to first order in the window's place: each step solves for all six.
     Pixels at the edges have no say, since those of a frame run into them.
@@ -375,7 +406,7 @@ def _align(images: np.ndarray, targets: np.ndarray, place: np.ndarray, steps: in
     across, down, widening, lengthening, level, _ = slopes.swapaxes(0, 1)
     slope = slopes.reshape(len(images), 6, -1)
     for _ in range(steps):
-        window = _sample(images[:, None], place, side)[:, 0]
+        window = _sample(images, place, side)[:, :, 0]
         step = side / 2 / place[:, 2:, None, None]
         np.multiply(window[:, 1:-1, 2:] - window[:, 1:-1, :-2], step[:, 0], out=across)
         np.multiply(window[:, 2:, 1:-1] - window[:, :-2, 1:-1], step[:, 1], out=down)
@@ -393,13 +424,13 @@ def _align(images: np.ndarray, targets: np.ndarray, place: np.ndarray, steps: in
 
 
 def _difference(window: np.ndarray, whole: np.ndarray, parts: int = 4) -> np.ndarray:
-    """Difference (n,) of images (n, C, side, side): root mean square in the worst of 4 x 4 parts, by the contrast.
+    """Difference (n,) of images (n, side, C, side): root mean square in the worst of 4 x 4 parts, by the contrast.
 
     A gain and an offset, the same everywhere, are no difference.
     """
-    count, channels, side, _ = whole.shape
+    count, side, channels, _ = whole.shape
     one, other = window.reshape(count, -1), whole.reshape(count, -1)
     one, other = one - one.mean(1, keepdims=True), other - other.mean(1, keepdims=True)
     gain = (one * other).sum(1, keepdims=True) / np.maximum((one**2).sum(1, keepdims=True), 1e-9)
-    squares = ((gain * one - other) ** 2).reshape(count, channels, parts, side // parts, parts, -1)
-    return np.sqrt(squares.mean((1, 3, 5)).max((1, 2))) / np.maximum(other.std(1), 1e-9)
+    squares = ((gain * one - other) ** 2).reshape(count, parts, side // parts * channels, parts, -1)
+    return np.sqrt(squares.mean((2, 4)).max((1, 2))) / np.maximum(other.std(1), 1e-9)
