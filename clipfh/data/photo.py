@@ -105,7 +105,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _check_size(opened: Image.Image) -> None:
-    most = MAX_JPEG_PIXELS if opened.format == "JPEG" and not opened.info.get("progressive") else MAX_PIXELS
+    most = MAX_JPEG_PIXELS if opened.format in ("JPEG", "MPO") and not opened.info.get("progressive") else MAX_PIXELS
     if opened.width * opened.height > most:
         raise RefusedPhotoError(TOO_LARGE)
 
@@ -155,6 +155,7 @@ def _to_plain_mode(image: Image.Image) -> Image.Image:
     """The first frame of an image in its plain mode."""
     mode = _plain_mode(image)
     if image.mode.startswith("I;16"):
+        image = image if image.mode == "I;16" else image.convert("I")  # of another order of bytes
         image = image.point(lambda value: value / 257)  # Pillow would cut off all that is above 255
     return image if image.mode == mode else image.convert(mode)  # convert would copy
 

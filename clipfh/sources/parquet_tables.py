@@ -65,6 +65,11 @@ def _choose_columns(schema: pa.Schema, where: str) -> _Columns:
     at = names.index("image") if "image" in names else -1
     is_inside = at >= 0 and holds_images(schema.field(at).type)
     item = "label" if is_inside and "item_id" not in names and "label" in names else "item_id"
+    if at >= 0 and not is_inside and "image_path" not in names:
+        raise UserError(
+            f"{where}: column image holds {schema.field(at).type}: store the bytes of the files in it, as binary or as "
+            "struct<bytes, path>, or their paths in image_path"
+        )
     notes = check_columns(names, where, ("image" if is_inside else "image_path", item))
     notes += ["there is no item_id: items are the values of label"] if item == "label" else []
     ours = {*COLUMNS, item, *(BOX_COLUMNS if {*BOX_COLUMNS} <= {*names} else ())}
@@ -94,8 +99,12 @@ def _rows(table: pq.ParquetFile, columns: _Columns) -> Iterator[tuple[int, tuple
 
 
 def holds_images(kind: pa.DataType) -> bool:
-    """Whether a column holds encoded images, as Hugging Face's datasets write them or as plain bytes."""
-    return _has_field(kind, "bytes") or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    """Whether a column holds encoded images, as Hugging Face's datasets write them, as plain bytes or as numbers."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return bool(pa.types.is_uint8(kind.value_type))
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return _has_field(kind, "bytes") or any(is_a(kind) for is_a in binary)
 
 
 def _has_field(kind: pa.DataType, name: str) -> bool:
@@ -156,7 +165,8 @@ def iterate_images(store: fs.SubTreeFileSystem, file: str, group: int) -> Iterat
         name = next(name for name in table.schema_arrow.names if name.strip().casefold() == "image")
         for batch in table.iter_batches(_BATCH, row_groups=[group], columns=[name]):
             values = batch.column(0).to_pylist()
-            yield from (value["bytes"] if isinstance(value, dict) else value for value in values)
+            images = (value["bytes"] if isinstance(value, dict) else value for value in values)
+            yield from (bytes(image) if isinstance(image, list) else image for image in images)
 
 
 def is_scattered(photos: Iterable[Photo]) -> bool:

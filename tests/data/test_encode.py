@@ -32,6 +32,9 @@ TAKEN = {
     "1 bit": lambda size, n: saved(colored(size, n).convert("1"), "PNG"),
     "16 bit": lambda size, n: saved(GRAY16.resize(size, 0), "PNG"),
     "16 bit TIFF": lambda size, n: saved(GRAY16.resize(size, 0), "TIFF"),
+    "16 bit TIFF of another order of bytes": lambda size, n: saved(
+        Image.frombytes("I;16B", size, np.asarray(GRAY16.resize(size, 0)).astype(">u2").tobytes()), "TIFF"
+    ),
     "transparent": lambda size, n: saved(Image.new("RGBA", size, (0, 0, 0, 0)), "PNG"),
     "gray and transparent": lambda size, n: saved(Image.new("LA", size, (0, 0)), "WEBP"),
     "animated GIF": lambda size, n: saved(FRAMES[0].resize(size), "GIF", save_all=True, append_images=FRAMES[1:]),
@@ -67,8 +70,10 @@ def test_odd_images_are_taken_as_one_picture_of_eight_bits(kind):
             assert np.abs(seen - expected).mean() < 12
 
 
-def test_a_phones_108_megapixels_are_read(tmp_path, quick):
-    Image.new("L", (12_000, 9_000), 127).save(tmp_path / "phone.jpg", quality=20)
+@pytest.mark.parametrize("more", [{}, {"format": "MPO", "save_all": True, "append_images": [Image.new("L", (9, 9))]}])
+def test_a_phones_108_megapixels_are_read(tmp_path, more):
+    """Alone, or with a second picture behind, such as the map of its bright parts."""
+    Image.new("L", (12_000, 9_000), 127).save(tmp_path / "phone.jpg", quality=20, **more)
     assert Image.open(io.BytesIO(encode_photo(tmp_path / "phone.jpg", 256))).size == (341, 256)
 
 

@@ -50,6 +50,32 @@ def test_parquet_with_the_images_inside_is_read(tmp_path, quick):
     assert {row["text"] for row in rows_of(catalogue)} == {"A hat."}
 
 
+AS_COLUMNS = {
+    "binary": pa.binary(),
+    "large binary": pa.large_binary(),
+    "binary view": pa.binary_view(),
+    "dictionary": pa.dictionary(pa.int32(), pa.binary()),
+    "numbers": pa.list_(pa.uint8()),
+}
+
+
+@pytest.mark.parametrize("kind", AS_COLUMNS)
+def test_a_column_of_bytes_in_any_form_has_the_images(tmp_path, quick, kind):
+    data = [list(each) if kind == "numbers" else each for each in PHOTOS.values()]
+    images = (
+        pa.array(data, pa.binary()).dictionary_encode() if kind == "dictionary" else pa.array(data, AS_COLUMNS[kind])
+    )
+    pq.write_table(pa.table({"image": images, "item_id": [path[:4] for path in PHOTOS]}), tmp_path / "shop.parquet")
+    assert items(prepare(tmp_path / "shop.parquet", tmp_path / "out")) == expected()
+
+
+@pytest.mark.parametrize("images", [["aGF0"], [["hat"]], [[b"hat"]]])
+def test_a_column_image_that_holds_no_bytes_is_named_as_the_cause(tmp_path, images):
+    pq.write_table(pa.table({"image": images, "item_id": ["hat"]}), tmp_path / "shop.parquet")
+    with pytest.raises(UserError, match="column image holds .*: store the bytes of the files in it, as binary or as"):
+        read_source(tmp_path / "shop.parquet")
+
+
 def test_a_folder_of_shards_of_a_hub_has_its_splits_and_the_names_of_its_labels(tmp_path, quick):
     names = [f"boot {i}" for i in range(8)]
     about = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}, "image": {"_type": "Image"}}}}
