@@ -33,6 +33,11 @@ def test_train_and_sweep_are_functions_and_wings_whichever_comes_first(lines):
     assert printed("\n".join(code)) == "True True"
 
 
+def test_ray_packs_no_folder_under_uv_run():
+    code = "import clipfh; from ray._private import ray_constants; print(ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
+    assert printed(code) == "False"
+
+
 def test_what_is_not_public_is_missed():
     with pytest.raises(AttributeError, match="no attribute 'tune'"):
         getattr(clipfh, "tune")  # noqa: B009

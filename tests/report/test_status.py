@@ -47,6 +47,9 @@ def test_a_run_under_way(tmp_path):
 def test_a_run_that_is_over_and_one_that_has_just_begun(tmp_path):
     make_run(tmp_path / "over", report(2048, 0.3), **{"budget.images": 2000})
     make_run(tmp_path / "new", "", **{"budget.images": 2000})
+    patient = report(500, 0.3).replace("}", ', "reports_since_best": 2}')
+    make_run(tmp_path / "patient", patient, **{"budget.images": 2000, "budget.patience": 2})
+    assert "finished; last report" in status.describe(tmp_path / "patient")
     assert "finished; last report" in status.describe(tmp_path / "over")
     assert "0 of 2,000 images" in status.describe(tmp_path / "new")
 

@@ -231,6 +231,44 @@ def test_a_sweep_is_resumed_only_on_its_own_catalogue_and_prompts(small_catalogu
     assert "begun by an older version" in told[0]
 
 
+def test_a_sweep_that_is_over_takes_more_trials_and_no_other_change(tmp_path):
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x", "trials": 12}))
+    twelve, out, told = sweep_file.load(tmp_path / "x.yaml"), Folder(tmp_path / "out"), []
+    sweep._begin(twelve, out, False, told.append)
+    sweep._begin(dataclasses.replace(twelve, trials=14), out, True, told.append)
+    assert told == ["2 more trials than the sweep had"]
+    assert sweep_file.load(tmp_path / "out" / layout.SWEEP).trials == 14
+    for change in ({"trials": 12}, {"trials": 16, "stage": "joint"}):
+        with pytest.raises(UserError, match="--resume: the sweep file differs from .* resume with the same"):
+            sweep._begin(dataclasses.replace(twelve, **change), out, True, told.append)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "wins", "said"),
+    [
+        ({"val_mAP": 0.7}, True, "is better than all of this sweep: val mAP 0.700"),
+        ({"val_mAP": 0.5}, False, ""),
+        ({"val_mAP": 0.7, "hash": "another"}, False, "can't win: it was selected on another catalogue"),
+        ({"val_mAP": 0.7, "export": ""}, False, "can't win: its export is not there"),
+    ],
+)
+def test_the_best_of_an_earlier_sweep_competes_at_the_end(tmp_path, small_catalogue, earlier, wins, said):
+    before = Folder(tmp_path / "before")
+    before.make()
+    before.write(layout.SUMMARY, json.dumps({"val_mAP": earlier["val_mAP"], "best_trial": "0003"}))
+    before.write(layout.SWEEP_INPUTS, json.dumps({"hash": earlier.get("hash", small_catalogue.manifest["hash"])}))
+    if earlier.get("export", "there"):
+        (before / layout.BEST).make()
+        before.write(f"{layout.BEST}/{layout.EXPORTED_WEIGHTS}", "")
+    told, asked = [], SimpleNamespace(earlier=before.address)
+    context = SimpleNamespace(sweep=asked, catalogue=small_catalogue, log=told.append)
+    winner = sweep._Winner("0001", None, 0.6, None, {}, refit=True)
+    best = sweep._with_earlier(context, winner)
+    assert (best.trial, best.val_mAP) == (("before-0003", 0.7) if wins else ("0001", 0.6))
+    assert best is winner or best.blend.runs == ((before / layout.BEST).address,) and not best.refit
+    assert told == ([f"{'' if wins else 'note: '}the best of {before} {said}"] if said else [])
+
+
 @pytest.mark.parametrize("reason", ["", "loss or gradient are not finite at step 9"])
 def test_a_refit_that_diverged_is_not_the_winner(tmp_path, monkeypatch, reason):
     for trial, line in (("trials/0001", {}), ("final/refit", {"diverged": reason} if reason else {})):
