@@ -111,9 +111,11 @@ def _weights_file(settings: ModelSettings, weights: str) -> Path:
     if settings.name.startswith((hub.PREFIX, architectures.LOCAL)):
         return Path(weights)
     tag = load_open_clip().get_pretrained_cfg(architectures.architecture_name(settings), weights)
-    if tag:
-        hub.use_cache_without_network()
-    return Path(load_open_clip().download_pretrained(tag) if tag else weights)
+    if not tag:
+        return Path(weights)
+    hub.use_cache_without_network()
+    with hub.plain_errors():
+        return Path(load_open_clip().download_pretrained(tag))
 
 
 def _weights_error(settings: ModelSettings, weights: str, error: Exception) -> UserError:
@@ -211,7 +213,8 @@ def load_tokenizer(architecture: Architecture) -> Any:
             return load_open_clip().SimpleTokenizer(**options)
         if not Path(name).is_dir():
             hub.use_cache_without_network()
-        return load_open_clip().tokenizer.HFTokenizer(name, tokenizer_mode=text.get("tokenizer_mode"), **options)
+        with hub.plain_errors():
+            return load_open_clip().tokenizer.HFTokenizer(name, tokenizer_mode=text.get("tokenizer_mode"), **options)
     except (ImportError, OSError, AttributeError, TypeError, ValueError) as error:  # transformers or its files missing
         reason = " ".join(str(error).split())[:160]
         raise UserError(

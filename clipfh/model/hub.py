@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from clipfh import UserError
@@ -30,12 +32,13 @@ def download(name: str, with_weights: bool) -> Path:
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     use_cache_without_network()
     try:
-        config = Path(hf_hub_download(repository, layout.OPEN_CLIP_CONFIG, revision=revision or None))
-        if with_weights:
-            from open_clip.pretrained import download_pretrained_from_hf
+        with plain_errors():
+            config = Path(hf_hub_download(repository, layout.OPEN_CLIP_CONFIG, revision=revision or None))
+            if with_weights:
+                from open_clip.pretrained import download_pretrained_from_hf
 
-            download_pretrained_from_hf(repository, revision=config.parent.name)  # of the commit of the config
-    except errors.LocalEntryNotFoundError as error:
+                download_pretrained_from_hf(repository, revision=config.parent.name)  # of the commit of the config
+    except (errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(
             f"--model.name {name}: the hub can't be reached, and its cache does not have the model: check the network, "
             "HTTPS_PROXY or HF_ENDPOINT, or take a download by local-dir:FOLDER"
@@ -51,6 +54,19 @@ def download(name: str, with_weights: bool) -> Path:
             "revision; a private or gated one needs HF_TOKEN"
         ) from error
     return config.parent
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise what the client's HTTP library says of a network or a proxy that refuses as a ConnectionError."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HTTPError as error:  # type: ignore[attr-defined]  # of whichever library it takes
+        if isinstance(error, OSError):  # an answer of the hub
+            raise
+        raise ConnectionError(str(error)) from error
 
 
 def use_cache_without_network() -> None:

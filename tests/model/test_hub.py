@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from loopback_hub import CLIP_SHAPED, INCEPTION, SIGLIP_SHAPED, serve, write_model, write_tokenizer
@@ -41,10 +43,11 @@ def hub(tmp_path_factory) -> Path:
     return root
 
 
-def run(script: str, *arguments: object, endpoint: str, home: Path) -> subprocess.CompletedProcess:
+def run(script: str, *arguments: object, endpoint: str, home: Path, proxy: str = "") -> subprocess.CompletedProcess:
     """Run a script with a hub at the address, and its cache below `home`."""
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), "HOME": str(home)}
     environment = {key: value for key, value in environment.items() if not key.lower().endswith("_proxy")}
+    environment |= {"HTTPS_PROXY": proxy} if proxy else {}
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=home)
 
@@ -97,3 +100,29 @@ def test_revisions_are_told_apart_and_what_can_not_be_had_is_one_line(hub, tmp_p
     lines = offline.stdout.splitlines()
     assert lines[0] == told.stdout.splitlines()[0], "from the cache"
     assert "hf-hub:shop/siglip: the hub can't be reached, and its cache does not have the model" in lines[1]
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A proxy that lets nobody out."""
+
+    def do_CONNECT(self):
+        self.server.asked.append(self.path)
+        self.send_error(403)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_proxy_that_refuses_is_one_line(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as proxy:
+        proxy.asked = []
+        Thread(target=proxy.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{proxy.server_port}"
+        names = ("hf-hub:shop/clip", "RN50")
+        told = run(LOAD, *names, endpoint="https://hub.invalid", home=tmp_path, proxy=address)
+        proxy.shutdown()
+    assert told.returncode == 0, told.stderr
+    first, second = told.stdout.splitlines()
+    assert "the hub can't be reached, and its cache does not have the model: check the network, HTTPS_PROXY" in first
+    assert "weights 'openai' of RN50 can't be downloaded" in second
+    assert {"hub.invalid:443"} <= {*proxy.asked}, "the client's way is the proxy"
