@@ -22,6 +22,11 @@ def test_open_catalogue_refuses_what_is_not_whole(tmp_path, quick):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match="train-00000.*cut short"):
         open_catalogue(tmp_path / "out")
+    elsewhere = shard.rename(tmp_path / shard.name)
+    outside = {f"../{shard.name}": elsewhere.stat().st_size}
+    manifest.write_text(json.dumps(content | {"shards": {**content["shards"], "train": outside}}))
+    with pytest.raises(UserError, match=f"{shard.name}: missing"):
+        open_catalogue(tmp_path / "out")
     manifest.write_text(json.dumps(content | {"version": 1}))
     with pytest.raises(UserError, match="version 1, and this clipfh reads version 2.*run clipfh prepare again"):
         open_catalogue(tmp_path / "out")
