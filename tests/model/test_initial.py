@@ -1,5 +1,6 @@
 """Weights that the small model starts from."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch.testing import assert_close
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.model import architecture, initial
 from clipfh.model.clip import build, load_initial_model
-from clipfh.model.initial import OFFSETS, PATCH_GAIN, VALUE_GAIN, cosine_filters
+from clipfh.model.initial import OFFSETS, PATCH_GAIN, VALUE_GAIN, cosine_filters, lowest_frequencies
 
 
 def small_visual():
@@ -32,16 +33,43 @@ def test_more_filters_than_a_patch_has_frequencies_are_random():
 
 def test_the_small_model_begins_with_attention_to_what_is_alike_at_each_heads_offset():
     visual = small_visual()
-    assert_close(visual.conv1.weight, PATCH_GAIN * cosine_filters(160, 8))
+    assert_close(visual.conv1.weight, PATCH_GAIN * torch.cat([cosine_filters(88, 8), torch.zeros(72, 3, 8, 8)]))
     places = visual.positional_embedding[1:].detach().view(8, 8, 160)
+    assert not places[:, :, :96].any()
     for block in visual.transformer.resblocks:
-        query, key, value = (part.detach() for part in block.attn.in_proj_weight.chunk(3))
+        query, key, _ = (part.detach() for part in block.attn.in_proj_weight.chunk(3))
         assert_close(key.T @ key, torch.eye(160), atol=1e-5, rtol=0)
-        assert_close(block.attn.out_proj.weight.detach() @ value, -VALUE_GAIN * torch.eye(160), atol=1e-5, rtol=0)
         heads = zip(query.split(32), key.split(32), OFFSETS, strict=True)
         for query_of_head, key_of_head, (right, down) in heads:
             there = places[3 + down, 4 + right]
             assert_close(query_of_head @ places[3, 4], key_of_head @ there, atol=1e-4, rtol=0)
+
+
+def test_attention_takes_from_patterns_and_leaves_mean_colors_energies_and_positions_as_they_are():
+    takes = torch.zeros(160)
+    takes[:88] = VALUE_GAIN
+    takes[[k for k, (_, down, right) in enumerate(lowest_frequencies(88, 8).tolist()) if down == right == 0]] = 0.0
+    assert (takes[:88] == 0).sum() == 3
+    for block in small_visual().transformer.resblocks:
+        value = block.attn.in_proj_weight.detach().chunk(3)[2]
+        assert_close(block.attn.out_proj.weight.detach() @ value, -takes.diag(), atol=1e-5, rtol=0)
+
+
+def test_the_first_block_adds_up_the_absolute_values_of_a_patchs_patterns_by_direction():
+    mlp = small_visual().transformer.resblocks[0].mlp
+    pairs = [k for k, (color, *waves) in enumerate(lowest_frequencies(88, 8).tolist()) if color == 0 and any(waves)]
+    with torch.no_grad():
+        mlp.c_proj.weight[:, 2 * len(pairs) :] = 0.0  # the other hidden units are random
+        token = 2 * torch.randn(50, 160)
+        energies = (mlp(token) - mlp.c_proj.bias)[:, 88:96]
+    expected = torch.zeros(50, 8)
+    for k in pairs:
+        _, down, right = lowest_frequencies(88, 8)[k].tolist()
+        angle = math.degrees(math.atan2(down, right))
+        steps = [0, 45, 90] if down + right <= 3 else [0, 22.5, 45, 67.5, 90]
+        nearest = min(range(len(steps)), key=lambda i: abs(steps[i] - angle))
+        expected[:, nearest + (0 if down + right <= 3 else 3)] += token[:, k].abs()
+    assert_close(energies, expected, atol=0.3, rtol=0.02)
 
 
 def test_each_head_of_the_pooler_looks_at_its_place_of_a_grid():
@@ -52,6 +80,12 @@ def test_each_head_of_the_pooler_looks_at_its_place_of_a_grid():
     for head, place in enumerate(logits.argmax(1).tolist()):
         row, column = divmod(head, 4)
         assert place // 8 in (2 * row, 2 * row + 1) and place % 8 in (2 * column, 2 * column + 1)
+
+
+def test_each_head_of_the_pooler_reads_the_lowest_frequencies_and_the_energies():
+    token = torch.randn(160)
+    expected = torch.cat([token[:8], token[88:96]]).repeat(16)
+    assert_close(small_visual().attn_pool.attn.v_proj_weight.detach() @ token, expected)
 
 
 def test_other_sizes_of_images_have_their_own_grid():
@@ -66,6 +100,7 @@ def test_other_sizes_of_images_have_their_own_grid():
         {"pos_embed_type": "learnable"},
         {"block_type": "custom", "qk_norm": True},
         {"attn_pooler_heads": 8},
+        {"attn_pooler_heads": 64},
         {"attn_pooler_queries": 4},
         {"attentional_pool": False},
         {"width": 256, "head_width": 64},
