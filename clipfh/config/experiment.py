@@ -222,13 +222,16 @@ class OptimizerSettings:
     """largest gradient norm; 0: no clipping"""
     ema: float = 0.999
     """decay of the average of the weights that is evaluated and exported; 0: none"""
+    whitening: float = 0.0
+    """share of the budget, at its end, over whose batches it is summed how views of one item differ. With the last
+    report the image tower's projection lets that count less, if validation is the better for it; 0: not"""
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, "optimizer.lr", "above 0", self.lr)
         for name in ("text_lr", "head_lr", "lora_lr", "center_lr", "weight_decay", "clip"):
             require(getattr(self, name) >= 0, f"optimizer.{name}", "0 or more", getattr(self, name))
         require(0 < self.layer_decay <= 1, "optimizer.layer_decay", "above 0 and at most 1", self.layer_decay)
-        for name in ("warmup", "head_first", "ema"):
+        for name in ("warmup", "head_first", "ema", "whitening"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", "from 0 to below 1", getattr(self, name))
 
 
@@ -339,6 +342,11 @@ class Experiment:
             raise UserError(
                 f"--batch.memory {self.batch.memory}: no term that is on compares images of several steps: switch on "
                 "loss.supcon (without loss.supcon_captions), loss.triplet or loss.multi_similarity, or leave it out"
+            )
+        if self.optimizer.whitening and self.stage == "joint":
+            raise UserError(
+                f"--optimizer.whitening {self.optimizer.whitening}: it turns images away from their prompts: take 0 in "
+                "the joint stage"
             )
         targets = self.model.lora_targets if self.model.lora_rank else "all"
         if self.optimizer.head_first and targets != "all" and not self.loss.has_classifier:

@@ -26,11 +26,19 @@ from clipfh.learn.objective import Objective
 from clipfh.learn.optimizer import ExponentialMovingAverage
 from clipfh.learn.tally import StepTally, UncheckedStep
 from clipfh.learn.terms import Labels
+from clipfh.learn.whitening import WithinItemCovariance
 from clipfh.model import lora
 from clipfh.model.clip import get_architecture
 from clipfh.model.devices import resolve_precision
 from clipfh.model.layers import freeze
-from clipfh.model.towers import Towers, clamp_logit_scale, embed_images, recompute_blocks, text_features
+from clipfh.model.towers import (
+    Towers,
+    clamp_logit_scale,
+    embed_images,
+    mapped_projection,
+    recompute_blocks,
+    text_features,
+)
 from clipfh.model.transfer import PendingValue, images_to_device, integers_to_device
 from clipfh.retrieval import metrics
 
@@ -90,6 +98,9 @@ class Learner:
         objective = Objective(experiment.loss, self.dim, len(index.names), batch.views, batch.memory, has_bias)
         self.objective = objective.to(on, dtype)
         self.neighbours = ItemNeighbours(len(index.names), self.dim).to(on) if batch.num_neighbours else None
+        self.covariance = WithinItemCovariance(self.dim).to(on) if experiment.optimizer.whitening else None
+        self.whitening: Tensor | None = None
+        self.whitening_from = self.schedule.num_steps * (1 - experiment.optimizer.whitening)
         self.optimizer = optimizer.make_adamw(clip, self.objective, experiment.optimizer, on)
         self.lr_schedule = optimizer.cosine_schedule(
             self.optimizer, self.schedule.num_steps, experiment.optimizer.warmup, experiment.optimizer.head_first
@@ -160,6 +171,8 @@ class Learner:
         self.objective.follow(features, labels, self.experiment.optimizer.center_lr)
         if self.neighbours is not None:
             self.neighbours.add(features.detach(), labels.item, self.experiment.batch.views)
+        if self.covariance is not None and self.step >= self.whitening_from:
+            self.covariance.add(features.detach(), self.experiment.batch.views)
         self.seen = features.detach(), None if text is None else text.detach(), labels
         values = {term: value.detach() for term, value in terms.items()}
         before, self.unchecked = self.unchecked, UncheckedStep(self.step, values, rows, PendingValue(not_finite))
@@ -251,7 +264,10 @@ class Learner:
 
     def validate(self, validation: Validation) -> float:
         """mAP of the validation items by the averaged weights; each rank embeds its part."""
-        images, item, num_query = validation.images, validation.item, validation.num_query
+        return _rank(self._embed(validation), validation)
+
+    def _embed(self, validation: Validation) -> Tensor:
+        images = validation.images
         share = math.ceil(len(images) / self.world_size)
         start = min(self.rank * share, len(images) - 1)  # the last ranks may have no part of few images
         stop = min(start + share, len(images))
@@ -259,11 +275,22 @@ class Learner:
             parts = (images[at : min(at + VALIDATION_PART, stop)] for at in range(start, stop, VALIDATION_PART))
             embedded = torch.cat([embed_images(self.towers, part, self.precision) for part in parts])
         padded = F.pad(embedded, (0, 0, 0, share - len(embedded)))
-        embedding = all_gather_with_gradient(padded)[: len(images)]  # and ranked there
-        codes = torch.as_tensor(item)
-        rows = metrics.Embeddings(embedding, item=codes, variant=codes, image=torch.as_tensor(validation.photo))
-        query, gallery = torch.arange(num_query), torch.arange(num_query, len(codes))
-        return metrics.mean_average_precision(rows.select(query), rows.select(gallery))
+        return all_gather_with_gradient(padded)[: len(images)]
+
+    def _scores(self, validation: Validation | None) -> dict[str, float]:
+        """Validation mAP; at the end of the budget that of whitened embeddings too, which stay if they score more."""
+        ends = self.step >= self.schedule.num_steps
+        whitening = self.covariance.whitening().to(self.device) if self.covariance is not None and ends else None
+        if validation is None:
+            self.whitening = whitening
+            return {}
+        if whitening is None:
+            return {"val_mAP": self.validate(validation)}
+        embedding = self._embed(validation)
+        plain = _rank(embedding, validation)
+        whitened = _rank(F.normalize(embedding @ whitening.to(embedding.dtype)), validation)
+        self.whitening = whitening if whitened > plain else None
+        return {"val_mAP": max(whitened, plain), "val_mAP_whitened": whitened, "val_mAP_not_whitened": plain}
 
     def report(self, tally: StepTally, validation: Validation | None, start_val_mAP: float) -> dict[str, Any]:
         """Everything that a report holds: step, scores, means since the last report, bounds of each term, warnings.
@@ -285,7 +312,8 @@ class Learner:
         report: dict[str, Any] = {"step": self.step, "images": images, "epoch": images / self.schedule.epoch_images}
         report |= means
         if validation is not None:
-            report |= {"start_val_mAP": start_val_mAP, "val_mAP": self.validate(validation)}
+            report |= {"start_val_mAP": start_val_mAP}
+        report |= self._scores(validation)
         report |= self._bounds_and_cosines()
         settings, steps = self.experiment.optimizer, self.schedule.num_steps
         lr = settings.lr * optimizer.lr_factor(self.step, steps, settings.warmup, settings.head_first)
@@ -311,13 +339,18 @@ class Learner:
     def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights of a plain model by open_clip's names, with LoRA's updates added: raw ones, and the average of those
         that are trained, which is empty where the run keeps none. It is the average of the updates' factors that is
-        added, not that of their products."""
-        raw = lora.merged_state(self.clip)
-        if not (self.experiment.optimizer.ema and self.experiment.model.lora_rank):
-            return raw, self.average.weights if self.experiment.optimizer.ema else {}
-        with self.average.applied():
-            average = lora.merged_state(self.clip, self.average.weights)
-            return raw, {name: tensor.clone() for name, tensor in average.items()}
+        added, not that of their products. After the last report the projection of what is exported whitens."""
+        raw, average = lora.merged_state(self.clip), {}
+        if self.experiment.optimizer.ema and not self.experiment.model.lora_rank:
+            average = self.average.weights
+        elif self.experiment.optimizer.ema:
+            with self.average.applied():
+                merged = lora.merged_state(self.clip, self.average.weights)
+                average = {name: tensor.clone() for name, tensor in merged.items()}
+        if self.whitening is None:
+            return raw, average
+        whitened = mapped_projection({**raw, **average}, self.whitening)
+        return (raw, {**average, **whitened}) if self.experiment.optimizer.ema else ({**raw, **whitened}, average)
 
     def lora_state(self) -> dict[str, dict[str, Tensor]]:
         """LoRA's factors, their average, and the weights under them: what `weights` has lost. Empty without LoRA."""
@@ -334,6 +367,7 @@ class Learner:
             "schedule": self.lr_schedule.state_dict(),
             "objective": self.objective.state_dict(),
             "neighbours": self.neighbours.state_dict() if self.neighbours is not None else {},
+            "covariance": self.covariance.state_dict() if self.covariance is not None else {},
         }
 
     def restore(self, raw: dict[str, Tensor], average: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -353,7 +387,17 @@ class Learner:
         self.objective.load_state_dict(state["objective"])
         if self.neighbours is not None:
             self.neighbours.load_state_dict(state["neighbours"])
+        if self.covariance is not None:
+            self.covariance.load_state_dict(state["covariance"])
         self.step = state["step"]
+
+
+def _rank(embedding: Tensor, validation: Validation) -> float:
+    """mAP of the validation items."""
+    codes, photo = torch.as_tensor(validation.item), torch.as_tensor(validation.photo)
+    rows = metrics.Embeddings(embedding, item=codes, variant=codes, image=photo)
+    query, gallery = torch.arange(validation.num_query), torch.arange(validation.num_query, len(codes))
+    return metrics.mean_average_precision(rows.select(query), rows.select(gallery))
 
 
 def count_trained(clip: Any, experiment: Experiment) -> int:
@@ -381,7 +425,16 @@ def _prepare(clip: Any, experiment: Experiment) -> None:
 
 
 def _freeze(clip: Any, experiment: Experiment) -> None:
-    """Switch off the gradients of what is not trained."""
+    """Switch off the gradients of what is not trained.
+
+    Raises:
+        UserError: embeddings are to be whitened, and the image tower has no last linear layer.
+    """
+    if experiment.optimizer.whitening and not mapped_projection(clip.state_dict(), None):
+        raise UserError(
+            f"--optimizer.whitening: the image tower of {experiment.model.name} ends without a linear layer that could "
+            "do it: take --optimizer.whitening 0"
+        )
     loss, bias = experiment.loss, clip.logit_bias
     takes_scale = loss.infonce > 0 or (loss.sigmoid > 0 and bias is not None)
     stage = "joint" if _trains_text(experiment) else "image"

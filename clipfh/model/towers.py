@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,27 @@ def embed_images(towers: Towers, images: np.ndarray, dtype: torch.dtype, batch: 
         for start in range(0, len(images), batch):
             parts.append(towers(images_to_device(images[start : start + batch], on))[0].float())
     return F.normalize(torch.cat(parts))
+
+
+def mapped_projection(weights: Mapping[str, Tensor], matrix_DD: Tensor | None) -> dict[str, Tensor]:
+    """The weights, by name, of the image tower's last linear layer with a linear map of its features behind it.
+
+    Args:
+        weights: those of the model.
+        matrix_DD: symmetric map of the features; None maps none.
+
+    Returns:
+        Empty where the tower's last layer is another one, as in some of timm's.
+    """
+    if "visual.proj" in weights:  # open_clip's ViT: features @ proj
+        mapped = {"visual.proj": weights["visual.proj"].T}
+    else:
+        layers = [name for name in ("visual.attnpool.c_proj", "visual.head.proj") if f"{name}.weight" in weights]
+        names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+        mapped = {name: weights[name] for name in names if name in weights}
+    if matrix_DD is not None:
+        mapped = {name: (matrix_DD.double() @ tensor.double()).to(tensor.dtype) for name, tensor in mapped.items()}
+    return {name: tensor.T.contiguous() if name == "visual.proj" else tensor for name, tensor in mapped.items()}
 
 
 def embed_texts(towers: Towers, tokens: Tensor, dtype: torch.dtype) -> Tensor:

@@ -216,5 +216,8 @@ def _log_report(report: Report, images: int, log: Log) -> None:
             f"(best {report['best_val_mAP']:.4f}), {report['images_per_second']:.0f} images/s, "
             f"{report['data_wait']:.0%} of the time waiting for data"
         )
+    if "val_mAP_whitened" in report:
+        scores = f"{report['val_mAP_whitened']:.4f} whitened, {report['val_mAP_not_whitened']:.4f} not"
+        log(f"val mAP {scores}: the better is exported")
     for warning in report.get("warnings", []):
         log(f"warning: {warning}")

@@ -109,6 +109,8 @@ FEW = learner.Validation(IMAGES[:4], np.array([0, 1, 0, 1]), np.arange(4), 2)
 def outcome(one: learner.Learner) -> dict[str, torch.Tensor]:
     """A rank's weights after its steps, their score, and which items it takes for near."""
     found = {**train(one), "validation": torch.tensor(one.validate(FEW))}
+    if one.covariance is not None:
+        found["scatter"] = one.covariance.scatter
     if one.neighbours is None:
         return found
     one.neighbours.refresh()
@@ -163,6 +165,42 @@ def alone(tmp_path_factory) -> str:
 def test_ten_steps_of_three_workers_are_those_of_one(alone: str, tmp_path: Path):
     mp.get_context("forkserver").set_forkserver_preload(["torch", "open_clip"])
     mp.start_processes(worker, (3, str(tmp_path / "store"), alone), nprocs=3, start_method="forkserver")
+
+
+@pytest.mark.parametrize("more", [{}, {"optimizer.ema": 0.0}, {"model.lora_rank": 4}], ids=["average", "raw", "lora"])
+def test_the_last_report_whitens_what_is_exported_by_the_batches_of_the_last_steps(more: dict):
+    one = learner_of(**TERMS["supcon"], **{"optimizer.whitening": 0.3, **more})
+    train(one, STEPS - 3)
+    assert not one.covariance.scatter.any()
+    since = StepTally()
+    for step in range(STEPS - 3, STEPS):
+        rows = PKSampler(INDEX.item, P, K).batch(step)
+        since.add(P * K, 0.0, one.train_step(rows, IMAGES[rows]))
+    before = {**one.weights()[0], **one.weights()[1]}
+    other = learner_of(**TERMS["supcon"], **{"optimizer.whitening": 0.3, **more})
+    other.restore(*one.weights(), one.state())
+    torch.testing.assert_close(other.covariance.scatter, one.covariance.scatter)
+    one.report(since, None, start_val_mAP=0.0)
+    embedded = []
+    for weights in (before, {**one.weights()[0], **one.weights()[1]}):
+        clip = load_initial_model(one.experiment.model, 0).double()
+        clip.load_state_dict(weights)
+        embedded.append(embed_images(Towers(clip), IMAGES, torch.float32).double())
+    expected = F.normalize(embedded[0] @ one.covariance.whitening())
+    torch.testing.assert_close(embedded[1], expected, rtol=0, atol=1e-6)
+    assert (embedded[1] - embedded[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("plain", "whitened"), [(0.5, 0.6), (0.5, 0.4)])
+def test_embeddings_are_whitened_where_validation_gains_by_it(monkeypatch, plain: float, whitened: float):
+    one = learner_of(**TERMS["supcon"], **{"optimizer.whitening": 0.3})
+    train(one, STEPS - 1)
+    since = StepTally()
+    since.add(P * K, 0.0, one.train_step(np.arange(P * K), IMAGES[: P * K]))
+    monkeypatch.setattr(learner, "_rank", mock.Mock(side_effect=[plain, whitened]))
+    report = one.report(since, FEW, start_val_mAP=0.0)
+    assert (report["val_mAP"], report["val_mAP_whitened"]) == (max(plain, whitened), whitened)
+    assert (one.whitening is not None) == (whitened > plain)
 
 
 @pytest.mark.parametrize("stage", ["image", "joint"])
