@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,8 +115,9 @@ def _short(value: Any) -> str:
 
 
 def _last_error(trial: Any) -> str:
-    """What a trial crashed of last."""
-    return last_line(str(trial.get_error() or "unknown"))
+    """What a trial crashed of last. Ray Tune writes it to a file here, and reads it where it is copied only later."""
+    file = Path(trial.error_file or "")
+    return last_line(file.read_text() if file.is_file() else str(trial.get_error() or "unknown"))
 
 
 class ResumedHalving(AsyncHyperBandScheduler):

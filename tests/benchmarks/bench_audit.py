@@ -28,6 +28,8 @@ def border(image: Image.Image, rng: random.Random) -> Image.Image:
     return ImageOps.expand(image, image.width // 10, rng.choice(("white", "black", "gray")))
 
 
+EACH = 220
+"""Number of planted copies of each kind."""
 KINDS: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
     "mirror": lambda image, rng: ImageOps.mirror(image),
     "crop to 80%": crop,
@@ -45,11 +47,11 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 
 def measure(images: list[bytes], items: list[str], seed: int = 0) -> None:
-    """Plant a copy of each item's first photo, the kinds in turn, and print what is found."""
+    """Plant copies of each kind, of photos that are drawn for it, and print what is found."""
     rng, planted = random.Random(seed), dict[tuple[int, int], str]()
     images, items = list(images), list(items)
-    for number, row in enumerate([items.index(item) for item in dict.fromkeys(items)]):
-        kind = list(KINDS)[number % len(KINDS)]
+    rows = [(kind, row) for kind in KINDS for row in rng.sample(range(len(items)), min(EACH, len(items)))]
+    for kind, row in rows:
         changed = KINDS[kind](Image.open(io.BytesIO(images[row])), rng)
         planted[row, len(images)] = kind
         images.append(encode(changed, 50 if kind == "JPEG 50" else 90))

@@ -33,7 +33,8 @@ def make_watch(folder: Path, log=print, ask=lambda left: None, **changes) -> tun
 def start(watch: tuner.Watch, trial_id: str, **last) -> SimpleNamespace:
     """A trial as Tune has it."""
     config = watch.searcher.suggest(trial_id)
-    return SimpleNamespace(trial_id=trial_id, config=config, last_result=last, get_error=lambda: "Traceback\nboom")
+    failed = {"error_file": None, "get_error": lambda: "Traceback\nboom"}
+    return SimpleNamespace(trial_id=trial_id, config=config, last_result=last, **failed)
 
 
 @pytest.fixture
@@ -60,6 +61,12 @@ def test_what_ends_a_trial_is_in_the_study_before_anything_of_it_is_freed(tmp_pa
     assert freed == [str(tmp_path / "trials" / number) for number in ("0001", "0002")]
     assert lines == ["trial 0001 done (1 of 3 trials over)", "trial 0002 failed (2 of 3 trials over)"]
     assert Leaderboard(Folder(tmp_path), watch.board.sweep, watch.board.study, ZERO_SHOT).rows()[1]["error"] == "boom"
+
+
+def test_what_a_trial_crashed_of_is_read_where_tune_wrote_it(tmp_path):
+    (tmp_path / "error.txt").write_text("Failure # 1\nTraceback\nmemory was nearly full\n\n")
+    trial = SimpleNamespace(error_file=str(tmp_path / "error.txt"), get_error=lambda: None)
+    assert tuner._last_error(trial) == "memory was nearly full"
 
 
 def test_settings_that_cant_be_trained_fail_at_once_and_the_sampler_hears_of_it(tmp_path, freed):
