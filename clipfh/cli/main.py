@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"clipfh: stopped; {_remedy(args)}", file=sys.stderr)
         return 130
     except SystemExit as stop:
-        if stop.code == signal.SIGTERM:
+        if _is_told_to_end or stop.code == signal.SIGTERM:  # Ray waits for results, and leaves with a code of its own
             print(f"clipfh: told to end; {_remedy(args)}", file=sys.stderr)
             return 128 + signal.SIGTERM
         raise
@@ -92,6 +92,8 @@ def _remedy(args: argparse.Namespace | None) -> str:
 @contextlib.contextmanager
 def _signal_handlers(restore: bool) -> Iterator[None]:
     """Answer Ctrl-C and SIGTERM while the block runs; afterwards too, unless the handlers before are restored."""
+    global _is_told_to_end
+    _is_told_to_end = False
     before = {signal.SIGINT: signal.signal(signal.SIGINT, _stop), signal.SIGTERM: signal.signal(signal.SIGTERM, _end)}
     try:
         yield
@@ -107,8 +109,13 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+_is_told_to_end = False
+
+
 def _end(number: int, *_: object) -> NoReturn:
-    """SIGTERM, by which Slurm and Kubernetes announce the end. Ray takes it the same way where it runs."""
+    """SIGTERM, by which Slurm and Kubernetes announce the end."""
+    global _is_told_to_end
+    _is_told_to_end = True
     raise SystemExit(number)
 
 

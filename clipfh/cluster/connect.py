@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,7 +114,8 @@ def _start(workers: int, dashboard: bool) -> None:
     if not dashboard:  # whose page asks for the token, which people then find in its usual place
         _keep_token_here()
     try:
-        ray.init("local", num_cpus=slots, include_dashboard=dashboard, runtime_env=_environment(), **QUIET)
+        with own_answer_to_sigterm():
+            ray.init("local", num_cpus=slots, include_dashboard=dashboard, runtime_env=_environment(), **QUIET)
     except Exception as error:
         if "timed out during startup" not in str(error):
             raise
@@ -121,6 +124,15 @@ def _start(workers: int, dashboard: bool) -> None:
         ) from error
     global _is_own
     _is_own = True
+
+
+@contextlib.contextmanager
+def own_answer_to_sigterm() -> Iterator[None]:
+    """Keep this process's own answer to SIGTERM, where it has one: Ray would exit with 1 and without a word."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _join(address: str) -> None:
@@ -133,7 +145,8 @@ def _join(address: str) -> None:
                 "RAY_AUTH_TOKEN or the token's file in RAY_AUTH_TOKEN_PATH"
             )
     try:
-        ray.init(address, runtime_env=_environment(), **QUIET)
+        with own_answer_to_sigterm():
+            ray.init(address, runtime_env=_environment(), **QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
@@ -186,5 +199,6 @@ def is_own() -> bool:
 
 def logs() -> str:
     """The folder of Ray's own logs of this session, on this machine."""
-    context: Any = ray.init(ignore_reinit_error=True, **QUIET)
+    with own_answer_to_sigterm():
+        context: Any = ray.init(ignore_reinit_error=True, **QUIET)
     return f"{context.address_info['session_dir']}/logs"

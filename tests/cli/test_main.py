@@ -1,5 +1,7 @@
 """What a user can mend is one line and exit code 2; nothing is started for it."""
 
+import argparse
+import contextlib
 import functools
 import json
 import shutil
@@ -167,3 +169,16 @@ def test_models_are_measured_in_the_precision_of_exports(given, computed):
     precision = [f"--model.precision={value}" for value in given]
     args = options.parse(["evaluate", "none", "--out", "x", "--model", "clipfh-small", *precision])
     assert load_model(None, args.settings)[1].model.precision == computed
+
+
+def test_being_told_to_end_while_ray_waits_is_said(monkeypatch, capsys):
+    """Ray's wait takes the exit that the signal raises for one of its own, with another code."""
+
+    def wait(args):
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        raise SystemExit(1)
+
+    monkeypatch.setattr("clipfh.cli.main.parse", lambda argv: argparse.Namespace(function=wait))
+    assert main.main(["sweep"]) == 143
+    assert capsys.readouterr().err == "clipfh: told to end; give the same command again\n"

@@ -1,6 +1,7 @@
 """What a cluster is connected to with."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +38,23 @@ def test_another_minor_version_of_ray_is_refused_in_a_line(monkeypatch, version,
 
 def test_a_cluster_of_our_own_says_so_and_where_its_logs_are(ray_cluster):
     assert connect.is_own() and connect.logs().startswith("/tmp/clipfh-tests/ray/session_")
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_our_answer_to_sigterm_outlives_rays(is_ours):
+    def ours(*_):
+        pass
+
+    def rays(*_):
+        pass
+
+    before = signal.signal(signal.SIGTERM, ours if is_ours else signal.SIG_DFL)
+    try:
+        with connect.own_answer_to_sigterm():
+            signal.signal(signal.SIGTERM, rays)  # as ray.init does
+        assert signal.getsignal(signal.SIGTERM) is (ours if is_ours else rays)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_cluster_that_this_process_only_joined_is_not_its_own(monkeypatch):
