@@ -106,7 +106,9 @@ def test_behind_a_proxy_the_hub_is_not_looked_for_directly(monkeypatch, direct, 
 
 
 def test_random_weights_follow_the_seed():
-    first, again, other = (load_initial_model(SMALL, seed).visual.attn_pool.attn.v_proj_weight for seed in (0, 0, 1))
+    first, again, other = (
+        load_initial_model(SMALL, seed).visual.transformer.resblocks[0].attn.in_proj_weight for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
