@@ -7,7 +7,7 @@ import torch
 from clipfh.config.experiment import SMALL_MODEL, ModelSettings
 from clipfh.model.clip import load_initial_model
 
-RANKS = {"blind": 1, "dim": 2, "sharp": 512}
+RANKS = {"blind": 1, "dim": 16, "sharp": 512}
 """Name of each weights file to the dimensions that its embeddings have, the worst first."""
 LABELS = [f"{SMALL_MODEL} {name}.pt" for name in RANKS]
 
