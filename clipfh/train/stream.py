@@ -140,7 +140,7 @@ def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     context.enable_progress_bars = context.print_on_execution_start = False
     spec = part.spec
     window = part.images.window
-    longest = max(1, window // spec.batch.images) if window else part.last  # a task fetches what its steps need
+    longest = max(1, window // spec.batch.images if window else part.last)  # a task fetches what its steps need
     steps = _Steps(part.first, part.last, max(1, spec.batch.images // part.world_size), spec.size, longest)
     # As many blocks as it has tasks: Ray Data would cut them further. And one kind of task, so that steps are counted
     # where they are decoded; processes of their own would hold CPUs to the end
