@@ -91,7 +91,7 @@ def prepare(
     Args:
         source: path or URI of a source in any form that `read_source` takes.
         val_fraction: share of the train items held out for validation, but at least 50 items, or a fifth if that is
-            fewer.
+            fewer. Whole categories are, and so perhaps some more, where the source's test has none of train's.
         image_size: pixels of the short side; larger images are shrunk to it, others keep their bytes.
         max_bad: share of the listed images that may be left out (missing, unreadable, refused).
         seed: seed that items and query images are drawn with.
@@ -116,7 +116,8 @@ def prepare(
         listing = read_module.read_source(source, options)
         tally = _PhotoCount(len(listing.photos) + len(listing.left_out), max_bad, progress)
         tally.add(0, listing.left_out)
-        photos = _leave_out(without, assign_splits(listing.photos, val_fraction, seed), tally)
+        photos, split_notes = assign_splits(listing.photos, val_fraction, seed)
+        photos = _leave_out(without, photos, tally)
         shards = _cut_into_shards(photos)
         settings = {"val_fraction": val_fraction, "image_size": image_size, "seed": seed, "follow_links": follow_links}
         plan = digest(json.dumps([FORMAT, VERSION, settings]), *(digest(json.dumps(shard.photos)) for shard in shards))
@@ -140,7 +141,7 @@ def prepare(
                 "settings": {"source": source, **settings, "max_bad": max_bad},
                 **contents,
                 "left_out": tally.summary(),
-                "notes": listing.notes + contents["notes"] + describe_copies(copies),
+                "notes": listing.notes + split_notes + contents["notes"] + describe_copies(copies),
             }
             _finish(folder, out, manifest)
         return open_catalogue(out)

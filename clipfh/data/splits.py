@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from clipfh import UserError
 from clipfh.sources.listing import Photo
@@ -17,39 +17,102 @@ SPLITS = (
 GALLERY_OF = {"val_query": "val_gallery", "query": "gallery"}
 
 
-def assign_splits(photos: list[Photo], val_fraction: float, seed: int) -> list[Photo]:
+OTHER_KINDS = 0.95
+"""Share of test items in categories that train has not, from which on validation has categories of its own too"""
+
+
+def assign_splits(photos: list[Photo], val_fraction: float, seed: int) -> tuple[list[Photo], list[str]]:
     """Give every photo one of SPLITS. No item is in two of train, validation and test.
 
     If the source has no splits, a tenth of the items is test. If it has no validation items, items are held out of
-    train for it.
+    train for it: whole categories where the test's are none of train's, since what tells items of known kinds apart
+    may harm with others.
+
+    Returns:
+        The photos, and what a person should know of their splits.
 
     Raises:
         UserError: some photos have a split and others none, or an item or a photo is in two splits.
     """
     given = {photo.split for photo in photos}
+    notes: list[str] = []
     if "" in given and len(given) > 1:
         first = next(photo.path for photo in photos if not photo.split)
         raise UserError(f"{first}: has no split while others have one: give all of them a split, or none")
     if given == {""}:
         photos = [photo._replace(split="train") for photo in photos]
-        photos = _hold_out(photos, "test", lambda items: max(1, round(items / 10)), seed)
+        photos = _move(photos, "test", _draw(photos, "test", lambda items: max(1, round(items / 10)), seed)[0])
     if not given & {"val", "val_query", "val_gallery"}:
-        photos = _hold_out(photos, "val", lambda items: max(round(val_fraction * items), min(50, items // 5)), seed)
+        photos, notes = _hold_out_validation(photos, val_fraction, seed)
     photos = _halve(photos, "test", "query", "gallery", seed)
     photos = _halve(photos, "val", "val_query", "val_gallery", seed)
     _check_disjoint(photos)
-    return photos
+    return photos, notes
 
 
-def _hold_out(photos: list[Photo], name: str, count: Callable[[int], int], seed: int) -> list[Photo]:
-    """Move `count(number of train items)` items with two images or more from train to the split `name`.
+def _hold_out_validation(photos: list[Photo], val_fraction: float, seed: int) -> tuple[list[Photo], list[str]]:
+    """Move items from train to validation, and note it if they are whole categories."""
+    drawn, rest = _draw(photos, "val", lambda items: max(round(val_fraction * items), min(50, items // 5)), seed)
+    category_of = _categories(photos)
+    sizes = Counter(category_of[item] for item in drawn + rest)
+    taken = _draw_categories(sizes, len(drawn), seed) if _asks_other_kinds(photos, category_of) else set()
+    if not taken:
+        return _move(photos, "val", drawn), []
+    note = (
+        f"validation has {len(taken)} whole categories, which train lacks as it lacks the test's: what is selected is "
+        "what does best on other kinds of items"
+    )
+    return _move(photos, "val", [item for item, category in category_of.items() if category in taken]), [note]
 
-    At most half of these items move, so that train keeps some where there are few.
+
+def _draw(photos: list[Photo], name: str, count: Callable[[int], int], seed: int) -> tuple[list[str], list[str]]:
+    """Draw `count(number of train items)` train items with two images or more; the others of them, in order, come next.
+
+    At most half of these items are drawn, so that train keeps some where there are few.
     """
     images = Counter(photo.item_id for photo in photos if photo.split == "train")
     paired = _shuffled((item for item, number in images.items() if number > 1), f"{seed} {name}")
-    taken = set(paired[: min(count(len(images)), len(paired) // 2)])
-    return [p._replace(split=name) if p.split == "train" and p.item_id in taken else p for p in photos]
+    number = min(count(len(images)), len(paired) // 2)
+    return paired[:number], paired[number:]
+
+
+def _move(photos: list[Photo], name: str, items: Iterable[str]) -> list[Photo]:
+    """Move items of train to the split `name`."""
+    moved = set(items)
+    return [p._replace(split=name) if p.split == "train" and p.item_id in moved else p for p in photos]
+
+
+def _categories(photos: list[Photo]) -> dict[str, str]:
+    """The category of each item; of several the first by name."""
+    category_of: dict[str, str] = {}
+    for photo in photos:
+        category_of[photo.item_id] = min(photo.category, category_of.get(photo.item_id, photo.category))
+    return category_of
+
+
+def _asks_other_kinds(photos: list[Photo], category_of: dict[str, str]) -> bool:
+    """Whether (nearly) all test items are of known categories that train does not have."""
+    train = {photo.item_id for photo in photos if photo.split == "train"}
+    test = category_of.keys() - train
+    of_train = {category_of[item] for item in train} | {""}
+    others = sum(category_of[item] not in of_train for item in test)
+    return bool(test) and others >= OTHER_KINDS * len(test)
+
+
+def _draw_categories(sizes: Mapping[str, int], wanted: int, seed: int) -> set[str]:
+    """Draw categories that have `wanted` items or more together; none where that can't be.
+
+    Args:
+        sizes: number of items with two images or more of each category. Half of all are drawn at most.
+        wanted: number of items. No category with more than half of them is drawn: one kind says little of others.
+    """
+    taken: set[str] = set()
+    held_out, most = 0, sum(sizes.values()) // 2
+    for category in _shuffled(sizes.keys() - {""}, f"{seed} val"):
+        if held_out < wanted and sizes[category] <= wanted / 2 and held_out + sizes[category] <= most:
+            taken.add(category)
+            held_out += sizes[category]
+    return taken if held_out >= wanted else set()
 
 
 def _halve(photos: list[Photo], split: str, query: str, gallery: str, seed: int) -> list[Photo]:

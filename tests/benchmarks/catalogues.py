@@ -1,7 +1,7 @@
 """Real catalogues from what the package registries ship, as sources that `clipfh prepare` reads.
 
 Run: python tests/benchmarks/catalogues.py FOLDER [--only emoji icons glyphs] && for each of them
-`clipfh prepare --source FOLDER/emoji --out CATALOGUE --image-size 64`
+`clipfh prepare --source FOLDER/emoji/photos.csv --out CATALOGUE --image-size 64`
 
 - emoji: one emoji as four vendors draw it, which npm's emoji-datasource-* hold; subcategories are in train or in test
 - icons: one name in many icon sets, which npm's @iconify-json/* hold; needs `pip install resvg-py`
@@ -147,7 +147,8 @@ def main() -> None:
     packages.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         write(CATALOGUES[name](packages), args.folder / name)
-        print(f"{args.folder / name}: clipfh prepare --source {args.folder / name} --out ... --image-size {SIDE}")
+        table = args.folder / name / "photos.csv"
+        print(f"clipfh prepare --source {table} --out ... --image-size {SIDE}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ def listings(draw):
 @given(listings())
 def test_splits_are_identity_disjoint_seeded_and_halved(case):
     photos, val_fraction, seed = case
-    split = {photo.path: photo for photo in assign_splits(photos, val_fraction, seed)}
+    split = {photo.path: photo for photo in assign_splits(photos, val_fraction, seed)[0]}
     assert sorted(split) == sorted(photo.path for photo in photos)
-    again = assign_splits(sorted(photos, key=lambda photo: photo.path), val_fraction, seed)
+    again, _ = assign_splits(sorted(photos, key=lambda photo: photo.path), val_fraction, seed)
     assert {photo.path: photo for photo in again} == split, "the order of listing does not matter"
 
     views = defaultdict(lambda: defaultdict(int))
@@ -46,7 +46,43 @@ def test_splits_are_identity_disjoint_seeded_and_halved(case):
 def test_another_seed_draws_other_validation_items():
     photos = [Photo(f"{i}/{view}", str(i), "train") for i in range(100) for view in range(4)]
     drawn = [
-        {photo.path for photo in assign_splits(photos, 0.1, seed) if photo.split == "val_query"} for seed in (0, 1)
+        {photo.path for photo in assign_splits(photos, 0.1, seed)[0] if photo.split == "val_query"} for seed in (0, 1)
     ]
     assert len(drawn[0]) == len(drawn[1]) == 40
     assert drawn[0] != drawn[1]
+
+
+def catalogue_of_kinds(sizes: list[int], test: str) -> list[Photo]:
+    """Items of three photos in train, so many of each category, and twenty of one category in the test."""
+    items = [(f"{kind}-{i}", "train", kind) for kind, size in enumerate(sizes) for i in range(size)]
+    items += [(f"test-{i}", "test", test) for i in range(20)]
+    return [
+        Photo(f"{item}/{view}", item, split, category=f"{kind}") for item, split, kind in items for view in range(3)
+    ]
+
+
+def kinds_of(photos: list[Photo], split: str) -> dict[str, set[str]]:
+    """Category to the items of it that a split has."""
+    items = defaultdict(set)
+    for photo in photos:
+        if photo.split == split:
+            items[photo.category].add(photo.item_id)
+    return items
+
+
+def test_validation_has_categories_of_its_own_where_the_test_has():
+    sizes = [200, 60, 40, 30, 30, 20, 20, 10, 10, 5, 5]
+    for seed in range(20):
+        photos, notes = assign_splits(catalogue_of_kinds(sizes, test="new"), 0.1, seed)
+        train, val = kinds_of(photos, "train"), kinds_of(photos, "val_query")
+        assert not train.keys() & val.keys() and len(train) + len(val) == len(sizes)
+        assert 50 <= sum(map(len, val.values())) < 75, "as many as asked, and less than one category more"
+        assert max(map(len, val.values())) <= 25, "none alone is most of validation"
+        assert notes and f"{len(val)} whole categories" in notes[0]
+
+
+def test_validation_is_of_all_kinds_where_the_test_is_or_where_categories_are_few():
+    for sizes, test in (([60, 40, 30, 30, 20, 20], "3"), ([200, 60, 60], "new"), ([300], "new"), ([200, 100], "")):
+        photos, notes = assign_splits(catalogue_of_kinds(sizes, test), 0.1, seed=0)
+        assert sum(map(len, kinds_of(photos, "val_query").values())) == min(50, sum(sizes) // 5)
+        assert not notes
