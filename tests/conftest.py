@@ -1,4 +1,4 @@
-"""One small drawn catalogue and one Ray cluster for the whole suite."""
+"""One small drawn catalogue and one Ray cluster for the whole suite, or for each process that runs a part of it."""
 
 import os
 from pathlib import Path
@@ -33,6 +33,12 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: a process that begins one at the end keeps the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     """Photos of 40 drawn garments, as In-Shop is distributed."""
@@ -53,7 +59,8 @@ def ray_cluster(tmp_path_factory):
 
     from clipfh.cluster import connect
 
-    os.environ["RAY_TMPDIR"] = "/tmp/clipfh-tests"  # a socket's path has room for no more than about 100 letters
+    # A socket's path has room for no more than about 100 letters
+    os.environ["RAY_TMPDIR"] = f"/tmp/clipfh-tests/{os.environ.get('PYTEST_XDIST_WORKER', '')}"
     connect.connect("local", Placement(workers=2))
     yield
     ray.shutdown()

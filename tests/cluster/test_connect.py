@@ -37,7 +37,7 @@ def test_another_minor_version_of_ray_is_refused_in_a_line(monkeypatch, version,
 
 
 def test_a_cluster_of_our_own_says_so_and_where_its_logs_are(ray_cluster):
-    assert connect.is_own() and connect.logs().startswith("/tmp/clipfh-tests/ray/session_")
+    assert connect.is_own() and connect.logs().startswith(f"{os.environ['RAY_TMPDIR']}/ray/session_")
 
 
 @pytest.mark.parametrize("is_ours", [True, False])

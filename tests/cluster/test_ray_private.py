@@ -91,7 +91,7 @@ def test_a_process_that_was_started_beforehand_is_the_next_actors(ray_cluster):
     before = set(ray._private.state.workers())
     ray.get(first.prestart.remote())
     # Ready for an actor, that is: one that is asked for earlier starts a process of its own, and the first ready is its
-    until(lambda: set(ray._private.state.workers()) > before)
+    until(lambda: set(ray._private.state.workers()) - before)
     second = ours.remote()
     assert ray.get(second.worker.remote()) in set(ray._private.state.workers()) - before
 

@@ -57,7 +57,7 @@ class Nodes:
         self.token, self.started = folder / "token", {}
         self.token.write_text(secrets.token_hex(32))
         paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        without = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+        without = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_ADDRESS", "RAY_TMPDIR", "RAY_AUTH"))}
         self.env = {**without, "PATH": paths, "PYTHONPATH": str(Path(clipfh.__file__).parents[1])}
         self.env |= {
             "RAY_USAGE_STATS_ENABLED": "0",

@@ -23,7 +23,7 @@ SWEEP = {
     "stage": "image",
     "base": {"model.name": "clipfh-small", "batch.items": 8, "augment.crop_min": 0.5},
     "search": {"optimizer.lr": {"loguniform": [1e-4, 1e-2]}},
-    "trials": 3,
+    "trials": 2,
     "budget": {"images": 192, "report_every": 64, "first_rung": 64, "reduction": 2},
     "placement": {"concurrent": 2},
     "final": {"top": 1, "seeds": 1},
@@ -52,13 +52,13 @@ def test_a_killed_sweep_goes_on_from_the_bucket(bucket, source, tmp_path):
     minutes = (time.monotonic() - began) / 60
     requests = list(bucket.requests)
     rows = list(csv.DictReader(io.StringIO(out.read_text(layout.LEADERBOARD))))
-    assert {row["trial"] for row in rows} == {"0000", "0001", "0002", "0003"}
+    assert {row["trial"] for row in rows} == {"0000", "0001", "0002"}
     assert {row["status"] for row in rows} <= {"zero-shot", "done", "stopped"}
     steps = [line["step"] for line in run_folder.read_metrics(out / layout.TRIALS / "0001")]
     assert saved > 0 and steps == sorted(set(steps)), "nothing is run twice"
-    assert out.read_json(layout.SUMMARY)["trials"] == 3 and out.exists(f"{layout.BEST}/{layout.EXPORTED_WEIGHTS}")
+    assert out.read_json(layout.SUMMARY)["trials"] == 2 and out.exists(f"{layout.BEST}/{layout.EXPORTED_WEIGHTS}")
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"], "all of it is in the bucket"
-    assert_sparing(requests, 3 * minutes)
+    assert_sparing(requests, 2 * minutes)
     assert object_store.CREDENTIALS["AWS_SECRET_ACCESS_KEY"] not in resumed.stdout
     secret = object_store.CREDENTIALS["AWS_SECRET_ACCESS_KEY"].encode()
     assert [name for name, content in bucket.objects("sweep").items() if secret in content] == []

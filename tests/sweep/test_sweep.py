@@ -97,6 +97,7 @@ def rows(out):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_every_trial_is_accounted_for(finished):
     out, summary = finished
     assert sorted(row["trial"] for row in rows(out)) == ["0000", "0001", "0002", "0003", "0004"]
