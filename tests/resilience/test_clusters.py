@@ -20,7 +20,7 @@ name: nodes
 stage: image
 base: {model.name: clipfh-small, batch.items: 8, batch.views: 2, budget.report_every: 128, augment.crop_min: 0.5}
 search:
-  optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
+  optimizer.lr: {loguniform: [1.0e-4, 2.0e-3]}
   loss.triplet: {loguniform: [0.1, 2.0], or: 0.0}
 trials: 2
 budget: {images: 1024}
@@ -105,7 +105,7 @@ def test_two_runs_at_once_both_end_well(nodes, small_catalogue, tmp_path):
 
 
 def test_a_lost_node_costs_no_trial(nodes, small_catalogue, tmp_path):
-    """Nor does it change one: the same settings in this process, undisturbed, come to the same validation mAP."""
+    """Nor does it change one: the same settings in this process, undisturbed, come to the same losses."""
     out = tmp_path / "sweep"
     job = nodes.submit("sweep", "nodes.yaml", small_catalogue.path, "--out", out)
     hit = until(lambda: job.poll() or [t for t, r in reports(out).items() if r and r[-1]["node"] == FIRST])
@@ -127,4 +127,5 @@ def test_a_lost_node_costs_no_trial(nodes, small_catalogue, tmp_path):
     assert steps == {trial: list(range(8, 65, 8)) for trial in ("0001", "0002")}
     settings = schema.flatten(schema.load_experiment(out / "trials" / hit[0] / "experiment.json"))
     alone = clipfh.train("image", small_catalogue, tmp_path / "alone", settings=settings)
-    assert float(rows[hit[0]]["val_mAP"]) == pytest.approx(alone.best_val_mAP, abs=1e-4)
+    losses = [[line["loss"] for line in lines] for lines in (reports(out)[hit[0]], alone.reports)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
