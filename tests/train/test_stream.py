@@ -161,9 +161,11 @@ def test_nothing_is_loaded_where_it_is_not_used(recipe, small_catalogue):
         step = block["step"]
         return {"step": step, "row": step, "image": np.full(len(step), "open_clip" in sys.modules)}
 
-    @ray.remote(runtime_env=ray_private.setup_hook_env("clipfh.train.ray_worker.load"))
+    # Processes of this test's own: others may have loaded something, and are not to decode by `load`
+    @ray.remote(runtime_env=ray_private.setup_hook_env("clipfh.train.ray_worker.load"), max_calls=1)
     def worker(images):
         stream._decode_steps = load
+        stream.TASK["runtime_env"] = {"env_vars": {**stream.TASK["runtime_env"]["env_vars"], "TEST": "of its own"}}
         decoding = [bool(image) for _, _, image in stream.batches(StreamPart(images, recipe, 0, 2))]
         return [name in sys.modules for name in ("open_clip", "wandb", "transformers")], decoding
 

@@ -128,8 +128,7 @@ def test_a_run_repeats_to_the_last_digit(trained_here):
     one, again = trained_here(), trained_here()
     timing = ("images_per_second", "data_wait", "began", "time")
     first, second = (
-        [{k: v for k, v in m.items() if k not in timing} for m in run_folder.read_metrics(r)]
-        for r in (one, again)
+        [{k: v for k, v in m.items() if k not in timing} for m in run_folder.read_metrics(r)] for r in (one, again)
     )
     assert first == second
     assert apart(final(one), final(again)) == 0
