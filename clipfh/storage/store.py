@@ -137,8 +137,11 @@ class Folder(os.PathLike[str]):
 
     def read_bytes(self, name: str = "") -> bytes:
         """Content of a file."""
-        with _naming(self._path(name)), self.filesystem.open_input_file(self._path(name)) as file:
-            return bytes(file.read())
+        with _naming(self._path(name)):
+            if not self.is_local:
+                return self.filesystem.handler.read_whole(self._path(name))
+            with self.filesystem.open_input_file(self._path(name)) as file:
+                return bytes(file.read())
 
     def read_text(self, name: str = "") -> str:
         """Content of a text file."""

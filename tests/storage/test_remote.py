@@ -7,7 +7,7 @@ import time
 import pyarrow as pa
 import pyarrow.fs
 import pytest
-from object_store import CREDENTIALS
+from object_store import CREDENTIALS, Request
 
 from clipfh import UserError
 from clipfh.storage import output, remote, store
@@ -95,6 +95,21 @@ def test_a_large_object_is_read_in_the_parts_that_are_needed(bucket):
     ranges = [request.headers.get("range", "") for request in bucket.requests if request.method == "GET"]
     read = sum(int(high) - int(low) + 1 for low, high in re.findall(r"bytes=(\d+)-(\d+)", " ".join(ranges)))
     assert len(ranges) < 6 and read < 0.7 * folder.files()["table"]
+
+
+@pytest.mark.parametrize("later", ["short", "longer than what was there"])
+def test_a_file_that_is_replaced_while_it_is_read_is_one_or_the_other(bucket, later):
+    folder, replaced = Folder(bucket.uri("run")), []
+    folder.write("file", "what was there")
+
+    def replace_behind_the_size(request: Request) -> None:
+        if request.method == "GET" and request.path.endswith("/file") and not replaced:
+            replaced.append(request.path)
+            bucket.replace(request, later.encode())
+
+    with bucket.failing(replace_behind_the_size):
+        assert folder.read_text("file") == later
+    assert replaced
 
 
 def test_a_store_that_is_away_is_waited_for(bucket, capfd, hasty):
