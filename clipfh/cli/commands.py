@@ -45,7 +45,7 @@ def audit(args: argparse.Namespace) -> None:
     from clipfh.data.audit import describe_copies
 
     with console.progresses("images embedded", "images compared") as (progress, compare_progress):
-        found = clipfh.audit(
+        result = clipfh.audit(
             args.catalogue,
             checkpoint=args.checkpoint,
             settings=args.settings,
@@ -54,17 +54,18 @@ def audit(args: argparse.Namespace) -> None:
             progress=progress,
             compare_progress=compare_progress,
         )
-    print("\n".join(describe_copies(found.copies)[:-1]) or "no picture is there twice")
-    if found.suspects is None:
+    print("\n".join(describe_copies(result.copies)[:-1]) or "no picture is there twice")
+    if result.suspects is None:
         print("labels were not looked at: --checkpoint names a model that can tell items apart")
     else:
-        rows = [[each.path, each.item_id, each.like, f"{each.ratio:.1f}"] for each in found.suspects[:20]]
-        print(f"{len(found.suspects):,} views look like another item's" + ", the first 20:" * (len(rows) == 20))
+        rows = [[each.path, each.item_id, each.like, f"{each.ratio:.1f}"] for each in result.suspects[:20]]
+        print(f"{len(result.suspects):,} views look like another item's" + ", the first 20:" * (len(rows) == 20))
         if rows:
             print(console.table(["path", "item", "looks like", "times as near"], rows))
-    print(f"page {found.page}")
-    if found.without:
-        print(f"{len(found.without):,} photos to leave out by prepare --without: {found.page.parent / layout.WITHOUT}")
+    print(f"page {result.page}")
+    if result.without:
+        file = result.page.parent / layout.WITHOUT
+        print(f"{len(result.without):,} photos to leave out by prepare --without: {file}")
 
 
 def prompts(args: argparse.Namespace) -> None:
@@ -224,7 +225,7 @@ def submit(args: argparse.Namespace) -> int:
 
 
 def check_submission(inner: argparse.Namespace | None, folder: Path) -> None:
-    """Check here what the command would fail of on the cluster.
+    """Check here what would make the command fail on the cluster.
 
     Raises:
         UserError: no command, one for this machine, a sweep file that does not fit, or paths that mean nothing there.

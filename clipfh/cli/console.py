@@ -49,8 +49,8 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     lines += ["", table(["", "mAP", "rank1", "queries"], rows), ""]
     if metrics["rerank"]:
         lines.append("re-ranked (k-reciprocal), but for text and random splits")
-    if told := _PROMPTS_TELL.get(metrics.get("prompts_tell_apart") or ""):
-        lines.append(told)
+    if note := _PROMPTS_TELL.get(metrics.get("prompts_tell_apart") or ""):
+        lines.append(note)
     unmatched = f", {metrics['num_unmatched']:,} queries left out: no other image of their item"
     left_out = unmatched if metrics["num_unmatched"] else ""
     lines.append(f"{metrics['num_query']:,} queries, {metrics['num_gallery']:,} gallery images{left_out}")
@@ -145,15 +145,15 @@ def live(out: str) -> Iterator[tuple[Callable[[str], None], bool]]:
     from clipfh.storage.store import Folder
 
     console, often = Console(highlight=False), 1 / Folder(out).seconds_between_looks
-    shown = Live(
+    display = Live(
         get_renderable=lambda: status.table(out, console.height - 4), console=console, refresh_per_second=often
     )
 
     def log(line: str) -> None:
-        shown.start()
+        display.start()
         console.print(line, markup=False)
 
     try:
         yield log, False
     finally:
-        shown.stop()
+        display.stop()

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = args.function(args) or 0
             sys.stdout.flush()
             return code
-    except BrokenPipeError:  # whoever read our output, such as head, has enough of it
+    except BrokenPipeError:  # the reader of the output, such as `head`, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -75,8 +75,8 @@ def explain(error: BaseException, args: argparse.Namespace | None) -> str | None
     for name, line in SHORT_OF.items():
         if any(type(each).__name__ == name or f"ray.exceptions.{name}:" in str(each) for each in causes(error)):
             return f"{line}; {_remedy(args)}"
-    lost = next((each for each in causes(error) if type(each).__name__ in LOST), None)
-    return f"Ray lost a process or a node ({' '.join(str(lost).split())[:160]}): {_remedy(args)}" if lost else None
+    cause = next((each for each in causes(error) if type(each).__name__ in LOST), None)
+    return f"Ray lost a process or a node ({' '.join(str(cause).split())[:160]}): {_remedy(args)}" if cause else None
 
 
 def _remedy(args: argparse.Namespace | None) -> str:
@@ -104,7 +104,7 @@ def _signal_handlers(restore: bool) -> Iterator[None]:
 
 
 def _stop(*_: object) -> None:
-    """Ctrl-C: all is brought to an end; given again meanwhile, it ends at once."""
+    """Ctrl-C: bring all to an end; a second one ends at once."""
     signal.signal(signal.SIGINT, _stop_at_once)
     raise KeyboardInterrupt
 

@@ -437,7 +437,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if command and command not in COMMANDS:
         raise UserError(f"unknown command {command}{schema.nearest(command, list(COMMANDS))} (see clipfh --help)")
     _check_options(words, command)
-    args = _parser(command).parse_args(words if command == "submit" else _joined(argv))
+    args = _parser(command).parse_args(words if command == "submit" else _join_negative_values(argv))
     args.settings, args.placement = _settings(args), _placement(args)
     if command == "submit":
         args.words = list(argv[len(words) + 1 :])
@@ -456,13 +456,13 @@ def _check_options(words: Sequence[str], command: str | None) -> None:
             raise UserError(f"{prog} has no option {name}{near} (see {prog} --help)")
 
 
-def _joined(argv: Sequence[str]) -> list[str]:
+def _join_negative_values(argv: Sequence[str]) -> list[str]:
     """The words, with a setting and its value as one word where the value begins with a dash."""
     settings = {f"--{name}" for name, *_ in schema.fields()}
-    joined: list[str] = []
+    words: list[str] = []
     for word in argv:
-        if joined and joined[-1] in settings and word.startswith("-") and not word.startswith("--"):
-            joined[-1] += f"={word}"
+        if words and words[-1] in settings and word.startswith("-") and not word.startswith("--"):
+            words[-1] += f"={word}"
         else:
-            joined.append(word)
-    return joined
+            words.append(word)
+    return words

@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster: one that is there, or one of our own on this machine."""
+"""The connection to a Ray cluster: one that runs already, or one that this process starts on its machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clipfh.config import cores
 from clipfh.config.experiment import Placement
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-"""How every cluster is connected to: what people should read, the commands say; the rest is in Ray's log files."""
+"""Options of every `ray.init`: Ray prints nothing. Commands say what people should read, Ray's log files have more."""
 
 _is_own = False
 """Whether this process started the cluster that it is, or was last, connected to."""
@@ -59,51 +59,51 @@ def _quieten() -> None:
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # of failed trials the sweep says a line
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the sweep has its own line for a failed trial
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     ray_private.log_remarks()
 
 
 def _environment() -> dict[str, Any]:
-    """Settings of this process that all others of the job take over: where a store is, and never who we are to it."""
+    """Settings of this process for all others of the job: the address of a store, and never credentials."""
     names = ("RAY_TRAIN_", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
     return ray_private.shared_env({name: value for name, value in os.environ.items() if name.startswith(names)})
 
 
 LONGEST = 39
-"""Letters of a temporary folder below which Ray's sockets fit into the 107 that Linux allows"""
+"""Longest path of a temporary folder, in letters, with which Ray's sockets stay within the 107 that Linux allows"""
 
 
 def _choose_short_folder() -> None:
     """Give Ray a short temporary folder where TMPDIR is a long one, as batch systems set it.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no short folder, or RAY_TMPDIR names a long one.
     """
-    named = os.environ.get("RAY_TMPDIR")
-    folder = named or tempfile.gettempdir()
+    own = os.environ.get("RAY_TMPDIR")
+    folder = own or tempfile.gettempdir()
     if len(folder) <= LONGEST:
         return
     short = next((each for each in ("/tmp", "/var/tmp", "/dev/shm") if os.access(each, os.W_OK)), None)
-    if named or not short:
+    if own or not short:
         raise UserError(
-            f"{'RAY_TMPDIR' if named else 'TMPDIR'} {folder} is too long for Ray's sockets: set RAY_TMPDIR to a folder "
+            f"{'RAY_TMPDIR' if own else 'TMPDIR'} {folder} is too long for Ray's sockets: set RAY_TMPDIR to a folder "
             f"of at most {LONGEST} letters on a local disk"
         )
     os.environ["RAY_TMPDIR"] = short
 
 
 def _keep_token_here() -> None:
-    """Have a token for a cluster of our own without a file in the user's home, which may be read-only.
+    """Make a token for a cluster that this process starts, but no file in the user's home, which may be read-only.
 
-    Ray would leave one there, and every `ray start` from then on would ask for it.
+    Ray would write one there, and every later `ray start` would ask for it.
     """
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _start(workers: int, dashboard: bool) -> None:
-    """Start a cluster for runs with so many workers each.
+    """Start a cluster for runs with `workers` workers each.
 
     It declares more CPUs than there are cores: a slot here is a process that may run, and with two cores a trial's
     worker and its data pipeline, twice, would otherwise wait for each other for ever.
@@ -111,7 +111,7 @@ def _start(workers: int, dashboard: bool) -> None:
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for each run; nobody takes this machine away
     slots = max(2 * cores.available(), 4, 4 * workers)
     _choose_short_folder()
-    if not dashboard:  # whose page asks for the token, which people then find in its usual place
+    if not dashboard:  # with one, people need the token for its page, and find it in Ray's usual place
         _keep_token_here()
     try:
         with own_answer_to_sigterm():

@@ -1,4 +1,4 @@
-"""Interruptions: a node or a process of Ray's goes away under work that can be done anew."""
+"""Interruptions: Ray loses a node or a process during work that can be repeated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def repeat_interrupted(work: Callable[[], T], times: int = 3) -> T:
-    """Do work, and again where a node or a process of Ray's went away under it; returns what the work returns.
+    """Do work, and repeat it where Ray lost a node or a process meanwhile; returns what the work returns.
 
     Ray itself repeats tasks, but not the actors that Ray Data makes.
 

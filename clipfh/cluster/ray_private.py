@@ -4,8 +4,8 @@
 
 What                         Names of Ray's, why the public way won't do, and what to try at the next release
 ---------------------------  ------------------------------------------------------------------------------------------
-Head                         `node:__internal_head__`. A resource that every head has; a resource of our own would be
-                             missing on a user's cluster. Next: a label of the head, once Tune takes label selectors.
+Head                         `node:__internal_head__`. A resource that every head has; a custom one would be missing on
+                             a user's cluster. Next: a label of the head, once Tune takes label selectors.
 Setup hook                   `WORKER_PROCESS_SETUP_HOOK_ENV_VAR`. `worker_process_setup_hook` is public, but `ray.init`
                              alone reads it: a job has one hook. Next: the public key on tasks and actors.
 Environment                  `RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR`, `PL_DISABLE_FORK`. Train and Tune give them
@@ -66,7 +66,7 @@ SUPPORTED = (2, 60)
 """The release of Ray whose private parts these are."""
 
 ASK_FOR_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
-"""What Ray's head answers at once, to those who may ask."""
+"""A call that Ray's head answers at once, if the caller may make it."""
 
 HEAD = "node:__internal_head__"
 """A resource that every Ray head has. Trials take a sliver of it: so they are on the head, and take no CPU."""
@@ -81,7 +81,7 @@ def show_token() -> bool:
     """Let this process show the user's token, if there is one, to the clusters that it joins; others don't look at it.
 
     Returns:
-        Whether it does, or RAY_AUTH_MODE says what to do.
+        Whether it does, or RAY_AUTH_MODE settles that already.
     """
     from ray._private.authentication import authentication_token_setup as setup
 
@@ -106,15 +106,15 @@ def checks_tokens(address: str) -> bool:
 
 
 def require_supported_version() -> None:
-    """Refuse another minor version of Ray than the one whose private parts are used here.
+    """Refuse every minor version of Ray but the one whose private parts are used here.
 
     Raises:
-        UserError: it is another one.
+        UserError: another version is installed.
     """
     major, minor = SUPPORTED
     if ray.__version__.split(".")[:2] != [str(major), str(minor)]:
-        wanted = f"ray>={major}.{minor},<{major}.{minor + 1}"
-        raise UserError(f'clipfh needs Ray {major}.{minor}, here is {ray.__version__}: pip install "{wanted}"')
+        requirement = f"ray>={major}.{minor},<{major}.{minor + 1}"
+        raise UserError(f'clipfh needs Ray {major}.{minor}, here is {ray.__version__}: pip install "{requirement}"')
 
 
 # --- Processes -------------------------------------------------------------------------------------------------------
@@ -131,10 +131,10 @@ def setup_hook_env(function: str) -> dict[str, Any]:
 
 
 def shared_env(train: dict[str, str]) -> dict[str, Any]:
-    """The runtime environment of all processes but those that train.
+    """The runtime environment of all processes except training workers.
 
     Ray uses a process again only where the environment is the same, and a process that decodes takes 400 MiB and
-    seconds to start. So all have what Tune gives to trials and Train to controllers, and no setup hook.
+    seconds to start. So all of them get what Tune gives to trials and Train to controllers, and no setup hook.
 
     Args:
         train: environment variables for Ray Train.
@@ -146,7 +146,7 @@ def shared_env(train: dict[str, str]) -> dict[str, Any]:
 
 
 def prestart_worker() -> None:
-    """Start a process like this worker's on its node, for an actor with the same runtime environment to come.
+    """Start a process like this worker's on its node, for a later actor with the same runtime environment.
 
     Ray itself starts a process only when it is wanted, and an actor then waits for its imports. A process that no actor
     takes ends after PRESTARTED_S seconds, or with the job.
@@ -182,7 +182,7 @@ def start_data_statistics() -> None:
 
 
 def log_remarks() -> None:
-    """Send what raylets remark on to the log of this module, at level debug, in place of the terminal."""
+    """Send remarks of raylets to this module's log, at level debug, and not to the terminal."""
     assert hasattr(ray._private.worker, "print_to_stdstream")
     ray._private.worker.print_to_stdstream = _log_remark
 
@@ -192,8 +192,7 @@ def _log_remark(data: dict[str, Any], ignore_prefix: bool) -> None:
 
 
 def autoscaler_nodes() -> list[tuple[dict[str, float], int]]:
-    """The kinds of nodes that an autoscaler has told Ray of: what such a node has, and how many there may be, -1 for
-    any number."""
+    """The kinds of nodes that an autoscaler has told Ray of: a node's resources, and how many there may be, -1: any."""
     config = ray._private.state.state.get_cluster_config()
     return [(dict(group.resources), group.max_count) for group in config.node_group_configs] if config else []
 
@@ -235,7 +234,7 @@ def running_jobs() -> set[str]:
 
 
 def _remove_groups(actor_id: str) -> None:
-    """Remove the placement groups that an actor made, ready or still waited for. They outlive the actor."""
+    """Remove the placement groups that an actor made, also pending ones. They outlive the actor."""
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 
     table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
@@ -258,38 +257,38 @@ def _remove_groups(actor_id: str) -> None:
 
 
 class Released(Exception):
-    """The run whose controller this was is to hold nothing any more, for now or for good."""
+    """A run was released, for now or for good, while its controller ran."""
 
 
 @dataclass(frozen=True)
 class _Controller:
-    """What the head's store has of a run's controller."""
+    """Entry of the head's store that says which actor runs a run's controller."""
 
     actor: Any
     """handle of the actor that runs the controller"""
     actor_id: str
     is_host: bool
-    """whether the actor does nothing else"""
+    """whether the actor does nothing but run this controller"""
 
     @staticmethod
     def key(run: str) -> str:
-        """The key of a run of this job. What another job left holds nothing, and its handles can't be read here."""
+        """The key of a run, with this job's id: an entry of another job holds nothing, and can't be read here."""
         return f"clipfh:controller:{ray.get_runtime_context().get_job_id()}:{run}"
 
 
 _CANCEL: dict[str, Callable[[], Any]] = {}
-"""Of each run whose controller is a thread of this process: what cancels it."""
+"""Each run whose controller is a thread of this process, to the function that cancels the controller."""
 
 
 class _Host:
-    """The actor for a controller that would otherwise run in a driver, which Train doesn't allow for."""
+    """Actor that runs a driver's controller: Train doesn't allow for one in the driver itself."""
 
     def run(self, run: str, parts: dict[str, Any]) -> Any:
         return run_controller_here(run, parts, is_host=True)
 
 
 def run_controller_here(run: str, parts: dict[str, Any], is_host: bool = False) -> Any:
-    """Run a controller in this actor's process, made of the arguments of Ray's; returns its result.
+    """Make a controller of Ray's arguments `parts`, and run it in this actor's process; returns its result.
 
     Raises:
         Released: `release` was called.
@@ -324,7 +323,7 @@ def run_controller_here(run: str, parts: dict[str, Any], is_host: bool = False) 
 def release(run: str) -> None:
     """Free what a run holds, wherever its controller is. Does nothing where it holds nothing.
 
-    The controller goes first: it would take the loss of its workers for a failure, and start new ones.
+    The controller ends before its workers: it would take their loss for a failure, and start new ones.
     """
     if cancel := _CANCEL.get(run):
         with contextlib.suppress(RuntimeError):  # it has just ended by itself
@@ -339,20 +338,20 @@ def release(run: str) -> None:
 
 
 def _release_there(actor: Any, run: str) -> None:
-    """Called in the process of an actor that runs the run's controller, if it still does."""
+    """Release a run in the process of the actor that runs its controller, if it still does."""
     if run in _CANCEL:
         release(run)
 
 
 def make_trainer(run: str, loop: Callable[[dict], None], process_group: bool, **options: Any) -> Any:
-    """Ray Train's trainer, whose runs `release` can free, and which starts no processes but workers in an actor.
+    """Make a trainer of Ray Train's whose runs `release` can free. In an actor it starts no process but workers.
 
     Args:
         run: name of the run on this cluster.
         loop: what each worker runs.
         process_group: whether workers exchange tensors. With it the trainer is a TorchTrainer; without it, for one
             worker, it is TorchTrainer's base class, as a group of one is of no use and loads torch in this process.
-        options: of the trainer.
+        options: the trainer's other arguments.
     """
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -390,9 +389,9 @@ def _run_controller(run: str, parts: dict[str, Any]) -> Any:
 
 
 def make_failure_policy(config: Any) -> Any:
-    """Ray Train's policy of what to try again, with two changes.
+    """Make Ray Train's failure policy, with two changes.
 
-    What the user must mend is not tried again, and a cluster that others use is waited for.
+    An error that the user must mend is not tried again, and a cluster that others use is waited for.
     """
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision

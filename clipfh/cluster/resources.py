@@ -31,10 +31,10 @@ ROOM_S = 1800
 """Seconds that an autoscaler may take to make room for a run. Clouds have a GPU in minutes, or none for hours."""
 
 UNLIMITED_NODES = 100
-"""How many nodes are counted of a kind of which an autoscaler may make any number."""
+"""Number of nodes that is counted for a kind that an autoscaler may make any number of."""
 
 WISH = "clipfh:wish:"
-"""Key of the head's store for what a job, whose id follows, wishes an autoscaler to make room for."""
+"""Key of the head's store, followed by a job's id, for the room that the job wants from an autoscaler."""
 
 RAY_UP = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` leaves its file on the head."""
@@ -44,7 +44,7 @@ print_now = functools.partial(print, flush=True)
 
 @dataclass(frozen=True)
 class Resources:
-    """What one run takes."""
+    """The resources that one run takes."""
 
     workers: int
     cpus: float
@@ -54,11 +54,11 @@ class Resources:
     threads: int
     """torch threads of a worker"""
     shares_cores: bool = False
-    """whether its threads follow the other runs that compute on its machine, and are its share of the cores"""
+    """whether a worker's threads are its share of the cores, which the other runs on its machine change"""
     decoding: int | None = None
     """tasks of its data pipeline at a time; None leaves them to Ray's count of CPUs"""
     min_workers: int = 0
-    """fewest workers of an elastic run, which has as many as the cluster has room for, `workers` at most; else 0"""
+    """fewest workers of an elastic run, which has as many as there is room for, up to `workers`; 0 for other runs"""
 
     @property
     def is_elastic(self) -> bool:
@@ -100,32 +100,32 @@ def resolve_placement(
 
     Args:
         placement: what was asked for. `auto` CPUs are all the cores of a machine for a run alone, else one a worker.
-        alone: whether no run goes beside it.
+        alone: whether it is the only run.
         log: takes a line for a person where the run has to wait.
-        min_workers: with how many workers an elastic run begins, if there is room for no more; else 0.
+        min_workers: fewest workers that an elastic run begins with; 0 for a run that is not elastic.
 
     Raises:
         UserError: the cluster can't hold one such run.
     """
-    have, needed = capacity(), min_workers or placement.workers
-    gpus = _gpus(placement, needed, have.get("GPU", 0))
+    have, fewest = capacity(), min_workers or placement.workers
+    gpus = _gpus(placement, fewest, have.get("GPU", 0))
     cpus = float(
         _share(placement, have, gpus, alone) if placement.cpus_per_worker == "auto" else placement.cpus_per_worker
     )
-    resources = Resources(needed, cpus, gpus, max(1, int(cpus)))
+    resources = Resources(fewest, cpus, gpus, max(1, int(cpus)))
     for name, amount in resources.total.items():
         if amount > have.get(name, 0):
             raise UserError(
-                f"a run with {needed} worker(s) needs {amount:g} {name} (a CPU for each data pipeline "
+                f"a run with {fewest} worker(s) needs {amount:g} {name} (a CPU for each data pipeline "
                 f"included), the cluster has {have.get(name, 0):g}: take fewer --workers, or less per worker"
             )
     if not room_now(resources) and not _await_autoscaler(resources, log):
         raise UserError(
-            f"no node has room for a worker with {cpus:g} CPU and {gpus:g} GPU, or not for all {needed} at "
+            f"no node has room for a worker with {cpus:g} CPU and {gpus:g} GPU, or not for all {fewest} at "
             "once: take fewer --workers, or less per worker"
         )
-    if missing := _held_by_others(resources):
-        log(f"others use the cluster: waiting for {missing} to be free")
+    if shortage := _held_by_others(resources):
+        log(f"others use the cluster: waiting for {shortage} to be free")
     runs = 1 if alone else max_concurrent_runs(placement, resources)
     # Not a sweep's trials: a second thread beside one that is starting waits for its core more than it computes
     shares = placement.cpus_per_worker == "auto" and not gpus and alone
@@ -136,10 +136,10 @@ def resolve_placement(
 
 def capacity() -> dict[str, float]:
     """What the cluster has of each resource, or what its autoscaler may make of it where that is more."""
-    have, planned = ray.cluster_resources(), collections.Counter[str]()
+    have, plan = ray.cluster_resources(), collections.Counter[str]()
     for node in _planned_nodes():
-        planned.update(node)
-    return {name: max(have.get(name, 0), planned[name]) for name in {*have, *planned}}
+        plan.update(node)
+    return {name: max(have.get(name, 0), plan[name]) for name in {*have, *plan}}
 
 
 def _planned_nodes() -> list[dict[str, float]]:
@@ -162,13 +162,13 @@ def _ray_up_nodes() -> list[tuple[dict[str, float], int]]:
     return [(kind.get("resources", {}), kind.get("max_workers", config.get("max_workers", 0))) for kind in workers]
 
 
-def _gpus(placement: Placement, needed: int, have: float) -> float:
+def _gpus(placement: Placement, workers: int, have: float) -> float:
     """GPUs of a worker. Where there are any, `auto` takes no CPU in their place: that would be slower by far."""
     if placement.gpus_per_worker != "auto":
         return float(placement.gpus_per_worker)
-    if 0 < have < needed:
+    if 0 < have < workers:
         raise UserError(
-            f"--workers {needed} take a GPU each, the cluster has {have:g}: take fewer, or "
+            f"--workers {workers} take a GPU each, the cluster has {have:g}: take fewer, or "
             "--gpus-per-worker 0 for the CPU"
         )
     return 1.0 if have else 0.0
@@ -178,7 +178,7 @@ def _await_autoscaler(resources: Resources, log: Callable[[str], None]) -> bool:
     """Ask the autoscaler for room for a run, and wait for it; returns False where no autoscaler could make it.
 
     Raises:
-        UserError: an autoscaler could, but did not.
+        UserError: an autoscaler could, but did not within ROOM_S.
     """
     if not _room(_planned_nodes(), resources):
         return False
@@ -199,7 +199,7 @@ def _await_autoscaler(resources: Resources, log: Callable[[str], None]) -> bool:
 
 
 def _held_by_others(resources: Resources) -> str:
-    """What a run takes and others hold, in words; empty where all is free. Ray Train waits for it."""
+    """The resources of a run that others hold, in words; empty where all are free. Ray Train waits for them."""
     if connect.is_own():
         return ""
     free = ray.available_resources()
@@ -232,7 +232,7 @@ def max_concurrent_runs(placement: Placement, resources: Resources) -> int:
 
 
 def room_now(resources: Resources) -> int:
-    """How many such runs the cluster's nodes hold now, be they free or not."""
+    """How many such runs fit on the nodes that the cluster has now, busy or not."""
     return _room(_nodes(), resources)
 
 
@@ -257,13 +257,13 @@ def autoscaler_request(placement: Placement, resources: Resources) -> Iterator[C
         `placement` allows, or as the autoscaler may make.
     """
     most = _room(_planned_nodes(), resources) if placement.concurrent == "auto" else placement.concurrent
-    asked = 0
+    current = 0
 
-    def ask(left: int) -> None:
-        nonlocal asked
-        if (runs := min(most, left)) != asked:
+    def ask(number: int) -> None:
+        nonlocal current
+        if (runs := min(most, number)) != current:
             _request(resources, runs)
-            asked = runs
+            current = runs
 
     try:
         yield ask
@@ -274,17 +274,17 @@ def autoscaler_request(placement: Placement, resources: Resources) -> Iterator[C
 def _request(resources: Resources, runs: int) -> None:
     """Ask the autoscaler for room for some runs, in place of what this job asked for before.
 
-    A request replaces that of all others on the cluster. So the head's store has what each job wishes for, and the
-    request is for all of it, but for the wishes of jobs that have been killed.
+    A request replaces all earlier ones on the cluster, also those of other jobs. So the head's store has the wish of
+    each job, and the request is the sum of the wishes of all jobs that still run.
     """
     bundle = {name: amount / resources.workers for name, amount in resources.total.items() if amount}
     wish = json.dumps([bundle] * (runs * resources.workers))
     ray_private.write_key(f"{WISH}{ray.get_runtime_context().get_job_id()}", wish.encode())
-    wishes, running = ray_private.keys(WISH), ray_private.running_jobs()
+    wishes, jobs = ray_private.keys(WISH), ray_private.running_jobs()
     bundles = [
         bundle
         for key in wishes
-        if key.removeprefix(WISH) in running
+        if key.removeprefix(WISH) in jobs
         for bundle in json.loads(ray_private.read_key(key) or b"[]")
     ]
     request_resources(bundles=bundles)

@@ -9,8 +9,8 @@ RUN, EXPERIMENT = "run.json", "experiment.json"
 REPORTS, STREAM = "metrics.jsonl", "stream.jsonl"
 CHECKPOINTS, SNAPSHOT = "checkpoints", "checkpoint_manager_snapshot.json"
 FREED = "freed.json"
-"""Of a run that is over and whose checkpoints were not all kept: the `step` of the last one, and in `kept` the name of
-the one whose weights are kept, or ''."""
+"""What is left of a run that is over and whose checkpoints were not all kept: `step`, of the last one, and `kept`, the
+name of the one whose weights are kept, or ''."""
 TENSORBOARD, TRACK = "tensorboard", "track.json"
 
 # A checkpoint, beside `EXPERIMENT` and `METRICS`
@@ -21,7 +21,7 @@ RAW_WEIGHTS, AVERAGE_WEIGHTS, TRAINING_STATE = "model.safetensors", "ema.safeten
 METRICS, PREDICTIONS, QUERIES = "metrics.json", "predictions.parquet", "queries.parquet"
 EVALUATION, EMBEDDINGS, PROMPTS = "evaluation.json", "embeddings.parquet", "prompts.parquet"
 BESIDE, BEFORE, AFTER = "beside", "before", "after"
-"""Of other catalogues: a folder for each, in which two evaluations are."""
+"""Names for other catalogues: each has a folder in `beside/`, which holds two evaluations."""
 
 # A sweep. Each folder below `trials/` and `final/` is a run's, each below `test/` an evaluation's, `best/` an export.
 SWEEP, SWEEP_INPUTS, STUDY, LEADERBOARD = "sweep.yaml", "sweep.json", "study.journal", "leaderboard.csv"

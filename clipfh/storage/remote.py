@@ -87,8 +87,8 @@ def _open_s3(endpoint_url: str) -> fs.S3FileSystem:
 
 def endpoint() -> str:
     """Address of a store that speaks S3, where one is named as AWS's tools take it; else empty, for AWS itself."""
-    named = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
-    return next((each for each in named if each), "") or _profile().get("endpoint_url", "")
+    addresses = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+    return next((each for each in addresses if each), "") or _profile().get("endpoint_url", "")
 
 
 def _profile() -> dict[str, str]:
@@ -170,13 +170,13 @@ class Patient(fs.FileSystemHandler):
         self._try(self.base.copy_file, src, dest)
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
-        return pa.PythonFile(io.BufferedReader(_Reader(self, path), CHUNK), mode="r")
+        return pa.PythonFile(io.BufferedReader(_RemoteFile(self, path), CHUNK), mode="r")
 
     def open_input_file(self, path: str) -> pa.NativeFile:
-        return pa.PythonFile(_Reader(self, path), mode="r")
+        return pa.PythonFile(_RemoteFile(self, path), mode="r")
 
     def open_output_stream(self, path: str, metadata: Any) -> pa.NativeFile:
-        return pa.PythonFile(_Writer(self, path), mode="w")
+        return pa.PythonFile(_Upload(self, path), mode="w")
 
     def open_append_stream(self, path: str, metadata: Any) -> pa.NativeFile:
         raise NotImplementedError(f"{self.name}: objects do not grow: write them whole")
@@ -203,7 +203,7 @@ class Patient(fs.FileSystemHandler):
 
 
 class Holding(Patient):
-    """The same, for one who knows that a folder is there: to ask would list it.
+    """`Patient`, where a folder is known to be there: to ask the store would list it.
 
     Args:
         base: the file system.
@@ -222,14 +222,14 @@ class Holding(Patient):
 
 
 def _unless_gone(delete: Callable[[str], None], path: str) -> None:
-    """Delete what may be gone: by an attempt whose answer was lost, say."""
+    """Delete what may be gone already, such as by an attempt whose answer was lost."""
     try:
         delete(path)
     except FileNotFoundError:
         return
 
 
-class _Reader(io.RawIOBase):
+class _RemoteFile(io.RawIOBase):
     """A file at a URI, to read from any place."""
 
     def __init__(self, store: Patient, path: str) -> None:
@@ -251,8 +251,8 @@ class _Reader(io.RawIOBase):
         return self.at
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self.file.size() - self.at)
-        content = self.store._try(self.file.read_at, left if size is None or size < 0 else min(size, left), self.at)
+        rest = max(0, self.file.size() - self.at)
+        content = self.store._try(self.file.read_at, rest if size is None or size < 0 else min(size, rest), self.at)
         self.at += len(content)
         return bytes(content)
 
@@ -262,7 +262,7 @@ class _Reader(io.RawIOBase):
         return len(content)
 
 
-class _Writer(io.RawIOBase):
+class _Upload(io.RawIOBase):
     """A file at a URI, which is sent when it is closed."""
 
     def __init__(self, store: Patient, path: str) -> None:

@@ -17,7 +17,7 @@ AWAY = 600
 
 
 def wait_for(file: Folder, log: Callable[[str], None] = lambda line: None) -> None:
-    """Return when a file is there that was written at the start: else its folder is away, and writing makes another.
+    """Wait until a file that was written at the start is there: else its folder is away, and a write makes another.
 
     At a URI there is nothing to wait for: a store that is away is waited for by each read and write.
 
@@ -91,14 +91,14 @@ def find_best_checkpoint(run: str | Path | Folder) -> str:
                 "of all trials"
             )
         return str(freed["kept"])
-    listed = _read_snapshot(run).get("checkpoint_results")
-    if not listed:
+    results = _read_snapshot(run).get("checkpoint_results")
+    if not results:
         raise UserError(f"{run} has no checkpoint yet: let it train further, or --resume it")
-    return str(max(listed, key=lambda r: r["metrics"].get("val_mAP", r["metrics"]["step"]))["checkpoint_dir_name"])
+    return str(max(results, key=lambda r: r["metrics"].get("val_mAP", r["metrics"]["step"]))["checkpoint_dir_name"])
 
 
 def latest_step(run: str | Path | Folder) -> int:
-    """The step at which the run's last checkpoint goes on, or went before it was freed; 0 without one."""
+    """Step of the run's last checkpoint, also where that was freed; 0 without one."""
     if freed := read_freed(run):
         return int(freed["step"])
     latest = _read_snapshot(run).get("latest_checkpoint_result")
@@ -106,7 +106,7 @@ def latest_step(run: str | Path | Folder) -> int:
 
 
 def read_freed(run: str | Path | Folder) -> dict[str, Any]:
-    """What `FREED` says of a run that can't be gone on with, as its checkpoints were not all kept; else nothing."""
+    """What `FREED` says of a run that can't go on, since its checkpoints were not all kept; empty for other runs."""
     return Folder(run).read_json(layout.FREED)
 
 

@@ -41,14 +41,14 @@ class Folder(os.PathLike[str]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         text = as_text(path)
         self.filesystem, self.path = locate(text)
-        self.given = text.rstrip("/") if "://" in text else str(Path(text))
+        self.text = text.rstrip("/") if "://" in text else str(Path(text))
 
     def __str__(self) -> str:
         """The path as it was given."""
-        return self.given
+        return self.text
 
     def __repr__(self) -> str:
-        return f"Folder({self.given!r})"
+        return f"Folder({self.text!r})"
 
     def __fspath__(self) -> str:
         return str(self.local_path())
@@ -63,7 +63,7 @@ class Folder(os.PathLike[str]):
         return hash(self.address)
 
     def __truediv__(self, name: str) -> Folder:
-        return Folder(f"{self.given}/{name}")
+        return Folder(f"{self.text}/{name}")
 
     @property
     def is_local(self) -> bool:
@@ -73,7 +73,7 @@ class Folder(os.PathLike[str]):
     @property
     def address(self) -> str:
         """What it is on every machine: its whole path, or its URI."""
-        return self.path if self.is_local else self.given
+        return self.path if self.is_local else self.text
 
     @property
     def seconds_between_looks(self) -> float:
@@ -88,10 +88,10 @@ class Folder(os.PathLike[str]):
     @property
     def parent(self) -> Folder:
         """The folder above."""
-        return Folder((self.given if "://" in self.given else self.path).rpartition("/")[0] or "/")
+        return Folder((self.text if "://" in self.text else self.path).rpartition("/")[0] or "/")
 
     def filesystem_holding_it(self) -> pyarrow.fs.FileSystem:
-        """The file system, told that this folder is there, at a URI: who deletes it does not ask by a list."""
+        """The file system; at a URI one that knows that this folder is there, and need not list it to delete it."""
         store = self.filesystem.handler
         return pyarrow.fs.PyFileSystem(remote.Holding(store.base, store.name, self.path))
 
@@ -239,8 +239,8 @@ class Folder(os.PathLike[str]):
     def local_path(self, name: str = "") -> Path:
         """A path for libraries that read and write themselves. UserError: the folder is not on a local disk."""
         if not self.is_local:
-            raise UserError(f"{self.given} is not on a local disk: copy the folder to one")
-        return Path(self.given if "://" not in self.given else self.path) / name
+            raise UserError(f"{self.text} is not on a local disk: copy the folder to one")
+        return Path(self.text if "://" not in self.text else self.path) / name
 
     def _path(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path
@@ -260,7 +260,7 @@ class Folder(os.PathLike[str]):
             return json.loads(text)
         except ValueError as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{self.given}/{name} can't be read ({reason}): write it again") from error
+            raise UserError(f"{self.text}/{name} can't be read ({reason}): write it again") from error
 
 
 def as_text(path: str | os.PathLike[str]) -> str:

@@ -19,11 +19,11 @@ from clipfh.storage.store import Folder, WholeFiles
 from clipfh.train.run_inputs import Inputs, Job
 
 WORKER = "clipfh.train.ray_worker"
-"""The module of a worker's `loop`, and of `load`, which its process calls before all else."""
+"""Module of a worker's `loop`, and of `load`, which a worker's process calls first."""
 
 
 def loop(config: dict[str, Job]) -> None:
-    """Run the loop of a worker, in whose process alone its module is loaded."""
+    """Run the loop of a worker. Its module is loaded in the worker's process alone."""
     importlib.import_module(WORKER).loop(config["job"])
 
 
@@ -40,14 +40,14 @@ def run_training(
 
     Args:
         experiment: what to compute.
-        inputs: what its workers read, of this experiment's model, prompts and catalogue.
+        inputs: what its workers read, made for this experiment's model, prompts and catalogue.
         out: the run's folder, which holds its `experiment.json`. Its path is the run's name for `ray_private.release`.
-        resources: what it takes of the cluster.
+        resources: what the run takes of the cluster.
         retries: how often lost workers are replaced. 0 under Tune, which retries whole trials.
         prestart_next: whether processes for a run with the same resources are started while this one trains.
 
     Raises:
-        ray.train.TrainingFailedError: workers failed more often than that.
+        ray.train.TrainingFailedError: workers failed more than `retries` times.
         ray_private.Released: the run was released.
         UserError: a worker failed for a reason that the user can mend; no worker is replaced then.
     """
@@ -92,7 +92,7 @@ def run_training(
 def _run_config(run: Folder, retries: int, score: str) -> ray.train.RunConfig:
     """Where a run's checkpoints lie, which are kept, and what is tried again.
 
-    Ray Train writes its list of them in place: who reads it meanwhile, or after a kill, would find half of it. So a
+    Ray Train writes its list of checkpoints in place: a reader meanwhile, or after a kill, would find half of it. So a
     local folder is written through `WholeFiles`. In a bucket an object is whole as soon as it is there.
     """
     return ray.train.RunConfig(

@@ -1,4 +1,4 @@
-"""The model of a run or a sweep as an export, with what the folders around it tell of how good it is."""
+"""Exports the model of a run or a sweep, with the metrics that the folders around it hold."""
 
 from __future__ import annotations
 

@@ -62,14 +62,14 @@ class InProcessFeed:
         return memory.available() * SPARE_SHARE / 2**30
 
     def cache_decoded(self, shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
-        room, decoded = gib * 2**30, list[Any]()
+        room, futures = gib * 2**30, list[Any]()
         with ThreadPoolExecutor(cores.available()) as pool:
-            needed = list(pool.map(lambda shard: decoding.decoded_bytes(shard, size, crop_min), shared.shards))
-            for shard, bytes_needed in zip(shared.shards, needed, strict=True):
+            sizes = list(pool.map(lambda shard: decoding.decoded_bytes(shard, size, crop_min), shared.shards))
+            for shard, bytes_needed in zip(shared.shards, sizes, strict=True):
                 fits = bytes_needed <= room
-                decoded.append(pool.submit(decoding.decode_shard, shard, size, crop_min) if fits else None)
+                futures.append(pool.submit(decoding.decode_shard, shard, size, crop_min) if fits else None)
                 room -= bytes_needed if fits else 0
-        return dataclasses.replace(shared, decoded=[future and future.result() for future in decoded])
+        return dataclasses.replace(shared, decoded=[future and future.result() for future in futures])
 
     def decode_for_evaluation(
         self, catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess
@@ -108,23 +108,23 @@ class _LocalSession:
         self.folder, self.score, self.on_report = out / layout.CHECKPOINTS, score, on_report
         self.sender = ThreadPoolExecutor(1)
         self.sending: Future[None] | None = None
-        self.known = self.folder.read_json(layout.SNAPSHOT) or _empty_list()
-        self._remove_all_but([result["checkpoint_dir_name"] for result in self.known["checkpoint_results"]])
+        self.snapshot = self.folder.read_json(layout.SNAPSHOT) or _empty_list()
+        self._remove_all_but([result["checkpoint_dir_name"] for result in self.snapshot["checkpoint_results"]])
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[str | None]:
-        latest = self.known["latest_checkpoint_result"]
+        latest = self.snapshot["latest_checkpoint_result"]
         yield str(self.folder / latest["checkpoint_dir_name"]) if latest else None
 
     def report(self, metrics: dict[str, Any], save: worker.Save | None) -> None:
         assert save is not None, "a run alone has one worker, which saves"
         name = f"checkpoint_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S.%f}"
-        listed = {"version": 0, "checkpoint_dir_name": name, "metrics": metrics}
+        entry = {"version": 0, "checkpoint_dir_name": name, "metrics": metrics}
         self.finish()
         with contextlib.ExitStack() as filling:
             save(filling.enter_context((self.folder / name).filling()))
-            saved = filling.pop_all()
-        self.sending = self.sender.submit(self._keep, saved, listed)
+            placing = filling.pop_all()
+        self.sending = self.sender.submit(self._place, placing, entry)
         if self.folder.is_local:
             self.finish()
         self.on_report(metrics)
@@ -134,34 +134,34 @@ class _LocalSession:
         if self.sending:
             self.sending.result()
 
-    def _keep(self, saved: contextlib.ExitStack, listed: dict[str, Any]) -> None:
-        """Put a checkpoint in its place, to a bucket while training goes on, and list it once it is whole."""
-        saved.close()
-        self._add(listed)
+    def _place(self, placing: contextlib.ExitStack, entry: dict[str, Any]) -> None:
+        """Put a checkpoint in its place, in a bucket while training goes on, and list it once it is whole."""
+        placing.close()
+        self._add(entry)
 
     def is_ending(self) -> bool:
         return False
 
     def prepare_next(self) -> None:
-        """Nothing: no run follows one that is alone."""
+        """Do nothing: no run follows this one."""
 
     def _add(self, latest: dict[str, Any]) -> None:
-        """List a checkpoint, and drop those that are neither the best nor the latest."""
-        index = self.known["current_report_index"]
-        listed = zip(self.known["checkpoint_results"], self.known["checkpoint_report_indices"], strict=True)
-        ranked = sorted([*listed, (latest, index)], key=lambda each: (each[0]["metrics"][self.score], each[1]))
-        kept = [each for each in ranked if each is ranked[-1] or each[0] is latest]
-        self.known |= {
-            "checkpoint_results": [result for result, _ in kept],
-            "checkpoint_report_indices": [number for _, number in kept],
+        """List a checkpoint, and drop all but the best and the latest."""
+        index = self.snapshot["current_report_index"]
+        entries = zip(self.snapshot["checkpoint_results"], self.snapshot["checkpoint_report_indices"], strict=True)
+        ranking = sorted([*entries, (latest, index)], key=lambda each: (each[0]["metrics"][self.score], each[1]))
+        best_and_latest = [each for each in ranking if each is ranking[-1] or each[0] is latest]
+        self.snapshot |= {
+            "checkpoint_results": [result for result, _ in best_and_latest],
+            "checkpoint_report_indices": [number for _, number in best_and_latest],
             "latest_checkpoint_result": latest,
             "current_report_index": index + 1,
         }
-        self.folder.write(layout.SNAPSHOT, json.dumps(self.known))
-        self._remove_all_but([result["checkpoint_dir_name"] for result, _ in kept])
+        self.folder.write(layout.SNAPSHOT, json.dumps(self.snapshot))
+        self._remove_all_but([result["checkpoint_dir_name"] for result, _ in best_and_latest])
 
     def _remove_all_but(self, names: list[str]) -> None:
-        """What is not on the list is of no use: half-written, or no longer the best."""
+        """Remove all checkpoints but these: others are half-written, or no longer the best."""
         for folder in self.folder.folders():
             if folder.name.lstrip(".").startswith("checkpoint_") and folder.name not in names:
                 self.folder.remove(folder.name)
@@ -170,16 +170,16 @@ class _LocalSession:
 def _empty_list() -> dict[str, Any]:
     """Ray Train's list of a run's checkpoints before the first, as its checkpoint manager reads it."""
     lists = ("checkpoint_results", "checkpoint_report_indices", "pending_training_results", "pending_validation_specs")
-    ended = ("validated", "timed_out_validation", "failed_validation")
+    outcomes = ("validated", "timed_out_validation", "failed_validation")
     return {
         "ray_version": importlib.metadata.version("ray"),
-        **{name: [] for name in (*lists, *(f"{how}_checkpoint_dir_names" for how in ended))},
+        **{name: [] for name in (*lists, *(f"{how}_checkpoint_dir_names" for how in outcomes))},
         "latest_checkpoint_result": None,
         "current_report_index": 0,
     }
 
 
-def wanted(placement: Placement, address: str | None) -> bool:
+def trains_here(placement: Placement, address: str | None) -> bool:
     """Whether a run trains in this process: one worker, on this machine's CPUs."""
     elsewhere = address or os.environ.get("RAY_ADDRESS")
     has_gpu = placement.gpus_per_worker if placement.gpus_per_worker != "auto" else torch.cuda.device_count()
@@ -196,7 +196,7 @@ def run_training(
     """Train in this thread, or go on training what `out` holds; as `driver.run_training` does over a cluster.
 
     Args:
-        placement: what was asked for, of which the CPUs count.
+        placement: only its CPUs count.
         experiment: what to compute.
         inputs: what the run reads, of this experiment's model, prompts and catalogue, held by a `Feed`.
         out: the run's folder, which holds its `experiment.json`.
@@ -212,7 +212,7 @@ def run_training(
 
 
 def choose_threads(placement: Placement) -> tuple[int, bool]:
-    """The threads of a run alone: as many as were asked for, or its share of the cores; and whether it is a share."""
+    """Number of threads of a run alone, as asked for or its share of the cores; and whether it is a share."""
     if placement.cpus_per_worker == "auto":
         return cores.available(), True
     return max(1, int(placement.cpus_per_worker)), False

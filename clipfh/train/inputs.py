@@ -58,8 +58,8 @@ def open_run(
         resume: go on with what the folder holds.
 
     Raises:
-        UserError: a folder in use, nothing to resume, or another run than the one to resume, also where a file that it
-            is made of has changed; unfit weights.
+        UserError: a folder in use, nothing to resume, or weights that do not fit; to resume, other settings, another
+            catalogue or a changed file.
     """
     folder = Folder(out)
     file = folder / layout.EXPERIMENT
@@ -70,20 +70,20 @@ def open_run(
     catalogue.require("train", "val_query", "val_gallery")
     warm_start = store.absolute(warm_start) if warm_start else None
     fresh = {"hash": catalogue.manifest["hash"], "warm_start": warm_start, "window": None}
-    known = folder.read_json(layout.RUN) if resume else fresh
-    if known["hash"] != catalogue.manifest["hash"]:
+    record = folder.read_json(layout.RUN) if resume else fresh
+    if record["hash"] != catalogue.manifest["hash"]:
         raise UserError(f"--resume: {folder} was trained on another catalogue than {catalogue.path}: give that one")
     if resume and experiment is not None and experiment != schema.load_experiment(file):
         raise UserError(f"--resume: the settings differ from those in {file}: leave them out, or name another --out")
     experiment = experiment or schema.load_experiment(file)
     has_weights = resume and run_folder.latest_step(folder) > 0
-    contents = provenance.contents(experiment, known["warm_start"], has_weights)
-    provenance.require_same(known.setdefault("contents", contents), contents, folder)
-    clip = _build_again(folder, experiment) if has_weights else load_start(experiment, known["warm_start"])
+    contents = provenance.contents(experiment, record["warm_start"], has_weights)
+    provenance.require_same(record.setdefault("contents", contents), contents, folder)
+    clip = _build_again(folder, experiment) if has_weights else load_start(experiment, record["warm_start"])
     folder.make()
     folder.write(layout.EXPERIMENT, schema.to_json(experiment))
     folder.write(layout.ARCHITECTURE, get_architecture(clip).to_json())
-    folder.write(layout.RUN, json.dumps({"catalogue": str(catalogue.path), **known}, indent=2) + "\n")
+    folder.write(layout.RUN, json.dumps({"catalogue": str(catalogue.path), **record}, indent=2) + "\n")
     return clip, experiment
 
 
@@ -93,34 +93,34 @@ def is_warm_started(out: str | Path | Folder) -> bool:
 
 
 def notes_on_singles(inputs: Inputs, loss: LossSettings) -> list[str]:
-    """What to tell people of items and prompts that count for less with a loss."""
-    left = "left out of terms that need a second one" if loss.takes_singles else "not trained on"
+    """Notes for people on items and prompts that a loss does not use in full."""
+    fate = "left out of terms that need a second one" if loss.takes_singles else "not trained on"
     counts = {
-        f"train items have one photo and are {left}": inputs.num_single,
+        f"train items have one photo and are {fate}": inputs.num_single,
         "prompts of train items are longer than the model reads: their ends are cut off": inputs.num_cut,
     }
     return [f"note: {count:,} {what}" for what, count in counts.items() if count]
 
 
 def read_window(out: str | Path | Folder, name: str) -> int | None:
-    """Number of images in the windows of what a folder holds, 0 for all in one; None where none is chosen yet.
+    """Number of images in a window of a run or a sweep, 0 for all in one window; None where it is not chosen yet.
 
     Args:
-        out: folder of a run or a sweep.
-        name: its file that says what it is made of. One of a version that had no windows does not name them.
+        out: folder of the run or the sweep.
+        name: the folder's file that has the number. Files of a version without windows have none, which means 0.
     """
-    stored: int | None = Folder(out).read_json(name).get("window", 0)
-    return stored
+    window: int | None = Folder(out).read_json(name).get("window", 0)
+    return window
 
 
 def write_window(out: str | Path | Folder, name: str, window: int | None) -> None:
-    """Store the number of images in a window with a run or a sweep: what goes on with it has the same batches."""
+    """Store the number of images in a window with a run or a sweep, so that a resumed one has the same batches."""
     folder = Folder(out)
     folder.write(name, json.dumps({**folder.read_json(name), "window": window}, indent=2) + "\n")
 
 
 def notes_on_windows(inputs: Inputs, catalogue: Catalogue) -> list[str]:
-    """What to tell people of windows, where there are any."""
+    """Notes for people on windows, where there are any."""
     window, (images, size) = inputs.images.window, catalogue.size("train")
     if not window:
         return []
@@ -132,15 +132,15 @@ def notes_on_windows(inputs: Inputs, catalogue: Catalogue) -> list[str]:
 
 
 def note_on_size(clip: nn.Module, experiment: Experiment) -> str:
-    """What to tell people of how much is trained; the model is frozen for it.
+    """A note for people on how much is trained. It freezes the other parameters of the model.
 
     Raises:
-        UserError: the model has nothing that could be trained so.
+        UserError: the settings leave nothing to train.
     """
-    trained, total = count_trained(clip, experiment), sum(p.numel() for p in clip.parameters())
+    num_trained, total = count_trained(clip, experiment), sum(p.numel() for p in clip.parameters())
     rank, targets = experiment.model.lora_rank, experiment.model.lora_targets
     how = f" (LoRA of rank {rank}, targets {targets})" if rank else ""
-    return f"trains {trained / 1e6:,.2f} M of {total / 1e6:,.2f} M parameters{how}"
+    return f"trains {num_trained / 1e6:,.2f} M of {total / 1e6:,.2f} M parameters{how}"
 
 
 def load_start(experiment: Experiment, warm_start: str | None = None) -> nn.Module:
@@ -149,16 +149,16 @@ def load_start(experiment: Experiment, warm_start: str | None = None) -> nn.Modu
         return load_initial_model(experiment.model, experiment.seed)
     weights = checkpoint.load(warm_start)
     settings = weights.experiment.model if weights.experiment else experiment.model
-    named, name = settings.name if weights.experiment else weights.model_name, experiment.model.name
-    if named and not _may_be(named, name):
-        raise UserError(f"--warm-start {warm_start} holds {named}, not {name}: give --model {named}")
-    own, asked = weights.architecture(settings), architectures.find(experiment.model)
-    if not asked.takes_weights_of(own):
+    own_name, name = settings.name if weights.experiment else weights.model_name, experiment.model.name
+    if own_name and not _may_be(own_name, name):
+        raise UserError(f"--warm-start {warm_start} holds {own_name}, not {name}: give --model {own_name}")
+    own, target = weights.architecture(settings), architectures.find(experiment.model)
+    if not target.takes_weights_of(own):
         raise UserError(
             f"--warm-start {warm_start} holds {settings.name} with {own.activation}, which differs from {name} with "
-            f"{asked.activation}: give --model {settings.name}"
+            f"{target.activation}: give --model {settings.name}"
         )
-    if own.preprocess_cfg != asked.preprocess_cfg:
+    if own.preprocess_cfg != target.preprocess_cfg:
         tag = architectures.weights_name(settings) or "none"
         raise UserError(
             f"--warm-start {warm_start} was trained on images prepared as for the weights '{tag}', which differs from "
@@ -167,14 +167,14 @@ def load_start(experiment: Experiment, warm_start: str | None = None) -> nn.Modu
     return resize(load_weights(own, weights.state, warm_start), experiment.model)
 
 
-def _may_be(named: str, name: str) -> bool:
+def _may_be(own_name: str, name: str) -> bool:
     """Whether two names of open_clip's list may mean one model: ViT-B/16, ViT-B-16 and ViT-B-16-quickgelu may."""
-    plain = [each.replace("/", "-").removesuffix("-quickgelu") for each in (named, name)]
+    plain = [each.replace("/", "-").removesuffix("-quickgelu") for each in (own_name, name)]
     return plain[0] == plain[1] or any(":" in each for each in plain)
 
 
 def _build_again(out: Folder, experiment: Experiment) -> nn.Module:
-    """The model of a run that has checkpoints, whose weights are still to be loaded."""
+    """The model of a run that has checkpoints; its weights are loaded later."""
     return build(checkpoint.read_architecture(out) or architectures.find(experiment.model))
 
 
@@ -191,16 +191,17 @@ def prepare_inputs(
     warm: bool = False,
     window: int | None = None,
 ) -> Inputs:
-    """Put what runs of this model and these prompts share to where the feed holds it.
+    """Put what runs with this model and these prompts share into the feed.
 
     Args:
         catalogue: to train on.
-        experiment: of which the model, the prompts and the largest P x K count.
+        experiment: only its model, its prompts and its P x K count; the latter is the largest of all runs.
         clip: weights to start from.
-        feed: what holds it, and gives the workers their batches.
-        keep_gib: GiB of decoded images to keep for all runs; "auto" for what the feed spares, where images come again.
+        feed: holds the inputs, and gives the workers their batches.
+        keep_gib: GiB of decoded images to keep for all runs; "auto" for what the feed can spare, where a run reads
+            images more than once.
         with_validation: train on the validation items too; their score then means nothing, and there is none.
-        warm: the weights are another run's. Others that are random each run draws by its own seed.
+        warm: the weights are another run's. Without it, each run draws random weights by its own seed.
         window: number of images in a window, 0 for all in one; None for what the experiment says.
 
     Raises:
@@ -255,7 +256,7 @@ def tokenize_captions(
 ) -> tuple[ItemCaptions, int]:
     """The prompts of some splits' items, tokenized, and how many of them are longer than the model reads.
 
-    None where no term takes them: for half a million items they take half an hour.
+    Where no term learns from prompts there are none: those of half a million items take half an hour.
     """
     if not experiment.loss.takes_text:
         return ItemCaptions(np.zeros((0, 0), np.int32), np.full(len(item_names), -1, np.int32)), 0

@@ -102,29 +102,29 @@ def train(
     placement = Placement(most, gpus_per_worker, cpus_per_worker, keep_gib=keep_gib)
     as_it_was = resume and not settings and not preset
     experiment = None if as_it_was else presets.resolve(stage, preset, schema.with_absolute_paths(settings or {}))
-    opened, out, start = open_catalogue(catalogue), Folder(out), str(warm_start) if warm_start else None
+    catalogue, out, start = open_catalogue(catalogue), Folder(out), str(warm_start) if warm_start else None
     tracking.require(track)
-    alone = in_process.wanted(placement, address)
+    alone = in_process.trains_here(placement, address)
     with all_or_nothing(out, f"{layout.CHECKPOINTS}/checkpoint_*"):
-        clip, experiment = open_run(out, experiment, opened, start, resume)
+        clip, experiment = open_run(out, experiment, catalogue, start, resume)
         if experiment.stage != stage:
             raise UserError(
                 f"--resume: {out} is of the {experiment.stage} stage: write clipfh train {experiment.stage}"
             )
-        for note in notes_on_model(clip, experiment.model, start or weights_name(experiment.model), opened):
+        for note in notes_on_model(clip, experiment.model, start or weights_name(experiment.model), catalogue):
             log(note)
         with contextlib.nullcontext() if alone else _connection(address, placement, dashboard):
             where, feed, compute = _in_this_process(placement) if alone else _over_the_cluster(placement, fewest)
-            log(f"{stage} stage of {experiment.model.name} on {opened.num_images('train'):,} images: {where}")
+            log(f"{stage} stage of {experiment.model.name} on {catalogue.num_images('train'):,} images: {where}")
             if stage == "joint" and not experiment.loss.takes_text:
                 log("note: no term learns from prompts, so the text tower stays as it is: see --loss.infonce")
             window, warm = read_window(out, layout.RUN), is_warm_started(out)
-            inputs = prepare_inputs(opened, experiment, clip, feed, placement.keep_gib, warm=warm, window=window)
+            inputs = prepare_inputs(catalogue, experiment, clip, feed, placement.keep_gib, warm=warm, window=window)
             write_window(out, layout.RUN, inputs.images.window)
-            notes = *notes_on_windows(inputs, opened), *notes_on_singles(inputs, experiment.loss)
+            notes = *notes_on_windows(inputs, catalogue), *notes_on_singles(inputs, experiment.loss)
             for note in (note_on_size(clip, experiment), *notes):
                 log(note)
-            for note in notes_on_prompts(opened, experiment) if experiment.loss.takes_text else ():
+            for note in notes_on_prompts(catalogue, experiment) if experiment.loss.takes_text else ():
                 log(f"note: {note}")
             with tracking.following(track, out):
                 compute(experiment, inputs, out, log)

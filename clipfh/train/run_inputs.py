@@ -1,4 +1,4 @@
-"""What a run and its workers are given, once it is prepared. It loads neither torch nor Ray."""
+"""The inputs of a run and the job of its workers. This module loads neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ModelKey = tuple[Any, ...]
 
 
 def model_key(model: ModelSettings) -> ModelKey:
-    """What runs have in common that read the same inputs."""
+    """Runs whose models have equal keys read the same inputs."""
     return tuple(getattr(model, name) for name in MODEL_IDENTITY)
 
 
@@ -44,7 +44,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Job:
-    """What each worker of a run is given."""
+    """What each worker of a run does, and with what."""
 
     experiment: Experiment
     inputs: Inputs

@@ -61,9 +61,9 @@ TASK_CPUS = 0.5
 """CPUs of a task: tasks wait for memory as well as computing, and two to a core keep it busy."""
 
 TASK: dict[str, Any] = {"num_cpus": TASK_CPUS, "runtime_env": ray_private.setup_hook_env("")}
-"""How the driver and the training workers ask for a task, so that its process serves both and loads nothing that only a
-training worker needs. The job's environment is the same as this one; tasks of the driver name it all the same, since
-Ray compares environments as text, and writes alike only those that it has merged."""
+"""Options of a task, the same for the driver and the training workers, so that a process serves both and loads nothing
+that only a training worker needs. The job's environment is the same; tasks of the driver name it all the same, since
+Ray compares environments as text, and only environments that it has merged are written alike."""
 
 _read_shard = ray.remote(**TASK)(decoding.read_shard)
 _decoded_bytes = ray.remote(**TASK)(decoding.decoded_bytes)
@@ -97,12 +97,12 @@ def put(value: Any) -> Any:
 
 
 def spare_gib() -> float:
-    """Nothing: the object store is all runs', and nodes come and go. As `Feed` has it."""
+    """0, since all runs share the object store, and nodes come and go. See `Feed.spare_gib`."""
     return 0.0
 
 
 def cache_decoded(shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
-    """Cache images decoded too, as many shards of them as fit into the memory given. It changes no pixel.
+    """Cache decoded images besides, as many shards as fit into `gib`. It changes no pixel.
 
     Args:
         shared: the encoded images.
@@ -111,7 +111,7 @@ def cache_decoded(shared: TrainImages, gib: float, size: int, crop_min: float) -
         crop_min: smallest share of a photo's area that a crop takes.
 
     Raises:
-        UserError: the cluster's object store is smaller than that.
+        UserError: the cluster's object store is smaller than `gib`.
     """
     store = ray.cluster_resources().get("object_store_memory", 0) / 2**30
     if gib > store:
@@ -119,13 +119,13 @@ def cache_decoded(shared: TrainImages, gib: float, size: int, crop_min: float) -
             f"--keep-gib {gib:g} is more than the cluster's object store has, {store:.1f} GiB: take less, or give Ray "
             "more by ray start --object-store-memory"
         )
-    room, decoded = gib * 2**30, list[Any]()
-    for shard, needed in zip(
+    room, references = gib * 2**30, list[Any]()
+    for shard, bytes_needed in zip(
         shared.shards, ray.get([_decoded_bytes.remote(s, size, crop_min) for s in shared.shards]), strict=True
     ):
-        decoded.append(_decode_shard.remote(shard, size, crop_min) if needed <= room else None)
-        room -= needed if decoded[-1] else 0
-    return dataclasses.replace(shared, decoded=decoded)
+        references.append(_decode_shard.remote(shard, size, crop_min) if bytes_needed <= room else None)
+        room -= bytes_needed if references[-1] else 0
+    return dataclasses.replace(shared, decoded=references)
 
 
 def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -145,18 +145,18 @@ def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     # As many blocks as it has tasks: Ray Data would cut them further. And one kind of task, so that steps are counted
     # where they are decoded; processes of their own would hold CPUs to the end
     kind = {"concurrency": part.tasks, **TASK, **({} if part.takes_cpus else {"num_cpus": 0})}
-    counted = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **kind)
+    step_rows = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **kind)
     windows = _window_actor(part) if window else None
     if windows:
         windows.begin.remote(part.rank, part.first)
         # The actor alone has the paths: there may be millions, and each task would get them all
         part = dataclasses.replace(part, images=dataclasses.replace(part.images, shards=[]))
     work = functools.partial(_decode_steps, part=part, windows=windows)
-    decoded = counted.map_batches(work, batch_size=None, **kind)
-    decoded.context.execution_options.preserve_order = True
+    image_rows = step_rows.map_batches(work, batch_size=None, **kind)
+    image_rows.context.execution_options.preserve_order = True
     if window:
-        decoded.context.override_object_store_memory_limit_fraction = DECODED_SHARE
-    for batch in decoded.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
+        image_rows.context.override_object_store_memory_limit_fraction = DECODED_SHARE
+    for batch in image_rows.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=2):
         step = int(batch["step"][0])
         yield step, batch["row"][0], batch["image"][0]
 
@@ -172,7 +172,7 @@ class _Windows:
         self.reader = decoding.open_windows(part, self._begin_reading, ranks)
         self.sampler = decoding.open_sampler(part.images, part.spec)
         self.next: dict[int, int] = {}
-        self.decoded: dict[int, dict[int, int]] = {}
+        self.ends: dict[int, dict[int, int]] = {}
         self.moved = asyncio.Condition()
 
     def _begin_reading(self, path: str) -> Future[Any]:
@@ -180,13 +180,14 @@ class _Windows:
 
     async def begin(self, rank: int, step: int) -> None:
         """Note that a worker's batches begin with a step."""
-        self.next[rank], self.decoded[rank] = step, {}
+        self.next[rank], self.ends[rank] = step, {}
         await self._move(rank)
 
     async def open(self, rank: int, first: int, window: Window) -> dict[int, Any]:
-        """Shard to reference of a window, for the task of a worker whose first step this is.
+        """The shards of a window, number to reference, for a task of worker `rank` whose first step is `first`.
 
-        The task waits until it is near: Ray Data decodes as far ahead as there is room, of windows that have none.
+        The task waits until the window is near: Ray Data starts tasks as far ahead as there is room for their output,
+        and knows nothing of the room that windows take.
         """
         async with self.moved:
             await self.moved.wait_for(lambda: self.reader.is_near(rank, self.sampler.windows(first)[0]))
@@ -194,10 +195,10 @@ class _Windows:
         return {shard: await asyncio.wrap_future(reading) for shard, reading in shards.items()}
 
     async def close(self, rank: int, first: int, last: int) -> None:
-        """Note that a worker's steps from `first` to before `last` are decoded: what comes before them may still be."""
-        self.decoded[rank][first] = last
-        while self.next[rank] in self.decoded[rank]:
-            self.next[rank] = self.decoded[rank].pop(self.next[rank])
+        """Note that a worker's steps from `first` to before `last` are decoded. Earlier ones may still be under way."""
+        self.ends[rank][first] = last
+        while self.next[rank] in self.ends[rank]:
+            self.next[rank] = self.ends[rank].pop(self.next[rank])
         await self._move(rank)
 
     async def _move(self, rank: int) -> None:
@@ -207,11 +208,11 @@ class _Windows:
 
 
 _actors: dict[str, Any] = {}
-"""The actor of each group of workers that this process has been in: it ends with the handle of who started it."""
+"""Placement group of workers to its window actor, which ends when the process that started it drops this handle."""
 
 
 def _window_actor(part: StreamPart) -> Any:
-    """The actor of this worker's run, which its first worker to come starts; outside a group of workers, a new one."""
+    """The window actor of this worker's run, started by the first worker; outside a placement group, a new one."""
     group = ray.get_runtime_context().get_placement_group_id()
     if not group:
         return _start_actor(part, 1)
@@ -272,7 +273,7 @@ def _decode_steps(block: dict[str, np.ndarray], part: StreamPart, windows: Any) 
 def decode_for_evaluation(
     catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess
 ) -> decoding.EvaluationImages:
-    """The images of splits for evaluation, for all workers and trials; tasks decode them. As `Feed` has it."""
+    """The images of splits for evaluation, for all workers and trials; tasks decode them. See `Feed`."""
     return decoding.EvaluationImages.of(catalogue, splits, preprocess, min(object_stores()), _begin_decoding)
 
 

@@ -44,9 +44,9 @@ def require(tracker: str | None) -> None:
 
 
 def _require_experiment(name: str) -> None:
-    """Raise UserError where the experiment was deleted, so that MLflow takes nothing for it and none of its name.
+    """Raise UserError where the experiment was deleted: MLflow then takes neither its runs nor a new one of its name.
 
-    A server that does not answer is no reason: training goes on without it, and it is asked again.
+    A server that does not answer is no error: training goes on without it, and it is asked again.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -64,7 +64,7 @@ def _require_experiment(name: str) -> None:
 
 
 def _ask_briefly() -> None:
-    """Have MLflow try twice for some seconds where nothing else is set, in place of minutes."""
+    """Have MLflow give up after two tries of some seconds, not after minutes, where nothing else is set."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
@@ -75,7 +75,7 @@ def following(tracker: str | None, out: Folder) -> Iterator[None]:
     if not tracker:
         yield
         return
-    # Ctrl-C is for us alone; the end of its input, which also comes where we are killed, tells it to wind up
+    # Ctrl-C is for this process alone. The other winds up at the end of its input, also where this one is killed
     words = [sys.executable, "-m", "clipfh.train.track", tracker, str(out)]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
     try:

@@ -118,7 +118,7 @@ class Progress:
     """highest validation mAP of its reports"""
     reports_since_best: int = 0
     step: int = 0
-    """at which the last report was made; 0 before the first"""
+    """step of the last report; 0 before the first"""
 
     @classmethod
     def from_report(cls, metrics: Mapping[str, Any]) -> Progress:
@@ -126,7 +126,7 @@ class Progress:
         return cls(**{field.name: metrics[field.name] for field in dataclasses.fields(cls) if field.name in metrics})
 
     def with_score(self, val_mAP: float | None) -> dict[str, Any]:
-        """The keys that a report takes from here, whose validation mAP is `val_mAP`; None without validation."""
+        """The keys that a report with this validation mAP takes from here; None is without validation."""
         if val_mAP is None:
             return {"stream": self.stream, "reports_since_best": self.reports_since_best}
         is_better = not self.step or val_mAP > self.best_val_mAP
@@ -158,14 +158,14 @@ class _Threads:
     """torch's threads: as many as were given or, where runs share this machine's cores, this one's share as it is now.
 
     Args:
-        given: threads; where cores are shared the share counts alone.
-        shared: whether they are.
+        threads: as many as were given; where cores are shared the share alone counts.
+        shared: whether cores are shared.
     """
 
     EVERY_S = 1.0
 
-    def __init__(self, given: int, shared: bool) -> None:
-        torch.set_num_threads(given)
+    def __init__(self, threads: int, shared: bool) -> None:
+        torch.set_num_threads(threads)
         self.share = cores.Share() if shared else None
         self.looked = -self.EVERY_S
 
@@ -187,7 +187,7 @@ class _Threads:
 
 
 class _Notice:
-    """Word that a node is about to be taken away, as spot machines are: a checkpoint then, whatever the schedule.
+    """Notice that a node is about to be taken away, as spot machines are: then a checkpoint, whatever the schedule.
 
     Ray Train goes on elsewhere from there.
     """
@@ -195,18 +195,18 @@ class _Notice:
     EVERY = 16  # steps: asking takes a few milliseconds
 
     def __init__(self, session: Session) -> None:
-        self.session, self.given = session, False
+        self.session, self.has_come = session, False
 
     def is_new(self, step: int) -> bool:
-        """Whether it has come since it was last asked for."""
-        if self.given or step % self.EVERY:
+        """Whether the notice has come since the last call."""
+        if self.has_come or step % self.EVERY:
             return False
-        self.given = self.session.is_ending()
-        return self.given
+        self.has_come = self.session.is_ending()
+        return self.has_come
 
 
 def make_learner(experiment: Experiment, inputs: Inputs, on: torch.device) -> Learner:
-    """Make a rank's learner, of what lies in the object store."""
+    """Make a rank's learner from the run's inputs."""
     weights = fetch(inputs.weights)
     if weights is None:
         clip = build_initial(inputs.architecture, experiment.seed)
@@ -225,7 +225,7 @@ def fetch_validation(inputs: Inputs) -> Validation | None:
 
 
 class _Reports:
-    """What a run tells of itself: its history, its events, and to the session metrics and checkpoints.
+    """Writes a run's history and events, and hands metrics and checkpoints to the session.
 
     All ranks make the reports, as each evaluates its part; the first one alone writes them.
     """
@@ -242,7 +242,7 @@ class _Reports:
         """Evaluate, write the history, report with a checkpoint; returns how the run stands after it.
 
         Args:
-            tally: of the steps since the last report.
+            tally: the steps since the last report.
             progress: how the run stood before it.
             began: time of the first step since the run was started, or started again.
         """
@@ -289,7 +289,7 @@ class _Reports:
 
 
 def _write_events(run: Folder, values: dict[str, Any]) -> None:
-    """TensorBoard's events: a file more."""
+    """Write TensorBoard's events, one more file."""
     from tensorboardX import SummaryWriter
 
     with (run / layout.TENSORBOARD).adding() as folder, SummaryWriter(str(folder), purge_step=values["step"]) as writer:

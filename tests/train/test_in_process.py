@@ -196,14 +196,14 @@ def test_where_a_run_trains(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     alone = Placement()
-    assert in_process.wanted(alone, None)
-    assert not in_process.wanted(alone, "auto")
-    assert not in_process.wanted(dataclasses.replace(alone, workers=2), None)
+    assert in_process.trains_here(alone, None)
+    assert not in_process.trains_here(alone, "auto")
+    assert not in_process.trains_here(dataclasses.replace(alone, workers=2), None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert not in_process.wanted(alone, None), "a GPU is fed by processes"
-    assert in_process.wanted(dataclasses.replace(alone, gpus_per_worker=0.0), None)
+    assert not in_process.trains_here(alone, None), "a GPU is fed by processes"
+    assert in_process.trains_here(dataclasses.replace(alone, gpus_per_worker=0.0), None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert not in_process.wanted(dataclasses.replace(alone, gpus_per_worker=0.0), None)
+    assert not in_process.trains_here(dataclasses.replace(alone, gpus_per_worker=0.0), None)
 
 
 def test_threads_follow_the_runs_on_this_machine(tmp_path, monkeypatch):
