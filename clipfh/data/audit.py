@@ -1,4 +1,4 @@
-"""What a catalogue repeats: byte copies, pixel copies and near copies, within an item, across items, across splits."""
+"""Copies in a catalogue: byte copies, pixel copies and near copies, within an item, across items, across splits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
 
 MANY_ITEMS = 5
-"""Number of items from which on a picture that lies under all of them is taken for a placeholder."""
+"""Fewest items with the same picture for which it is taken for a placeholder."""
 ALMOST = 0.1
 """Largest difference of near copies that are decoded to see whether they are equal to the pixel."""
 BATCH = 32
@@ -51,14 +51,14 @@ class CopiedPhoto:
 
 @dataclass(frozen=True)
 class CopyGroup:
-    """Photos that show one picture. Of photos that are equal to the pixel, a group of near copies has the first."""
+    """Photos that show one picture. A group of near copies has only the first of photos that are equal to the pixel."""
 
     kind: Kind
     photos: list[CopiedPhoto]
 
     @property
     def is_placeholder(self) -> bool:
-        """Whether one picture stands for many items. Mere likeness, as of a drawing in many colours, makes none."""
+        """Whether one picture stands for many items. Near copies, such as a drawing in many colours, are none."""
         return self.kind != "near" and self.num_items >= MANY_ITEMS
 
     @property
@@ -78,13 +78,13 @@ OnProgress = Callable[[int, int], None]
 
 
 LOOK = np.dtype([("file", "S16"), ("content", "S16"), ("picture", np.uint8, (SIDE, SIDE, 3))])
-"""What photos are compared by: digests of the file and of what makes its pixels, and a small picture."""
+"""A photo's look, by which photos are compared: digests of its file and of what makes its pixels; a small picture."""
 
 
 def look_at(encoded: bytes, picture: np.ndarray | None = None) -> bytes:
-    """The look of a photo of a catalogue, of its small picture where that is at hand.
+    """The look of a photo of a catalogue. `picture`: its small picture, if at hand.
 
-    What stands in a JPEG before its tables is about the photo, and makes no pixels.
+    The head of a JPEG, before its tables, makes no pixels.
     """
     start = max(0, encoded.find(_QUANTIZATION_TABLE))
     content = _digest(encoded[start:])
@@ -96,8 +96,8 @@ def look_at(encoded: bytes, picture: np.ndarray | None = None) -> bytes:
 class Looks:
     """The looks of a catalogue's photos, in a temporary file, where each shard has its place.
 
-    So `prepare`, which decodes every photo, takes its look in whichever process that is done, and none is decoded
-    again. Shards without looks are read by `find_copies`.
+    `prepare` decodes every photo, and writes its look here from whichever process does so: no photo is decoded twice.
+    `find_copies` reads the shards without looks.
     """
 
     path: str
@@ -128,7 +128,7 @@ def write_looks(path: str, start: int, looks: Iterable[bytes]) -> None:
 
 @contextmanager
 def temporary_looks(folder: Folder, sizes: Mapping[str, int]) -> Iterator[Looks]:
-    """Looks of shards in `folder` with up to so many photos each; on this machine where the folder is in a bucket."""
+    """Looks of shards in `folder`, by `sizes`: name to most photos. On this machine where the folder is in a bucket."""
     where = folder.local_path() if folder.is_local else None
     with tempfile.NamedTemporaryFile(dir=where, prefix="looks-", suffix=".new") as file:
         yield Looks(file.name, dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False)))
@@ -144,8 +144,8 @@ def find_copies(
 
     Args:
         shards: files of the catalogue.
-        progress: called with the number of photos done and of all photos, where one that is but read counts half.
-        looks: those that `prepare` took; without them, all photos are read.
+        progress: called with the number of photos done and of all photos; a photo that is only read counts half.
+        looks: the looks that `prepare` took; without them, all photos are read.
     """
     if not shards:
         return []
@@ -200,7 +200,7 @@ def _scan(
 
 
 def _batches(shard: str) -> Iterator[list[bytes]]:
-    return (read["image"].to_pylist() for read in store.open_parquet(shard).iter_batches(BATCH, columns=["image"]))
+    return (rows["image"].to_pylist() for rows in store.open_parquet(shard).iter_batches(BATCH, columns=["image"]))
 
 
 def _look_at(batch: Sequence[bytes]) -> list[bytes]:
@@ -212,9 +212,9 @@ def _digest(data: bytes) -> bytes:
 
 
 def _number_pictures(shards: Sequence[str], content: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
-    """(N,) number of the picture of each photo: photos that are equal to the pixel have one.
+    """(N,) number of the picture of each photo: photos that are equal to the pixel have the same.
 
-    Only photos with equal thumbnails and other contents are decoded to find out.
+    Only photos with equal thumbnails and different contents are decoded to find out.
     """
     keys = content.tolist()
     groups = _group(range(len(keys)), (_digest(thumb.tobytes()) for thumb in thumbs)).values()
@@ -229,9 +229,9 @@ def _number_pictures(shards: Sequence[str], content: np.ndarray, thumbs: np.ndar
 def _join_equal(
     shards: Sequence[str], picture: np.ndarray, near: np.ndarray, is_almost_equal: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find those of the near pairs (n, 2) that are equal to the pixel, in files of two formats.
+    """Find the near pairs (n, 2) that are equal to the pixel, in files of two formats.
 
-    Returns the pictures with these joined, and the other pairs.
+    Returns the pictures with these pairs joined, and the other pairs.
     """
     pixels = _digest_rows(shards, set(near[is_almost_equal].ravel().tolist()))
     is_equal = np.array([one in pixels and pixels[one] == pixels.get(other) for one, other in near.tolist()], bool)
@@ -282,7 +282,7 @@ def join_pairs(pairs: Iterable[tuple[Any, Any]]) -> list[list[Any]]:
     return [sorted(its) for _, its in sorted(_group(parent, map(root, list(parent))).items())]
 
 
-# What is said of copies
+# Words on copies
 
 _KINDS: dict[Kind, str] = {
     "byte": "byte copies",
@@ -313,14 +313,14 @@ def describe_copies(groups: Sequence[CopyGroup]) -> list[str]:
 def photos_to_leave_out(groups: Sequence[CopyGroup]) -> list[str]:
     """Paths of photos without which no picture is there twice.
 
-    One photo of each picture is kept: of test before validation before train, so that the figures of models stay
-    comparable, then the first by its path. Of a placeholder none is.
+    One photo of each picture is kept: one of test before one of validation before one of train, so that models stay
+    comparable, then the first by its path. No photo of a placeholder is kept.
     """
     photos = {photo.path: photo for group in groups for photo in group.photos}
     placeholders = {photo.path for group in groups if group.is_placeholder for photo in group.photos}
-    joined = join_pairs((group.photos[0].path, photo.path) for group in groups for photo in group.photos)
+    pictures = join_pairs((group.photos[0].path, photo.path) for group in groups for photo in group.photos)
     left_out = []
-    for paths in joined:
+    for paths in pictures:
         ordered = sorted(paths, key=lambda path: (-SPLITS.index(photos[path].split), path))
         left_out += ordered[1:] if placeholders.isdisjoint(paths) else ordered
     return left_out
@@ -348,22 +348,22 @@ def read_copies(catalogue: Catalogue) -> list[CopyGroup]:
 
 
 def load_copies(catalogue: Catalogue, progress: OnProgress = lambda done, total: None) -> list[CopyGroup]:
-    """The copies in a catalogue, which are looked for where `prepare` did not."""
+    """The copies in a catalogue; they are looked for now if `prepare` did not."""
     if catalogue.path.exists(layout.AUDIT):
         return read_copies(catalogue)
     return find_copies([path for split in SPLITS for path in catalogue.shards(split)], progress)
 
 
 def picture_codes(paths: Sequence[str], groups: Iterable[CopyGroup], near: bool = False) -> np.ndarray:
-    """(N,) code of the picture of each path. Photos that are equal to the pixel have one, and near copies if asked."""
-    chosen = [group for group in groups if near or group.kind != "near"]
-    joined = join_pairs((group.photos[0].path, photo.path) for group in chosen for photo in group.photos)
-    first_of = {path: its[0] for its in joined for path in its}
+    """(N,) code of each path's picture, one for photos that are equal to the pixel, and with `near` for near copies."""
+    relevant = [group for group in groups if near or group.kind != "near"]
+    pictures = join_pairs((group.photos[0].path, photo.path) for group in relevant for photo in group.photos)
+    first_of = {path: its[0] for its in pictures for path in its}
     return np.unique([first_of.get(path, path) for path in paths], return_inverse=True)[1]
 
 
 def leaked_paths(groups: Sequence[CopyGroup]) -> set[str]:
-    """Paths of photos whose picture is in another part of the catalogue too, of train, validation and test."""
+    """Paths of photos whose picture is also in another part (train, validation or test) of the catalogue."""
     part = {photo.path: PART_OF[photo.split] for group in groups for photo in group.photos}
-    joined = join_pairs((group.photos[0].path, photo.path) for group in groups for photo in group.photos)
-    return {path for its in joined if len({part[path] for path in its}) > 1 for path in its}
+    pictures = join_pairs((group.photos[0].path, photo.path) for group in groups for photo in group.photos)
+    return {path for its in pictures if len({part[path] for path in its}) > 1 for path in its}

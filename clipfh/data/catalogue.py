@@ -35,7 +35,7 @@ class Catalogue:
         return self._read(split, COLUMNS)
 
     def stream_rows(self, split: str) -> Iterator[dict[str, str]]:
-        """The rows of a split, one an image, without the images; those of a shard are in memory at a time."""
+        """The rows of a split, one an image, without the images; one shard's rows are in memory at a time."""
         for path in self.shards(split):
             yield from read_columns(path, COLUMNS).to_pylist()
 
@@ -117,7 +117,7 @@ def open_catalogue(path: str | Path | Folder | Catalogue) -> Catalogue:
 
 
 def partial_folder(out: Folder) -> Folder:
-    """Where a catalogue lies while it is made: in a bucket, which has no renames, at its own place."""
+    """The folder of a catalogue while it is made; in a bucket, which has no renames, it is `out` itself."""
     return Folder(f"{out}.partial") if out.is_local else out
 
 

@@ -7,8 +7,8 @@ Who decodes what, in a run of two workers with P x K = 4 x 2 and a catalogue of 
     rank 0 of 2             rows 12 14   700 703            fetches shards 0 and 1, decodes 4 images at places 0 to 3
     rank 1 of 2             rows 1500 1501   90 91          fetches shards 2 and 0, decodes 4 images at places 4 to 7
 
-Where the object store does not hold all shards, those of two windows lie there (`windows`), and all else is the same.
-The crop of a row is drawn from (seed, step, place), so the pixels are those that one worker with all eight rows makes.
+Where the object store does not hold all shards, it has the shards of two windows (`windows`); all else is the same.
+The crop of a row is drawn from (seed, step, place), so one worker with all eight rows would make the same pixels.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TrainImages:
     shards: list[Any]
     """pa.Table with the columns `image` and `path`, each in one chunk; with windows the path of each shard's file."""
     decoded: list[Any]
-    """DecodedShard of each shard, None for a shard that is not cached decoded; empty where none is."""
+    """DecodedShard of each shard, None for a shard that is not cached decoded; empty where no shard is."""
     window: int = 0
     """Number of images in a window, about; 0 where all shards are held."""
 
@@ -96,8 +96,8 @@ class BatchSpec:
 
 @dataclass(frozen=True)
 class StreamPart:
-    """One worker's part of the steps from `first` to before `last`: rank r of W gets the r-th part of each batch, which
-    is an image more for some ranks where W does not divide the batch."""
+    """One worker's part of the steps from `first` to before `last`: rank r of W gets the r-th part of each batch. Some
+    ranks get an image more where W does not divide the batch."""
 
     images: TrainImages
     spec: BatchSpec
@@ -110,7 +110,7 @@ class StreamPart:
     nearest: Any = None
     """np.ndarray (I, k), or its handle: the items near to each item, for a batch's neighbours"""
     takes_cpus: bool = True
-    """whether tasks take CPUs of the cluster; not where the worker has reserved theirs with its own"""
+    """whether tasks take CPUs of the cluster; False where the worker has reserved CPUs for them"""
 
 
 EVALUATION_SHARE = 0.15
@@ -126,7 +126,7 @@ class EvaluationImages:
     Args:
         ends: (S,) number of images up to the end of each shard.
         shards: handles of the shards' decoded images, where these are kept; else the paths of the shards' files.
-        decode: begins to decode the shard of a path, and returns its handle; None where decoded images are kept.
+        decode: begins to decode the shard at a path, and returns its handle; None where decoded images are kept.
     """
 
     def __init__(self, ends: np.ndarray, shards: list[Any], decode: Callable[[str], Any] | None = None) -> None:
@@ -140,7 +140,7 @@ class EvaluationImages:
         start, stop, _ = part.indices(len(self))
         first, last = np.searchsorted(self.ends, [start, stop - 1], side="right").tolist()
         begins = self.ends[first - 1] if first else 0
-        arrays = [self._decoded(shard) for shard in range(first, last + 1)]
+        arrays = [self._pixels(shard) for shard in range(first, last + 1)]
         return (arrays[0] if len(arrays) == 1 else np.concatenate(arrays))[start - begins : stop - begins]
 
     @classmethod
@@ -154,7 +154,7 @@ class EvaluationImages:
     ) -> EvaluationImages:
         """The images of splits, kept where they take no more than EVALUATION_SHARE of `memory`, bytes.
 
-        `decode` begins to decode the shard of a path by a `preprocess`, and returns its handle.
+        `decode` begins to decode the shard at a path by a `preprocess`, and returns its handle.
         """
         paths = [path for split in splits for path in catalogue.shards(split)]
         ends = np.cumsum([store.open_parquet(path).metadata.num_rows for path in paths])
@@ -163,16 +163,14 @@ class EvaluationImages:
             return cls(ends, [begin(path) for path in paths])
         return cls(ends, paths, begin)
 
-    def _decoded(self, shard: int) -> np.ndarray:
+    def _pixels(self, shard: int) -> np.ndarray:
         if not self.decode:
-            kept: np.ndarray = fetch(self.shards[shard])
-            return kept
+            return fetch(self.shards[shard])
         coming = range(shard, min(shard + 1 + READ_AHEAD, len(self.shards)))
         self.ahead = {
             each: self.ahead[each] if each in self.ahead else self.decode(self.shards[each]) for each in coming
         }
-        decoded: np.ndarray = fetch(self.ahead[shard])
-        return decoded
+        return fetch(self.ahead[shard])
 
 
 class Feed(Protocol):
@@ -181,7 +179,7 @@ class Feed(Protocol):
     def share(
         self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto", runs: int = 1
     ) -> TrainImages:
-        """Hold the encoded images of splits, once for all runs; or, by windows, where they are read from.
+        """Hold the encoded images of splits, once for all runs; with windows, hold their paths.
 
         Args:
             catalogue: the catalogue to read.
@@ -194,10 +192,10 @@ class Feed(Protocol):
         """Hold a value; returns its handle, as `fetch` takes."""
 
     def spare_gib(self) -> float:
-        """GiB of memory that decoded images may take where nobody said how many."""
+        """GiB of memory that decoded images may take where the settings do not say."""
 
     def cache_decoded(self, shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
-        """Cache images decoded too, as many shards of them as fit into the memory given. It changes no pixel.
+        """Cache decoded images besides, as many shards as fit into `gib`. It changes no pixel.
 
         Args:
             shared: the encoded images.
@@ -206,7 +204,7 @@ class Feed(Protocol):
             crop_min: smallest share of a photo's area that a crop takes.
 
         Raises:
-            UserError: there is less memory than that.
+            UserError: there is less memory than `gib`.
         """
 
     def decode_for_evaluation(
@@ -234,7 +232,7 @@ def decode_batch(
     rows: np.ndarray,
     decoded: Callable[[int], images.DecodedPhoto | None] = lambda row: None,
 ) -> np.ndarray:
-    """Decode rows that stand in a step's global batch from place `first` on: (B, size, size, 3) uint8.
+    """Decode rows that have the places from `first` on in a step's global batch: (B, size, size, 3) uint8.
 
     Args:
         spec: settings of the batch.
@@ -246,7 +244,7 @@ def decode_batch(
     """
     crop, flip = spec.augment.crop_min, spec.augment.flip
     out = np.empty((len(rows), spec.size, spec.size, 3), np.uint8)
-    # A place's numbers are the same however many come after it
+    # A place's random numbers do not depend on the number of places after it
     draws = np.random.Generator(np.random.SFC64((spec.seed, step))).random((first + len(rows), images.NUM_DRAWS))
     for i, row in enumerate(rows):
         draw, cached = draws[first + i], decoded(int(row))
@@ -309,10 +307,9 @@ class BatchDecoder:
         return rows, np.concatenate(list(share_out(decode, places)))
 
     def _open(self, *windows: Window) -> None:
-        """Have `read` take a row of these windows to its encoded image. Steps of the same ones share what it fetched.
+        """Let `read` read rows of these windows. Steps of the same windows share the shards that it fetched.
 
-        It lets go of the windows before as they are left: a cache of functions would hold them until Python collects
-        its garbage.
+        Earlier windows are let go at once: a cache of functions would hold them until Python collects its garbage.
         """
         if windows != self.windows:
             shards: Any = self.part.images.shards
@@ -382,9 +379,9 @@ def decoded_bytes(shard: pa.Table, size: int, crop_min: float) -> int:
 
 def decode_shard(shard: pa.Table, size: int, crop_min: float) -> DecodedShard:
     """Decode a shard's images, each at the scale that most of its crops need."""
-    photos, needed = _plan_decoding(shard, size, crop_min)
-    ends = np.cumsum(needed)
-    pixels, starts = np.empty(ends[-1], np.uint8), ends - needed
+    photos, sizes = _plan_decoding(shard, size, crop_min)
+    ends = np.cumsum(sizes)
+    pixels, starts = np.empty(ends[-1], np.uint8), ends - sizes
     for encoded, photo, start, end in zip(shard["image"], photos, starts, ends, strict=True):
         pixels[start:end] = images.decode(encoded.as_py(), int(photo[2])).reshape(-1)
     return DecodedShard(pixels, starts, photos)

@@ -1,4 +1,4 @@
-"""One photo of a source, read from where it stands and shrunk to the bytes that a catalogue holds."""
+"""One photo of a source, read from its place and shrunk to the bytes that a catalogue holds."""
 
 import math
 import os
@@ -41,15 +41,15 @@ class DecodingMemory:
     @contextmanager
     def hold(self, pixels: int) -> Iterator[None]:
         """Hold memory of this number of pixels while the block lasts; waits until there is enough."""
-        wanted = min(math.floor(pixels / 1_000_000), photo_module.MAX_PIXELS // 1_000_000)
-        if wanted:
-            with self._turn:  # two that each hold a part would wait for each other
-                for _ in range(wanted):
+        megapixels = min(math.floor(pixels / 1_000_000), photo_module.MAX_PIXELS // 1_000_000)
+        if megapixels:
+            with self._turn:  # two processes that each hold a part would wait for each other
+                for _ in range(megapixels):
                     self._megapixels.acquire()
         try:
             yield
         finally:
-            for _ in range(wanted):
+            for _ in range(megapixels):
                 self._megapixels.release()
 
 
@@ -70,7 +70,7 @@ def _hold(pixels: int) -> AbstractContextManager[object]:
 def encode_listed(
     store: fs.SubTreeFileSystem, photo: Photo, image_size: int, follow_links: bool
 ) -> tuple[bytes, bytes] | str:
-    """The photo as a catalogue holds it with its look, or the reason for leaving it out."""
+    """The photo as a catalogue holds it and its look, or the reason for leaving it out."""
     pictures = list[np.ndarray]()
 
     def reduce(image: Image.Image) -> None:
@@ -102,11 +102,11 @@ def _read(store: fs.SubTreeFileSystem, photo: Photo, follow_links: bool) -> byte
 
 def _read_bytes(store: fs.SubTreeFileSystem, file: str, offset: int = 0, size: int | None = None) -> bytes:
     if is_local(store):
-        with open(store.base_path + file, "rb", buffering=0) as opened:  # noqa: PTH123  a Path costs as much as reading
-            if (size or os.fstat(opened.fileno()).st_size) > MAX_FILE_BYTES:
+        with open(store.base_path + file, "rb", buffering=0) as stream:  # noqa: PTH123  a Path costs as much as reading
+            if (size or os.fstat(stream.fileno()).st_size) > MAX_FILE_BYTES:
                 raise RefusedPhotoError(TOO_LONG_FILE)
-            opened.seek(offset)
-            return opened.read() if size is None else opened.read(size)
+            stream.seek(offset)
+            return stream.read() if size is None else stream.read(size)
     with store.open_input_file(file) as stream:
         if (size or stream.size()) > MAX_FILE_BYTES:
             raise RefusedPhotoError(TOO_LONG_FILE)
@@ -126,7 +126,7 @@ def _read_images(store: fs.SubTreeFileSystem, file: str, group: int) -> list[byt
 
 
 def leads_out(root: str, file: str) -> bool:
-    """Whether a link leads out of the source `root` to this file."""
+    """Whether this file is a link that leads out of the source `root`."""
     is_link = os.path.islink(root + file)  # noqa: PTH114
     return not _is_inside(file if is_link else file.rpartition("/")[0], root)
 

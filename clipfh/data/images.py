@@ -15,7 +15,7 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a model wants its images: the part of open_clip's preprocessing that this module reproduces."""
+    """A model's preprocessing of images: the part of open_clip's that this module reproduces."""
 
     size: int
     """Side of the square input, pixels."""
@@ -34,7 +34,7 @@ class DecodedPhoto:
     """Width of the photo, pixels."""
     height: int
     reduction: int
-    """1, 2, 4 or 8: how many times smaller the sides of `pixels` are than those of the photo."""
+    """1, 2, 4 or 8: by this the sides of the photo are divided to give the sides of `pixels`."""
     pixels: np.ndarray
     """(h, w, 3) uint8."""
 
@@ -51,9 +51,9 @@ def decode_for_training(
 ) -> np.ndarray:
     """Decode a random crop of the image, mirrored with probability 1/2.
 
-    The crop is that of RandomResizedCrop: its area is uniform in [crop_min, 1] of the image's, the logarithm of its
-    aspect ratio uniform between those of 3/4 and 4/3. A JPEG is decoded straight to the smallest scale that still has
-    the crop's pixels. `cached`, the photo decoded before, spares the decoding and changes no pixel.
+    The crop is RandomResizedCrop's: its share of the image's area is uniform in [crop_min, 1], the logarithm of its
+    aspect ratio uniform in [log(3/4), log(4/3)]. A JPEG is decoded straight to the smallest scale that still has the
+    crop's pixels. `cached`, the photo decoded before, spares the decoding and changes no pixel.
 
     Args:
         encoded: the image's file.
@@ -90,7 +90,7 @@ def _decode(image: Image.Image, reduction: int) -> np.ndarray:
 
 
 def usual_reduction(encoded: bytes, size: int, crop_min: float) -> tuple[int, int, int]:
-    """Width and height of a photo, and the reduction that most of its crops need: that of a square of mean area."""
+    """Width and height of a photo, and the reduction that most of its crops need: a square crop of mean area does."""
     image = Image.open(io.BytesIO(encoded))  # reads the head alone
     width, height = image.size
     side = math.sqrt(width * height * (1 + crop_min) / 2)
@@ -115,7 +115,7 @@ def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
     """Resize bicubically with antialias, as Pillow does, in a quarter of its time by torch's byte kernel."""
     import torch  # here: preparing a catalogue needs this module, and not torch
 
-    # Taken as channels-last, as which the whole lies in memory, it comes out so too; [None] at the end would hide that
+    # Channels-last, as it lies in memory, it comes out channels-last too; [None] at the end would hide that
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(image, (size, size), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()

@@ -1,15 +1,14 @@
 """Near copies among photos: the same picture mirrored, cropped, framed, rescaled, re-encoded or a little brighter.
 
-A near copy shows a window of the other photo (all of it, where nothing was cut off), perhaps mirrored. So each photo is
-looked for by windows of itself among whole photos, in three steps, each slower than the one before and of fewer pairs:
+A near copy shows a window of the other photo (all of it, where nothing was cut off), perhaps mirrored. So windows of
+each photo are compared with whole photos, in three steps, each slower than the one before and for fewer pairs:
 
 1. Means of 8 x 8 cells of a window and of a whole photo are compared by their cosine. They are split into their even
-   part and the size of their odd part, which mirroring leaves as they are. Whole photos lie in buckets, each around the
-   mean of those in it, and some windows are compared with those in the nearest buckets alone: there is no table of all
-   pairs.
+   part and the size of their odd part, which mirroring leaves as they are. Whole photos lie in buckets around their
+   means, and some windows are compared with the photos in the nearest buckets alone: there is no table of all pairs.
 2. The nearest photos are compared with all windows, upright and mirrored: by the cells with the sign of the odd part.
 3. The window is moved and stretched until it fits best (Lucas & Kanade 1981), first at 16 x 16, then at 32 x 32. Then
-   the two are compared in colour, part by part, but for a gain and an offset of the light: two photos of one garment
+   the two are compared in colour, part by part, up to a gain and an offset of the light: two photos of one garment
    before the same wall agree in most parts, copies in all.
 
 A photo is held as (SIDE, SIDE, 3) uint8, stretched to a square, which may be a file mapped into memory, and as a grey
@@ -36,22 +35,22 @@ FLAT = 4.0
 COSINE, NEAREST = 0.8, 12
 """Least cosine of step 1, and how many pairs of each photo go on from there."""
 PROBES, ROUNDS, SAMPLE = 3, 4, 64
-"""Number of buckets that a window is compared with; rounds in which their means are found, of how many photos each."""
+"""Buckets that a window is compared with; rounds in which their means are found; photos a bucket that rounds use."""
 CORRELATION, ORIENTED = 0.92, 4
 """Least correlation of step 2, and how many pairs of each photo go on from there."""
 ROUGH, FITTED = 0.6, 3
 """Largest difference of the fit at 16 x 16, and how many pairs of each photo go on from there."""
 DIFFERENCE = 0.34
-"""Largest difference of a near copy: that of the part of the picture that differs most, by the picture's contrast."""
+"""Largest difference of a near copy, in the part that differs most, divided by the picture's contrast."""
 FINE = ((0.75, 0), (0.48, 1), (DIFFERENCE, 2))
-"""Largest differences at 32 x 32 as the fit goes on, each after some steps more: the first two spare most other pairs
-the steps, and lose one copy of a thousand."""
+"""Largest differences at 32 x 32 as the fit goes on, and the steps before each is asked for: the first two spare most
+pairs the later steps, and lose one copy of a thousand."""
 DETAIL = 0.25
-"""Largest detail that one photo has and the other lacks: a letter, an emblem on a flag; by the picture's contrast."""
+"""Largest detail that one photo has and the other lacks (a letter, an emblem on a flag), divided by the contrast."""
 GAIN = 1.35
-"""Largest gain of the light between near copies: what is brighter or darker than that is another colour."""
+"""Largest gain of the light between near copies: a larger one is another colour."""
 CHUNK, FEW = 1024, 128
-"""Number of photos, or of pairs, that are worked on at a time: by their thumbnails, and by their pictures."""
+"""Number of photos or pairs in work at a time: where thumbnails are compared, and where pictures are."""
 QUERIES = 256
 """Number of windows whose cosines with all buckets are held at a time: few enough for a core's cache."""
 
@@ -104,7 +103,7 @@ def find_near_copies(
     Args:
         thumbs: (N, THUMB, THUMB) uint8.
         read_pictures: function from row numbers (n,) to pictures, (n, SIDE, SIDE, 3) uint8.
-        progress: called with the share of the photos that were looked for.
+        progress: called with the share of the photos that are done.
     """
     buckets = _Buckets(np.concatenate([_describe(thumbs[rows], _WHOLE)[:, 0] for rows in _chunks(len(thumbs))]))
 
@@ -143,7 +142,7 @@ _NO_PAIRS = Pairs(np.zeros(0, int), np.zeros(0, int), np.zeros((0, 4), np.float3
 
 
 def _one_of_each(pairs: Pairs, difference: np.ndarray) -> Pairs:
-    """Of pairs of the same two photos, whichever is the larger, the one that differs least."""
+    """For each two photos the pair that differs least, whichever photo is the larger."""
     low, high = np.minimum(pairs.larger, pairs.whole), np.maximum(pairs.larger, pairs.whole)
     return pairs[_first_of_each(low << 32 | high, difference, 1)]
 
@@ -164,7 +163,7 @@ def _first_of_each(group: np.ndarray, value: np.ndarray, number: int) -> np.ndar
 
 
 def _grid() -> np.ndarray:
-    """Windows to look by, (W, 4): left, top, width and height, as shares of the photo's sides."""
+    """Windows of a photo to compare, (W, 4): left, top, width and height, as shares of the photo's sides."""
     windows = [(0.0, 0.0, 1.0, 1.0)]
     for side, steps in ((0.9, 3), (0.83, 3), (0.79, 5)):
         starts = np.linspace(0, 1 - side, steps)
@@ -175,7 +174,7 @@ def _grid() -> np.ndarray:
 
 
 def _weights(start: np.ndarray, length: np.ndarray, cells: int, pixels: int) -> np.ndarray:
-    """Matrices (n, cells, pixels) to the means of equal cells, from the pixels of a side with stretches of it."""
+    """Matrices (n, cells, pixels) from a side's pixels to the means of equal cells of n stretches of the side."""
     edges = (start[:, None] + length[:, None] * np.linspace(0, 1, cells + 1)) * pixels
     covered = edges.astype(np.float32)[:, :, None] - np.arange(pixels, dtype=np.float32)
     np.clip(covered, 0, 1, out=covered)
@@ -185,7 +184,7 @@ def _weights(start: np.ndarray, length: np.ndarray, cells: int, pixels: int) -> 
 def _description(windows: np.ndarray) -> np.ndarray:
     """Matrix (THUMB * THUMB, W * CELLS * CELLS) from a thumbnail to the even and the odd parts of windows.
 
-    They are those of the means of CELLS x CELLS cells, without the mean of these.
+    These are parts of the means of CELLS x CELLS cells, less the mean of all cells.
     """
     across = _weights(windows[:, 0], windows[:, 2], CELLS, THUMB)
     down = _weights(windows[:, 1], windows[:, 3], CELLS, THUMB)
@@ -197,7 +196,7 @@ def _description(windows: np.ndarray) -> np.ndarray:
 
 _GRID = _grid()
 _COARSE = [0, 5, *range(19, 44, 2), 44, 45]
-"""The windows of the grid that the buckets are asked for: every other one of the small ones."""
+"""The windows of the grid that are compared with buckets: every other one of the small ones."""
 _WINDOWS, _WHOLE = _description(_GRID), _description(_GRID[:1])
 
 
@@ -219,7 +218,7 @@ def _fold(vectors: np.ndarray) -> np.ndarray:
 
 
 def _largest(values: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Columns (n, number) of the largest values of each row, and these; it overwrites them. Faster than a partition."""
+    """Columns (n, number) and values of the largest in each row. Overwrites `values`. Faster than a partition."""
     columns, rows, largest = np.empty((len(values), number), int), np.arange(len(values)), []
     for slot in range(number):
         columns[:, slot] = values.argmax(1)
@@ -229,7 +228,7 @@ def _largest(values: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Buckets:
-    """Vectors (N, D) of whole photos in about 2 sqrt(N) buckets: those whose folded vectors are nearest to one mean."""
+    """Vectors (N, D) of whole photos in about 2 sqrt(N) buckets. Folded vectors are in the bucket of nearest mean."""
 
     def __init__(self, vectors: np.ndarray) -> None:
         count, rng = min(len(vectors), int(2 * np.sqrt(len(vectors))) + 1), np.random.default_rng(0)
@@ -249,7 +248,7 @@ class _Buckets:
         return members, np.searchsorted(bucket[members], np.arange(len(self.centres) + 1))
 
     def nearest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The photos nearest to folded vectors, two of each near bucket, of a cosine of at least COSINE.
+        """The photos nearest to folded vectors, up to two from each near bucket, with a cosine of at least COSINE.
 
         Returns query, photo and cosine, (m,) each.
         """
@@ -261,8 +260,8 @@ class _Buckets:
         full = np.flatnonzero(np.diff(ends) * np.diff(self.ends))
         if not len(full):
             return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
-        asked = (order[ends[number] : ends[number + 1]] // probes for number in full)
-        parts = [self._nearest_in(number, rows, queries) for number, rows in zip(full.tolist(), asked, strict=True)]
+        rows = (order[ends[number] : ends[number + 1]] // probes for number in full)
+        parts = [self._nearest_in(number, own, queries) for number, own in zip(full.tolist(), rows, strict=True)]
         query, vector, cosine = (np.concatenate(part) for part in zip(*parts, strict=True))
         return query, vector, cosine
 
@@ -278,7 +277,7 @@ class _Buckets:
 
 
 def _candidates(buckets: _Buckets, thumbs: np.ndarray, first: int) -> Pairs:
-    """Whole photos that windows of some photos may show, ORIENTED of each; the numbers of these begin with `first`."""
+    """Whole photos that windows of photos `first`, `first` + 1, ... may show, ORIENTED for each of these."""
     windows = _describe(thumbs, _WINDOWS)
     query, whole, cosine = buckets.nearest(_fold(windows[:, _COARSE]).reshape(-1, windows.shape[2]))
     larger = query // len(_COARSE)
@@ -289,7 +288,7 @@ def _candidates(buckets: _Buckets, thumbs: np.ndarray, first: int) -> Pairs:
 
 
 def _orient(windows: np.ndarray, vectors: np.ndarray, larger: np.ndarray, whole: np.ndarray, first: int) -> Pairs:
-    """The pairs of which a window and the whole photo correlate most, upright or mirrored; `larger` is sorted."""
+    """The pairs whose window and whole photo correlate most, upright or mirrored; `larger` is sorted."""
     place = np.arange(len(larger)) - np.searchsorted(larger, larger)
     slots = np.full((len(windows), NEAREST), -1)
     slots[larger, place] = whole
@@ -323,15 +322,15 @@ def _sample_whole(
     images: np.ndarray, is_mirrored: np.ndarray, side: int, place: np.ndarray = _WHOLE_PLACE
 ) -> np.ndarray:
     """Images (n, S, S, C) at (n, side, C, side), some of them mirrored."""
-    sampled = _sample(images, place, side)
-    sampled[is_mirrored] = sampled[is_mirrored, ..., ::-1]
-    return sampled
+    windows = _sample(images, place, side)
+    windows[is_mirrored] = windows[is_mirrored, ..., ::-1]
+    return windows
 
 
 def _take(read: Read, rows: np.ndarray) -> np.ndarray:
     """Photos to compute with: (n, S, S, C) float32."""
-    taken = read(rows).astype(np.float32)
-    return taken[..., None] if taken.ndim == 3 else taken
+    photos = read(rows).astype(np.float32)
+    return photos[..., None] if photos.ndim == 3 else photos
 
 
 def _grey(images: np.ndarray) -> np.ndarray:
@@ -365,7 +364,7 @@ def _fit(pairs: Pairs, read: Read, side: int, most: float, steps: int) -> tuple[
 
 
 def _detail(pairs: Pairs, read: Read) -> np.ndarray:
-    """How much of their difference (n,) at 32 x 32 no shift explains, in the worst of 8 x 8 parts, by the contrast.
+    """The part of the difference (n,) at 32 x 32 that no shift explains, in the worst of 8 x 8 parts, by the contrast.
 
     A window that lies a little wrong differs where both photos have an edge, by what their grey levels change within a
     pixel. A detail of one photo differs where the other is flat. Photos whose light differs by more than GAIN differ

@@ -14,7 +14,7 @@ from PIL import Image, ImageChops, ImageCms
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 ORIENTATION_TAG = 0x0112
 QUALITY = 95
-UNSEEN = 2  # levels of 255 that no one sees
+UNSEEN = 2  # a difference in levels, of 255, that no one sees
 IMAGE_SIZE = 256
 
 MAX_PIXELS = 100_000_000
@@ -59,25 +59,25 @@ def shrink(
     Args:
         data: the file.
         image_size: pixels of the short side.
-        box: left, top, width and height of what is cut out before all else, in pixels of the file.
-        memory: context to decode in, of the number of pixels that lie in memory meanwhile.
+        box: left, top, width and height, in pixels of the file, of the part that is cut out first.
+        memory: makes a context to decode in, from the number of pixels that lie in memory meanwhile.
         decode: called with an opened image that keeps its bytes; must decode it to its end.
     """
-    with _open(data) as opened:
-        _check_size(opened)
-        left, top, width, height = _clip(box, opened) if box else (0, 0, *opened.size)
+    with _open(data) as source:
+        _check_size(source)
+        left, top, width, height = _clip(box, source) if box else (0, 0, *source.size)
         _check_length(width, height)
         excess = min(width, height) / image_size
-        if excess <= 1 and not box and _is_plain(opened):
-            with memory(opened.width * opened.height):
-                decode(opened)
+        if excess <= 1 and not box and _is_plain(source):
+            with memory(source.width * source.height):
+                decode(source)
             return data
-        full, pixels = opened.size, opened.width * opened.height
+        full, pixels = source.size, source.width * source.height
         # A JPEG may decode to a half, quarter or eighth; from twice the wanted size that costs no visible quality
-        opened.draft("RGB", (int(2 * full[0] / excess), int(2 * full[1] / excess)))
+        source.draft("RGB", (int(2 * full[0] / excess), int(2 * full[1] / excess)))
         # All of a progressive JPEG is in memory, at whatever size it is decoded
-        with memory(pixels if opened.info.get("progressive") else opened.width * opened.height):
-            image = _to_plain_mode(opened)
+        with memory(pixels if source.info.get("progressive") else source.width * source.height):
+            image = _to_plain_mode(source)
             across, down = image.width / full[0], image.height / full[1]
             if box:
                 image = image.crop(
@@ -86,7 +86,7 @@ def shrink(
             if excess > 1:
                 image = image.resize(_shrunk_size(width, height, image_size), Image.Resampling.BICUBIC)
         encoded = io.BytesIO()
-        _finish(image, opened).save(encoded, "JPEG", quality=QUALITY)
+        _finish(image, source).save(encoded, "JPEG", quality=QUALITY)
         return encoded.getvalue()
 
 
@@ -104,9 +104,9 @@ def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
-def _check_size(opened: Image.Image) -> None:
-    most = MAX_JPEG_PIXELS if opened.format in ("JPEG", "MPO") and not opened.info.get("progressive") else MAX_PIXELS
-    if opened.width * opened.height > most:
+def _check_size(image: Image.Image) -> None:
+    most = MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") and not image.info.get("progressive") else MAX_PIXELS
+    if image.width * image.height > most:
         raise RefusedPhotoError(TOO_LARGE)
 
 
@@ -172,19 +172,19 @@ _TURNS = {
 """What an orientation of EXIF wants done."""
 
 
-def _finish(image: Image.Image, opened: Image.Image) -> Image.Image:
+def _finish(image: Image.Image, source: Image.Image) -> Image.Image:
     """An image of a plain mode as RGB: upright, transparent parts on white, colours of its profile as sRGB."""
-    turn = _TURNS.get(opened.getexif().get(ORIENTATION_TAG, 1))
+    turn = _TURNS.get(source.getexif().get(ORIENTATION_TAG, 1))
     image = image if turn is None else image.transpose(turn)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if transform := _profile_transform(opened, image.mode):
+    if transform := _profile_transform(source, image.mode):
         return ImageCms.applyTransform(image, transform) or image
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _profile_transform(opened: Image.Image, mode: str) -> ImageCms.ImageCmsTransform | None:
-    profile = opened.info.get("icc_profile")
+def _profile_transform(image: Image.Image, mode: str) -> ImageCms.ImageCmsTransform | None:
+    profile = image.info.get("icc_profile")
     return _transform_to_srgb(profile, mode) if profile else None
 
 

@@ -109,18 +109,18 @@ def load_prompts(path: str | Path) -> dict[str, str]:
 
 
 def note_fit(prompts: Mapping[str, str], items: Collection[str], file: str) -> list[str]:
-    """Notes on how far the prompts of a file are those of a catalogue's items.
+    """Notes on a file's prompts that are not for an item of the catalogue, and on items without a prompt.
 
     Raises:
-        UserError: none of them is of one.
+        UserError: no prompt is for an item of the catalogue.
     """
-    named = prompts.keys() & set(items)
-    if not named:
-        shown = f"it names {next(iter(prompts), 'nothing')!r}, and an item is {next(iter(items))!r}"
+    matches = prompts.keys() & set(items)
+    if not matches:
+        example = f"it names {next(iter(prompts), 'nothing')!r}, and an item is {next(iter(items))!r}"
         counts = f"none of its {len(prompts):,} prompts is of one of the {len(items):,} items here"
-        raise UserError(f"{file}: {counts}: {_why_unlike(prompts, items) or shown}: mend its names")
-    strangers = sorted(prompts.keys() - named)
-    notes = [f"{file} has prompts for {len(named):,} of {len(items):,} items"] if len(named) < len(items) else []
+        raise UserError(f"{file}: {counts}: {_why_unlike(prompts, items) or example}: mend its names")
+    strangers = sorted(prompts.keys() - matches)
+    notes = [f"{file} has prompts for {len(matches):,} of {len(items):,} items"] if len(matches) < len(items) else []
     if strangers:
         notes.append(f"{len(strangers):,} names in {file} are no items here, e.g. {', '.join(strangers[:3])}")
     return notes
@@ -131,15 +131,15 @@ _LOST: dict[str, Callable[[str], str]] = {
     "differ in case, blanks or .0": lambda item: "".join(item.split()).casefold().removesuffix(".0"),
     "lack the folder": lambda item: item.rpartition("/")[2],
 }
-"""What may set the names in a file of prompts apart from the ids of items, and what both have in common then."""
+"""Ways in which names in a file of prompts may differ from items' ids, to the form that both then have in common."""
 
 
 def _why_unlike(prompts: Iterable[str], items: Iterable[str]) -> str:
-    """Why names that are meant as items' ids are none; empty where that can't be told."""
+    """Why names that are meant as items' ids match none; empty where that can't be told."""
     for what, common in _LOST.items():
-        known = {common(item): item for item in items}
-        if match := next((name for name in prompts if common(name) in known), None):
-            return f"its names {what}: {match!r} is {known[common(match)]!r} here"
+        items_by_form = {common(item): item for item in items}
+        if match := next((name for name in prompts if common(name) in items_by_form), None):
+            return f"its names {what}: {match!r} is {items_by_form[common(match)]!r} here"
     return ""
 
 
@@ -252,7 +252,7 @@ _CLAUSE_END = re.compile(r"(?<=[,;])\s+|(?<=[，；、])(?!$)")
 
 
 def _structured(item: ItemText, count_tokens: CountTokens, limit: int) -> str:
-    """The lead, then the sentences with most new telling words a token. The chosen sentences stay in their order.
+    """The lead, then the sentences with most new telling words a token, in their original order.
 
     One sentence about the material and one about the shape are chosen before any others.
     """
@@ -260,21 +260,21 @@ def _structured(item: ItemText, count_tokens: CountTokens, limit: int) -> str:
     room = limit + 2 - count_tokens(lead)  # each count has its own start and end
     pool = _sentences(item, fits=lambda sentence: count_tokens(sentence) <= room)
     words = {sentence: _telling(sentence) for sentence in pool}
-    left, chosen, said, owed = list(pool), set[str](), _telling(lead), set(_OWED)
-    while left:
+    rest, sentences, used_words, missing_kinds = list(pool), set[str](), _telling(lead), set(_OWED)
+    while rest:
         best = max(
-            left,
+            rest,
             key=lambda s: (
-                any(words[s] & kind for kind in owed),
-                len(words[s] - said) / count_tokens(s),
+                any(words[s] & kind for kind in missing_kinds),
+                len(words[s] - used_words) / count_tokens(s),
                 len(words[s]),
             ),
         )
-        left.remove(best)
-        longer = " ".join([lead, *(sentence for sentence in pool if sentence in chosen or sentence == best)])
+        rest.remove(best)
+        longer = " ".join([lead, *(sentence for sentence in pool if sentence in sentences or sentence == best)])
         if count_tokens(best) <= room and count_tokens(longer) <= limit:
-            prompt, chosen, said = longer, chosen | {best}, said | words[best]
-            owed = {kind for kind in owed if not words[best] & kind}
+            prompt, sentences, used_words = longer, sentences | {best}, used_words | words[best]
+            missing_kinds = {kind for kind in missing_kinds if not words[best] & kind}
             room = limit + 2 - count_tokens(longer)
     return prompt
 
@@ -300,7 +300,7 @@ def _sentences(item: ItemText, fits: Callable[[str], bool]) -> list[str]:
 
 
 def _color_names(color: str) -> list[str]:
-    """The names in a compound colour, less those that are materials ("Denim")."""
+    """The names in a compound colour, without names of materials ("Denim")."""
     names = (name.strip() for name in re.split(r"[/,&+]|(?<!\boff)-| and ", color.lower()))
     return [name for name in names if is_known_color(name) and not _TELLING_WORD.fullmatch(name)]
 

@@ -139,8 +139,8 @@ class PKSampler:
         singles: whether items with one view are drawn too.
         window: number of images in a window, about; 0 makes all shards one window.
         shard_ends: (S,) number of images up to the end of each shard; only windows need it.
-        rows: where the images of each item are, where that is known.
-        neighbours: number of the P items that are neighbours of the others, and come beside the passes.
+        rows: where the images of each item are, if at hand.
+        neighbours: number of the P items that are neighbours of the others, and do not come from the passes.
 
     Raises:
         UserError: there are fewer than P items to draw from.
@@ -165,7 +165,7 @@ class PKSampler:
         self.run_length = max(1, items // categories) if categories else 0
         self.rows, self.fewest_views = rows or ItemRows.of(item), 1 if singles else 2
         self.shard_ends = np.array([len(item)]) if shard_ends is None else shard_ends
-        # The items of shard s are those that begin there: numbers item_ends[s] to item_ends[s + 1]
+        # The items of shard s begin there: numbers item_ends[s] to item_ends[s + 1]
         self.item_ends = _item_ends(self.rows, self.shard_ends) if window else np.array([0, len(self.rows.starts) - 1])
         drawable = _count_in(self.rows.sizes() >= self.fewest_views, self.item_ends)
         images = np.diff(self.shard_ends, prepend=0) if window else np.array([len(item)])
@@ -196,8 +196,8 @@ class PKSampler:
             nearest: (I, k) numbers of the items near to each item, the nearest first, -1 for none; only neighbours
                 need it. Without it, random items take their places.
         """
-        drawn, passes = zip(*(self._draw_items(*part) for part in self._parts(step)), strict=True)
-        items = np.concatenate(drawn)
+        parts, passes = zip(*(self._draw_items(*part) for part in self._parts(step)), strict=True)
+        items = np.concatenate(parts)
         # An item is drawn once a pass: its n-th draw is in pass n
         rows = self._draw_views(items, np.concatenate(passes)).reshape(-1)
         if not self.neighbours:
@@ -206,7 +206,7 @@ class PKSampler:
         return np.concatenate([rows, self._draw_views(beside, np.full(len(beside), step)).reshape(-1)])
 
     def _draw_neighbours(self, step: int, items: np.ndarray, nearest: np.ndarray | None) -> np.ndarray:
-        """Items that the batch lacks: for each of its items in turn the nearest, else a random one."""
+        """More items for the batch: for each of its items in turn the nearest that it lacks, else a random one."""
         rng, batch, beside = np.random.default_rng((self.seed, step, 0, 3)), set(items.tolist()), list[int]()
         for item in itertools.islice(itertools.cycle(items.tolist()), self.neighbours):
             near = nearest[item] if nearest is not None else np.zeros(0, np.int64)
@@ -307,8 +307,8 @@ class PKSampler:
         keys = _hash(self.seed, items[owner], ring[owner], view)
         shuffled = view[np.lexsort((keys, owner))]
         place = (offset[:, None] + np.arange(self.views)) % sizes[:, None]
-        chosen = shuffled[(np.cumsum(sizes) - sizes)[:, None] + place]
-        return self.rows.at(self.rows.starts[items][:, None] + chosen)
+        views = shuffled[(np.cumsum(sizes) - sizes)[:, None] + place]
+        return self.rows.at(self.rows.starts[items][:, None] + views)
 
 
 def make_sampler(index: ItemIndex, batch: BatchSettings, seed: int, singles: bool, window: int = 0) -> PKSampler:
@@ -319,14 +319,14 @@ def make_sampler(index: ItemIndex, batch: BatchSettings, seed: int, singles: boo
         batch: P, K and the grouping.
         seed: seed of all shuffling.
         singles: whether the run's losses take an item's only photo.
-        window: number of images in a window, about; 0 makes all images one.
+        window: number of images in a window, about; 0 makes one window.
     """
-    drawn = batch.items, batch.views, seed, index.category, batch.categories, singles
-    return PKSampler(index.item, *drawn, window, index.shard_ends, index.rows, batch.num_neighbours)
+    arguments = batch.items, batch.views, seed, index.category, batch.categories, singles
+    return PKSampler(index.item, *arguments, window, index.shard_ends, index.rows, batch.num_neighbours)
 
 
 def worker_slice(images: int, rank: int, world_size: int) -> slice:
-    """The places in a batch of so many images that are rank r's of W. Parts differ by one image at most."""
+    """The places of worker `rank` in a batch of `images` images. Workers' parts differ by one image at most."""
     return slice(rank * images // world_size, (rank + 1) * images // world_size)
 
 

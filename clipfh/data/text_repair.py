@@ -30,7 +30,7 @@ _ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z]\w{1,30});", re.IGNOREC
 
 
 def repair(text: str) -> str:
-    """Repair encodings and white space, and strip HTML. Lines stay lines, but a carriage return is only a blank."""
+    """Repair encodings and white space, and strip HTML. Lines stay lines, but a carriage return becomes a blank."""
     lines = (" ".join(line.split()) for line in _lines(_decode(_strip_html(text))))
     return "\n".join(line for line in lines if line)
 
@@ -38,7 +38,7 @@ def repair(text: str) -> str:
 def _strip_html(text: str) -> str:
     """The text without the tags and entities of HTML, also where they were escaped. A block becomes lines of its own.
 
-    Only HTML's own tags and whole entities are taken for such: "a < b", "<3" and "R&D" stay.
+    Only HTML's own tags and whole entities are stripped: "a < b", "<3" and "R&D" stay.
     """
     for _ in range(3):  # HTML that was escaped, perhaps twice, is HTML again
         stripped = _TAG.sub("", _BLOCK.sub("\n", _DROPPED.sub("", text))) if "<" in text else text
@@ -84,7 +84,7 @@ def _decode_run(match: re.Match[str]) -> str:
 
 
 def list_repairs(text: str) -> list[str]:
-    """What `repair` does to a text, in words."""
+    """The repairs that `repair` makes in a text, in words."""
     plain = _strip_html(text)
     repairs = ["HTML"] if plain != text else []
     text, old, new = plain, plain.split(), _decode(plain).split()

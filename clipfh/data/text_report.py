@@ -1,4 +1,4 @@
-"""What is odd in the texts of a catalogue, and how many tokens their prompts take: as JSON, and for a terminal."""
+"""Oddities in the texts of a catalogue, and the numbers of tokens of their prompts: as JSON, and for a terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -77,11 +77,11 @@ def format_findings(findings: Mapping[str, Any], examples: int = 3) -> str:
     lines = [f"Texts of {findings['items']:,} items"]
     for key, label in _FINDINGS.items():
         items = findings[key]
-        shown = [_example(name, items) for name in list(items)[:examples]]
-        lines.append(_finding_line(label, len(items), shown))
+        samples = [_example(name, items) for name in list(items)[:examples]]
+        lines.append(_finding_line(label, len(items), samples))
     owners = [group["items"] for group in findings["shared"][:examples]]
-    shown = [" = ".join(own[:3] + ["..."] * (len(own) > 3)) for own in owners]
-    lines.append(_finding_line("texts shared by several items", len(findings["shared"]), shown))
+    samples = [" = ".join(own[:3] + ["..."] * (len(own) > 3)) for own in owners]
+    lines.append(_finding_line("texts shared by several items", len(findings["shared"]), samples))
     lines += ["", f"Tokens, start and end included; {findings['limit']} fit"]
     lines.append(f"  {'strategy':<12}{'prompts':>9}{'median':>9}{'longest':>9}{'too long':>10}")
     for strategy, row in findings["tokens"].items():
@@ -90,9 +90,9 @@ def format_findings(findings: Mapping[str, Any], examples: int = 3) -> str:
     return "\n".join(lines)
 
 
-def _finding_line(label: str, count: int, shown: Sequence[str]) -> str:
-    rest = ", ..." if count > len(shown) else ""
-    return f"  {label:<36}{count:>8,}   {', '.join(shown)}{rest}".rstrip()
+def _finding_line(label: str, count: int, samples: Sequence[str]) -> str:
+    rest = ", ..." if count > len(samples) else ""
+    return f"  {label:<36}{count:>8,}   {', '.join(samples)}{rest}".rstrip()
 
 
 def _example(name: str, items: Sequence[str] | Mapping[str, Any]) -> str:

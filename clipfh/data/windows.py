@@ -31,18 +31,18 @@ WHOLE, PART = 0.5, 0.15
 """Largest share of memory that a catalogue takes as one window, and share that each window of a larger one takes."""
 
 
-def choose_window(asked: int | Literal["auto"], images: int, size: int, memory: float, runs: float = 1) -> int:
-    """Number of images in a window; 0 where all images are one.
+def choose_window(setting: int | Literal["auto"], images: int, size: int, memory: float, runs: float = 1) -> int:
+    """Number of images in a window; 0 where all images make one window.
 
     Args:
-        asked: what the settings ask for.
+        setting: number of images in a window, as the settings have it.
         images: number of all images.
         size: bytes of all images.
-        memory: bytes of memory there are for what runs read.
+        memory: bytes of memory for what runs read.
         runs: number of runs that share the memory at a time. Each has windows of its own.
     """
     fitting = 0 if size <= WHOLE * memory else max(1, int(images * PART * memory / runs / size))
-    window = fitting if asked == "auto" else asked
+    window = fitting if setting == "auto" else setting
     return window if window < images else 0
 
 
@@ -86,19 +86,19 @@ class WindowPlan:
         return self._passes[number]
 
     def _cut(self, number: int) -> Pass:
-        """Shuffle the shards and cut them into windows of about as many images. A cut that leaves too few is left out.
+        """Shuffle the shards and cut them into windows of about equally many images, each with enough items.
 
-        What is left of a pass behind its last cut has enough items too.
+        A cut that would leave too few items before or after it is left out.
         """
         order = np.random.default_rng((self.seed, number, 0, 1)).permutation(len(self.images))
         images, items = np.cumsum(self.images[order]), np.cumsum(self.items[order])
         cuts = np.searchsorted(images, images[-1] / self.count * np.arange(1, self.count)) if self.count > 1 else []
-        kept = [-1]
+        places = [-1]
         for cut in cuts:
-            before = items[kept[-1]] if kept[-1] >= 0 else 0
+            before = items[places[-1]] if places[-1] >= 0 else 0
             if items[cut] - before >= self.fewest and items[-1] - items[cut] >= self.fewest:
-                kept.append(int(cut))
-        ends = np.array([*kept[1:], len(order) - 1])
+                places.append(int(cut))
+        ends = np.array([*places[1:], len(order) - 1])
         return Pass(order, ends + 1, items[ends])
 
     def following(self, window: Window) -> Window:
@@ -127,12 +127,12 @@ class WindowReader:
         ranks: int = 1,
     ) -> None:
         self.shards, self.following, self.read, self.ranks = shards, following, read, ranks
-        self.opened: dict[Window, dict[int, Any]] = {}
+        self.handles: dict[Window, dict[int, Any]] = {}
         self.places: dict[int, Window] = {}
         self.lock = threading.Lock()
 
     def is_near(self, rank: int, window: Window) -> bool:
-        """Whether a window is at most two behind the one that a worker's batches have come to."""
+        """Whether a window is at most two after the one that a worker's batches have reached."""
         return rank in self.places and window <= self.following(self.following(self.places[rank]))
 
     def open(self, window: Window) -> Mapping[int, Any]:
@@ -141,18 +141,18 @@ class WindowReader:
             return self._open(window)
 
     def move(self, rank: int, window: Window) -> None:
-        """Note that a worker's batches have come to a window: it needs none before it any more."""
+        """Note that a worker's batches have reached a window: the worker needs no earlier one any more."""
         with self.lock:
             self.places[rank] = window
             first = min(self.places.values())
             if len(self.places) == self.ranks:
-                self.opened = {each: shards for each, shards in self.opened.items() if each >= first}
+                self.handles = {each: shards for each, shards in self.handles.items() if each >= first}
                 self._open(first)
                 self._open(self.following(first))
 
     def _open(self, window: Window) -> dict[int, Any]:
-        if window not in self.opened:
-            held = dict(itertools.chain.from_iterable(shards.items() for shards in self.opened.values()))
-            needed = self.shards(window).tolist()
-            self.opened[window] = {shard: held[shard] if shard in held else self.read(shard) for shard in needed}
-        return self.opened[window]
+        if window not in self.handles:
+            handles = dict(itertools.chain.from_iterable(shards.items() for shards in self.handles.values()))
+            numbers = self.shards(window).tolist()
+            self.handles[window] = {each: handles[each] if each in handles else self.read(each) for each in numbers}
+        return self.handles[window]

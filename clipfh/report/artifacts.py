@@ -22,7 +22,7 @@ from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
 
 ZERO_SHOT = "0000"
-"""Number of the line of the zero-shot model, or how that of each begins where a sweep has several models."""
+"""Number of the zero-shot model's line; with several models, what the number of each begins with."""
 
 Metrics = Mapping[str, Any]
 """what a `metrics.json` holds, or a part of it"""
@@ -37,13 +37,13 @@ class ModelRecord:
     name: str
     metrics: Metrics
     folder: Folder
-    """of the evaluation, which need not be there"""
+    """folder of the evaluation, which need not be there"""
     catalogue: Mapping[str, Any]
     """`path` and `hash`; empty where the evaluation does not say"""
 
 
 def gain(before: ModelRecord, after: ModelRecord) -> Metrics:
-    """`bootstrap.gain` by the queries' files; empty where one is not there, or they are not of the same queries."""
+    """`bootstrap.gain` from the models' files of queries; empty where one is missing or their queries differ."""
     if not all(model.folder.exists(layout.QUERIES) for model in (before, after)):
         return {}
     old, new = (model.folder.read_table(layout.QUERIES) for model in (before, after))
@@ -55,11 +55,11 @@ def gain(before: ModelRecord, after: ModelRecord) -> Metrics:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """`metrics.json`, and `evaluation.json`, which says of what."""
+    """An evaluation: `metrics.json`, and `evaluation.json`, which says what was measured."""
 
     folder: Folder
     models: list[ModelRecord]
-    """one"""
+    """one model"""
     subject: Mapping[str, Any]
     """`catalogue`, `split`, `model` and `checkpoint`; empty where there is no `evaluation.json`"""
     kind = "Evaluation"
@@ -72,20 +72,20 @@ class EvaluationRecord:
 
     @property
     def metrics(self) -> Metrics:
-        """Its only model's."""
+        """Metrics of its only model."""
         return self.models[0].metrics
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """`experiment.json` and `metrics.jsonl`, either of which need not be there yet."""
+    """A run: `experiment.json` and `metrics.jsonl`, either of which need not be there yet."""
 
     folder: Folder
     lines: list[dict[str, Any]]
-    """reports, and behind them a line that tells of a divergence"""
+    """reports, and after them, where the run diverged, a line that says so"""
     kind = "Run"
     models: tuple[ModelRecord, ...] = ()
-    """none: a run has its validation mAP only"""
+    """empty: a run has its validation mAP only"""
 
     @property
     def name(self) -> str:
@@ -107,12 +107,12 @@ class RunRecord:
 
     @property
     def reports(self) -> list[dict[str, Any]]:
-        """All lines but that of a divergence."""
+        """All lines without the one about a divergence."""
         return [line for line in self.lines if "diverged" not in line]
 
     @property
     def divergence(self) -> dict[str, Any]:
-        """The line that tells of a divergence, or empty."""
+        """The line about a divergence, or empty."""
         return next((line for line in self.lines if "diverged" in line), {})
 
     @property
@@ -122,7 +122,7 @@ class RunRecord:
 
     @property
     def val_mAP(self) -> float | None:
-        """The highest."""
+        """The highest validation mAP."""
         return self.best.get("val_mAP")
 
     @property
@@ -156,7 +156,7 @@ class TrialRecord:
     images: float
     seconds: float
     settings: Mapping[str, Any]
-    """the searched ones that it has"""
+    """the searched settings that it has"""
     error: str
     curve: Curve
 
@@ -172,7 +172,7 @@ class TrialRecord:
 
     @property
     def score(self) -> float | None:
-        """Validation mAP that it reached; None for a trial that diverged, whose mAP is for the search's sake only."""
+        """Validation mAP that it reached; None for a diverged trial, whose mAP only serves the search."""
         return None if self.status == "diverged" else self.val_mAP
 
     @property
@@ -183,7 +183,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """`sweep.yaml`, `leaderboard.csv`, the runs in `trials/` and `final/`, and at the end `summary.json`."""
+    """A sweep: `sweep.yaml`, `leaderboard.csv`, the runs in `trials/` and `final/`, and at the end `summary.json`."""
 
     folder: Folder
     file: SweepFile
@@ -222,7 +222,7 @@ class SweepRecord:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """What soup and mix were chosen with, and what each came to; none where there was neither."""
+        """The models that soup and mix were chosen among, with their metrics; empty where there was neither."""
         return list(self.summary.get("soup", {}).get("steps", []))
 
     @property
@@ -254,12 +254,12 @@ class SweepRecord:
 
     @property
     def metrics(self) -> Metrics:
-        """The winner's on the test split."""
+        """The winner's metrics on the test split."""
         return self.models[-1].metrics if self.models else {}
 
     @property
     def val_mAP(self) -> float | None:
-        """The winner's, or the best so far."""
+        """Validation mAP of the winner, or the best so far."""
         return next((trial.val_mAP for trial in self.board if trial.name == self.best), None)
 
     @property
@@ -280,17 +280,17 @@ class SweepRecord:
     def running(self) -> list[RunRecord]:
         """Runs of the trials that are not over by the leaderboard; some are not on it yet."""
         over = {trial.name for trial in self.board if trial.status != "running"}
-        begun = [run for run in self.folder.folders(layout.TRIALS) if not is_zero_shot(run.name)]
-        return [read_run(run) for run in begun if run.name not in over]
+        trials = [run for run in self.folder.folders(layout.TRIALS) if not is_zero_shot(run.name)]
+        return [read_run(run) for run in trials if run.name not in over]
 
 
 def is_zero_shot(trial: str) -> bool:
-    """Whether a line of a leaderboard, or a folder of a trial, is a model's before any tuning."""
+    """Whether a leaderboard's line or a trial's folder is of a model before any tuning."""
     return trial.partition("-")[0] == ZERO_SHOT
 
 
 def is_refit(run: str) -> bool:
-    """Whether a folder of a final run is that of one on train and validation items together."""
+    """Whether a final run's folder is of a run on train and validation items together."""
     return run.partition("-")[0] == "refit"
 
 
@@ -332,8 +332,8 @@ def read_sweep(folder: Folder) -> SweepRecord:
     rows = csv.DictReader(io.StringIO(board, newline=""), restval="")
     trials = [_read_trial(row, folder / layout.TRIALS / row["trial"], file.search) for row in rows]
     race = folder.read_json(layout.RACE).get("models", [])
-    if kept := [each["model"] for each in race if each["kept"]]:
-        file = file.only(kept)
+    if models := [each["model"] for each in race if each["kept"]]:
+        file = file.only(models)
     return SweepRecord(folder, file, trials, final_runs(folder), folder.read_json(layout.SUMMARY), race)
 
 
@@ -349,28 +349,28 @@ def runs(path: str | Path | Folder) -> list[RunRecord]:
     return [read_run(run) for run in within if run.exists(layout.EXPERIMENT)]
 
 
-def _read_trial(row: Mapping[str, str], folder: Folder, searched: Iterable[str]) -> TrialRecord:
+def _read_trial(row: Mapping[str, str], folder: Folder, names: Iterable[str]) -> TrialRecord:
     return TrialRecord(
         name=row["trial"],
         status=row["status"],
         val_mAP=float(row["val_mAP"]) if row["val_mAP"] else None,
         images=float(row["images"] or 0),
         seconds=float(row["seconds"] or 0),
-        settings={n: row[n] if n == MODEL else schema.parse(n, row[n]) for n in searched if row.get(n)},
+        settings={n: row[n] if n == MODEL else schema.parse(n, row[n]) for n in names if row.get(n)},
         error=row["error"],
         curve=read_run(folder).curve("val_mAP"),
     )
 
 
 def read_evidence(weights: str | Path, metrics: Metrics) -> dict[str, Any]:
-    """What a model card tells beside the settings, from the folders around some weights.
+    """What a model card tells besides the settings, from the folders around some weights.
 
     Args:
-        weights: the folder that holds them: a sweep's export, or a checkpoint.
-        metrics: those of the checkpoint.
+        weights: the folder of the weights: a sweep's export, or a checkpoint.
+        metrics: the checkpoint's metrics.
 
     Returns:
-        As `export.Evidence`; empty where neither a sweep's summary nor a run's own account is there.
+        As `export.Evidence`; empty where there is neither a sweep's summary nor a run's own file.
     """
     folder = Folder(weights)
     sweep, run = folder.parent, folder.parent.parent
@@ -393,7 +393,7 @@ def open_catalogue_again(account: Mapping[str, Any]) -> Catalogue | None:
 
 
 def catalogue_account(catalogue: Catalogue) -> dict[str, Any]:
-    """What a summary and a model card tell of a catalogue."""
+    """The facts on a catalogue that a summary and a model card have."""
     image_size = catalogue.manifest["settings"]["image_size"]
     facts = {key: catalogue.manifest[key] for key in ("hash", "counts")}
     return {"path": str(catalogue.path), "image_size": image_size, **facts}

@@ -1,4 +1,4 @@
-"""How sure a mean over queries is: percentile bootstrap over items, since the queries of an item go together."""
+"""Intervals of a mean over queries: percentile bootstrap over items, since the queries of an item go together."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def interval(values: np.ndarray, item: np.ndarray, resamples: int = 1000, seed: 
     np.add.at(sums, index, np.column_stack([values, np.ones(len(values))]))
     generator, few = np.random.default_rng(seed), max(1, DRAWS // len(codes))
     parts = [_resample(sums, min(few, resamples - done), generator) for done in range(0, resamples, few)]
-    drawn = np.concatenate(parts)
-    return np.quantile(drawn[:, :-1] / drawn[:, -1:], (0.025, 0.975), axis=0)
+    totals = np.concatenate(parts)
+    return np.quantile(totals[:, :-1] / totals[:, -1:], (0.025, 0.975), axis=0)
 
 
 def gain(
@@ -52,16 +52,16 @@ def gain(
     Returns:
         `mAP`, null over no query, and `interval`, null over fewer than two items.
     """
-    scored = ~np.isnan(after - before)
-    difference = (after - before)[scored]
-    ends = interval(difference[:, None], item[scored], resamples, seed)
+    has_positive = ~np.isnan(after - before)
+    difference = (after - before)[has_positive]
+    ends = interval(difference[:, None], item[has_positive], resamples, seed)
     mean = math.fsum(difference) / len(difference) if len(difference) else None
     return {"mAP": mean, "interval": None if ends is None else [float(end) for end in ends[:, 0]]}
 
 
 def _resample(sums: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """Sums over as many items as there are, drawn with repetition, (resamples, K), from those of each item, (I, K)."""
+    """Sums over I items drawn with repetition, (resamples, K), from the sums of each item, (I, K)."""
     number = len(sums)
-    drawn = generator.integers(number, size=(resamples, number)) + number * np.arange(resamples)[:, None]
-    times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
+    places = generator.integers(number, size=(resamples, number)) + number * np.arange(resamples)[:, None]
+    times = np.bincount(places.ravel(), minlength=places.size).reshape(places.shape).astype(float)
     return np.einsum("ri,ik->rk", times, sums)  # unlike a BLAS, it adds in one order for any number of threads

@@ -53,7 +53,7 @@ STYLE: Any = {
     "figure.facecolor": "none",
 }
 styled = rc_context(STYLE)
-"""decorates what draws"""
+"""decorator of functions that draw"""
 LINK = "{http://www.w3.org/1999/xlink}href"
 DOT, SMALL_DOT = 22, 14
 """areas of marks, in square points"""
@@ -61,7 +61,7 @@ DASHES = ("-", (0, (4, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)), (0, (8, 3)), (0, (2,
 
 
 def make_axes(x_title: str = "", height: float = HEIGHT) -> Axes:
-    """Axes of a figure of their own. What goes up is said by the page, in the figure's caption."""
+    """Axes in a figure of their own. They have no title upwards: the figure's caption on the page says it."""
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.06))
     axes = figure.subplots()
     axes.set_xlabel(x_title)
@@ -71,22 +71,22 @@ def make_axes(x_title: str = "", height: float = HEIGHT) -> Axes:
 
 def to_svg(axes: Axes, title: str) -> Markup:
     """The drawing as an element of the page."""
-    drawn = _saved(axes)
-    root = ElementTree.fromstring(drawn)
-    own = hashlib.sha256(drawn.encode()).hexdigest()[:6]
+    svg = _save(axes)
+    root = ElementTree.fromstring(svg)
+    own = hashlib.sha256(svg.encode()).hexdigest()[:6]
     for parent in list(root.iter()):
         for child in [c for c in parent if c.tag.endswith(("}metadata", "}style", "}clipPath"))]:
             parent.remove(child)
-    used = {value[1:] for element in root.iter() for name, value in element.attrib.items() if name == LINK}
+    ids = {value[1:] for element in root.iter() for name, value in element.attrib.items() if name == LINK}
     for element in root.iter():
-        _simplify(element, used, own)
+        _simplify(element, ids, own)
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
     text = ElementTree.tostring(root, encoding="unicode")
     return Markup(re.sub(r"#00000\d", lambda colour: f"var({VARIABLES[colour[0]]})", text))
 
 
-def _saved(axes: Axes) -> str:
-    """The drawing as matplotlib writes it, but for characters that XML can't hold."""
+def _save(axes: Axes) -> str:
+    """The drawing as matplotlib writes it, without characters that XML can't hold."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # text stays text: the reader's fonts draw it
@@ -94,11 +94,11 @@ def _saved(axes: Axes) -> str:
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]", "\ufffd", file.getvalue().decode())
 
 
-def _simplify(element: ElementTree.Element, used: set[str], own: str) -> None:
-    """Make an element of matplotlib's fit for HTML: no namespaces, ids of the figure's own, a link's text as a tip."""
+def _simplify(element: ElementTree.Element, ids: set[str], own: str) -> None:
+    """Make matplotlib's element fit for HTML: no namespaces, ids that are the figure's own, a link's text as a tip."""
     element.tag = element.tag.rpartition("}")[2]
     attributes = {name: value for name, value in element.attrib.items() if name != "clip-path"}
-    if attributes.get("id") not in used:
+    if attributes.get("id") not in ids:
         attributes.pop("id", None)
     if element.tag == "a":
         element.tag, attributes = "g", {"class": "tip", "tip": attributes[LINK]}
@@ -133,31 +133,31 @@ def draw_marks(axes: Axes, marks: Sequence[Mark], name: str = "", **look: Any) -
 
 
 def draw_line(axes: Axes, points: Sequence[tuple[float, float]], tip: str = "", **look: Any) -> None:  # noqa: ANN401
-    """A curve, or a mark where it has but one point."""
+    """A curve; a mark where there is only one point."""
     if len(points) == 1:
         look |= {"marker": "o", "markersize": 3}
-    (drawn,) = axes.plot(*zip(*points, strict=True), **{"clip_on": False, "linewidth": 1.2, **look})
-    drawn.set_url(tip or None)
+    (curve,) = axes.plot(*zip(*points, strict=True), **{"clip_on": False, "linewidth": 1.2, **look})
+    curve.set_url(tip or None)
 
 
 def draw_legend(axes: Axes, columns: int = 4) -> None:
-    """Names of what has one, above the drawing; nothing where there is but one."""
+    """The labels above the drawing; nothing where there is only one."""
     handles, labels = axes.get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))
-    if len(named) > 1:
+    by_label = dict(zip(labels, handles, strict=True))
+    if len(by_label) > 1:
         where: dict[str, Any] = {"loc": "outside upper left", "ncols": columns, "fontsize": 10}
-        axes.figure.legend(named.values(), named.keys(), **where)
+        axes.figure.legend(by_label.values(), by_label.keys(), **where)
 
 
 def draw_level(axes: Axes, value: float | None, name: str = "zero-shot") -> None:
     """A dotted line across, if there is a value."""
     if value is not None:
-        drawn = axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (1, 2)), label=name)
-        drawn.set_url(f"{name}: {value:.3f}")
+        line = axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (1, 2)), label=name)
+        line.set_url(f"{name}: {value:.3f}")
 
 
 def draw_heading(axes: Axes, y: float, left: str, right: str = "") -> None:
-    """The name of a row, above it, where a long one has room."""
+    """A row's name, above the row, where a long name has room."""
     across = axes.get_yaxis_transform()
     left = left if len(left) <= 46 else f"{left[:45]}…"
     axes.text(0, y, left, transform=across, va="center", color=INK)

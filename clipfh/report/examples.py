@@ -1,4 +1,4 @@
-"""What models found for some of the queries, with pictures: which gained, which lost, which stay hard."""
+"""Example queries and what models found for them, with pictures: which gained, which lost, which stay hard."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RetrievedImage:
 
     path: str
     is_right: bool
-    """of the item that was asked for"""
+    """whether it shows the query's item"""
     similarity: float
 
 
@@ -43,7 +43,7 @@ class Ranking:
     listed: int
     """number of images that are listed"""
     retrieved: list[RetrievedImage]
-    """the first of them"""
+    """the first of the listed images"""
 
 
 @dataclass(frozen=True)
@@ -66,27 +66,25 @@ class QueryGroup:
 def pick_examples(models: Sequence[ModelRecord]) -> tuple[list[QueryGroup], dict[str, str]]:
     """Telling queries, and the pictures of all photos in them: path to data URI.
 
-    Of two models those queries that gained and lost most, and in any case those that stay hard.
+    For two models the queries that gained and lost most, and in any case the hardest queries.
 
     Raises:
         UserError: predictions or a catalogue that are no longer there, or not the same for all models.
     """
     catalogue = _open_catalogue(models)
-    listed = [_Predictions(model) for model in models]
-    if any(each.paths != listed[0].paths for each in listed):
+    predictions = [_Predictions(model) for model in models]
+    if any(each.paths != predictions[0].paths for each in predictions):
         raise UserError("the models were asked different queries")
-    asked = set(listed[0].paths)
-    split = next(name for name in GALLERY_OF if asked & set(catalogue.rows(name)["path"].to_pylist()))
-    items, answers = _items_and_answers(catalogue, split, listed[0].paths)
-    precision = [each.precision(answers) for each in listed]
-    measure = f"AP@{max(each.rank.max() for each in listed)}"
-    chosen = _chosen([model.name for model in models], precision[0], precision[-1], items, measure)
+    paths = set(predictions[0].paths)
+    split = next(name for name in GALLERY_OF if paths & set(catalogue.rows(name)["path"].to_pylist()))
+    items, answers = _items_and_answers(catalogue, split, predictions[0].paths)
+    precision = [each.precision(answers) for each in predictions]
+    measure = f"AP@{max(each.rank.max() for each in predictions)}"
+    choice = _choose_queries([model.name for model in models], precision[0], precision[-1], items, measure)
     groups = []
-    for words, own in chosen:
-        queries = [
-            Query(listed[0].paths[i], [p.ranking(i, float(ap[i])) for p, ap in zip(listed, precision, strict=True)])
-            for i in own
-        ]
+    for words, own in choice:
+        pairs = list(zip(predictions, precision, strict=True))
+        queries = [Query(predictions[0].paths[i], [p.ranking(i, float(ap[i])) for p, ap in pairs]) for i in own]
         groups += [QueryGroup(*words, queries)] if queries else []
     queries = [query for group in groups for query in group.queries]
     retrieved = [image.path for query in queries for ranking in query.rankings for image in ranking.retrieved]
@@ -120,13 +118,13 @@ class _Predictions:
         self.paths: list[str] = table["query"].take(self.starts).to_pylist()
 
     def precision(self, answers: np.ndarray) -> np.ndarray:
-        """Average precision of each query, (Q,), by the images that are listed; `answers`: number of right images."""
+        """Average precision of each query, (Q,), over its listed images; `answers`: number of right images."""
         right = np.cumsum(self.match)
         before = np.repeat((right - self.match)[self.starts], np.diff([*self.starts, len(right)]))
         return np.add.reduceat(self.match * (right - before) / self.rank, self.starts) / np.maximum(answers, 1)
 
     def ranking(self, i: int, precision: float) -> Ranking:
-        """What was found for a query."""
+        """What the model found for query `i`."""
         start, end = [*self.starts, len(self.rank)][i : i + 2]
         right = np.flatnonzero(self.match[start:end])
         first = int(right[0]) + 1 if len(right) else None
@@ -142,7 +140,7 @@ Words = tuple[str, str]
 """title and meaning"""
 
 
-def _chosen(
+def _choose_queries(
     names: Sequence[str], before: np.ndarray, after: np.ndarray, items: Sequence[str], measure: str
 ) -> list[tuple[Words, list[int]]]:
     """Numbers of queries of each kind, no item twice."""
@@ -164,20 +162,20 @@ def _chosen(
         (("Hardest", f"The lowest {measure} of {last}."), after, after < 1, 5),
         (("Typical", "From the middle of the field."), middle, after >= 0, 4 * (not two)),
     ]
-    taken: set[str] = set()
-    chosen = []
+    used_items: set[str] = set()
+    choice = []
     for words, order, fits, number in kinds:
-        ranked = [i for i in np.argsort(order, kind="stable").tolist() if fits[i]]
-        chosen.append((words, _of_different_items(ranked, number, items, taken)))
-    return chosen
+        rows = [i for i in np.argsort(order, kind="stable").tolist() if fits[i]]
+        choice.append((words, _of_different_items(rows, number, items, used_items)))
+    return choice
 
 
-def _of_different_items(ranked: Iterable[int], number: int, items: Sequence[str], taken: set[str]) -> list[int]:
-    """The first of the ranked queries, none of an item that is taken already."""
+def _of_different_items(rows: Iterable[int], number: int, items: Sequence[str], used_items: set[str]) -> list[int]:
+    """The first queries of `rows`, none of whose items is used already."""
     own: list[int] = []
-    for i in ranked:
-        if len(own) < number and items[i] not in taken:
-            taken.add(items[i])
+    for i in rows:
+        if len(own) < number and items[i] not in used_items:
+            used_items.add(items[i])
             own.append(i)
     return own
 

@@ -20,11 +20,11 @@ MARKERS = "osD^vP"
 
 @dataclass(frozen=True)
 class Subset:
-    """What models reach on a part of the queries, or in another task."""
+    """Metrics of models on a part of the queries, or in another task."""
 
     label: str
     metrics: list[Metrics]
-    """each model's"""
+    """metrics of each model"""
 
     @property
     def num_query(self) -> int:
@@ -33,12 +33,12 @@ class Subset:
 
 
 def strongest(models: Sequence[ModelRecord]) -> int:
-    """The place of the model with the highest mAP; of several the last."""
+    """The place of the model with the highest mAP; of equals the last."""
     return max(range(len(models)), key=lambda i: (models[i].metrics.get("mAP") or 0, i), default=0)
 
 
 def plot_intervals(models: Sequence[ModelRecord], subsets: Sequence[Subset], key: str) -> list[Markup]:
-    """A line for each subset (one or more), by model with interval; many subsets in up to three charts of one scale."""
+    """A line for each subset (one or more), with models' values and intervals; many subsets in up to three charts."""
     rows = [(subset.label, [_whisker(metrics, key) for metrics in subset.metrics]) for subset in subsets]
     rows = [(label, each) for label, each in rows if any(each)]
     number = min(3, math.ceil(len(rows) / 8))
@@ -66,7 +66,7 @@ def _whisker(metrics: Mapping[str, Any], key: str) -> Whisker | None:
 
 
 Row = tuple[str, Sequence[Whisker | None]]
-"""a label, and each model's"""
+"""a label, and a whisker for each model"""
 
 
 def _ends(rows: Sequence[Row]) -> tuple[float, float]:
@@ -83,8 +83,8 @@ def _whiskers(models: Sequence[ModelRecord], rows: Sequence[Row], title: str, en
     axes = charts.make_axes(height=26 + step * len(rows) + 16 * (len(models) > 1))
     best = strongest(models)
     for i, model in enumerate(models):
-        placed = [(-step * j - apart * i, label, each[i]) for j, (label, each) in enumerate(rows)]
-        _model_whiskers(axes, model.name, MARKERS[i % 6], [(y, n, w) for y, n, w in placed if w], i == best)
+        whiskers = [(-step * j - apart * i, label, each[i]) for j, (label, each) in enumerate(rows)]
+        _model_whiskers(axes, model.name, MARKERS[i % 6], [(y, n, w) for y, n, w in whiskers if w], i == best)
     for j, (label, each) in enumerate(rows):
         charts.draw_heading(
             axes, -step * j + 13, label, " → ".join(f"{w[0]:.3f}" for w in each if w) if len(each) < 3 else ""
@@ -99,15 +99,15 @@ def _whiskers(models: Sequence[ModelRecord], rows: Sequence[Row], title: str, en
 
 
 def _model_whiskers(
-    axes: Axes, name: str, marker: str, placed: Sequence[tuple[float, str, Whisker]], main: bool
+    axes: Axes, name: str, marker: str, whiskers: Sequence[tuple[float, str, Whisker]], main: bool
 ) -> None:
     """One model's values and intervals: y, label of the row, value and ends."""
     color = ACCENT if main else SOFT
-    for y, _, (_, low, high) in placed:
+    for y, _, (_, low, high) in whiskers:
         axes.hlines(y, low, high, color=color, linewidth=2.4 if main else 1.4)
     marks = [
         (value, y, f"{name} {label}: {value:.3f} [{low:.3f}, {high:.3f}]".strip())
-        for y, label, (value, low, high) in placed
+        for y, label, (value, low, high) in whiskers
     ]
     look = {"facecolors": ACCENT if main else PAPER, "edgecolors": color}
     charts.draw_marks(axes, marks, name, marker=marker, s=30, zorder=3, **look)

@@ -51,7 +51,7 @@ def write(paths: Sequence[str | Path | Folder], out: str | Path | Folder | None 
     Raises:
         UserError: a folder that is none of these or can't be read, or a file that can't be written.
     """
-    shown = [read(path) for path in paths]
+    records = [read(path) for path in paths]
     own = [Folder(path).name for path in paths]
     names = own if len(set(own)) == len(own) else [str(path) for path in paths]
     out = Folder(out) if out else Folder(paths[0]) / layout.REPORT
@@ -59,18 +59,18 @@ def write(paths: Sequence[str | Path | Folder], out: str | Path | Folder | None 
         raise UserError(f"{out} is a folder: name a file with --out")
     try:
         out.parent.make()
-        out.write("", page(names, shown))
+        out.write("", page(names, records))
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}): name another file with --out") from error
     return out
 
 
-def page(names: Sequence[str], shown: Sequence[Record]) -> str:
+def page(names: Sequence[str], records: Sequence[Record]) -> str:
     """The whole file.
 
     Args:
-        names: of the columns of the comparison.
-        shown: what to report, one or several.
+        names: names of the comparison's columns.
+        records: one or several records to report.
     """
     words = Environment(
         loader=PackageLoader("clipfh.report", ""),
@@ -84,29 +84,30 @@ def page(names: Sequence[str], shown: Sequence[Record]) -> str:
     of_models = (subsets, variants, groups, metric_labels, reranked, count_images, compared, splits, find_examples)
     of_sweeps = (race_results, plot_race, search_rows, command, catalogue_manifest, cost)
     words.globals |= {f.__name__: f for f in (verdict, *of_models, losses, describe_settings, *of_sweeps)}
-    made = f"clipfh {__version__}, {datetime.now():%Y-%m-%d %H:%M}"
-    models = [
-        dataclasses.replace(each.models[-1], name=name) for name, each in zip(names, shown, strict=True) if each.models
-    ]
-    runs = [(name, each) for name, each in zip(names, shown, strict=True) if isinstance(each, RunRecord)]
-    return words.get_template("report.html").render(names=names, shown=shown, models=models, runs=runs, made=made)
+    origin = f"clipfh {__version__}, {datetime.now():%Y-%m-%d %H:%M}"
+    pairs = list(zip(names, records, strict=True))
+    models = [dataclasses.replace(each.models[-1], name=name) for name, each in pairs if each.models]
+    runs = [(name, each) for name, each in pairs if isinstance(each, RunRecord)]
+    return words.get_template("report.html").render(
+        names=names, records=records, models=models, runs=runs, origin=origin
+    )
 
 
 # --- Numbers ---------------------------------------------------------------------------------------------------------
 
 
 def score(value: object) -> str:
-    """A figure from 0 to 1: three digits everywhere."""
+    """A metric from 0 to 1: three digits everywhere."""
     return f"{value:.3f}" if is_number(value) else NONE
 
 
 def count(value: object) -> str:
-    """12,612."""
+    """A whole number: 12,612."""
     return f"{value:,.0f}" if is_number(value) else NONE
 
 
 def duration(seconds: Any) -> str:  # noqa: ANN401
-    """42 s, 3 min 20 s, 2 h 05 min."""
+    """A duration: 42 s, 3 min 20 s, 2 h 05 min."""
     if not is_number(seconds):
         return NONE
     minutes, rest = divmod(round(seconds), 60)
@@ -115,7 +116,7 @@ def duration(seconds: Any) -> str:  # noqa: ANN401
 
 
 def with_interval(metrics: Metrics, key: str) -> Markup:
-    """A figure and its 95% interval."""
+    """A metric and its 95% interval."""
     ends = (metrics.get("intervals") or {}).get(key)
     interval = f" <small>[{score(ends[0])}, {score(ends[1])}]</small>" if ends else ""
     return escape(score(metrics.get(key))) + Markup(interval)
@@ -137,12 +138,12 @@ def gap(line: Mapping[str, Any], term: str) -> str:
 # --- Words -----------------------------------------------------------------------------------------------------------
 
 
-def verdict(shown: Record) -> Markup:
-    """What came of it, in plain words."""
-    if isinstance(shown, EvaluationRecord):
-        metrics = shown.metrics
+def verdict(record: Record) -> Markup:
+    """The outcome of an evaluation, a run or a sweep, in plain words."""
+    if isinstance(record, EvaluationRecord):
+        metrics = record.metrics
         return Markup("mAP {}, Rank-1 {}.").format(with_interval(metrics, "mAP"), with_interval(metrics, "rank1"))
-    return _run_verdict(shown) if isinstance(shown, RunRecord) else _sweep_verdict(shown)
+    return _run_verdict(record) if isinstance(record, RunRecord) else _sweep_verdict(record)
 
 
 def _run_verdict(run: RunRecord) -> Markup:
@@ -181,7 +182,7 @@ def _unfinished_verdict(sweep: SweepRecord) -> str:
 
 
 def _caution(sweep: SweepRecord) -> str:
-    """What must be said of the gain, or where there is none."""
+    """Words of caution on the gain, or on there being none."""
     before, after = (model.metrics for model in sweep.models)
     if not is_number(before.get("mAP")) or not is_number(after.get("mAP")):
         return ""
@@ -232,7 +233,7 @@ def variants(models: Sequence[ModelRecord]) -> list[Subset]:
 
 
 def groups(models: Sequence[ModelRecord], where: str) -> list[Subset]:
-    """The groups of `by_category` or `by_gender`, the largest first; none where there is but one."""
+    """The groups of `by_category` or `by_gender`, the largest first; none where there is only one."""
     names = {name: name or NONE for model in models for name in model.metrics.get(where) or {}}
     rows = sorted(subsets(models, names, where), key=lambda row: (-row.num_query, row.label))
     return rows if len(rows) > 1 else []
@@ -249,7 +250,7 @@ def reranked(models: Sequence[ModelRecord]) -> str:
 
 
 def count_images(models: Sequence[ModelRecord]) -> str:
-    """How many images the metrics are over."""
+    """Numbers of images that the metrics are over, in words."""
     sizes = {tuple(count(m.metrics.get(f"num_{key}")) for key in ("query", "gallery")) for m in models}
     if len(sizes) > 1:
         return "They do not rank the same images: compare them with care."
@@ -268,25 +269,25 @@ def splits(models: Sequence[ModelRecord]) -> list[tuple[str, list[Metrics]]]:
 def find_examples(models: Sequence[ModelRecord]) -> dict[str, Any]:
     """Telling queries with what was found for them, or why there are none."""
     try:
-        chosen, pictures = examples.pick_examples(models)
+        groups, pictures = examples.pick_examples(models)
     except UserError as error:
         return {"groups": [], "pictures": {}, "missing": str(error)}
-    return {"groups": chosen, "pictures": pictures, "missing": ""}
+    return {"groups": groups, "pictures": pictures, "missing": ""}
 
 
 # --- Parts of runs and sweeps ----------------------------------------------------------------------------------------
 
 
 def describe_settings() -> dict[str, str]:
-    """What each setting is."""
+    """Each setting's name to its description."""
     return {name: doc for name, _, _, doc in schema.fields()}
 
 
 def race_results(sweep: SweepRecord) -> list[Subset]:
     """Each measured model of a race and its metrics on the validation items, the best first."""
-    measured = sorted((each for each in sweep.race if each["val_mAP"] >= 0), key=lambda each: -each["val_mAP"])
+    models = sorted((each for each in sweep.race if each["val_mAP"] >= 0), key=lambda each: -each["val_mAP"])
     trials = sweep.folder / layout.TRIALS
-    return [Subset(each["model"], [(trials / each["trial"]).read_json(layout.METRICS)]) for each in measured]
+    return [Subset(each["model"], [(trials / each["trial"]).read_json(layout.METRICS)]) for each in models]
 
 
 def plot_race(sweep: SweepRecord) -> list[Markup]:
@@ -308,7 +309,7 @@ def search_rows(sweep: SweepRecord) -> list[tuple[str, str, str]]:
 
 
 def command(sweep: SweepRecord) -> str:
-    """The command line that trains the winner's settings: those searched, and those that are not the usual ones.
+    """The command line that trains the winner's settings: searched settings, and others that are not by default.
 
     Empty where there is no winner yet, or where it is the zero-shot model.
     """
@@ -318,17 +319,17 @@ def command(sweep: SweepRecord) -> str:
     return train_command(experiment, sweep.summary.get("searched") or ())
 
 
-def train_command(experiment: Mapping[str, Any], searched: Sequence[str]) -> str:
+def train_command(experiment: Mapping[str, Any], always: Sequence[str]) -> str:
     """The command line that trains these settings.
 
     Args:
         experiment: dotted settings.
-        searched: names to show in any case.
+        always: names of settings to show in any case.
     """
     stage, by_default = experiment["stage"], default_settings(experiment)
-    names = {"model.name", *searched, *(n for n, value in experiment.items() if value != by_default.get(n))}
-    given = {n: str(v).lower() if isinstance(v, bool) else str(v) for n, v in experiment.items() if n in names}
-    options = (f"--{name} {shlex.quote(value)}" for name, value in given.items())
+    names = {"model.name", *always, *(n for n, value in experiment.items() if value != by_default.get(n))}
+    values = {n: str(v).lower() if isinstance(v, bool) else str(v) for n, v in experiment.items() if n in names}
+    options = (f"--{name} {shlex.quote(value)}" for name, value in values.items())
     return " \\\n  ".join([f"clipfh train {stage} CATALOGUE --out DIR", *options])
 
 
@@ -342,7 +343,7 @@ def catalogue_manifest(sweep: SweepRecord) -> dict[str, Any]:
 
 
 def cost(sweep: SweepRecord) -> dict[str, str]:
-    """What the sweep took."""
+    """Images, hours and machines that the sweep took, in words."""
     statuses = sweep.statuses
     ends = [f"{statuses[s]} {s}" for s in ("done", "stopped", "diverged", "failed", "running") if statuses[s]]
     seconds = sum(trial.seconds for trial in sweep.trials)

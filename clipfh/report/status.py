@@ -1,4 +1,4 @@
-"""How a run or a sweep stands, from the files it writes; nothing of it is touched."""
+"""How a run or a sweep stands, read from its files, none of which is changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RunProgress:
 
     @property
     def left(self) -> float:
-        """Seconds to its end, at the speed it has."""
+        """Seconds to its end, at its present speed."""
         return max(0.0, self.total - self.images) / self.images_per_second if self.images_per_second else math.nan
 
 
@@ -84,7 +84,7 @@ def _describe_sweep(sweep: SweepRecord) -> str:
 
 @dataclass(frozen=True)
 class _FinalProgress:
-    """The runs behind the search: leading settings again, and the refit."""
+    """The runs after the search: leading settings again, and the refit."""
 
     runs: list[RunProgress]
     seeds: int
@@ -105,23 +105,23 @@ class _FinalProgress:
         return "final runs: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
-def _final_progress(sweep: SweepRecord, seen: set[float]) -> _FinalProgress:
-    """Progress of the final runs that are there, and those that the sweep file asks for besides.
+def _final_progress(sweep: SweepRecord, budgets: set[float]) -> _FinalProgress:
+    """Progress of the final runs, with the ones that the sweep file still asks for.
 
     Args:
-        sweep: as read.
-        seen: images that trials have seen; the most are a budget.
+        sweep: the sweep.
+        budgets: numbers of images that trials have seen; the largest is a run's budget.
     """
-    asked, runs = sweep.file.final, [_progress(run) for run in sweep.final]
+    final, runs = sweep.file.final, [_progress(run) for run in sweep.final]
     refits = sum(artifacts.is_refit(run.name) for run in runs)
-    seeds = min(asked.top, sweep.planned) * asked.seeds - (len(runs) - refits)
-    totals = {run.total for run in runs} | seen
+    seeds = min(final.top, sweep.planned) * final.seeds - (len(runs) - refits)
+    totals = {run.total for run in runs} | budgets
     images = max((total for total in totals if total == total), default=math.nan)
-    return _FinalProgress(runs, max(0, seeds) if not refits else 0, max(0, asked.refit - refits), images)
+    return _FinalProgress(runs, max(0, seeds) if not refits else 0, max(0, final.refit - refits), images)
 
 
 def table(path: str | Path, rows: int) -> Table:
-    """A sweep's trials: those that run, then the best of the others, as many as there is room for."""
+    """A sweep's trials: running ones, then the best of the others, as many as `rows` allows."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     if not Folder(path).exists(layout.SWEEP):
         return table
@@ -165,11 +165,11 @@ def _race_lines(sweep: SweepRecord) -> list[str]:
     """How the race of several models stands; none where there is no race, or none has begun."""
     if not sweep.race:
         return []
-    measured = sorted((each for each in sweep.race if each["val_mAP"] >= 0), key=lambda each: -each["val_mAP"])
-    shown = ", ".join(f"{each['model']} {each['val_mAP']:.4f}" for each in measured)
-    kept = [each["model"] for each in sweep.race if each["kept"]]
-    state = f"{', '.join(kept)} searched" if kept else f"{len(measured)} of {len(sweep.race)} measured"
-    return [f"race of {len(sweep.race)} models: {state}" + (f" (zero-shot val mAP: {shown})" if shown else "")]
+    models = sorted((each for each in sweep.race if each["val_mAP"] >= 0), key=lambda each: -each["val_mAP"])
+    scores = ", ".join(f"{each['model']} {each['val_mAP']:.4f}" for each in models)
+    survivors = [each["model"] for each in sweep.race if each["kept"]]
+    state = f"{', '.join(survivors)} searched" if survivors else f"{len(models)} of {len(sweep.race)} measured"
+    return [f"race of {len(sweep.race)} models: {state}" + (f" (zero-shot val mAP: {scores})" if scores else "")]
 
 
 def _soup_lines(sweep: SweepRecord) -> list[str]:
@@ -201,13 +201,13 @@ def _run_line(run: RunProgress) -> str:
 
 
 def _outlook(ended: list[TrialRecord], running: list[RunProgress], to_come: int, final: _FinalProgress) -> str:
-    """Speed, and the time left if trials to come see as many images as those that have ended."""
+    """Speed, and the time left if trials to come see as many images as ended ones did."""
     now = [run for run in (*running, *final.running) if run.images_per_second]
     speed = sum(run.images_per_second for run in now)
     if not speed:
         return "time left: not known before a running trial's or final run's first report"
-    seen = [trial.images for trial in ended] or [run.total for run in running if run.total == run.total]
-    images = to_come * sum(seen) / max(1, len(seen)) + sum(run.left * run.images_per_second for run in now)
+    counts = [trial.images for trial in ended] or [run.total for run in running if run.total == run.total]
+    images = to_come * sum(counts) / max(1, len(counts)) + sum(run.left * run.images_per_second for run in now)
     seconds = (images + (final.seeds and final.seeds * final.images)) / speed
     seconds += (final.refits and final.refits * final.images) / (speed / len(now))  # by itself
     return f"{speed:.0f} images/s in all, about {_duration(seconds)} left if it runs"

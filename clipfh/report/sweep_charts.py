@@ -1,4 +1,4 @@
-"""Charts of a sweep: its course, what its settings are worth, and how they go together."""
+"""Charts of a sweep: its course, the importance of its settings, and how they go together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipfh.report.charts import ACCENT, DOT, INK, PAPER, QUIET, RULE, SMALL_DOT
 from clipfh.storage import layout
 
 ENOUGH = 10
-"""Trials from which on it makes sense to ask which setting matters."""
+"""Fewest trials that can tell which setting matters."""
 OFF = 0.14
 """Share of a setting's axis that is kept for the value that switches it off."""
 
@@ -26,22 +26,22 @@ OFF = 0.14
 @styled
 def plot_optimization_history(sweep: SweepRecord) -> Markup:
     """Each trial's score by its number, and the best so far."""
-    scored = [trial for trial in sweep.trials if trial.score is not None]
-    if not scored:
+    trials = [trial for trial in sweep.trials if trial.score is not None]
+    if not trials:
         return Markup()
     axes = charts.make_axes("trial")
     top, steps = -math.inf, []
-    for trial in scored:
+    for trial in trials:
         top = max(top, trial.score or 0)
         steps.append((trial.number, top))
     charts.draw_line(
         axes, [*steps, (sweep.trials[-1].number, top)], color=ACCENT, drawstyle="steps-post", label="best so far"
     )
-    _scattered(axes, sweep, [(trial.number, trial, tip(trial, sweep.search)) for trial in scored])
-    lost = [trial for trial in sweep.trials if trial.is_lost]
-    scores = [trial.score or 0 for trial in scored] + ([] if sweep.zero_shot is None else [sweep.zero_shot])
+    _scattered(axes, sweep, [(trial.number, trial, tip(trial, sweep.search)) for trial in trials])
+    failures = [trial for trial in sweep.trials if trial.is_lost]
+    scores = [trial.score or 0 for trial in trials] + ([] if sweep.zero_shot is None else [sweep.zero_shot])
     low = min(scores) - 0.1 * (max(scores) - min(scores))
-    crosses = [(t.number, low, f"trial {t.name} {t.status}: {t.error}") for t in lost]
+    crosses = [(t.number, low, f"trial {t.name} {t.status}: {t.error}") for t in failures]
     charts.draw_marks(axes, crosses, "failed or diverged", marker="x", color=SOFT)
     charts.draw_level(axes, sweep.zero_shot)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -49,10 +49,10 @@ def plot_optimization_history(sweep: SweepRecord) -> Markup:
     return charts.to_svg(axes, "Validation mAP by trial")
 
 
-def _scattered(axes: Axes, sweep: SweepRecord, placed: Sequence[tuple[float, TrialRecord, str]]) -> None:
+def _scattered(axes: Axes, sweep: SweepRecord, points: Sequence[tuple[float, TrialRecord, str]]) -> None:
     """A mark for each trial, with its tip: hollow where it did not use its whole budget, large for the best."""
-    size = DOT if len(placed) <= 60 else SMALL_DOT
-    marks = [(trial, (x, trial.score or 0, said)) for x, trial, said in placed]
+    size = DOT if len(points) <= 60 else SMALL_DOT
+    marks = [(trial, (x, trial.score or 0, text)) for x, trial, text in points]
     others = [(trial.status == "done", mark) for trial, mark in marks if trial.name != sweep.best]
     hollow, full = ([mark for whole, mark in others if whole == kind] for kind in (False, True))
     charts.draw_marks(axes, hollow, "part of the budget", s=size, facecolors=PAPER, edgecolors=QUIET, zorder=2.5)
@@ -62,7 +62,7 @@ def _scattered(axes: Axes, sweep: SweepRecord, placed: Sequence[tuple[float, Tri
 
 
 def tip(trial: TrialRecord, names: Iterable[str]) -> str:
-    """Name and score of a trial, and these of its settings."""
+    """Name and score of a trial, and its settings of these names."""
     score = "no figure" if trial.score is None else f"{trial.score:.3f}"
     settings = [f"{name} {short(trial.settings[name])}" for name in names if name in trial.settings]
     return "; ".join([f"trial {trial.name}, {trial.status}: {score}", *settings])
@@ -88,7 +88,7 @@ def plot_intermediate_values(sweep: SweepRecord) -> Markup:
 
 @styled
 def plot_param_importances(sweep: SweepRecord) -> Markup:
-    """How much each setting tells the best trials from the others, by Optuna."""
+    """The importance of each setting by Optuna: how much it tells the best trials from the others."""
     shares = compute_importances(sweep)
     if not shares:
         return Markup()
@@ -108,7 +108,7 @@ def plot_param_importances(sweep: SweepRecord) -> Markup:
 def compute_importances(sweep: SweepRecord) -> dict[str, float]:
     """Importance of each searched setting, the highest first; empty before there are `ENOUGH` trials.
 
-    By PED-ANOVA, which also judges a setting that only some of the trials have. One that can be off counts with its
+    By PED-ANOVA, which also judges a setting that only some trials have. A setting that can be off counts with its
     switch.
     """
     if not sweep.folder.exists(layout.STUDY) or len(sweep.search) < 2 or len(sweep.trials) < ENOUGH:
@@ -131,7 +131,7 @@ def compute_importances(sweep: SweepRecord) -> dict[str, float]:
 
 @styled
 def plot_mix(sweep: SweepRecord) -> Markup:
-    """Validation mAP, and that of text to image, by the share of the tuned model."""
+    """Validation mAP, and mAP of text to image, by the share of the tuned model."""
     runs = next((step["blend"]["runs"] for step in sweep.steps if step["name"] == "mix"), None)
     mixes = sorted((each for each in sweep.measured if each["runs"] == runs), key=lambda each: each["share"])
     if not mixes:
@@ -158,7 +158,7 @@ class Scale:
         return 0.0 if self.range.off is None else OFF
 
     def place(self, value: Any) -> float:  # noqa: ANN401
-        """A value's place."""
+        """The place of a value."""
         if self.range.off is not None and value == self.range.off:
             return 0.0
         if self.range.kind == "choice":
@@ -195,14 +195,14 @@ class Scale:
 def plot_slice(sweep: SweepRecord, name: str) -> Markup:
     """The trials' scores by one setting."""
     scale = Scale(sweep.search[name])
-    scored = [t for t in sweep.trials if t.score is not None and name in t.settings]
-    if not scored:
+    trials = [t for t in sweep.trials if t.score is not None and name in t.settings]
+    if not trials:
         return Markup()
     axes = charts.make_axes(height=190)
     if scale.range.off is not None:
         axes.axvline(OFF / 2, color=RULE)
-    places = [scale.place(t.settings[name]) + _aside(scale, t, name) for t in scored]
-    _scattered(axes, sweep, [(x, t, tip(t, [name])) for x, t in zip(places, scored, strict=True)])
+    places = [scale.place(t.settings[name]) + _aside(scale, t, name) for t in trials]
+    _scattered(axes, sweep, [(x, t, tip(t, [name])) for x, t in zip(places, trials, strict=True)])
     charts.draw_level(axes, sweep.zero_shot)
     axes.set_xlim(-0.04, 1.04)
     axes.margins(y=0.1)
@@ -211,7 +211,7 @@ def plot_slice(sweep: SweepRecord, name: str) -> Markup:
 
 
 def _aside(scale: Scale, trial: TrialRecord, name: str) -> float:
-    """A little to the side, by the trial's number, where many share one value."""
+    """A small shift to the side, by the trial's number, where many trials share a value."""
     if scale.range.kind != "choice" and trial.settings[name] != scale.range.off:
         return 0.0
     return 0.05 * (trial.number * 0.618 % 1 - 0.5)
@@ -219,7 +219,7 @@ def _aside(scale: Scale, trial: TrialRecord, name: str) -> float:
 
 @styled
 def plot_parallel_coordinate(sweep: SweepRecord) -> Markup:
-    """A line a trial through its settings, one axis below the other, down to what it reached."""
+    """A line for each trial through its settings, one axis below the other, down to its score."""
     trials = sorted((t for t in sweep.trials if t.score is not None), key=lambda t: t.score or 0)
     if len(trials) < 2:
         return Markup()

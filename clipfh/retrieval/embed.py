@@ -51,9 +51,9 @@ class Encoder(Protocol):
 
 
 def connection(address: str | None, dashboard: bool = False) -> AbstractContextManager[None]:
-    """A connection to a cluster to embed over, where one is named or this machine has several GPUs; else nothing.
+    """Connect to a cluster to embed over, where one is named or this machine has several GPUs; else do nothing.
 
-    All else is done sooner in this process than a cluster is up: it decodes and computes on all cores, and feeds a GPU.
+    Other work ends in this process before a cluster is up: it decodes and computes on all cores, and feeds a GPU.
     """
     if not address and not os.environ.get("RAY_ADDRESS") and torch.cuda.device_count() <= 1:
         return contextlib.nullcontext()
@@ -93,7 +93,7 @@ class InProcessEncoder:
 
 @contextlib.contextmanager
 def _with_share_of_cores() -> Iterator[None]:
-    """torch computes with this process's share of the cores, and then as before."""
+    """Let torch compute with this process's share of the cores during the block."""
     before = torch.get_num_threads()
     with cores.Share() as share:
         torch.set_num_threads(min(share.threads(), before))

@@ -24,7 +24,7 @@ from clipfh.model.towers import Towers, embed_images, embed_texts
 from clipfh.retrieval import embed
 
 IMAGES_A_PROCESS = 512
-"""Images that are worth a process: fewer are embedded before it has loaded torch and the model."""
+"""Fewest images that are worth one more process: fewer are embedded before it has loaded torch and the model."""
 
 
 class _Embedder:
@@ -54,7 +54,7 @@ def _embed_on_cpu(batch: Any, clip: Any, precision: str) -> Any:
 
 
 class RayEncoder:
-    """The `embed.Encoder` whose model lies in Ray's object store, for all processes that embed."""
+    """The `embed.Encoder` that keeps its model in Ray's object store, for all processes that embed."""
 
     def __init__(self, clip: nn.Module, settings: ModelSettings) -> None:
         self.settings, self.preprocess = settings, get_preprocess(clip)
@@ -68,9 +68,9 @@ class RayEncoder:
         at_once = min(len(paths), resources.compute_slots(), math.ceil(total / IMAGES_A_PROCESS))
         # Not `read_parquet`, which starts some ten processes more to look into a handful of files
         shards = ray.data.from_items([{"shard": path} for path in paths], override_num_blocks=len(paths))
-        decoded = _map_in_tasks(shards, _decode, None, 0.5, at_once, preprocess=self.preprocess)
+        pixels = _map_in_tasks(shards, _decode, None, 0.5, at_once, preprocess=self.preprocess)
         done, parts = 0, []
-        for part in self._run(decoded, at_once):
+        for part in self._run(pixels, at_once):
             parts.append(part)
             done += len(part)
             if progress:
@@ -90,10 +90,10 @@ class RayEncoder:
         if gpus:
             pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)
             how: dict[str, Any] = {"fn_constructor_kwargs": {**arguments, "gpus": 1}, "compute": pool, "num_gpus": 1}
-            embedded = rows.map_batches(_Embedder, batch_size=embed.BATCH, **how)
+            embeddings = rows.map_batches(_Embedder, batch_size=embed.BATCH, **how)
         else:
-            embedded = _map_in_tasks(rows, _embed_on_cpu, embed.BATCH, 1, at_once, **arguments)
-        for batch in embedded.iter_batches(batch_format="numpy"):
+            embeddings = _map_in_tasks(rows, _embed_on_cpu, embed.BATCH, 1, at_once, **arguments)
+        for batch in embeddings.iter_batches(batch_format="numpy"):
             yield torch.from_numpy(batch["embedding"].copy())
 
 

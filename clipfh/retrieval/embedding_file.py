@@ -1,4 +1,4 @@
-"""A file of embeddings: Parquet, a row for each, and in its metadata what they were made of."""
+"""A file of embeddings: Parquet, a row for each, and in its metadata their provenance (what they were made of)."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from clipfh import UserError
 from clipfh.storage import store
 from clipfh.storage.store import Folder
 
-MARK = "clipfh"
+PROVENANCE = "clipfh"
 
 
-def write(file: Folder, rows: pa.Table, embedding: Tensor, mark: str) -> None:
+def write(file: Folder, rows: pa.Table, embedding: Tensor, provenance: str) -> None:
     """Write the file, whole or not at all.
 
     Args:
-        file: to write; one that is there is replaced.
-        rows: what the embeddings are of, N rows.
+        file: the file; an existing one is replaced.
+        rows: N rows that say what each embedding is of.
         embedding: (N, D) float32.
-        mark: what they were made of.
+        provenance: what the embeddings were made of.
     """
     vectors = pa.FixedSizeListArray.from_arrays(embedding.numpy().ravel(), embedding.shape[1])
-    table = rows.append_column("embedding", vectors).replace_schema_metadata({MARK: mark})
+    table = rows.append_column("embedding", vectors).replace_schema_metadata({PROVENANCE: provenance})
     file.parent.make()
     file.write_table("", table, compression="none", use_dictionary=False)
 
 
-def read_mark(file: Folder) -> str | None:
-    """What the embeddings of a file were made of; None where it is no file of embeddings. UserError: can't be read."""
+def read_provenance(file: Folder) -> str | None:
+    """The provenance of a file of embeddings; None where it is another kind of file. UserError: can't be read."""
     try:
-        mark = (store.open_parquet(file).schema_arrow.metadata or {}).get(MARK.encode())
+        provenance = (store.open_parquet(file).schema_arrow.metadata or {}).get(PROVENANCE.encode())
     except pa.ArrowException as error:
         raise _unreadable(file, error) from error
-    return mark.decode() if mark is not None else None
+    return provenance.decode() if provenance is not None else None
 
 
 def read(file: Folder) -> tuple[pa.Table, Tensor]:

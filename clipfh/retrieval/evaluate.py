@@ -1,4 +1,4 @@
-"""Embed a query and a gallery split, rank them, and write the figures and the predictions."""
+"""Embed a query and a gallery split, rank them, and write the metrics and the predictions."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def evaluate(
         random_splits: how often a random image of each item is drawn as its query.
         rerank: re-rank the gallery for each query (k-reciprocal).
         skip_unmatched: leave out, and count, queries without another image of their item in the gallery.
-        beside: other catalogues, to tell what was forgotten: figures of the checkpoint, and of the model that it was
-            tuned from.
+        beside: other catalogues, to tell what was forgotten: there the checkpoint is measured too, and the model that
+            it was tuned from.
         settings: dotted settings of the model and the prompts, such as {"model.name": "clipfh-small"}.
         address: Ray cluster to embed over.
         dashboard: serve Ray's dashboard, where a cluster is started.
@@ -95,31 +95,31 @@ def evaluate(
         UserError: the catalogue, the folder, the model or a setting does not fit.
     """
     require_writable(out)
-    opened, out, others = open_catalogue(catalogue), Folder(out), [open_catalogue(each) for each in beside]
+    catalogue, out, others = open_catalogue(catalogue), Folder(out), [open_catalogue(each) for each in beside]
     if others and checkpoint is None:
         raise UserError("--beside compares a tuned model with what it was tuned from: name it by --checkpoint")
     require(random_splits >= 0, "random-splits", "0 or more", random_splits)
     if not out.is_empty() and not any(out.exists(file) for file in (layout.PREDICTIONS, layout.EMBEDDINGS)):
         raise UserError(f"--out {out} is not empty, and holds no evaluation to replace: name another folder")
     splits = get_splits(split)
-    for each in (opened, *others):
+    for each in (catalogue, *others):
         each.require(*splits)
     clip, experiment, weights = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
-    for note in notes_on_model(clip, experiment.model, weights or weights_name(experiment.model), opened):
+    for note in notes_on_model(clip, experiment.model, weights or weights_name(experiment.model), catalogue):
         log(note)
-    prompts = load_prompts_for(opened, experiment, load_tokenizer(get_architecture(clip)), *splits)
-    notes = notes_on_prompts(opened, experiment)
+    prompts = load_prompts_for(catalogue, experiment, load_tokenizer(get_architecture(clip)), *splits)
+    notes = notes_on_prompts(catalogue, experiment)
     work = _Work(splits, experiment, skip_unmatched, progress, functools.partial(embed.connection, address, dashboard))
     before, name = load_tuned_from(checkpoint, experiment) if others and checkpoint else (clip, "")
-    embedded, is_reused = work.embed_or_reuse(out, opened, clip, prompts)
+    embeddings, is_reused = work.embed_or_reuse(out, catalogue, clip, prompts)
     if others:
         log(f"on {len(others)} other catalogues, before tuning ({name}) and after")
     compared = [work.compare(out, other, before, clip) for other in others]
-    figures = measure(out, embedded, random_splits, skip_unmatched, rerank, compared)
-    source = {"path": str(opened.path), "hash": opened.manifest["hash"]}
+    results = measure(out, embeddings, random_splits, skip_unmatched, rerank, compared)
+    source = {"path": str(catalogue.path), "hash": catalogue.manifest["hash"]}
     about = {"catalogue": source, "split": split, "model": experiment.model.name, "checkpoint": checkpoint}
     out.write(layout.EVALUATION, json.dumps(about, indent=2, default=str) + "\n")
-    return Evaluation(out, figures, is_reused, notes)
+    return Evaluation(out, results, is_reused, notes)
 
 
 @dataclass(frozen=True)
@@ -131,44 +131,44 @@ class _Work:
     skip_unmatched: bool
     progress: embed.OnProgress | None
     connect: Callable[[], AbstractContextManager[None]]
-    """connects to what embeds"""
+    """connects to the cluster that embeds, if there is one"""
 
     def embed_or_reuse(
         self, folder: Folder, catalogue: Catalogue, clip: nn.Module, prompts: dict[str, str]
-    ) -> tuple[Embedded, bool]:
-        """Embeddings of a catalogue, left in a folder; and whether they were there."""
+    ) -> tuple[EmbeddedSplits, bool]:
+        """Embeddings of a catalogue, which are left in the folder; and whether they were there already."""
         settings = self.experiment.model
-        mark = fingerprint(catalogue, self.splits, clip, settings, prompts)
-        if (reused := kept(folder, mark, catalogue, self.splits, prompts)) is not None:
-            return reused, True
+        provenance = fingerprint(catalogue, self.splits, clip, settings, prompts)
+        if (embeddings := read_cached_embeddings(folder, provenance, catalogue, self.splits, prompts)) is not None:
+            return embeddings, True
         with all_or_nothing(folder, layout.EMBEDDINGS), self.connect():
-            embedded = embed_splits(catalogue, self.splits, clip, settings, prompts, self.progress)
+            embeddings = embed_splits(catalogue, self.splits, clip, settings, prompts, self.progress)
             folder.make()
-            keep(folder, mark, embedded)
-        return embedded, False
+            cache_embeddings(folder, provenance, embeddings)
+        return embeddings, False
 
     def compare(self, out: Folder, other: Catalogue, before: nn.Module, after: nn.Module) -> dict[str, Any]:
-        """Figures of another catalogue before and after tuning, and the gain; both evaluations are left below `out`."""
+        """Metrics on another catalogue before and after tuning, and the gain; both evaluations are left below `out`."""
         own = schema.replace(self.experiment, {"text.file": ""})  # a file of prompts is of the first catalogue's items
         prompts = load_prompts_for(other, own, load_tokenizer(get_architecture(after)), *self.splits)
         folder = out / layout.BESIDE / f"{other.path.name}-{other.manifest['hash'][:8]}"
-        found, scores = {}, []
+        results, scores = {}, []
         for name, clip in ((layout.BEFORE, before), (layout.AFTER, after)):
-            embedded, _ = self.embed_or_reuse(folder / name, other, clip, prompts)
-            measured, overall = judge(embedded, 0, self.skip_unmatched)
-            write(folder / name, measured, embedded, overall)
-            found[name] = {**metrics.summary(overall), "text_to_image": measured["text_to_image"]}
+            embeddings, _ = self.embed_or_reuse(folder / name, other, clip, prompts)
+            values, overall = judge(embeddings, 0, self.skip_unmatched)
+            write(folder / name, values, embeddings, overall)
+            results[name] = {**metrics.summary(overall), "text_to_image": values["text_to_image"]}
             scores.append(overall)
         return {
             "catalogue": str(other.path),
             "hash": other.manifest["hash"],
-            **found,
+            **results,
             "gain": metrics.gain(scores[0], scores[1]),
         }
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedSplits:
     """Embeddings of a query and a gallery split, with their rows in the catalogue."""
 
     query: metrics.Embeddings
@@ -176,11 +176,11 @@ class Embedded:
     query_rows: pa.Table
     gallery_rows: pa.Table
     captions: metrics.CaptionEmbeddings | None
-    """of the items that have a prompt"""
+    """captions of the items that have a prompt"""
     prompts: list[str]
-    """the captions, in their order"""
+    """the captions' texts, in the same order"""
     copies: list[CopyGroup] = field(default_factory=list)
-    """of the whole catalogue"""
+    """copies in the whole catalogue"""
 
     @property
     def both(self) -> metrics.Embeddings:
@@ -195,14 +195,14 @@ def embed_splits(
     settings: ModelSettings,
     prompts: dict[str, str],
     progress: embed.OnProgress | None = None,
-) -> Embedded:
+) -> EmbeddedSplits:
     """Embed a query and a gallery split, and the prompts of their items, by the encoder of `choose_encoder`.
 
     Args:
         catalogue: to read.
         splits: names of the query and the gallery split.
         clip: the model.
-        settings: of the model.
+        settings: the model's settings.
         prompts: item to prompt; items without one are left out of text retrieval.
         progress: called with the number of images done and of all images.
 
@@ -228,8 +228,8 @@ def choose_encoder(clip: nn.Module, settings: ModelSettings) -> embed.Encoder:
 
 def _assembled(
     catalogue: Catalogue, splits: tuple[str, str], prompts: dict[str, str], images: Tensor, texts: Tensor | None
-) -> Embedded:
-    """The embeddings of the splits' images and of their distinct prompts, with what they are of."""
+) -> EmbeddedSplits:
+    """Join the embeddings of the splits' images and of their distinct prompts with their rows in the catalogue."""
     tables = [catalogue.rows(split) for split in splits]
     copies = audit.read_copies(catalogue)
     codes = _codes(tables, copies)
@@ -241,7 +241,7 @@ def _assembled(
         row_of = {text: row for row, text in enumerate(distinct)}
         pairs = [(code, row_of[prompts[name]]) for name, code in code_of.items() if name in prompts]
         captions = metrics.CaptionEmbeddings(texts, *torch.tensor(pairs).T)
-    return Embedded(rows.select(query), rows.select(gallery), tables[0], tables[1], captions, distinct, copies)
+    return EmbeddedSplits(rows.select(query), rows.select(gallery), tables[0], tables[1], captions, distinct, copies)
 
 
 def distinct_prompts(catalogue: Catalogue, splits: Sequence[str], prompts: dict[str, str]) -> list[str]:
@@ -259,7 +259,7 @@ def prompted(catalogue: Catalogue, splits: Sequence[str], prompts: dict[str, str
 def _codes(tables: Sequence[pa.Table], copies: Sequence[CopyGroup]) -> list[np.ndarray]:
     """Codes of item, (item, variant) and picture over the rows of all tables.
 
-    No variant known is a variant of its own; photos that are equal to the pixel are one picture.
+    An unknown variant is a variant of its own; photos that are equal to the pixel are one picture.
     """
     item, variant, path = (_column(tables, name) for name in ("item_id", "variant", "path"))
     pair = [f"{i} {v}" for i, v in zip(item, variant, strict=True)]
@@ -280,112 +280,116 @@ def fingerprint(
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
-def keep(out: str | Path | Folder, mark: str, embedded: Embedded) -> None:
-    """Leave the embeddings in a folder, with the fingerprint of what they were made of."""
+def cache_embeddings(out: str | Path | Folder, provenance: str, embeddings: EmbeddedSplits) -> None:
+    """Leave the embeddings in a folder, with the `fingerprint` of what they were made of."""
     folder = Folder(out)
-    rows = pa.concat_tables([embedded.query_rows, embedded.gallery_rows]).select(["path", "item_id", "split"])
-    if embedded.captions is not None:
-        texts = pa.table({"prompt": embedded.prompts})
-        embedding_file.write(folder / layout.PROMPTS, texts, embedded.captions.embedding, mark)
-    embedding_file.write(folder / layout.EMBEDDINGS, rows, embedded.both.embedding, mark)
+    rows = pa.concat_tables([embeddings.query_rows, embeddings.gallery_rows]).select(["path", "item_id", "split"])
+    if embeddings.captions is not None:
+        texts = pa.table({"prompt": embeddings.prompts})
+        embedding_file.write(folder / layout.PROMPTS, texts, embeddings.captions.embedding, provenance)
+    embedding_file.write(folder / layout.EMBEDDINGS, rows, embeddings.both.embedding, provenance)
 
 
-def kept(
-    out: str | Path | Folder, mark: str, catalogue: Catalogue, splits: tuple[str, str], prompts: dict[str, str]
-) -> Embedded | None:
-    """What `keep` left in a folder; None where that is nothing, or was made of anything else."""
-    images, texts = (_read(Folder(out), name, mark) for name in (layout.EMBEDDINGS, layout.PROMPTS))
+def read_cached_embeddings(
+    out: str | Path | Folder, provenance: str, catalogue: Catalogue, splits: tuple[str, str], prompts: dict[str, str]
+) -> EmbeddedSplits | None:
+    """What `cache_embeddings` left in a folder; None where it left nothing, or what was made of anything else."""
+    images, texts = (_read(Folder(out), name, provenance) for name in (layout.EMBEDDINGS, layout.PROMPTS))
     lacking = texts is None and distinct_prompts(catalogue, splits, prompts)
     return None if images is None or lacking else _assembled(catalogue, splits, prompts, images, texts)
 
 
-def _read(folder: Folder, name: str, mark: str) -> Tensor | None:
-    """The embeddings in a file; None where there is none or its mark is another."""
+def _read(folder: Folder, name: str, provenance: str) -> Tensor | None:
+    """The embeddings in a file; None where there is no file, or one of another provenance."""
     file = folder / name
-    return embedding_file.read(file)[1] if file.exists() and embedding_file.read_mark(file) == mark else None
+    is_same = file.exists() and embedding_file.read_provenance(file) == provenance
+    return embedding_file.read(file)[1] if is_same else None
 
 
 def measure(
     out: str | Path | Folder,
-    embedded: Embedded,
+    embeddings: EmbeddedSplits,
     random_splits: int,
     skip_unmatched: bool = False,
     rerank: bool = False,
     beside: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Work out the `figures`, re-ranked if asked, and `write` them with those `beside`; returns them.
+    """Compute the metrics, re-ranked if asked, and `write` them with the ones `beside`; returns them.
 
     Raises:
-        UserError: as `figures`.
+        UserError: as `judge`.
     """
-    similarity = reranking.rerank(embedded.query, embedded.gallery) if rerank else None
-    found, scores = judge(embedded, random_splits, skip_unmatched, similarity)
-    found["rerank"] = {"k1": reranking.K1, "k2": reranking.K2, "lambda": reranking.LAMBDA} if rerank else None
-    found["beside"] = list(beside)
-    write(out, found, embedded, scores, similarity)
-    return found
+    similarity = reranking.rerank(embeddings.query, embeddings.gallery) if rerank else None
+    results, scores = judge(embeddings, random_splits, skip_unmatched, similarity)
+    results["rerank"] = {"k1": reranking.K1, "k2": reranking.K2, "lambda": reranking.LAMBDA} if rerank else None
+    results["beside"] = list(beside)
+    write(out, results, embeddings, scores, similarity)
+    return results
 
 
-def figures(embedded: Embedded, random_splits: int, skip_unmatched: bool = False) -> dict[str, Any]:
+def compute_metrics(embeddings: EmbeddedSplits, random_splits: int, skip_unmatched: bool = False) -> dict[str, Any]:
     """All that `metrics.json` holds, by the cosine. UserError: as `judge`."""
-    return judge(embedded, random_splits, skip_unmatched)[0]
+    return judge(embeddings, random_splits, skip_unmatched)[0]
 
 
 def judge(
-    embedded: Embedded, random_splits: int, skip_unmatched: bool = False, similarity: metrics.Similarity | None = None
+    embeddings: EmbeddedSplits,
+    random_splits: int,
+    skip_unmatched: bool = False,
+    similarity: metrics.Similarity | None = None,
 ) -> tuple[dict[str, Any], metrics.Scores]:
     """All that `metrics.json` holds, null where there is nothing to score; and what each query scored.
 
     Args:
-        embedded: query and gallery.
-        random_splits: how many; 0 leaves them out.
+        embeddings: query and gallery.
+        random_splits: number of random splits; 0 leaves them out.
         skip_unmatched: leave out, and count, queries without another image of their item in the gallery.
-        similarity: of queries and gallery, in place of the cosine. Random splits and texts keep the cosine.
+        similarity: replaces the cosine of queries and gallery. Random splits and texts keep the cosine.
 
     Raises:
-        UserError: a query without such an image, unless skipped.
+        UserError: a query has no other image of its item in the gallery, unless `skip_unmatched`.
     """
-    query, gallery = embedded.query, embedded.gallery
+    query, gallery = embeddings.query, embeddings.gallery
     scores = metrics.score(query, gallery, skip_unmatched=True, similarity=similarity)
     overall = scores[0]
     if not skip_unmatched:
-        _require_matched(overall, embedded)
-    found = {**metrics.summary(overall), "cmc": metrics.cmc(overall)}
-    found["variant"] = {"same": metrics.summary(scores[1]), "cross": metrics.summary(scores[2])}
+        _require_matched(overall, embeddings)
+    results = {**metrics.summary(overall), "cmc": metrics.cmc(overall)}
+    results["variant"] = {"same": metrics.summary(scores[1]), "cross": metrics.summary(scores[2])}
     for group in ("category", "gender"):
-        found[f"by_{group}"] = metrics.by_group(overall, embedded.query_rows[group].to_pylist())
-    found["random_splits"] = metrics.random_splits(embedded.both, random_splits) if random_splits else None
-    found["without_copies"] = _figures_without_copies(embedded, similarity)
-    return {**found, **_text_figures(embedded)}, overall
+        results[f"by_{group}"] = metrics.by_group(overall, embeddings.query_rows[group].to_pylist())
+    results["random_splits"] = metrics.random_splits(embeddings.both, random_splits) if random_splits else None
+    results["without_copies"] = _summary_without_copies(embeddings, similarity)
+    return {**results, **_text_metrics(embeddings)}, overall
 
 
-def _figures_without_copies(embedded: Embedded, similarity: metrics.Similarity | None) -> dict[str, Any] | None:
+def _summary_without_copies(embeddings: EmbeddedSplits, similarity: metrics.Similarity | None) -> dict[str, Any] | None:
     """`summary` without the photos that show a picture of another part of the catalogue (leaks).
 
     Near copies of a query do not count as found. None where there are no copies among the photos.
     """
-    rows = (embedded.query_rows, embedded.gallery_rows)
+    rows = (embeddings.query_rows, embeddings.gallery_rows)
     query_paths, gallery_paths = (table["path"].to_pylist() for table in rows)
-    copied = {photo.path for group in embedded.copies for photo in group.photos}
-    if copied.isdisjoint(query_paths) and copied.isdisjoint(gallery_paths):
+    copies = {photo.path for group in embeddings.copies for photo in group.photos}
+    if copies.isdisjoint(query_paths) and copies.isdisjoint(gallery_paths):
         return None
-    leaked = audit.leaked_paths(embedded.copies)
+    leaked = audit.leaked_paths(embeddings.copies)
     own = torch.tensor([path not in leaked for path in query_paths])
     theirs = torch.tensor([path not in leaked for path in gallery_paths])
-    picture = torch.from_numpy(audit.picture_codes(query_paths + gallery_paths, embedded.copies, near=True))
-    query = replace(embedded.query, image=picture[: len(own)]).select(own)
-    gallery = replace(embedded.gallery, image=picture[len(own) :]).select(theirs)
+    picture = torch.from_numpy(audit.picture_codes(query_paths + gallery_paths, embeddings.copies, near=True))
+    query = replace(embeddings.query, image=picture[: len(own)]).select(own)
+    gallery = replace(embeddings.gallery, image=picture[len(own) :]).select(theirs)
     if not len(query) or not len(gallery):
         return None
     numbers = own.nonzero().flatten()
-    among = (lambda asked: similarity(numbers[asked])[:, theirs]) if similarity else None
+    among = (lambda queries: similarity(numbers[queries])[:, theirs]) if similarity else None
     scores = metrics.score(query, gallery, skip_unmatched=True, similarity=among)
     return metrics.summary(scores[0])
 
 
-def _require_matched(scores: metrics.Scores, embedded: Embedded) -> None:
-    """Raise UserError for queries whose item has no other photo in the gallery, be it a copy of theirs."""
-    rows, gallery = embedded.query_rows, embedded.gallery_rows
+def _require_matched(scores: metrics.Scores, embeddings: EmbeddedSplits) -> None:
+    """Raise UserError for queries whose item has no other photo in the gallery; a copy of the query would do."""
+    rows, gallery = embeddings.query_rows, embeddings.gallery_rows
     paths = defaultdict(set)
     for item, path in zip(gallery["item_id"].to_pylist(), gallery["path"].to_pylist(), strict=True):
         paths[item].add(path)
@@ -399,55 +403,55 @@ def _require_matched(scores: metrics.Scores, embedded: Embedded) -> None:
         )
 
 
-def _text_figures(embedded: Embedded) -> dict[str, Any]:
-    """Figures of text retrieval, where prompts tell more apart than nothing, and what they tell apart."""
-    if embedded.captions is None:
+def _text_metrics(embeddings: EmbeddedSplits) -> dict[str, Any]:
+    """Metrics of text retrieval, unless prompts tell nothing apart, and what prompts tell apart."""
+    if embeddings.captions is None:
         return {"prompts_tell_apart": None, "text_to_image": None, "image_to_text": None}
-    prompt_of = dict(zip(embedded.captions.item.tolist(), embedded.captions.caption.tolist(), strict=True))
-    rows = pa.concat_tables([embedded.query_rows, embedded.gallery_rows])
+    prompt_of = dict(zip(embeddings.captions.item.tolist(), embeddings.captions.caption.tolist(), strict=True))
+    rows = pa.concat_tables([embeddings.query_rows, embeddings.gallery_rows])
     kinds = zip(rows["category"].to_pylist(), rows["gender"].to_pylist(), strict=True)
-    told = tell_apart(prompt_of, dict(zip(embedded.both.item.tolist(), kinds, strict=True)))
-    if told == "nothing":
-        return {"prompts_tell_apart": told, "text_to_image": None, "image_to_text": None}
-    captioned = embedded.query.select(torch.isin(embedded.query.item, embedded.captions.item))
+    difference = tell_apart(prompt_of, dict(zip(embeddings.both.item.tolist(), kinds, strict=True)))
+    if difference == "nothing":
+        return {"prompts_tell_apart": difference, "text_to_image": None, "image_to_text": None}
+    captioned = embeddings.query.select(torch.isin(embeddings.query.item, embeddings.captions.item))
     return {
-        "prompts_tell_apart": told,
-        "text_to_image": metrics.text_to_image(embedded.captions, embedded.gallery),
-        "image_to_text": metrics.image_to_text(captioned, embedded.captions) if len(captioned) else None,
+        "prompts_tell_apart": difference,
+        "text_to_image": metrics.text_to_image(embeddings.captions, embeddings.gallery),
+        "image_to_text": metrics.image_to_text(captioned, embeddings.captions) if len(captioned) else None,
     }
 
 
 def write(
     out: str | Path | Folder,
-    found: dict[str, Any],
-    embedded: Embedded,
+    results: dict[str, Any],
+    embeddings: EmbeddedSplits,
     scores: metrics.Scores,
     similarity: metrics.Similarity | None = None,
 ) -> None:
-    """`metrics.json`, `predictions.parquet` (query, rank, gallery, similarity, match: the TOP of each query) and
+    """Write `metrics.json`, `predictions.parquet` (query, rank, gallery, similarity, match: the TOP of each query) and
     `queries.parquet` (query, item_id, AP over the whole gallery)."""
     folder = Folder(out)
     folder.make()
-    folder.write_table(layout.PREDICTIONS, predictions(embedded, similarity=similarity), compression="zstd")
-    asked = embedded.query_rows.select(["path", "item_id"]).rename_columns(["query", "item_id"])
-    folder.write_table(layout.QUERIES, asked.append_column("AP", pa.array(scores.values[:, 0].numpy())))
-    folder.write(layout.METRICS, json.dumps(found, indent=2) + "\n")
+    folder.write_table(layout.PREDICTIONS, predictions(embeddings, similarity=similarity), compression="zstd")
+    queries = embeddings.query_rows.select(["path", "item_id"]).rename_columns(["query", "item_id"])
+    folder.write_table(layout.QUERIES, queries.append_column("AP", pa.array(scores.values[:, 0].numpy())))
+    folder.write(layout.METRICS, json.dumps(results, indent=2) + "\n")
 
 
-def predictions(embedded: Embedded, top: int = TOP, similarity: metrics.Similarity | None = None) -> pa.Table:
+def predictions(embeddings: EmbeddedSplits, top: int = TOP, similarity: metrics.Similarity | None = None) -> pa.Table:
     """The first `top` gallery images of each query, without its own photo, in the order that metrics rank by."""
-    query, gallery = embedded.query, embedded.gallery
+    query, gallery = embeddings.query, embeddings.gallery
     column, value = metrics.nearest(query, gallery, top, similarity)
-    listed = column >= 0
+    is_photo = column >= 0
     row = torch.arange(len(query))[:, None].expand_as(column)
     rank = torch.arange(1, column.shape[1] + 1).expand_as(column)
     return pa.table(
         {
-            "query": embedded.query_rows["path"].take(pa.array(row[listed].numpy())),
-            "rank": rank[listed].int().numpy(),
-            "gallery": embedded.gallery_rows["path"].take(pa.array(column[listed].numpy())),
-            "similarity": value[listed].numpy(),
-            "match": (query.item[row[listed]] == gallery.item[column[listed]]).numpy(),
+            "query": embeddings.query_rows["path"].take(pa.array(row[is_photo].numpy())),
+            "rank": rank[is_photo].int().numpy(),
+            "gallery": embeddings.gallery_rows["path"].take(pa.array(column[is_photo].numpy())),
+            "similarity": value[is_photo].numpy(),
+            "match": (query.item[row[is_photo]] == gallery.item[column[is_photo]]).numpy(),
         }
     )
 

@@ -91,19 +91,20 @@ def embed(
         UserError: the catalogue, the file, the model or a setting does not fit.
     """
     require_writable(Folder(out).parent)
-    opened, out = open_catalogue(catalogue), Folder(out)
-    if out.is_folder() or (out.exists() and embedding_file.read_mark(out) is None):
+    catalogue, out = open_catalogue(catalogue), Folder(out)
+    if out.is_folder() or (out.exists() and embedding_file.read_provenance(out) is None):
         raise UserError(f"--out {out} is there, and holds no embeddings to replace: name another file")
     clip, experiment, weights = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
-    for note in notes_on_model(clip, experiment.model, weights or weights_name(experiment.model), opened):
+    for note in notes_on_model(clip, experiment.model, weights or weights_name(experiment.model), catalogue):
         log(note)
-    splits = [split for split in SPLITS if opened.num_images(split)]
-    prompts = load_prompts_for(opened, experiment, load_tokenizer(get_architecture(clip)), *splits)
+    splits = [split for split in SPLITS if catalogue.num_images(split)]
+    prompts = load_prompts_for(catalogue, experiment, load_tokenizer(get_architecture(clip)), *splits)
     with connection(address, dashboard):
-        embedding = evaluate.choose_encoder(clip, experiment.model).images(opened, splits, progress)
-    rows, origin = evaluate.prompted(opened, splits, prompts), describe_provenance(clip, experiment, weights, opened)
-    embedding_file.write(out, rows, embedding, origin)
-    return SearchIndex(out, rows, embedding, json.loads(origin))
+        embedding = evaluate.choose_encoder(clip, experiment.model).images(catalogue, splits, progress)
+    provenance = describe_provenance(clip, experiment, weights, catalogue)
+    rows = evaluate.prompted(catalogue, splits, prompts)
+    embedding_file.write(out, rows, embedding, provenance)
+    return SearchIndex(out, rows, embedding, json.loads(provenance))
 
 
 def search(
@@ -141,12 +142,12 @@ def search(
 
 
 def describe_provenance(clip: nn.Module, experiment: Experiment, weights: str, of: Catalogue) -> str:
-    """What a file of embeddings keeps of where it comes from, as JSON.
+    """The provenance that a file of embeddings holds, as JSON.
 
     Args:
         clip: the model.
-        experiment: of the model.
-        weights: where they lie; empty for those that the experiment itself starts from.
+        experiment: the model's experiment.
+        weights: path of the model's weights; empty where they are the ones that the experiment itself starts from.
         of: the catalogue.
     """
     source = {"path": str(of.path), "hash": of.manifest["hash"], "image_size": of.manifest["settings"]["image_size"]}
@@ -170,15 +171,15 @@ def open_index(file: str | Path | Folder) -> SearchIndex:
     file = Folder(file)
     if not file.is_file():
         raise UserError(f"--embeddings {file}: no such file: make one with clipfh embed CATALOGUE --out {file.name}")
-    provenance = _parse_provenance(embedding_file.read_mark(file))
+    provenance = _parse_provenance(embedding_file.read_provenance(file))
     if provenance is None:
         raise UserError(f"{file} is no file of clipfh embed: make one with clipfh embed CATALOGUE --out {file.name}")
     return SearchIndex(file, *embedding_file.read(file), provenance)
 
 
-def _parse_provenance(mark: str | None) -> dict[str, Any] | None:
+def _parse_provenance(text: str | None) -> dict[str, Any] | None:
     """The provenance as JSON; None for another command's, such as the fingerprint that an evaluation leaves."""
-    return json.loads(mark) if mark and mark.startswith("{") else None
+    return json.loads(text) if text and text.startswith("{") else None
 
 
 def load_embedding_model(index: SearchIndex, path: str | None = None) -> tuple[nn.Module, ModelSettings]:
@@ -189,7 +190,7 @@ def load_embedding_model(index: SearchIndex, path: str | None = None) -> tuple[n
         path: where the model's weights lie, if no longer where they were.
 
     Raises:
-        UserError: it is gone, or is not the same any more.
+        UserError: the model is gone, or is not the same any more.
     """
     experiment = schema.from_json(index.provenance["experiment"], str(index.file))
     where = path or index.provenance["weights"]
@@ -205,7 +206,7 @@ def load_embedding_model(index: SearchIndex, path: str | None = None) -> tuple[n
 
 
 def embed_photo(index: SearchIndex, clip: nn.Module, settings: ModelSettings, file: str | Path) -> Tensor:
-    """Unit embedding (D,) of a photo, taken in as the catalogue's own were. UserError: it can't be read."""
+    """Unit embedding (D,) of a photo, encoded as the catalogue's photos were. UserError: it can't be read."""
     photo = encode_photo(file, index.provenance["catalogue"]["image_size"])
     pixels = images.decode_for_evaluation(photo, get_preprocess(clip))
     return embed_images(
@@ -233,27 +234,32 @@ def find_nearest(index: SearchIndex, query: Tensor, top: int) -> list[SearchHit]
 
 
 def write_page(
-    out: str | Path | Folder, index: SearchIndex, asked: str, photo: Path | None, found: Sequence[SearchHit]
+    out: str | Path | Folder, index: SearchIndex, title: str, photo: Path | None, hits: Sequence[SearchHit]
 ) -> None:
-    """One HTML file, without network or script: what was asked for, and pictures of what was found.
+    """Write one HTML file, without network or script: the query, and pictures of its hits.
 
     Args:
         out: the file.
         index: the embeddings.
-        asked: the words, or the photo's name.
+        title: the words, or the photo's name.
         photo: the photo that asks; None for words.
-        found: nearest first.
+        hits: images, nearest first.
 
     Raises:
         UserError: the catalogue is gone or has changed.
     """
     source = index.provenance["catalogue"]
-    pictures = _open_source(index).images_at([find.path for find in found])
-    shown = [(find, images.thumbnail(pictures[find.path], *THUMBNAIL)) for find in found]
+    pictures = _open_source(index).images_at([hit.path for hit in hits])
+    entries = [(hit, images.thumbnail(pictures[hit.path], *THUMBNAIL)) for hit in hits]
     query = images.thumbnail(encode_photo(photo, source["image_size"]), *THUMBNAIL) if photo else None
     pages = Environment(loader=PackageLoader("clipfh.retrieval", ""), autoescape=True)
     text = pages.get_template("search.html").render(
-        asked=asked, query=query, shown=shown, count=len(index.embedding), catalogue=source["path"], version=__version__
+        title=title,
+        query=query,
+        entries=entries,
+        count=len(index.embedding),
+        catalogue=source["path"],
+        version=__version__,
     )
     out = Folder(out)
     out.parent.make()
@@ -261,14 +267,14 @@ def write_page(
 
 
 def _open_source(index: SearchIndex) -> Catalogue:
-    """The catalogue that was embedded, if it is still what it was."""
+    """The catalogue that was embedded. UserError: it is gone or has changed."""
     source = index.provenance["catalogue"]
     if not Folder(source["path"]).is_folder():
         raise UserError(
             f"the pictures are in the catalogue {source['path']}, which is gone: put it back, or embed it where it is "
             "now; without --html the search works as it is"
         )
-    opened = open_catalogue(source["path"])
-    if opened.manifest["hash"] != source["hash"]:
-        raise UserError(f"{opened.path} has changed since {index.file} was made: run clipfh embed again")
-    return opened
+    catalogue = open_catalogue(source["path"])
+    if catalogue.manifest["hash"] != source["hash"]:
+        raise UserError(f"{catalogue.path} has changed since {index.file} was made: run clipfh embed again")
+    return catalogue

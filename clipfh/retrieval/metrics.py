@@ -151,9 +151,9 @@ def cosine(query: Embeddings, gallery: Embeddings) -> Similarity:
 def nearest(
     query: Embeddings, gallery: Embeddings, top: int, similarity: Similarity | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The first `top` gallery rows of each query as the figures rank them, and their similarities.
+    """The first `top` gallery rows of each query as the metrics rank them, and their similarities.
 
-    Both (Q, top at most), on the CPU; after the last row, since a query's own photo is left out, -1 and -inf.
+    Both (Q, top at most), on the CPU. A query's own photo is left out: places without a row are -1 and -inf.
     """
     similarity, twins, parts = similarity or cosine(query, gallery), _RowsByCode.of(gallery.image), []
     for rows in blocks_of_rows(len(query), len(gallery)):
@@ -165,7 +165,7 @@ def nearest(
 
 
 def blocks_of_rows(rows: int, columns: int) -> Iterator[Tensor]:
-    """Numbers of rows, as many at once as a block of the similarity matrix has."""
+    """Numbers of rows, cut into blocks that have as many rows as a block of the similarity matrix."""
     yield from torch.arange(rows).split(_height(columns))
 
 
@@ -188,15 +188,15 @@ def summary(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, A
     """Means over the queries that have a positive, ready for JSON: `KEYS`, counts, `intervals` (key to [low, high]).
 
     `num_query` counts those queries, `num_unmatched` the others. An interval is the central 95% of a bootstrap over
-    items: an item is drawn with all its queries. A figure over no query is null, an interval over one item as well.
+    items: an item is drawn with all its queries. A mean over no query is null, as is an interval over one item.
     """
-    scored = ~scores.values[:, 0].isnan()
-    values, item = scores.values[scored], scores.item[scored]
+    has_positive = ~scores.values[:, 0].isnan()
+    values, item = scores.values[has_positive], scores.item[has_positive]
     return {
         **_means(values),
         "num_query": len(values),
         "num_gallery": scores.num_gallery,
-        "num_unmatched": len(scored) - len(values),
+        "num_unmatched": len(has_positive) - len(values),
         "intervals": _intervals(values.numpy(), item.numpy(), resamples, seed),
     }
 
@@ -219,8 +219,8 @@ def by_group(scores: Scores, labels: Sequence[str]) -> dict[str, dict[str, Any]]
     assert len(group) == len(scores.item)
     groups = {}
     for number, name in enumerate(names.tolist()):
-        chosen = torch.from_numpy(group == number)
-        whole = summary(replace(scores, values=scores.values[chosen], item=scores.item[chosen]))
+        members = torch.from_numpy(group == number)
+        whole = summary(replace(scores, values=scores.values[members], item=scores.item[members]))
         intervals = {key: whole["intervals"][key] for key in ("mAP", "rank1")}
         groups[name] = {key: whole[key] for key in ("mAP", "rank1", "num_query")} | {"intervals": intervals}
     return groups
@@ -238,23 +238,23 @@ def random_splits(images: Embeddings, num_splits: int = 10, seed: int = 0) -> di
     tables = _empty_table(num_splits, len(asking))
     for block in _blocks(images.select(asking), images, _RowsByCode.of(images.item)):
         ahead = block.ahead()
-        for drawn, table in zip(splits, tables, strict=True):
-            mine = drawn[asking[block.rows]].nonzero().flatten()
-            gone = block.ahead_among(mine, drawn.nonzero().flatten())
-            table[block.rows[mine]] = _values(block.column[mine] >= 0, ahead[mine] - gone)
+        for is_query, table in zip(splits, tables, strict=True):
+            mine = is_query[asking[block.rows]].nonzero().flatten()
+            queries_ahead = block.ahead_among(mine, is_query.nonzero().flatten())
+            table[block.rows[mine]] = _values(block.column[mine] >= 0, ahead[mine] - queries_ahead)
     means = [_means(table[~table[:, 0].isnan(), :-1]) for table in tables]
     return {key: _spread([mean[key] for mean in means]) for key in KEYS}
 
 
 def text_to_image(captions: CaptionEmbeddings, images: Embeddings) -> dict[str, Any]:
-    """`summary` with each distinct caption as a query: right are the images of every item that carries it."""
+    """`summary` with each distinct caption as a query: the images of every item that carries it are right."""
     carried = _RowsByCode.of(captions.item, captions.caption).rows(images.item.cpu())
     image, slot = (carried >= 0).nonzero(as_tuple=True)
     return summary(_score_text(_as_embeddings(captions), images, _RowsByCode.of(carried[image, slot], image)))
 
 
 def image_to_text(images: Embeddings, captions: CaptionEmbeddings) -> dict[str, Any]:
-    """`summary` with each image as a query, over the distinct captions: right are those that its item carries."""
+    """`summary` with each image as a query, over the distinct captions: the ones that its item carries are right."""
     return summary(_score_text(images, _as_embeddings(captions), _RowsByCode.of(captions.item, captions.caption)))
 
 
@@ -314,15 +314,15 @@ class _RowsByCode:
         new[1:] = (code[1:] != code[:-1]) | (row[1:] != row[:-1])
         return cls(code[new], pad(row[new], (0, 1), value=-1))
 
-    def count(self, wanted: Tensor) -> Tensor:
-        """Number of rows that bear each wanted code."""
-        return torch.searchsorted(self.code, wanted, right=True) - torch.searchsorted(self.code, wanted)
+    def count(self, codes: Tensor) -> Tensor:
+        """Number of rows that bear each code."""
+        return torch.searchsorted(self.code, codes, right=True) - torch.searchsorted(self.code, codes)
 
-    def rows(self, wanted: Tensor) -> Tensor:
-        """The rows that bear each wanted code, ascending, then -1: (len(wanted), most rows of one, at least 1)."""
-        count = self.count(wanted)[:, None]
+    def rows(self, codes: Tensor) -> Tensor:
+        """The rows that bear each code, ascending, then -1: (len(codes), most rows of a code, at least 1)."""
+        count = self.count(codes)[:, None]
         slot = torch.arange(max(1, int(count.max())))
-        place = torch.searchsorted(self.code, wanted)[:, None] + slot
+        place = torch.searchsorted(self.code, codes)[:, None] + slot
         return self.row[place.clamp(max=len(self.code))].masked_fill_(slot >= count, -1)
 
 
@@ -351,11 +351,11 @@ class _Block:
 def _blocks(
     query: Embeddings, gallery: Embeddings, kin: _RowsByCode, similarity: Similarity | None = None
 ) -> Iterator[_Block]:
-    """The similarity matrix block by block. kin: the gallery rows of each item."""
+    """The similarity matrix block by block. `kin`: the gallery rows of each item."""
     assert len(query) and 0 < len(gallery) < 2**24
     similarity = similarity or cosine(query, gallery)
     item, photo, photos, twins = query.item.cpu(), query.image.cpu(), gallery.image.cpu(), _RowsByCode.of(gallery.image)
-    # Queries with as many positives stand together, so that each slot of `count_ahead` is about full or empty.
+    # Queries with equally many positives stand together, so that each slot of `count_ahead` is about full or empty.
     for rows in kin.count(item).argsort(descending=True, stable=True).split(_height(len(gallery))):
         block = similarity(rows)
         positives = kin.rows(item[rows])
@@ -367,12 +367,12 @@ def _blocks(
 
 
 def _height(columns: int) -> int:
-    """How many rows of so many columns a block has."""
+    """How many rows a block of `columns` columns has."""
     return max(1, BLOCK // columns // TILE) * TILE
 
 
 def _drop(similarity: Tensor, columns: Tensor) -> None:
-    """Take the columns of each row, (B, P) with -1 for none, out of the ranking."""
+    """Take each row's columns, (B, P) with -1 for none, out of the ranking."""
     row, slot = (columns >= 0).nonzero(as_tuple=True)
     column = columns[row, slot].to(similarity.device)
     similarity[row.to(similarity.device), column] = -math.inf
@@ -383,7 +383,7 @@ def _product(query: Tensor, gallery: Tensor, buffer: Tensor) -> Tensor:
 
     At a ragged edge a BLAS adds in another order: equal images would then differ in the last digit by where they stand,
     and all results by the size of the block. In float64 whole tiles don't suffice: by processor and threads MKL adds
-    in another order within a product too. (`out` also keeps an autocast around us from rounding.)
+    in another order within a product too. (`out` also keeps a caller's autocast from rounding.)
     """
     whole = len(gallery) // TILE * TILE
     rows = pad(query, (0, 0, 0, -len(query) % TILE))
@@ -397,7 +397,7 @@ def _product(query: Tensor, gallery: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """On a CPU by oneDNN, which comes with torch: its MKL takes half as long again on processors that aren't Intel's.
+    """Multiply; on a CPU by oneDNN, which comes with torch: MKL takes half as long again on processors not by Intel.
 
     torch has no public name for it that leaves float32 as precise as it is and copies nothing.
     """
@@ -419,10 +419,9 @@ def _descending(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
 def _values(relevant: Tensor, ahead: Tensor) -> Tensor:
     """`KEYS` of each query and the rank of its nearest positive, (B, len(KEYS) + 1).
 
-
-    relevant: (B, P) bool, which images of the query's item, in descending order of similarity, count as positives, the
-    others being ignored. ahead: (B, P), how many images of other items precede each. mAP@R is of Musgrave et al. (arXiv
-    2003.08505), mINP of Ye et al. (arXiv 2001.04193).
+    `relevant`, (B, P) bool: which images of the query's item, in descending order of similarity, count as positives;
+    the others are ignored. `ahead`, (B, P): number of images of other items before each. mAP@R: Musgrave et al. (arXiv
+    2003.08505). mINP: Ye et al. (arXiv 2001.04193).
     """
     position = relevant.cumsum(1)
     total = position[:, -1]
@@ -439,7 +438,7 @@ def _values(relevant: Tensor, ahead: Tensor) -> Tensor:
 
 
 def _empty_table(*shape: int) -> Tensor:
-    """A place for what `_values` makes."""
+    """A table of NaN for the results of `_values`."""
     return torch.full((*shape, len(KEYS) + 1), math.nan, dtype=torch.float64)
 
 

@@ -50,7 +50,7 @@ def rerank(query: Embeddings, gallery: Embeddings) -> Similarity:
 
 
 def _distinct(query: Embeddings, gallery: Embeddings) -> tuple[Embeddings, Tensor]:
-    """Each photo once, and the place of each query, then of each gallery row, among them."""
+    """Each photo once; and the place of each query, then of each gallery row, among these photos."""
     both = query.join(gallery)
     codes, place = both.image.cpu().unique(return_inverse=True)
     number = torch.arange(len(place))

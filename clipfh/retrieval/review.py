@@ -33,7 +33,7 @@ SHOWN_GROUPS, SHOWN_PHOTOS = 60, 6
 """How many groups of a kind the page shows, and how many photos of each."""
 THUMBNAIL = (200, 270)
 RATIO, DEVIATIONS = 2.0, 3.0
-"""Least ratio and deviation of a suspect: on real photos with 2% wrong labels, nine of ten such had one."""
+"""Least ratio and deviation of a suspect. Of 2% wrong labels on real photos, nine in ten had both."""
 SOFTENING = 0.25
 """Share of the typical distance of an item's own views that is added to distances before they are divided."""
 FEW = 30
@@ -50,16 +50,16 @@ class Suspect:
     like: str
     """The item that it looks like."""
     ratio: float
-    """How many times as far its own item's other views are as that item's, in 1 - cosine, softened: the geometric mean
-    of this for the means of the views and for the nearest views. Lowe 2004 tells matches by such a ratio."""
+    """Distance (1 - cosine, softened) to its own item divided by the distance to that item: the geometric mean of the
+    ratio for the means of the items' views and of the ratio for their nearest views. Lowe 2004 tells matches so."""
     deviation: float
-    """By how many standard deviations the logarithm of the ratio is above the median: of the views of train, which a
-    model has learned with their labels, or of the others."""
+    """By how many standard deviations the logarithm of the ratio is above the median of its group: the views of train,
+    which a model has learned with their labels, or all others."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What `audit` found and wrote."""
+    """Findings of `audit`, and the page that it wrote."""
 
     copies: list[CopyGroup]
     suspects: list[Suspect] | None
@@ -83,7 +83,7 @@ def audit(
     """Look through a catalogue for copies and, with a model, for wrong labels, as `clipfh audit` does.
 
     Writes `audit.json`, `audit.html` and `without.txt` into the catalogue's folder. The list has all but one photo of
-    each picture, and suspects of train. Suspects of validation and test are left to a person: without them, figures
+    each picture, and suspects of train. Suspects of validation and test are left to a person: without them, metrics
     would be too good.
 
     Args:
@@ -99,23 +99,25 @@ def audit(
     Raises:
         UserError: the catalogue, the model or a setting does not fit, or the folder can't be written.
     """
-    opened = open_catalogue(catalogue)
+    catalogue = open_catalogue(catalogue)
     try:
-        copies = copies_module.load_copies(opened, compare_progress)
+        copies = copies_module.load_copies(catalogue, compare_progress)
         suspects = None
         if checkpoint or settings:
             clip, experiment, _ = load_model(checkpoint, schema.with_absolute_paths(settings or {}))
-            splits = [split for split in SPLITS if opened.num_images(split)]
+            splits = [split for split in SPLITS if catalogue.num_images(split)]
             with connection(address, dashboard):
-                embedding = evaluate.choose_encoder(clip, experiment.model).images(opened, splits, progress)
-            rows = pa.concat_tables(opened.rows(split).select(["path", "item_id", "split"]) for split in splits)
+                embedding = evaluate.choose_encoder(clip, experiment.model).images(catalogue, splits, progress)
+            rows = pa.concat_tables(catalogue.rows(split).select(["path", "item_id", "split"]) for split in splits)
             suspects = find_suspects(embedding, rows, RATIO, DEVIATIONS)
         without = copies_module.photos_to_leave_out(copies)
         without += [each.path for each in suspects or [] if each.split == "train" and each.path not in set(without)]
-        page = opened.path / layout.AUDIT_PAGE
-        _write(opened, copies, suspects, without)
+        page = catalogue.path / layout.AUDIT_PAGE
+        _write(catalogue, copies, suspects, without)
     except OSError as error:
-        raise UserError(f"{opened.path}: can't be written ({error}): audit a copy of it in another folder") from error
+        raise UserError(
+            f"{catalogue.path}: can't be written ({error}): audit a copy of it in another folder"
+        ) from error
     return Audit(copies, suspects, without, page)
 
 
@@ -133,10 +135,10 @@ def find_suspects(
 ) -> list[Suspect]:
     """Views that are nearer to another item than to the other views of their own, the most suspicious first.
 
-    A model that has learned wrong labels still has such views nearer to their true item, if by less than those that it
-    has not seen. So a view stands out among the views of train, or among the others.
+    A model that has learned wrong labels still puts these views nearer to their true item, if by less than views that
+    it has not seen. So a view is compared with the views of train, or with the others.
 
-    Items of a single view are compared with, but are not suspected.
+    The view of an item with a single one is never a suspect, but others may look like it.
 
     Args:
         embedding: (N, D) unit vectors.
@@ -163,13 +165,13 @@ def find_suspects(
 
 
 def _groups(is_train: Tensor, is_judged: Tensor) -> list[Tensor]:
-    """The rows that are judged together: those of train, and the others; all, where either are few."""
+    """Groups of rows to judge together: train and the others; one group of all, where one of them has few rows."""
     groups = [(each & is_judged).nonzero().flatten() for each in (is_train, ~is_train)]
     return groups if min(map(len, groups)) >= FEW else [is_judged.nonzero().flatten()]
 
 
 def _judge(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithms of ratios, and their deviations, (n,) each, from distances (2, n): to means, to nearest views.
+    """Logarithms of ratios, and their deviations, (n,) each, from distances (2, n) to means and to nearest views.
 
     The standard deviation is estimated from the median deviation, in which wrong labels have no say.
     """
@@ -184,7 +186,7 @@ def _judge(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 def _compare(embedding: Tensor, item: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The other item that each view looks like, (N,), and the distances from its own item and from that one, (2, N).
 
-    Distances, 1 - cosine, are those to the mean of an item's views, but the view itself, and to the nearest of them.
+    Distances, 1 - cosine, go to the mean of an item's views, without the view itself, and to the nearest of them.
     """
     sums = torch.zeros(int(item.max()) + 1, embedding.shape[1]).index_add_(0, item, embedding)
     own = (normalize(sums[item] - embedding) * embedding).sum(1)
@@ -229,21 +231,20 @@ def render_page(
     catalogue: Catalogue, copies: Sequence[CopyGroup], suspects: Sequence[Suspect] | None, without: Sequence[str]
 ) -> str:
     """One HTML file, without network or script: copies and suspects, with their pictures side by side."""
-    sections, listed = _sections(copies), list(suspects or [])[:SHOWN_GROUPS]
-    others = _some_views(catalogue, {name for each in listed for name in (each.item_id, each.like)})
-    shown = [
-        (each, [path for path in others[each.item_id] if path != each.path][:2], others[each.like][:2])
-        for each in listed
+    sections, top = _sections(copies), list(suspects or [])[:SHOWN_GROUPS]
+    others = _some_views(catalogue, {name for each in top for name in (each.item_id, each.like)})
+    entries = [
+        (each, [path for path in others[each.item_id] if path != each.path][:2], others[each.like][:2]) for each in top
     ]
     paths = {photo.path for section in sections for group in section["groups"] for photo in group.photos[:SHOWN_PHOTOS]}
-    paths |= {path for each, own, like in shown for path in (each.path, *own, *like)}
+    paths |= {path for each, own, like in entries for path in (each.path, *own, *like)}
     encoded = catalogue.images_at(sorted(paths)) if paths else {}
     pages = Environment(loader=PackageLoader("clipfh.retrieval", ""), autoescape=True)
     return pages.get_template("audit.html").render(
         catalogue=catalogue,
         notes=copies_module.describe_copies(copies)[:-1],
         sections=sections,
-        suspects=shown if suspects is not None else None,
+        suspects=entries if suspects is not None else None,
         num_suspects=len(suspects or []),
         num_without=len(without),
         pictures={path: images.thumbnail(data, *THUMBNAIL) for path, data in encoded.items()},
@@ -254,7 +255,7 @@ def render_page(
 
 
 def _sections(copies: Sequence[CopyGroup]) -> list[dict[str, Any]]:
-    """Groups of copies under headings, those that harm most first, SHOWN_GROUPS of each."""
+    """Groups of copies under headings, the most harmful first, SHOWN_GROUPS of each."""
     headings = {
         "many": f"One picture under {MANY_ITEMS} items or more",
         "splits": "Across splits: leaks",

@@ -1,4 +1,4 @@
-"""What a sweep will take, from a few real steps on made-up images: time, memory, and the largest batch that fits."""
+"""What a sweep will take, by a few real steps on made-up images: time, memory, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -40,22 +40,21 @@ MARGIN = 0.9
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A training step on one device."""
+class StepCost:
+    """What a training step takes on one device."""
 
     device: str
-    rate: float
-    """images per second"""
+    images_per_second: float
     image: float
     """bytes that each image of a batch takes at the peak"""
     rest: float
-    """bytes that a step takes beside"""
+    """bytes that a step takes besides"""
     memory: float
-    """bytes for a worker to take"""
+    """bytes that a worker may take"""
     weights: float = 0.0
     """bytes on disk of a model's weights, raw and averaged"""
     checkpoint: float = 0.0
-    """the same with the optimizer's state"""
+    """bytes on disk of a checkpoint, which has the optimizer's state too"""
 
     @property
     def images(self) -> int:
@@ -70,13 +69,18 @@ def measure(
     threads: int = 0,
     gpus: float | None = None,
     workers: int = 1,
-) -> Measured:
-    """Train some steps here. Peaks of memory only grow, so the small batch is first.
+) -> StepCost:
+    """Train some steps here. Peaks of memory only grow, so the small batch comes first.
 
     The speed of a GPU is that of a batch like the experiment's, or of the largest that fits: a small one would only
     show how fast its work is handed over.
 
-    `gpus` is what this process was given, as `choose_device` takes it; a run has so many `workers`.
+    Args:
+        catalogue: to train on.
+        experiment: its model, prompts and loss count; on a GPU its batch too.
+        threads: torch threads; 0 leaves their number as it is.
+        gpus: what this process was given, as `choose_device` takes it.
+        workers: number of workers of a run.
 
     Raises:
         UserError: weights or prompts that do not fit.
@@ -95,16 +99,16 @@ def measure(
     image = max(1.0, (peaks[1] - peaks[0]) / (LARGE - SMALL))
     if device.type == "cuda":
         memory = _memory(device, gpus)  # now that all of the context is there
-    found = Measured(str(device), LARGE / seconds, image, peaks[0] - SMALL * image, memory, *sizes)
+    cost = StepCost(str(device), LARGE / seconds, image, peaks[0] - SMALL * image, memory, *sizes)
     if device.type != "cuda":
-        return found
-    chunk, wanted = experiment.batch.chunk, experiment.batch.images // workers
-    images = max(LARGE, (wanted if chunk else min(wanted, found.images)) // VIEWS * VIEWS)
-    return dataclasses.replace(found, rate=images / _timed(make(images, chunk), images)[0])
+        return cost
+    chunk, own = experiment.batch.chunk, experiment.batch.images // workers
+    images = max(LARGE, (own if chunk else min(own, cost.images)) // VIEWS * VIEWS)
+    return dataclasses.replace(cost, images_per_second=images / _timed(make(images, chunk), images)[0])
 
 
 def epoch(catalogue: Catalogue, experiment: Experiment) -> int:
-    """Images in a pass over all that is trained on."""
+    """Images in a pass over the train items."""
     index = read_index(catalogue, "train")
     return make_schedule(experiment, len(index.item), index.num_single).epoch_images
 
@@ -117,7 +121,7 @@ def _learner(
     images: int,
     chunk: int,
 ) -> Learner:
-    """A learner of so many images a step, whatever the catalogue has."""
+    """A learner of `images` images a step, however many the catalogue has."""
     batch = dataclasses.replace(experiment.batch, items=images // VIEWS, views=VIEWS, chunk=chunk, categories=0)
     small = dataclasses.replace(experiment, batch=batch)
     return Learner(small, load_start(small), index, captions, device)
@@ -138,17 +142,17 @@ def _timed(learner: Learner, images: int) -> tuple[float, tuple[float, float]]:
 
 
 def on_disk(learner: Learner) -> tuple[float, float]:
-    """Bytes of a learner's weights, raw and averaged, and of a checkpoint, which has AdamW's two moments too, and with
-    LoRA what goes on of it."""
+    """Bytes of a learner's weights, raw and averaged, and of a checkpoint, which also has AdamW's two moments and
+    LoRA's state."""
 
     def size(tensors: Iterable[torch.Tensor]) -> float:
         return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
     raw, averaged = learner.weights()
     weights = size(raw.values()) + size(averaged.values())
-    trained = size(p for group in learner.optimizer.param_groups for p in group["params"] if p.requires_grad)
+    trainable = size(p for group in learner.optimizer.param_groups for p in group["params"] if p.requires_grad)
     adapted = sum(size(part.values()) for part in learner.lora_state().values())
-    return weights, weights + 2 * trained + size(learner.objective.state_dict().values()) + adapted
+    return weights, weights + 2 * trainable + size(learner.objective.state_dict().values()) + adapted
 
 
 def _wait(device: torch.device) -> None:
@@ -157,7 +161,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> float:
-    """Most bytes held so far."""
+    """Most bytes that were in use so far."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
@@ -168,81 +172,81 @@ def _memory(device: torch.device, gpus: float | None) -> float:
     if device.type != "cuda":
         return MARGIN * psutil.virtual_memory().available
     free, total = torch.cuda.mem_get_info()
-    taken = total - free - torch.cuda.memory_reserved()  # by the context, and by others
-    return MARGIN * (total * min(1.0, gpus or 1.0) - taken)
+    overhead = total - free - torch.cuda.memory_reserved()  # by the context, and by others
+    return MARGIN * (total * min(1.0, gpus or 1.0) - overhead)
 
 
-def told(sweep: SweepFile, measured: Measured, epoch: int, at_once: int = 1) -> str:
-    """The estimate for a person. `epoch`: images in a pass over all that is trained on; `at_once`: trials."""
+def describe(sweep: SweepFile, cost: StepCost, epoch: int, at_once: int = 1) -> str:
+    """The estimate for a person. `epoch`: images in a pass over the train items; `at_once`: trials at a time."""
     budget = sweep.experiment(sweep.first).budget
     most = budget.images or int(budget.epochs * epoch)
-    seen = images_of_a_trial(sweep, most)
-    hours = sweep.trials * seen / measured.rate / 3600
+    mean = estimate_images(sweep, most)
+    hours = sweep.trials * mean / cost.images_per_second / 3600
     again = sweep.final.top * sweep.final.seeds + sweep.final.refit
     lines = [
-        f"{sweep.trials} trials of {most:,} images at most" + (f", {seen:,.0f} on average" if seen < most else ""),
-        f"measured on {measured.device}: {measured.rate:,.0f} images/s, {measured.image / 2**20:.1f} MiB an image and "
-        f"{measured.rest / 2**30:.1f} GiB beside, of {measured.memory / 2**30:.1f} GiB to count on",
-        *_batches(sweep, measured),
+        f"{sweep.trials} trials of {most:,} images at most" + (f", {mean:,.0f} on average" if mean < most else ""),
+        f"measured on {cost.device}: {cost.images_per_second:,.0f} images/s, {cost.image / 2**20:.1f} MiB an image and "
+        f"{cost.rest / 2**30:.1f} GiB beside, of {cost.memory / 2**30:.1f} GiB to count on",
+        *_batches(sweep, cost),
         f"about {_time(hours)} of one worker like this one, which trials at once share out; starts, validations and "
         "checkpoints come on top",
-        _disk(sweep, measured, at_once),
+        _disk(sweep, cost, at_once),
     ]
     if again:
-        hours, size = again * most / measured.rate / 3600, sweep.final.image_size
+        hours, size = again * most / cost.images_per_second / 3600, sweep.final.image_size
         larger = f" at the search's size of images; they have {size} pixels" if size else ""
         lines.insert(3, f"then {again} runs of {most:,} images: about {_time(hours)}{larger}{_more_refits(sweep)}")
     return "\n".join(lines)
 
 
 def _more_refits(sweep: SweepFile) -> str:
-    """A soup is refit run by run."""
+    """Words on the further runs of a refit: a soup is refit run by run."""
     is_more = sweep.final.refit and finalists.may_have_soup(sweep)
     return ", and more where a soup wins, of which each run is refit" if is_more else ""
 
 
-def images_of_a_trial(sweep: SweepFile, most: float) -> float:
+def estimate_images(sweep: SweepFile, most: float) -> float:
     """Images that a trial sees on average: one in `reduction` goes on from each rung."""
-    rung, share, seen, before = float(sweep.budget.first_rung), 1.0, 0.0, 0.0
+    rung, share, images, before = float(sweep.budget.first_rung), 1.0, 0.0, 0.0
     while rung and rung < most:
-        seen, before = seen + share * (rung - before), rung
+        images, before = images + share * (rung - before), rung
         rung, share = rung * sweep.budget.reduction, share / sweep.budget.reduction
-    return seen + share * (most - before)
+    return images + share * (most - before)
 
 
-def _batches(sweep: SweepFile, measured: Measured) -> list[str]:
-    """Which of the P x K that may be drawn fit."""
+def _batches(sweep: SweepFile, cost: StepCost) -> list[str]:
+    """Which P x K of the search space fit."""
     names = [name for name in ("batch.items", "batch.views") if name in sweep.search]
     ends = product(*(sweep.search[name].ends for name in names))
-    drawn = {sweep.experiment({**sweep.first, **dict(zip(names, each, strict=True))}).batch for each in ends}
+    batches = {sweep.experiment({**sweep.first, **dict(zip(names, each, strict=True))}).batch for each in ends}
     workers = sweep.placement.workers
-    at_a_time = {batch: min(batch.chunk or batch.images, batch.images / workers) for batch in drawn}
-    fit = [batch for batch in drawn if at_a_time[batch] <= measured.images]
+    at_a_time = {batch: min(batch.chunk or batch.images, batch.images / workers) for batch in batches}
+    fit = [batch for batch in batches if at_a_time[batch] <= cost.images]
     largest = max(fit, key=lambda batch: batch.images, default=None)
-    found = f"largest P x K that fits: {largest.items} x {largest.views}" if largest else "no P x K of the space fits"
-    if len(fit) == len(drawn):
+    verdict = f"largest P x K that fits: {largest.items} x {largest.views}" if largest else "no P x K of the space fits"
+    if len(fit) == len(batches):
         where = " a worker" if workers > 1 else ""
-        return [f"{found}, the largest of the space ({measured.images:,} images{where} would)"]
-    if measured.images < 2:
-        return [f"{found}: take model.checkpointing, or a smaller model"]
-    return [f"{found}, and not all of the space: take the larger out, or give --batch.chunk {measured.images // 2}"]
+        return [f"{verdict}, the largest of the space ({cost.images:,} images{where} would)"]
+    if cost.images < 2:
+        return [f"{verdict}: take model.checkpointing, or a smaller model"]
+    return [f"{verdict}, and not all of the space: take the larger out, or give --batch.chunk {cost.images // 2}"]
 
 
-def _disk(sweep: SweepFile, measured: Measured, at_once: int) -> str:
+def _disk(sweep: SweepFile, cost: StepCost, at_once: int) -> str:
     """What the checkpoints take: best and latest of each run, and one more while it is written."""
     final, which = sweep.final, sweep.placement.keep_weights
-    again, running = final.top * final.seeds + final.refit, min(at_once, sweep.trials)
-    all_of_it = (2 * (sweep.trials + again) + running) * measured.checkpoint
-    each = f"a checkpoint takes {_gib(measured.checkpoint)}"
+    again, num_running = final.top * final.seeds + final.refit, min(at_once, sweep.trials)
+    all_of_it = (2 * (sweep.trials + again) + num_running) * cost.checkpoint
+    each = f"a checkpoint takes {_gib(cost.checkpoint)}"
     if which == "all":
         return f"{each}; all of them at most {_gib(all_of_it)} (placement.keep_weights all)"
     leaders = max(final.top, min(finalists.num_leaders(sweep), sweep.trials))
-    kept = (leaders if which == "leaders" else 1) * measured.weights
-    most = kept + max(3 * running, 2 * again) * measured.checkpoint
-    end = kept + (again if which == "leaders" else min(1, again)) * measured.weights
+    weights = (leaders if which == "leaders" else 1) * cost.weights
+    most = weights + max(3 * num_running, 2 * again) * cost.checkpoint
+    end = weights + (again if which == "leaders" else min(1, again)) * cost.weights
     return (
-        f"{each}; with {running} trial{'s' * (running > 1)} at once some {_gib(most)} at most, and {_gib(end)} at the "
-        f"end (placement.keep_weights {which}; {_gib(all_of_it)} with all)"
+        f"{each}; with {num_running} trial{'s' * (num_running > 1)} at once some {_gib(most)} at most, and {_gib(end)} "
+        f"at the end (placement.keep_weights {which}; {_gib(all_of_it)} with all)"
     )
 
 

@@ -24,7 +24,7 @@ from clipfh.train.run_inputs import Inputs, ModelKey, model_key
 
 RETRIES = 3
 REFIT = "refit"
-"""Name of the folder of the run on train and validation items, and how those of several begin."""
+"""Name of the folder of the run on train and validation items; with several runs, what their names begin with."""
 
 SOUP_TRIALS = 5
 """Leading trials whose weights may go into a soup."""
@@ -36,7 +36,7 @@ def may_have_soup(sweep: SweepFile) -> bool:
 
 
 def num_leaders(sweep: SweepFile) -> int:
-    """How many of the leading trials may have a part in what follows the search."""
+    """Number of leading trials that may be used after the search."""
     return max(1, sweep.final.top, SOUP_TRIALS if may_have_soup(sweep) else 0)
 
 
@@ -76,17 +76,17 @@ def retrain(
 
 
 def run_path(folder: Folder, trial: str, number: int) -> Folder:
-    """The folder in which a trial's settings are trained for the n-th time again."""
+    """The folder of the n-th run that trains a trial's settings again."""
     return folder / f"{trial}-again-{number}"
 
 
 def score(run: Folder) -> float:
-    """A run's best validation mAP; the worst there is where it diverged."""
+    """A run's best validation mAP; the worst possible where it diverged."""
     return float(run_folder.read_metrics(run)[-1]["best_val_mAP"])
 
 
 def read_divergence(run: Folder) -> str:
-    """Why a run ended before its time; empty where it did not. Its last checkpoint is of a model half trained."""
+    """Why a run ended before its time, with a half-trained model as its last checkpoint; empty for other runs."""
     return str(run_folder.read_metrics(run)[-1].get("diverged", ""))
 
 
@@ -162,8 +162,7 @@ def _train_all(
 
 
 def _make_thread(experiment: Experiment, inputs: Inputs, out: Folder, resources: Resources) -> RunThread:
-    """A thread that trains a run when it is its turn, as trials do: more runs at once than a cluster holds could all
-    stand still."""
+    """A thread that trains a run when it is its turn, as trials do: too many runs at once could all stand still."""
     run_folder.wait_for(out.parent.parent / layout.SWEEP)
     out.make()
     out.write(layout.EXPERIMENT, schema.to_json(experiment))
@@ -187,7 +186,7 @@ def _is_over(experiment: Experiment, inputs: Inputs, out: Folder) -> bool:
 
 
 def _outcome(out: Folder, error: Exception | None = None) -> str:
-    """What a run came to, for a person."""
+    """How a run ended, for a person."""
     if error:
         return f"{out.name} failed: {mendable(error) or last_line(str(error))}"
     if reason := read_divergence(out):

@@ -38,7 +38,7 @@ def interpolate(start: State, tuned: State, share: float) -> dict[str, Tensor]:
     Args:
         start: the model before tuning.
         tuned: the model after it.
-        share: of the tuned model, from 0 to 1; these two give the models themselves.
+        share: weight of the tuned model, from 0 (the start itself) to 1 (the tuned model itself).
 
     Raises:
         ValueError: as `average`.
@@ -57,7 +57,7 @@ def _point_between(start: Tensor, end: Tensor, share: float) -> Tensor:
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Of equal tensors the first itself."""
+    """The mean of tensors; of equal ones the first itself."""
     first = tensors[0]
     if all(torch.equal(first, each) for each in tensors[1:]):
         return first

@@ -19,7 +19,7 @@ from clipfh.sweep.searcher import ROW, own_trials
 from clipfh.sweep.trial import OBJECTIVE
 
 ZERO_SHOT = "0000"
-"""Number of the line of the zero-shot model, or how that of each begins where there are several."""
+"""Number of the zero-shot model's line; with several models, what the number of each begins with."""
 
 Row = Mapping[str, Any]
 """A line of the leaderboard: trial, status, val_mAP where there is one, images, seconds, searched settings, error."""
@@ -64,16 +64,16 @@ class Leaderboard:
         return [line for line in lines if line["images"] <= until]
 
     def row(self, number: str, settings: Mapping[str, Any], last: Any = None, error: str = "") -> Row:
-        """The row of a trial: by its last result and what it crashed of where it is over, else by its reports."""
+        """The row of a trial: if it is over, by its last result and the error it crashed of; else by its reports."""
         reports = self.reports(number)
         images, seconds = run_folder.spent(reports)
         status = "running" if last is None else _status(last, error)
         last = (reports or [{}])[-1] if last is None else last
-        scored = last.get(OBJECTIVE) is not None and "failed" not in last
+        has_score = last.get(OBJECTIVE) is not None and "failed" not in last
         return {
             "trial": number,
             "status": status,
-            **({"val_mAP": _score(last[OBJECTIVE])} if scored else {}),
+            **({"val_mAP": _score(last[OBJECTIVE])} if has_score else {}),
             "images": last.get("images", images),
             "seconds": round(seconds, 1),
             **settings,

@@ -41,10 +41,10 @@ from clipfh.train.inputs import VALIDATION
 TIMED = 8
 """Images that are embedded at a time to measure a model's speed."""
 TIMES = 3
-"""How often they are; the fastest counts."""
+"""How often these images are embedded; the fastest time counts."""
 
 PARTS = ("model.freeze_blocks", "model.lora_rank", "model.lora_targets")
-"""Settings that name parts of a model, which it need not have."""
+"""Settings that name parts of a model, which not every model has."""
 
 Load = Callable[[Experiment], nn.Module]
 """Loads the model that an experiment starts from."""
@@ -59,11 +59,11 @@ class Contender:
     trial: str
     """number of its line of the leaderboard: 0000, and where there are several models 0000-1 and on"""
     parameters: int
-    """of both towers"""
+    """number of parameters of both towers"""
     pixels: int
-    """side of its input"""
+    """side of the model's input"""
     milliseconds: float
-    """that its image tower takes for an image, where trials compute; 0 where there is no other model"""
+    """time of the image tower for an image, measured where trials compute; 0 where there is no other model"""
     val_mAP: float = -1.0
     """zero-shot on the validation items; below 0 before it is measured"""
     kept: bool = False
@@ -80,10 +80,10 @@ class Contender:
 
 
 def require_models(sweep: SweepFile) -> None:
-    """See that open_clip has each model of a sweep with its weights, and that it has the parts that settings name.
+    """See that open_clip has each model of a sweep with its weights, and each model the parts that settings name.
 
     Raises:
-        UserError: it has not.
+        UserError: a model, its weights or a part of it is not there.
     """
     for label in sweep.contenders:
         one = sweep.only([label])
@@ -94,12 +94,12 @@ def require_models(sweep: SweepFile) -> None:
         _require_tag(settings)
         if settings.freeze_blocks or settings.lora_rank or set(PARTS) & set(sweep.search):
             clip = build(architecture, "meta")
-            for drawn in one.combinations(PARTS):
-                count_trained(clip, one.experiment({**one.first, **drawn}))
+            for point in one.combinations(PARTS):
+                count_trained(clip, one.experiment({**one.first, **point}))
 
 
 def _require_tag(settings: ModelSettings) -> None:
-    """Refuse a tag of open_clip's that its architecture has not."""
+    """Refuse a tag of pretrained weights that open_clip does not have for the architecture."""
     name = settings.name if ":" in settings.name else architectures.architecture_name(settings)
     tag = settings.pretrained
     if tag in ("", "none") or Path(tag).exists() or load_open_clip().get_pretrained_cfg(name, tag):
@@ -135,28 +135,28 @@ def run(
             if several:
                 _write(out, contenders)
         log(str(each) if several else f"trial {each.trial}, the zero-shot model: val mAP {each.val_mAP:.3f}")
-    ranked = sorted(contenders, key=lambda each: (-each.val_mAP, each.milliseconds))
-    chosen = ranked[: sweep.race.keep or None]
-    ranked = [dataclasses.replace(each, kept=each in chosen) for each in ranked]
+    ranking = sorted(contenders, key=lambda each: (-each.val_mAP, each.milliseconds))
+    leaders = ranking[: sweep.race.keep or None]
+    ranking = [dataclasses.replace(each, kept=each in leaders) for each in ranking]
     if several:
-        _write(out, ranked)
-    return ranked
+        _write(out, ranking)
+    return ranking
 
 
 def narrow(sweep: SweepFile, contenders: Sequence[Contender], log: Callable[[str], None]) -> SweepFile:
     """The sweep of the models that go into the search."""
     if not sweep.race.keep:
         return sweep
-    kept = [each.model for each in contenders if each.kept]
-    small = sweep.only(kept)
-    log(f"the race is over: {', '.join(kept)} of {len(contenders)} models go into the search")
-    if sweep.sampler != "grid" and (lost := len(sweep.points) - len(small.points)):
-        log(f"note: {lost} of {len(sweep.points)} points are of models that do not, and are not tried")
+    names = [each.model for each in contenders if each.kept]
+    small = sweep.only(names)
+    log(f"the race is over: {', '.join(names)} of {len(contenders)} models go into the search")
+    if sweep.sampler != "grid" and (num_dropped := len(sweep.points) - len(small.points)):
+        log(f"note: {num_dropped} of {len(sweep.points)} points are of models that do not, and are not tried")
     return small
 
 
 def read(out: str | Path | Folder) -> list[Contender]:
-    """The models of a sweep as far as they are measured; empty where there is no race, or none has begun."""
+    """The models of a sweep, also those not yet measured; empty where there is no race, or it has not begun."""
     return [Contender(**each) for each in Folder(out).read_json(layout.RACE).get("models", [])]
 
 
@@ -189,7 +189,7 @@ def _enter_all(
 def _load_whole(
     sweep: SweepFile, start: Experiment, catalogue: Catalogue, load: Load, log: Callable[[str], None]
 ) -> nn.Module:
-    """Load a model and its prompts, and tell what to know of it beside the catalogue. UserError: it can't be had."""
+    """Load a model and its prompts, and log notes on the two with this catalogue. UserError: it can't be had."""
     clip = load(start)
     for note in notes_on_model(clip, start.model, architectures.weights_name(start.model), catalogue):
         log(note)
@@ -217,7 +217,7 @@ def time_images(clip: nn.Module, settings: ModelSettings, gpus: float) -> float:
 
     Args:
         clip: the model.
-        settings: of the model.
+        settings: the model's settings.
         gpus: number of GPUs that this process was given.
     """
     device = choose_device(gpus)
@@ -231,16 +231,16 @@ def time_images(clip: nn.Module, settings: ModelSettings, gpus: float) -> float:
 
 
 def _measure(folder: Folder, catalogue: Catalogue, start: Experiment, load: Load) -> float:
-    """Validation mAP of a model before any tuning; kept, so that a resumed sweep does not ask again."""
+    """Validation mAP of a model before any tuning; written, so that a resumed sweep does not measure it again."""
     if not folder.exists(layout.METRICS):
-        embedded = embed(catalogue, start, load(start), "val")
-        measured, scores = evaluate.judge(embedded, 0)
-        evaluate.write(folder, measured, embedded, scores)
+        embeddings = embed(catalogue, start, load(start), "val")
+        results, scores = evaluate.judge(embeddings, 0)
+        evaluate.write(folder, results, embeddings, scores)
     return float(folder.read_json(layout.METRICS)["mAP"])
 
 
-def embed(catalogue: Catalogue, experiment: Experiment, clip: nn.Module, split: str) -> evaluate.Embedded:
-    """Embeddings of "val" or "test" by a model, in float32, as it is exported."""
+def embed(catalogue: Catalogue, experiment: Experiment, clip: nn.Module, split: str) -> evaluate.EmbeddedSplits:
+    """Embeddings of "val" or "test" by a model in float32, as models are exported."""
     splits, exact = evaluate.get_splits(split), dataclasses.replace(experiment.model, precision="float32")
     prompts = load_prompts_for(catalogue, experiment, load_tokenizer(get_architecture(clip)), *splits)
     return repeat_interrupted(lambda: evaluate.embed_splits(catalogue, splits, clip, exact, prompts))

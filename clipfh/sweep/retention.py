@@ -1,4 +1,4 @@
-"""What is kept of a sweep's checkpoints. Whatever is deleted of its runs is deleted here."""
+"""Which checkpoints of a sweep are kept. All others are deleted here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ OVER = ("done", "stopped", "diverged")
 
 @dataclass
 class Keeper:
-    """Frees the disk of what a sweep can no longer use, as its placement has it."""
+    """Deletes checkpoints that a sweep can no longer use, as `placement.keep_weights` says."""
 
     sweep: SweepFile
     out: Folder
     """the sweep's folder"""
     freed: int = 0
     """bytes that this object has freed"""
-    seen: set[tuple[str, bool]] = field(default_factory=set)
-    """runs that were freed, and whether with their best weights left: what is free is not looked at again"""
+    visits: set[tuple[str, bool]] = field(default_factory=set)
+    """runs that were freed, and whether their best weights were left: these are not looked at again"""
 
     def trials(self, rows: Sequence[Row]) -> None:
-        """Free what ended trials hold.
+        """Delete checkpoints of ended trials.
 
-        A trial that leads among those that have ended keeps its best weights; one that does not lead now never will.
+        A trial that leads among the ended ones keeps its best weights; one that does not lead now never will.
 
         Args:
-            rows: of the leaderboard, best first.
+            rows: the leaderboard's rows, best first.
         """
         which = self.sweep.placement.keep_weights
         if which == "all":
@@ -48,42 +48,42 @@ class Keeper:
                 self._free(self.out / layout.TRIALS / str(row["trial"]), row["trial"] in leading)
 
     def _free(self, run: Folder, weights: bool) -> None:
-        if run.is_local or (run.name, weights) not in self.seen:
+        if run.is_local or (run.name, weights) not in self.visits:
             self.freed += free(run, weights)
-            self.seen.add((run.name, weights))
+            self.visits.add((run.name, weights))
 
     def finals(self, winners: Collection[Folder]) -> None:
-        """Free what the runs behind the search hold, which are all over. `winners`: whose weights were exported."""
+        """Delete checkpoints of the runs after the search, all of which are over. `winners`: the exported runs."""
         which = self.sweep.placement.keep_weights
         for run in () if which == "all" else self.out.folders(layout.FINAL):
             self.freed += free(run, which == "leaders" or run in winners)
 
     def __str__(self) -> str:
-        kept = [sizes for part in (layout.TRIALS, layout.FINAL) for sizes in _sizes_by_run(self.out / part).values()]
-        summary = f"kept the weights of {len(kept)} runs, {_gib(sum(map(sum, kept)))}"
+        runs = [sizes for part in (layout.TRIALS, layout.FINAL) for sizes in _sizes_by_run(self.out / part).values()]
+        summary = f"kept the weights of {len(runs)} runs, {_gib(sum(map(sum, runs)))}"
         return f"{summary}; freed {_gib(self.freed)}" if self.freed else summary
 
 
 def free(run: Folder, weights: bool) -> int:
-    """Delete the checkpoints of a run that is over, but for its best weights where these are wanted.
+    """Delete the checkpoints of a run that is over, except its best weights if `weights`.
 
-    What will be left is written down first: what a kill leaves undone, the next call does.
+    What will be left is written down first, so that after a kill the next call ends the work.
 
     Returns:
-        How many bytes that freed.
+        Number of bytes freed.
     """
     folder = run / layout.CHECKPOINTS
     if not (latest := run_folder.latest_step(run)):
         return 0
     files, freed = folder.files(), run_folder.read_freed(run)
-    kept = (freed["kept"] if freed else run_folder.find_best_checkpoint(run)) if weights else ""
-    run.write(layout.FREED, json.dumps({"step": latest, "kept": kept}))
+    best = (freed["kept"] if freed else run_folder.find_best_checkpoint(run)) if weights else ""
+    run.write(layout.FREED, json.dumps({"step": latest, "kept": best}))
     checkpoints = {name.partition("/")[0] for name in files if name.startswith("checkpoint_") and "/" in name}
-    for each in checkpoints - {kept}:
+    for each in checkpoints - {best}:
         with contextlib.suppress(OSError):  # a run that was just ended may be deleting it too
             folder.remove(each)
-    if kept and f"{kept}/{layout.TRAINING_STATE}" in files:
-        (folder / kept).remove_file(layout.TRAINING_STATE)
+    if best and f"{best}/{layout.TRAINING_STATE}" in files:
+        (folder / best).remove_file(layout.TRAINING_STATE)
     return sum(_sizes(files)) - sum(_sizes(folder.files()))
 
 

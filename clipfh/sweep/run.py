@@ -1,4 +1,4 @@
-"""A sweep from its file to its summary, and what it would take."""
+"""A sweep from its file to its summary, and an estimate of what a sweep takes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from clipfh.train import track as tracking
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A sweep that has come to its end. As a text it is what the command prints."""
+    """A sweep that has come to its end. `str` of it is what the command prints."""
 
     out: Folder
     summary: dict[str, Any]
@@ -82,14 +82,14 @@ def sweep(
     """
     if retry_failed and not resume:
         raise UserError("--retry-failed trains failed trials of a sweep that is there: it goes with --resume")
-    loaded = _load(file, settings, trials)
-    opened, out = open_catalogue(catalogue), Folder(out)
+    sweep = _load(file, settings, trials)
+    catalogue, out = open_catalogue(catalogue), Folder(out)
     tracking.require(track)
-    with all_or_nothing(out, f"{layout.TRIALS}/*/{layout.METRICS}"), connected(address, loaded.placement, dashboard):
+    with all_or_nothing(out, f"{layout.TRIALS}/*/{layout.METRICS}"), connected(address, sweep.placement, dashboard):
         log(f"Ray's logs: {connect.logs()}")
         with tracking.following(track, out):
             how = {"resume": resume, "retry_failed": retry_failed}
-            return SweepResult(out, sweep_module.run(loaded, opened, out, **how, log=log, each_report=each_report))
+            return SweepResult(out, sweep_module.run(sweep, catalogue, out, **how, log=log, each_report=each_report))
 
 
 def estimate_sweep(
@@ -107,28 +107,28 @@ def estimate_sweep(
     Raises:
         UserError: the file, a setting or the catalogue does not fit.
     """
-    loaded, opened = _load(file, settings, trials), open_catalogue(catalogue)
-    log(sweep_file.to_yaml(loaded))
-    several = len(loaded.contenders) > 1
+    sweep, catalogue = _load(file, settings, trials), open_catalogue(catalogue)
+    log(sweep_file.to_yaml(sweep))
+    several = len(sweep.contenders) > 1
     if several:
-        log(_race_ahead(loaded, opened))
+        log(_race_ahead(sweep, catalogue))
     on_a_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
-    with connected(address, loaded.placement, dashboard) if on_a_cluster else contextlib.nullcontext():
-        for label in loaded.contenders:
-            one = dataclasses.replace(loaded.only([label]), trials=loaded.trials)
-            measured, at_once = (
-                _measure_on_a_worker(one, opened) if on_a_cluster else (_measure_here(one, opened, several), 1)
+    with connected(address, sweep.placement, dashboard) if on_a_cluster else contextlib.nullcontext():
+        for label in sweep.contenders:
+            one = dataclasses.replace(sweep.only([label]), trials=sweep.trials)
+            cost, at_once = (
+                _measure_on_a_worker(one, catalogue) if on_a_cluster else (_measure_here(one, catalogue, several), 1)
             )
             if several:
                 log(f"\n{label}, if all trials were of it:")
-            log(estimate.told(one, measured, estimate.epoch(opened, loaded.start(label)), at_once))
+            log(estimate.describe(one, cost, estimate.epoch(catalogue, sweep.start(label)), at_once))
 
 
-def _race_ahead(loaded: SweepFile, opened: Catalogue) -> str:
+def _race_ahead(sweep: SweepFile, catalogue: Catalogue) -> str:
     """What comes before the search of several models, for a person."""
-    images, number = sum(map(opened.num_images, get_splits("val"))), len(loaded.contenders)
-    kept = f"the best {loaded.race.keep} go" if loaded.race.keep else "all of them go"
-    return f"{number} models are measured zero-shot on {images:,} validation images; {kept} into the search"
+    images, number = sum(map(catalogue.num_images, get_splits("val"))), len(sweep.contenders)
+    which = f"the best {sweep.race.keep} go" if sweep.race.keep else "all of them go"
+    return f"{number} models are measured zero-shot on {images:,} validation images; {which} into the search"
 
 
 def _load(file: str | Path, settings: Mapping[str, Any] | None, trials: int | None) -> SweepFile:
@@ -138,23 +138,23 @@ def _load(file: str | Path, settings: Mapping[str, Any] | None, trials: int | No
     return sweep
 
 
-def _measure_here(one: SweepFile, opened: Catalogue, in_a_process: bool) -> estimate.Measured:
+def _measure_here(one: SweepFile, catalogue: Catalogue, in_a_process: bool) -> estimate.StepCost:
     """What steps take on this machine. Peaks of memory only grow, so each of several models has its own process."""
     gpus = one.placement.gpus_per_worker
-    given = 0, gpus_here() if gpus == "auto" else gpus, one.placement.workers
+    arguments = 0, gpus_here() if gpus == "auto" else gpus, one.placement.workers
     if not in_a_process:
-        return estimate.measure(opened, one.experiment(one.first), *given)
+        return estimate.measure(catalogue, one.experiment(one.first), *arguments)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(estimate.measure, opened, one.experiment(one.first), *given).result()
+        return pool.submit(estimate.measure, catalogue, one.experiment(one.first), *arguments).result()
 
 
-def _measure_on_a_worker(loaded: SweepFile, opened: Catalogue) -> tuple[estimate.Measured, int]:
+def _measure_on_a_worker(sweep: SweepFile, catalogue: Catalogue) -> tuple[estimate.StepCost, int]:
     """What steps take on a worker of the connected cluster, and how many trials run there at once."""
     import ray
 
-    resources = resolve_placement(loaded.placement, alone=False)
+    resources = resolve_placement(sweep.placement, alone=False)
     once = ray.remote(max_calls=1)(estimate.measure)  # another process for another model: peaks of memory only grow
     task: Any = once.options(num_cpus=resources.cpus, num_gpus=resources.gpus)
-    given = resources.threads, resources.gpus, resources.workers
-    measured = ray.get(task.remote(opened, loaded.experiment(loaded.first), *given))
-    return measured, max_concurrent_runs(loaded.placement, resources)
+    arguments = resources.threads, resources.gpus, resources.workers
+    cost = ray.get(task.remote(catalogue, sweep.experiment(sweep.first), *arguments))
+    return cost, max_concurrent_runs(sweep.placement, resources)

@@ -38,7 +38,7 @@ class RunThread:
 
     Args:
         run: name of the run on this cluster.
-        needs: what it takes.
+        needs: resources that the run takes.
         queue: the queue of the job's runs.
         train: trains the run, or goes on with it, and returns at its end; stopped by `free`, it raises Released.
         latest_step: returns the step of the run's latest checkpoint, 0 without one.

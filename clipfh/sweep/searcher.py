@@ -30,7 +30,7 @@ ROW = "leaderboard"
 """User attribute of a trial that is over: its line of the leaderboard."""
 
 REPEATED = "repeated"
-"""User attribute of a draw of settings that the sweep had tried: it was not trained, and has no number."""
+"""User attribute of a draw that repeats settings of another trial: it was not trained, and has no number."""
 
 EARLIER = "earlier"
 """User attribute of a trial copied from an earlier sweep: that sweep's folder."""
@@ -46,7 +46,7 @@ def open_study(
 
     The journal of a resumed sweep is written anew, without half a line that a kill or a full disk left at its end. A
     trial that is over stays as it is. All others wait, in order of their numbers, with the settings that they had:
-    those that ran when the sweep was killed, points that had not begun, and with `retry_failed` those that failed.
+    trials that ran when the sweep was killed, points that had not begun, and with `retry_failed` failed trials.
 
     Raises:
         UserError: the study is of an older version, or `earlier` does not fit.
@@ -69,7 +69,7 @@ def open_study(
 
 
 def _add_again(study: optuna.Study, trial: FrozenTrial, out: Folder, retry_failed: bool) -> None:
-    """Copy a trial as it is where it is over, else as one that waits with the settings that it had."""
+    """Copy a trial: as it is if it is over, else as a waiting one with the same settings."""
     if trial.state.is_finished() and not trial.user_attrs.keys() & {ROW, EARLIER, REPEATED}:
         raise UserError(
             f"--resume: {out} was begun by an older version, which kept its trials elsewhere: start another sweep "
@@ -83,7 +83,7 @@ def _add_again(study: optuna.Study, trial: FrozenTrial, out: Folder, retry_faile
 
 
 def own_trials(study: optuna.Study) -> dict[str, FrozenTrial]:
-    """The sweep's own trials, by number ('0001' for the first), with those that wait."""
+    """The sweep's own trials, also waiting ones, by number ('0001' for the first)."""
     own = [trial for trial in study.get_trials(deepcopy=False) if not {EARLIER, REPEATED} & trial.user_attrs.keys()]
     return {f"{number:04d}": trial for number, trial in enumerate(own, 1)}
 
@@ -91,8 +91,8 @@ def own_trials(study: optuna.Study) -> dict[str, FrozenTrial]:
 def ask(study: optuna.Study, sweep: SweepFile) -> optuna.Trial:
     """The next trial of a study: the first that waits, else a new one.
 
-    What is drawn for a trial depends on the sweep's seed, the trial's place in the study, and what the study knows by
-    then. So a resumed search draws what an unbroken one would, and repeats nothing.
+    A draw depends on the sweep's seed, the trial's place in the study, and the results in the study by then. So a
+    resumed search draws what an unbroken one would, and repeats nothing.
     """
     trials = study.get_trials(deepcopy=False)
     place = next((trial.number for trial in trials if trial.state == TrialState.WAITING), len(trials))
@@ -105,21 +105,21 @@ DRAWS = 20
 
 
 def propose(study: optuna.Study, sweep: SweepFile) -> tuple[optuna.Trial, dict[str, Any]]:
-    """The next trial and its settings. What a trial of the sweep has tried, or tries now, is not drawn again.
+    """The next trial and its settings. Settings of another trial of the sweep are not drawn again.
 
-    Of a space without an untried point any point is proposed.
+    Where every point of the space was tried, any point is proposed.
     """
     own = [trial for trial in own_trials(study).values() if trial.state != TrialState.WAITING]
-    tried = [sweep.sampled(trial) for trial in own if trial.state != TrialState.FAIL or ROW in trial.user_attrs]
+    attempts = [sweep.sampled(trial) for trial in own if trial.state != TrialState.FAIL or ROW in trial.user_attrs]
     for _ in range(DRAWS):
         is_waiting = any(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False))
         trial = ask(study, sweep)
         settings = sweep.sampled(trial)
-        if is_waiting or settings not in tried:
+        if is_waiting or settings not in attempts:
             return trial, settings
         trial.set_user_attr(REPEATED, True)
         study.tell(trial, state=TrialState.FAIL)
-    if untried := [point for point in sweep.space() if point not in tried]:
+    if untried := [point for point in sweep.space() if point not in attempts]:
         study.enqueue_trial(_parameters(sweep, untried[0]))
     trial = ask(study, sweep)
     return trial, sweep.sampled(trial)
@@ -131,7 +131,7 @@ def _parameters(sweep: SweepFile, point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sampler(sweep: SweepFile, place: int) -> optuna.samplers.BaseSampler:
-    """The sampler of the trial at that place. A grid is all points, and none are left to draw."""
+    """The sampler of the trial at that place in the study. A grid enqueues all its points, and draws none."""
     seed = int(np.random.SeedSequence([sweep.seed, place]).generate_state(1)[0])
     if sweep.sampler != "tpe":
         return optuna.samplers.RandomSampler(seed=seed)
@@ -150,15 +150,15 @@ class StudySearcher(Searcher):
         """`room`: how many trials the cluster holds now."""
         super().__init__(metric=OBJECTIVE, mode="max")
         self.sweep, self.study, self.room = sweep, study, room
-        self.running: dict[str, optuna.Trial] = {}
+        self.trials: dict[str, optuna.Trial] = {}
         """Tune's id of a trial that runs to the study's trial"""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial; None while there is no room for it."""
-        if len(self.running) >= self.room():
+        if len(self.trials) >= self.room():
             return None
         trial, settings = propose(self.study, self.sweep)
-        self.running[trial_id] = trial
+        self.trials[trial_id] = trial
         number = next(name for name, each in own_trials(self.study).items() if each.number == trial.number)
         return {"number": number, "settings": settings}
 
@@ -170,7 +170,7 @@ class StudySearcher(Searcher):
 
         The value is for the sampler; None where the trial crashed, which says nothing about its settings.
         """
-        trial = self.running.pop(trial_id)
+        trial = self.trials.pop(trial_id)
         trial.set_user_attr(ROW, dict(row))
         self.study.tell(trial, value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
 
@@ -179,7 +179,7 @@ class _WholeJournal(BaseJournalBackend):
     """A study's journal as one object in a bucket, which is written anew with each entry. It has one writer.
 
     Args:
-        folder: of the sweep.
+        folder: the sweep's folder.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -212,10 +212,10 @@ def load_study(sweep: Folder) -> optuna.Study:
 
 
 def earlier_trials(sweep: SweepFile, log: Callable[[str], None] = lambda line: None) -> list[FrozenTrial]:
-    """What another sweep's study knows of the settings searched here. Trials of models not searched here are left out.
+    """Trials of the sweep that `earlier` names, except trials of models that are not searched here.
 
     Raises:
-        UserError: no study there, or it searched other settings or choices.
+        UserError: it has no study, or searched other settings or choices.
     """
     if not sweep.earlier:
         return []
@@ -234,13 +234,13 @@ def earlier_trials(sweep: SweepFile, log: Callable[[str], None] = lambda line: N
     for trial in fitting:
         if MODEL in trial.params:
             trial.distributions = {**trial.distributions, MODEL: models.distribution}
-    if lost := len(trials) - len(fitting):
-        log(f"note: {lost} of {len(trials)} trials of {sweep.earlier} are of models that are not searched here")
+    if num_dropped := len(trials) - len(fitting):
+        log(f"note: {num_dropped} of {len(trials)} trials of {sweep.earlier} are of models that are not searched here")
     return fitting
 
 
 def _check_same(sweep: SweepFile, name: str, drawn_from: optuna.distributions.BaseDistribution | None) -> None:
-    """Refuse a setting that was searched otherwise there than here; only the ends of a range may differ."""
+    """Refuse a setting that the earlier sweep searched otherwise; only the ends of a range may differ."""
     search_range = sweep.search.get(name)
     if search_range is None:
         raise UserError(f"earlier: {sweep.earlier} searched {name}, which is not searched here: add it")

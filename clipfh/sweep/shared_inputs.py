@@ -1,4 +1,4 @@
-"""What the trials of a sweep read: for each of its models, and what they read alike put into the object store once."""
+"""The inputs of a sweep's trials, model by model. What several models read alike is in the object store once."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def prepare(
     load: Load,
     feed: SharingFeed,
 ) -> dict[ModelKey, Inputs]:
-    """What trials of each model read.
+    """Put the inputs of each model's trials into the feed.
 
     Raises:
-        UserError: the largest P that may be drawn is more than the items that some losses of the space leave.
+        UserError: the largest P of the space is more than the number of items that some loss of the space can use.
     """
-    kept = sweep.placement.keep_gib
-    keep_gib: float | Literal["auto"] = "auto" if kept == "auto" else kept / len({each.pixels for each in contenders})
+    gib = sweep.placement.keep_gib
+    keep_gib: float | Literal["auto"] = "auto" if gib == "auto" else gib / len({each.pixels for each in contenders})
     inputs = {}
     for each in contenders:
         one, start = sweep.only([each.model]), sweep.start(each.model)
@@ -45,7 +45,7 @@ def prepare(
 def _prepare_one(
     one: SweepFile, catalogue: Catalogue, clip: Any, feed: Feed, keep_gib: float | Literal["auto"], zero_shot: float
 ) -> Inputs:
-    """What all trials of a sweep with one model read. UserError: as `prepare`."""
+    """Put the inputs of one model's trials into the feed. UserError: as `prepare`."""
     widest = max(one.corners("batch.items"), key=lambda point: one.experiment(point).batch.items)
     inputs = prepare_inputs(catalogue, one.experiment({**widest, **one.texted}), clip, feed, keep_gib)
     fewest = one.experiment({**widest, **one.paired})
@@ -57,14 +57,14 @@ def _prepare_one(
 def prepare_larger(
     experiments: Iterable[Experiment], catalogue: Catalogue, load: Load, feed: SharingFeed
 ) -> dict[ModelKey, Inputs]:
-    """What runs of these experiments read, whose images are larger than those of the search."""
-    # Of the experiments of a model one that learns from prompts, if there is one, so that the others' inputs have them
+    """Put the inputs of experiments whose images are larger than the search's into the feed."""
+    # For each model an experiment that learns from prompts, if there is one, so that the others' inputs have them
     by_model = {model_key(each.model): each for each in sorted(experiments, key=lambda each: each.loss.takes_text)}
     return {key: prepare_inputs(catalogue, each, load(each), feed) for key, each in by_model.items()}
 
 
 def notes(sweep: SweepFile, catalogue: Catalogue, inputs: Mapping[ModelKey, Inputs]) -> list[str]:
-    """What to tell people of items and prompts that count for less, each line once."""
+    """Notes for people on items and prompts that are not used in full, each line once."""
     starts = {label: sweep.start(label) for label in sweep.contenders}
     lines = [
         note + (f" ({label})" if len(inputs) > 1 else "")
@@ -76,29 +76,29 @@ def notes(sweep: SweepFile, catalogue: Catalogue, inputs: Mapping[ModelKey, Inpu
 
 
 class SharingFeed:
-    """A feed of one catalogue that holds once what several models read alike: images, and those of a size decoded.
+    """A feed of one catalogue that holds once what several models read alike: encoded, and decoded to one size.
 
     Args:
-        feed: what holds them.
-        window: number of images in a window that the sweep began with; None where it begins now, as its settings ask.
+        feed: holds the images.
+        window: number of images in a window, as the sweep began; None for a new sweep, where its settings say it.
         runs: number of trials at a time.
     """
 
     def __init__(self, feed: Feed, window: int | None = None, runs: int = 1) -> None:
         self.feed, self.window, self.runs = feed, window, runs
-        self._held: dict[tuple[Any, ...], Any] = {}
+        self._cache: dict[tuple[Any, ...], Any] = {}
 
     def _once(self, make: Callable[[], Any], *key: Any) -> Any:
-        if key not in self._held:
-            self._held[key] = make()
-        return self._held[key]
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
     def share(
         self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto", runs: int = 1
     ) -> TrainImages:
-        asked = window if self.window is None else self.window
-        share = functools.partial(self.feed.share, catalogue, *splits, window=asked, runs=max(runs, self.runs))
-        shared: TrainImages = self._once(share, "share", splits, asked)
+        window = window if self.window is None else self.window
+        share = functools.partial(self.feed.share, catalogue, *splits, window=window, runs=max(runs, self.runs))
+        shared: TrainImages = self._once(share, "share", splits, window)
         self.window = shared.window
         return shared
 
@@ -110,8 +110,8 @@ class SharingFeed:
 
     def cache_decoded(self, shared: TrainImages, gib: float, size: int, crop_min: float) -> TrainImages:
         key = ("decoded", gib, size, crop_min)
-        cached: TrainImages = self._once(lambda: self.feed.cache_decoded(shared, gib, size, crop_min), *key)
-        return cached
+        images: TrainImages = self._once(lambda: self.feed.cache_decoded(shared, gib, size, crop_min), *key)
+        return images
 
     def decode_for_evaluation(
         self, catalogue: Catalogue, splits: tuple[str, ...], preprocess: Preprocess

@@ -1,4 +1,4 @@
-"""Better than the best run at no cost in use: averages of runs of one start (soup), mixed with that start (mix).
+"""Averages of runs with one start (soup), mixed with that start (mix): often better than the best run, at no cost.
 
 The greedy soup (Wortsman et al., Model soups, 2203.05482) goes through the leading runs, the best first, and takes each
 whose weights do not make the validation mAP of the average fall. The mix (Wortsman et al., WiSE-FT, 2109.01903) is the
@@ -28,12 +28,12 @@ from clipfh.sweep.leaderboard import Row
 from clipfh.train.run_inputs import model_key
 
 SHARES = tuple(tenth / 10 for tenth in range(1, 10))
-"""Shares of the tuned model that a mix is measured with. 0 and 1 are the models themselves."""
+"""Shares of the tuned model in the mixes that are measured. 0 and 1 are the two models themselves."""
 
 RANDOM = "the models begin with random weights: averages of such runs, and mixes with their start, compute nothing"
 
-Figures = Mapping[str, Any]
-"""Of a model on a split: `mAP`, `rank1`, `intervals` of both, and `text_to_image`, a mAP, None where there is none."""
+Headline = Mapping[str, Any]
+"""A model's metrics on a split: `mAP`, `rank1`, `intervals` of both, and `text_to_image`, a mAP or None."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Blend:
     """Weights made of runs: `share` of the average of their weights, and the rest of the model before tuning."""
 
     runs: tuple[str, ...]
-    """folders, relative to the sweep's where they lie in it"""
+    """their folders, relative to the sweep's if they lie in it"""
     share: float = 1.0
 
     def __str__(self) -> str:
@@ -50,16 +50,16 @@ class Blend:
 
     @property
     def account(self) -> dict[str, Any]:
-        """What files tell of it: `runs`, `share` and, for a person, `label`."""
+        """The blend as files have it: `runs`, `share` and, for a person, `label`."""
         return {"runs": list(self.runs), "share": self.share, "label": str(self)}
 
 
-Measure = Callable[[Blend], Figures]
-"""Figures of a blend on the validation items."""
+Measure = Callable[[Blend], Headline]
+"""Returns the headline of a blend on the validation items."""
 
 
 class Ledger:
-    """Measures blends, each once: what `soup.json` has is not measured again.
+    """Measures blends, each once: one that `soup.json` has is not measured again.
 
     Args:
         out: the sweep's folder.
@@ -68,22 +68,22 @@ class Ledger:
 
     def __init__(self, out: Folder, measure: Measure) -> None:
         self.folder, self.measure = out, measure
-        self.figures = {
+        self.headlines = {
             Blend(tuple(each["runs"]), each["share"]): each["figures"]
             for each in self.folder.read_json(layout.SOUP).get("measured", [])
         }
 
-    def __call__(self, blend: Blend) -> Figures:
-        if blend not in self.figures:
-            self.figures[blend] = dict(self.measure(blend))
-            rows = [{**each.account, "figures": figures} for each, figures in self.figures.items()]
+    def __call__(self, blend: Blend) -> Headline:
+        if blend not in self.headlines:
+            self.headlines[blend] = dict(self.measure(blend))
+            rows = [{**each.account, "figures": headline} for each, headline in self.headlines.items()]
             self.folder.write(layout.SOUP, json.dumps({"measured": rows}, indent=2) + "\n")
-        return self.figures[blend]
+        return self.headlines[blend]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A model that came out of the sweep, and what it reached on the validation items."""
+    """A model that the sweep made, and its validation mAP."""
 
     name: str
     """zero-shot, best trial, soup or mix"""
@@ -109,48 +109,48 @@ def best_mix(soup: Blend, measure: Measure) -> Blend:
     return max(mixes, key=lambda mix: measure(mix)["mAP"])
 
 
-def steps(asked: Finalists, zero_shot: Step, trial: Step | None, runs: Sequence[str], measure: Measure) -> list[Step]:
+def steps(final: Finalists, zero_shot: Step, trial: Step | None, runs: Sequence[str], measure: Measure) -> list[Step]:
     """The models to choose from: zero-shot, the best trial, the soup and the mix, as far as they are asked for.
 
     Args:
-        asked: which of them.
+        final: says which of them are asked for.
         zero_shot: the model before tuning.
-        trial: what the search and the final runs came to; None where that is the model before tuning.
-        runs: that may go into the soup, the best first.
+        trial: the best model of the search and the final runs; None where that is the model before tuning.
+        runs: runs that may go into the soup, the best first.
         measure: measures a blend.
     """
-    found, start = [zero_shot], trial.blend if trial else Blend((runs[0],))
+    options, start = [zero_shot], trial.blend if trial else Blend((runs[0],))
     assert start is not None
     if trial:
-        found.append(dataclasses.replace(trial, val_mAP=measure(start)["mAP"]))
-    if asked.soup == "greedy":
+        options.append(dataclasses.replace(trial, val_mAP=measure(start)["mAP"]))
+    if final.soup == "greedy":
         soup = greedy_soup(runs, measure)
         if len(soup.runs) > 1:
             start = soup
-            found.append(Step("soup", soup, measure(soup)["mAP"]))
-    if asked.mix:
+            options.append(Step("soup", soup, measure(soup)["mAP"]))
+    if final.mix:
         mix = best_mix(start, measure)
-        found.append(Step("mix", mix, measure(mix)["mAP"]))
-    return found
+        options.append(Step("mix", mix, measure(mix)["mAP"]))
+    return options
 
 
-def choose(found: Sequence[Step]) -> Step:
-    """The best on the validation items; of equals the first, which is the simplest."""
-    return max(found, key=lambda step: step.val_mAP)
+def choose(options: Sequence[Step]) -> Step:
+    """The model with the best validation mAP; of equals the first, which is the simplest."""
+    return max(options, key=lambda step: step.val_mAP)
 
 
 def why_off(start: Experiment) -> str:
-    """Why there is neither soup nor mix of runs of an experiment; empty where there may be."""
+    """Why runs of an experiment have neither soup nor mix; empty where they may have."""
     return "" if weights_name(start.model) else RANDOM
 
 
-def figures(metrics: Mapping[str, Any]) -> Figures:
-    """Those of a `metrics.json`."""
-    intervals = {key: metrics["intervals"][key] for key in ("mAP", "rank1")}
-    text = metrics.get("text_to_image") or {}
+def pick_headline(results: Mapping[str, Any]) -> Headline:
+    """The headline of a `metrics.json`."""
+    intervals = {key: results["intervals"][key] for key in ("mAP", "rank1")}
+    text = results.get("text_to_image") or {}
     return {
-        "mAP": metrics["mAP"],
-        "rank1": metrics["rank1"],
+        "mAP": results["mAP"],
+        "rank1": results["rank1"],
         "intervals": intervals,
         "text_to_image": text.get("mAP"),
     }
@@ -162,10 +162,10 @@ def candidates(
     """The runs that may go into a soup, the best first, and why others of the leaders may not.
 
     Args:
-        rows: of the leaderboard.
+        rows: the leaderboard's rows.
         out: the sweep's folder.
         again: trial to validation mAPs of its settings with other seeds.
-        like: experiment whose model all must begin with.
+        like: an experiment; all runs must begin with its model.
     """
     trials = [out / layout.TRIALS / trial for trial in finalists.leaders(rows, out, finalists.SOUP_TRIALS)]
     seeded = [
@@ -173,8 +173,8 @@ def candidates(
         for trial, scores in again.items()
         for number in range(1, len(scores) + 1)
     ]
-    ranked = sorted((*trials, *seeded), key=finalists.score, reverse=True)
-    reasons = {name_run(run): _why_not(run, like) for run in ranked}
+    ranking = sorted((*trials, *seeded), key=finalists.score, reverse=True)
+    reasons = {name_run(run): _why_not(run, like) for run in ranking}
     return [run for run, reason in reasons.items() if not reason], {run: why for run, why in reasons.items() if why}
 
 

@@ -39,7 +39,7 @@ from clipfh.train.run_inputs import Inputs, ModelKey, model_key
 
 @dataclass(frozen=True)
 class _Context:
-    """What the parts of a sweep share."""
+    """What all parts of a sweep use."""
 
     sweep: SweepFile
     catalogue: Catalogue
@@ -55,30 +55,30 @@ class _Context:
     def contender(self, experiment: Experiment) -> Contender:
         """The contender whose model an experiment starts from."""
         key = model_key(experiment.model)
-        return next(each for each in self.kept if model_key(self.sweep.start(each.model).model) == key)
+        return next(each for each in self.survivors if model_key(self.sweep.start(each.model).model) == key)
 
     @property
-    def kept(self) -> list[Contender]:
-        """The contenders that are searched."""
+    def survivors(self) -> list[Contender]:
+        """The contenders that go into the search."""
         return [each for each in self.contenders if each.kept]
 
 
 @dataclass(frozen=True)
 class _Winner:
-    """What the search and what follows it came to."""
+    """The best model so far, as each part after the search leaves it."""
 
     trial: str
-    """of a soup the trial of its first run"""
+    """its trial; for a soup the trial of its first run"""
     contender: Contender
     """whose model it is"""
     val_mAP: float
-    """of the trial, or the mean of its settings trained again; of a soup or mix its own"""
+    """of the trial, or the mean of runs with its settings; a soup or a mix has its own"""
     blend: Blend | None
     """what its weights are made of; None for zero-shot"""
     again: dict[str, list[float]]
     """trial to validation mAPs of its settings with other seeds"""
     steps: list[Step] = field(default_factory=list)
-    """what it was chosen from, where a soup or a mix was made"""
+    """the models that it was chosen from, where a soup or a mix was made"""
     step: str = ""
     """name of the step that it is"""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -108,10 +108,10 @@ def run(
     """Run a sweep to its end on the connected cluster; returns what `summary.json` holds.
 
     Args:
-        sweep: what to do.
+        sweep: the sweep file, as parsed.
         catalogue: to train, select and test on.
         out: the sweep's folder.
-        resume: go on with what the folder holds.
+        resume: go on with the sweep that the folder holds.
         retry_failed: train its failed trials again too.
         log: takes a line for a person.
         each_report: tell of each report of each trial.
@@ -119,7 +119,7 @@ def run(
     Raises:
         UserError: a folder that holds another sweep, one of an older version, or nothing to resume; an empty split.
     """
-    out, started = Folder(store.absolute(out)), time.monotonic()
+    out, start = Folder(store.absolute(out)), time.monotonic()
     catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
     sweep = _within_space(sweep, log)
     _begin(sweep, out, resume, log)
@@ -135,7 +135,7 @@ def run(
     study = open_study(sweep, out, retry_failed, log)
     feed = SharingFeed(stream, read_window(out, layout.SWEEP_INPUTS), at_once)
     context = _Context(sweep, catalogue, out, contenders, load, feed, resources, log)
-    inputs = shared_inputs.prepare(sweep, catalogue, context.kept, load, feed)
+    inputs = shared_inputs.prepare(sweep, catalogue, context.survivors, load, feed)
     write_window(out, layout.SWEEP_INPUTS, feed.window)
     notes = [*notes_on_windows(next(iter(inputs.values())), catalogue), *shared_inputs.notes(sweep, catalogue, inputs)]
     for note in notes:
@@ -148,7 +148,7 @@ def run(
     keeper.trials(rows)
     winner = _with_earlier(context, _refitted(context, _blended(context, _lead(context, inputs, rows), rows)))
     about = {"resources": dataclasses.asdict(resources), "notes": notes}
-    summary = _finish(context, winner, rows, {**about, "seconds": round(time.monotonic() - started, 1)})
+    summary = _finish(context, winner, rows, {**about, "seconds": round(time.monotonic() - start, 1)})
     keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
     keeper.finals(winner.runs(out))
     log(str(keeper))
@@ -187,14 +187,14 @@ def _begin(sweep: SweepFile, out: Folder, resume: bool, log: Callable[[str], Non
 
 
 def _change(before: str, now: str) -> str:
-    """The first line of each that the other has not; empty for the same texts."""
+    """The first line of each text that the other has not; empty for equal texts."""
     texts = before.splitlines(), now.splitlines()
     first = [next((line.strip() for line in a if line not in b), "nothing") for a, b in (texts, texts[::-1])]
     return "" if before == now else f"{first[0]} there, {first[1]} here"
 
 
 def _require_same(catalogue: Catalogue, sweep: SweepFile, out: Folder, log: Callable[[str], None]) -> None:
-    """Keep beside the sweep what it is made of; where that is kept already, see that it still is the same.
+    """Write hashes of what a sweep is made of into its folder; if they are there, see that they are still the same.
 
     Raises:
         UserError: another catalogue, or a file that has changed.
@@ -216,7 +216,7 @@ def _require_same(catalogue: Catalogue, sweep: SweepFile, out: Folder, log: Call
 
 
 def _contents(sweep: SweepFile) -> dict[str, str]:
-    """A hash of each file that a sweep is made of, by the option that names it; of several models with the model."""
+    """A hash of each file that a sweep is made of, by the option that names it; several models' options name them."""
     each = {label: provenance.contents(sweep.start(label), None) for label in sweep.contenders}
     if len(each) == 1:
         return each.popitem()[1]
@@ -225,12 +225,12 @@ def _contents(sweep: SweepFile) -> dict[str, str]:
 
 def _lead(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row]) -> _Winner:
     """The best trial by validation mAP alone, after the leading settings were trained again where asked."""
-    asked, out, folder = context.sweep.final, context.out, context.out / layout.FINAL
+    final, out, folder = context.sweep.final, context.out, context.out / layout.FINAL
     trial, score = str(rows[0]["trial"]), float(rows[0]["val_mAP"])
     run, again = out / layout.TRIALS / trial, dict[str, list[float]]()
-    if leading := finalists.leaders(rows, out, asked.top):
-        context.log(f"now trials {', '.join(leading)} again, each with {asked.seeds} other seeds")
-        if asked.image_size:
+    if leading := finalists.leaders(rows, out, final.top):
+        context.log(f"now trials {', '.join(leading)} again, each with {final.seeds} other seeds")
+        if final.image_size:
             leading = {number: _at_final_size(context, each) for number, each in leading.items()}
             inputs = shared_inputs.prepare_larger(leading.values(), context.catalogue, context.load, context.feed)
         again = finalists.retrain(leading, context.sweep, inputs, folder, context.resources, context.log)
@@ -245,8 +245,8 @@ def _lead(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row])
 
 def _blended(context: _Context, lead: _Winner, rows: list[Row]) -> _Winner:
     """The best, on the validation items, of zero-shot, the leading trial, the soup of runs and the mix."""
-    out, asked = context.out, context.sweep.final
-    if asked.soup == "none" and not asked.mix:
+    out, final = context.out, context.sweep.final
+    if final.soup == "none" and not final.mix:
         return lead
     runs, left_out = soup.candidates(rows, out, lead.again, _experiment_to_blend(context, lead))
     if not runs:
@@ -259,7 +259,7 @@ def _blended(context: _Context, lead: _Winner, rows: list[Row]) -> _Winner:
         context.log(f"note: {run} stays out of the soup: {reason}")
     ledger = Ledger(out, lambda blend: _validated(context, blend))
     trial = Step("best trial", lead.blend, lead.val_mAP) if lead.blend else None
-    steps = soup.steps(asked, Step("zero-shot", None, lead.contender.val_mAP), trial, runs, ledger)
+    steps = soup.steps(final, Step("zero-shot", None, lead.contender.val_mAP), trial, runs, ledger)
     best = soup.choose(steps)
     lead = dataclasses.replace(lead, steps=steps, step=best.name, left_out=left_out)
     if best.blend is None:
@@ -271,25 +271,25 @@ def _blended(context: _Context, lead: _Winner, rows: list[Row]) -> _Winner:
 
 
 def _experiment_to_blend(context: _Context, lead: _Winner) -> Experiment:
-    """An experiment with whose model a run must begin to have a part in the soup."""
+    """An experiment; a run must begin with its model to go into the soup."""
     if lead.blend:
         return schema.load_experiment(context.out / lead.blend.runs[0] / layout.EXPERIMENT)
     start = context.sweep.start(lead.contender.model)
     return _at_final_size(context, start) if lead.again else start
 
 
-def _validated(context: _Context, blend: Blend) -> soup.Figures:
-    """Figures of a blend on the validation items."""
+def _validated(context: _Context, blend: Blend) -> soup.Headline:
+    """Headline of a blend on the validation items."""
     clip, experiment = soup.build(blend, context.out, context.load)
-    figures = soup.figures(evaluate.figures(race.embed(context.catalogue, experiment, clip, "val"), 0))
-    context.log(f"{blend}: val mAP {figures['mAP']:.3f}")
-    return figures
+    headline = soup.pick_headline(evaluate.compute_metrics(race.embed(context.catalogue, experiment, clip, "val"), 0))
+    context.log(f"{blend}: val mAP {headline['mAP']:.3f}")
+    return headline
 
 
 def _refitted(context: _Context, winner: _Winner) -> _Winner:
     """The winner trained on all items, where asked: each run of a soup, averaged and mixed in the same shares.
 
-    Whether the shares still are the best can't be measured then, as little as whether the settings are.
+    Nothing is left to measure whether the shares and the settings are still the best.
     """
     if not context.sweep.final.refit or winner.blend is None:
         return winner
@@ -331,7 +331,7 @@ def _at_final_size(context: _Context, experiment: Experiment) -> Experiment:
 def _refit(context: _Context, experiments: Sequence[Experiment]) -> list[Folder]:
     """Train on train and validation items together; returns the runs' folders. They begin with one model."""
     clip = context.load(experiments[0])
-    # Of those the one that learns from prompts, if there is one, so that the others' inputs have them
+    # An experiment that learns from prompts, if there is one, so that the others' inputs have them
     widest = max(experiments, key=lambda each: each.loss.takes_text)
     window = context.feed.window
     inputs = prepare_inputs(context.catalogue, widest, clip, stream, with_validation=True, window=window)
@@ -341,7 +341,7 @@ def _refit(context: _Context, experiments: Sequence[Experiment]) -> list[Folder]
 
 
 def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
-    """The winner and the zero-shot model on the test split, the export, the summary, the report."""
+    """Test the winner and the zero-shot model; write the export, the summary and the report."""
     what = winner.blend if winner.step in ("soup", "mix") else f"trial {winner.trial}"
     context.log(f"winner: {what}, val mAP {winner.val_mAP:.3f}; now the test split")
     start, out = context.sweep.start(winner.contender.model), context.out
@@ -351,16 +351,16 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
     if out.exists(layout.BEST):
         out.remove(layout.BEST)
     evidence = {"zero_shot": before, "test": after, "catalogue": artifacts.catalogue_account(context.catalogue)}
-    made = {"refit": winner.refit, "blend": winner.blend.account if winner.blend else None}
+    origin = {"refit": winner.refit, "blend": winner.blend.account if winner.blend else None}
     photos = export.sample_photos(context.catalogue)
-    export.write_export(best, experiment, out / layout.BEST, {**evidence, **made}, photos)
+    export.write_export(best, experiment, out / layout.BEST, {**evidence, **origin}, photos)
     summary = {
         "name": context.sweep.name,
         "best_trial": winner.trial,
         "val_mAP": winner.val_mAP,
         "model": winner.contender.model,
         "zero_shot_val_mAP": winner.contender.val_mAP,
-        "final": {"again": winner.again, "refit_diverged": winner.diverged, **made},
+        "final": {"again": winner.again, "refit_diverged": winner.diverged, **origin},
         "soup": _account_of_steps(context, winner, before, after),
         **evidence,
         "gain": metrics.gain(old, new),
@@ -378,7 +378,7 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
 
 
 def _took(rows: list[Row], out: Folder) -> dict[str, dict[str, float]]:
-    """Images seen and seconds, added up, of the trials and of the runs after them."""
+    """Total images and seconds of the trials, and of the runs after them."""
     again = [run.spent for run in artifacts.final_runs(out)]
     counts = {
         "trials": [(row["images"], row["seconds"]) for row in rows],
@@ -390,17 +390,19 @@ def _took(rows: list[Row], out: Folder) -> dict[str, dict[str, float]]:
     }
 
 
-def _account_of_steps(context: _Context, winner: _Winner, before: soup.Figures, after: soup.Figures) -> dict[str, Any]:
-    """What each step after the search gave, on validation and test; the choice is made, and depends on none of it."""
-    figures = {"zero-shot": soup.figures(before)}
+def _account_of_steps(
+    context: _Context, winner: _Winner, before: soup.Headline, after: soup.Headline
+) -> dict[str, Any]:
+    """The metrics of each step after the search, on validation and test. The choice is made before, without them."""
+    headlines = {"zero-shot": soup.pick_headline(before)}
     if not winner.refit and winner.step:
-        figures[winner.step] = soup.figures(after)
+        headlines[winner.step] = soup.pick_headline(after)
     steps = [
         {
             "name": step.name,
             "blend": step.blend.account if step.blend else None,
             "val_mAP": step.val_mAP,
-            "test": figures[step.name] if step.name in figures else _test_step(context, step),
+            "test": headlines[step.name] if step.name in headlines else _test_step(context, step),
             "won": step.name == winner.step,
         }
         for step in winner.steps
@@ -408,8 +410,8 @@ def _account_of_steps(context: _Context, winner: _Winner, before: soup.Figures, 
     return {"off": winner.off, "left_out": winner.left_out, "steps": steps}
 
 
-def _test_step(context: _Context, step: Step) -> soup.Figures:
-    """Figures of a model on the test split that did not win; measured once."""
+def _test_step(context: _Context, step: Step) -> soup.Headline:
+    """Headline on the test split of a model that did not win; measured once."""
     assert step.blend is not None
     name = step.name.replace(" ", "-")
     folder = context.out / layout.TEST / name
@@ -417,21 +419,21 @@ def _test_step(context: _Context, step: Step) -> soup.Figures:
         clip, experiment = soup.build(step.blend, context.out, context.load)
         _tested(context, name, experiment, clip)
         folder.write(layout.EVALUATION, json.dumps(step.blend.account, indent=2) + "\n")
-    return soup.figures(folder.read_json(layout.METRICS))
+    return soup.pick_headline(folder.read_json(layout.METRICS))
 
 
 def _tested(
     context: _Context, name: str, experiment: Experiment, clip: nn.Module
 ) -> tuple[dict[str, Any], metrics.Scores]:
-    """Figures of a model on the test split, and what each query scored; also written."""
-    embedded = race.embed(context.catalogue, experiment, clip, "test")
-    measured, scores = evaluate.judge(embedded, 10)
-    evaluate.write(context.out / layout.TEST / name, measured, embedded, scores)
-    return measured, scores
+    """Metrics of a model on the test split, and what each query scored; also written."""
+    embeddings = race.embed(context.catalogue, experiment, clip, "test")
+    results, scores = evaluate.judge(embeddings, 10)
+    evaluate.write(context.out / layout.TEST / name, results, embeddings, scores)
+    return results, scores
 
 
 def outcome(summary: dict[str, Any], out: str | Path | Folder) -> str:
-    """What a sweep came to, for a person."""
+    """The outcome of a sweep, for a person."""
     lines = [f"{'':12}{'mAP':>22}{'Rank-1':>22}   (test split, 95% interval)"]
     for label, key in (("zero-shot", "zero_shot"), ("winner", "test")):
         cells = [f"{summary[key][k]:.3f} [{_interval(summary[key], k)}]" for k in ("mAP", "rank1")]
@@ -440,9 +442,9 @@ def outcome(summary: dict[str, Any], out: str | Path | Folder) -> str:
     if summary["best_trial"] in {each["trial"] for each in summary["race"]}:
         lines.append("Tuning made nothing better: the zero-shot model is the winner.")
     if len(summary["race"]) > 1:
-        kept = sum(each["kept"] for each in summary["race"])
+        num_searched = sum(each["kept"] for each in summary["race"])
         lines.append(
-            f"model       {summary['model']}, of {len(summary['race'])} measured zero-shot and {kept} searched"
+            f"model       {summary['model']}, of {len(summary['race'])} measured zero-shot and {num_searched} searched"
         )
     lines.append(
         f"trials      {summary['trials']} ({summary['failed']} failed), winner {summary['best_trial']}: "
@@ -454,7 +456,7 @@ def outcome(summary: dict[str, Any], out: str | Path | Folder) -> str:
 
 
 def _step_lines(steps: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each step gave; nothing where there was neither soup nor mix."""
+    """A line for each step; none where there was neither soup nor mix."""
     lines = [f"{'':12}{'val mAP':>10}{'test mAP':>10}{'text to image':>15}"] if steps else []
     for step in steps:
         text = step["test"]["text_to_image"]
@@ -464,6 +466,6 @@ def _step_lines(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _interval(figures: dict[str, Any], key: str) -> str:
-    low, high = figures["intervals"][key]
+def _interval(results: dict[str, Any], key: str) -> str:
+    low, high = results["intervals"][key]
     return f"{low:.3f}, {high:.3f}"

@@ -72,7 +72,7 @@ class Trial(tune.Trainable):
         return run_folder.latest_step(self.folder)
 
     def _is_followed(self) -> bool:
-        """Whether another trial begins where this one ends: the last of a sweep leave no process behind for one."""
+        """Whether another trial will follow in this process: after the last ones of a sweep none does."""
         at_once = max_concurrent_runs(self.sweep.placement, self.resources)
         return int(self.number) + at_once <= self.sweep.trials
 
@@ -95,10 +95,10 @@ class Trial(tune.Trainable):
             self.thread.wait(self.folder.seconds_between_looks)  # the file system is one that others share
 
     def _failure(self, error: Exception) -> dict[str, Any]:
-        """A last result, of the worst score there is, where these settings can't be trained: no other start would help.
+        """A last result with the worst score possible, where these settings can't be trained: no retry would help.
 
         Raises:
-            Exception: the error, where another start might help.
+            Exception: the error, where a retry might help.
         """
         if not isinstance(error, UserError):
             raise error

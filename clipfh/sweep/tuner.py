@@ -32,7 +32,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 
 class Watch(tune.Callback):
-    """Enters how trials end in the study and the leaderboard, logs how it goes, and frees what ended trials leave."""
+    """Enters ended trials in the study and the leaderboard, logs progress, and frees what ended trials leave."""
 
     def __init__(
         self,
@@ -41,30 +41,30 @@ class Watch(tune.Callback):
         log: Callable[[str], None],
         each_report: bool = True,
         free: Callable[[Sequence[Row]], None] = lambda rows: None,
-        ask: Callable[[int], None] = lambda left: None,
+        ask: Callable[[int], None] = lambda num_left: None,
     ) -> None:
         """`free`: called with the leaderboard's rows when a trial has ended. `ask`: with how many trials are left."""
         self.searcher, self.board, self.log, self.each_report = searcher, board, log, each_report
         self.free, self.ask = free, ask
         self.over, self.best = len(board.over()), float(board.rows()[0]["val_mAP"])
-        self.ended: list[tuple[Any, str]] = []
-        """trials that have ended in this step, and what they crashed of"""
+        self.endings: list[tuple[Any, str]] = []
+        """trials that have ended in this step, each with the error that it crashed of, or ''"""
         self.has_failure = False
         """whether a trial has crashed in this step"""
 
     @property
-    def left(self) -> int:
-        """How many trials are not over."""
+    def num_left(self) -> int:
+        """Number of trials that are not over."""
         return self.board.sweep.trials - self.over
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
-        """Before anything is written: while the sweep's folder is away, nothing happens."""
+        """Wait, before anything is written, while the sweep's folder is away."""
         run_folder.wait_for(self.board.out / layout.SWEEP, self.log)
-        self.ask(self.left)
+        self.ask(self.num_left)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        shown = ", ".join(f"{name} {_short(value)}" for name, value in trial.config["settings"].items())
-        self.log(f"trial {trial.config['number']} starts: {shown}")
+        settings = ", ".join(f"{name} {_short(value)}" for name, value in trial.config["settings"].items())
+        self.log(f"trial {trial.config['number']} starts: {settings}")
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         number = trial.config["number"]
@@ -84,19 +84,19 @@ class Watch(tune.Callback):
         self.log(f"trial {trial.config['number']} failed and starts again: {_last_error(trial)}")
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.ended.append((trial, ""))
+        self.endings.append((trial, ""))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.has_failure = True
-        self.ended.append((trial, _last_error(trial)))
+        self.endings.append((trial, _last_error(trial)))
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         """Enter the trials that have ended. A write that fails ends the sweep: before, Tune would catch the error."""
         if self.has_failure:
             self.board.write()  # first of all: of a full disk the sweep ends, and not one trial after the other
             self.has_failure = False
-        while self.ended:
-            self._enter(*self.ended.pop(0))
+        while self.endings:
+            self._enter(*self.endings.pop(0))
 
     def _enter(self, trial: Any, error: str) -> None:
         number, last = trial.config["number"], trial.last_result
@@ -115,16 +115,16 @@ def _short(value: Any) -> str:
 
 
 def _last_error(trial: Any) -> str:
-    """What a trial crashed of last. Ray Tune writes it to a file here, and reads it where it is copied only later."""
+    """The error that a trial crashed of last. Ray Tune writes it to a local file, and reads a later copy of it."""
     file = Path(trial.error_file or "")
     return last_line(file.read_text() if file.is_file() else str(trial.get_error() or "unknown"))
 
 
 class ResumedHalving(AsyncHyperBandScheduler):
-    """Successive halving by images seen, whose rungs have what trials reported before a kill.
+    """Successive halving by images seen. Its rungs also have what trials reported before a kill.
 
-    A trial that has passed a rung is not stopped there again. What a run reported after it was stopped, before it
-    ended, is on no rung.
+    A trial that has passed a rung is not stopped there again. A report that a run makes between being stopped and
+    ending is on no rung.
     """
 
     def __init__(self, board: Leaderboard) -> None:
@@ -139,18 +139,18 @@ class ResumedHalving(AsyncHyperBandScheduler):
             self.on_trial_add(None, SimpleNamespace(trial_id=number, config={"number": number}))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Take in a trial with what it reported before. Its reports come again, and count once."""
+        """Add a trial with its earlier reports to the rungs. These reports come again, and count once."""
         super().on_trial_add(tune_controller, trial)
         for report in self.reports.pop(trial.config["number"], ()):
             super().on_trial_result(tune_controller, trial, report)
 
 
 def run_trials(watch: Watch, inputs: Mapping[ModelKey, Inputs], resources: Resources) -> None:
-    """Run the trials that are left of a sweep: those that wait in its study, then new ones."""
+    """Run the trials that are left of a sweep: first the ones that wait in its study, then new ones."""
     board = watch.board
     if failed := [row["trial"] for row in board.over() if row["status"] == "failed"]:
         watch.log(f"failed trials stay failed ({', '.join(failed)}): --resume --retry-failed trains them again")
-    if watch.left <= 0:
+    if watch.num_left <= 0:
         return
     trainable = tune.with_resources(
         tune.with_parameters(Trial, sweep=board.sweep, inputs=inputs, out=board.out.address, resources=resources),
@@ -162,7 +162,7 @@ def run_trials(watch: Watch, inputs: Mapping[ModelKey, Inputs], resources: Resou
             trainable,
             name="tune",
             storage_path=folder,
-            num_samples=watch.left,
+            num_samples=watch.num_left,
             search_alg=watch.searcher,
             scheduler=ResumedHalving(board) if board.sweep.budget.first_rung else FIFOScheduler(),
             callbacks=[watch],

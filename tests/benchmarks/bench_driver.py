@@ -316,7 +316,7 @@ def _real(out: Path) -> tuple[float, float]:
         tuner.run_trials(watch, None, RESOURCES)  # type: ignore[arg-type]
     finally:
         tuner.Trial = usual  # type: ignore[misc]
-    assert watch.left == 0
+    assert watch.num_left == 0
     begin = median(later - earlier for earlier, later in pairwise(watch.began[1:]))
     report = min(median(later - earlier for earlier, later in pairwise(each)) for each in watch.reports.values())
     _note(

@@ -69,7 +69,9 @@ def embedded(small_catalogue, clip, prompts, told, ray_cluster):
 @pytest.fixture
 def folder(tmp_path, small_catalogue, clip, prompts, embedded):
     """An evaluation's folder in which the embeddings are kept."""
-    evaluate.keep(tmp_path, evaluate.fingerprint(small_catalogue, SPLITS, clip, SETTINGS, prompts), embedded)
+    evaluate.cache_embeddings(
+        tmp_path, evaluate.fingerprint(small_catalogue, SPLITS, clip, SETTINGS, prompts), embedded
+    )
     return tmp_path
 
 
@@ -133,12 +135,12 @@ def test_embeddings_are_those_of_each_image_and_prompt_alone(small_catalogue, cl
 def test_kept_embeddings_come_back_and_nothing_else_does(small_catalogue, clip, prompts, embedded, folder):
     def kept(weights=clip, settings=SETTINGS, splits=SPLITS, prompts=prompts, catalogue=small_catalogue):
         mark = evaluate.fingerprint(catalogue, splits, weights, settings, prompts)
-        return evaluate.kept(folder, mark, catalogue, splits, prompts)
+        return evaluate.read_cached_embeddings(folder, mark, catalogue, splits, prompts)
 
     again = kept()
     assert torch.equal(again.both.embedding, embedded.both.embedding)
     assert torch.equal(again.captions.embedding, embedded.captions.embedding)
-    assert evaluate.figures(again, 2) == evaluate.figures(embedded, 2)
+    assert evaluate.compute_metrics(again, 2) == evaluate.compute_metrics(embedded, 2)
     changed = build_model(SETTINGS)
     changed.load_state_dict(clip.state_dict())
     changed.logit_scale.data += 1e-6
@@ -181,8 +183,8 @@ def test_a_query_without_a_match_is_named_or_left_out(embedded, tmp_path):
     lacking = dataclasses.replace(embedded, gallery=embedded.gallery.select(others), gallery_rows=rows)
     path = embedded.query_rows["path"][int(alone[0])].as_py()
     with pytest.raises(UserError, match=rf"^{len(alone)} of \d+ queries .*{path}.*--skip-unmatched"):
-        evaluate.figures(lacking, 0)
-    found = evaluate.figures(lacking, 0, skip_unmatched=True)
+        evaluate.compute_metrics(lacking, 0)
+    found = evaluate.compute_metrics(lacking, 0, skip_unmatched=True)
     assert (found["num_unmatched"], found["num_query"]) == (len(alone), len(embedded.query) - len(alone))
 
 
@@ -190,7 +192,7 @@ def test_figures_of_one_item_without_prompts_are_null_where_there_is_nothing(emb
     one = embedded.query.item == embedded.query.item[0]
     of = {"query": embedded.query.select(one), "query_rows": embedded.query_rows.filter(one.numpy())}
     lone = dataclasses.replace(embedded, **of, captions=None)
-    found = {**evaluate.figures(lone, 0), "rerank": None, "beside": []}
+    found = {**evaluate.compute_metrics(lone, 0), "rerank": None, "beside": []}
     assert set(found) == KEYS
     assert (
         found["intervals"]["mAP"] is found["text_to_image"] is found["image_to_text"] is found["random_splits"] is None

@@ -16,7 +16,7 @@ from clipfh.cli import main
 from clipfh.data import audit
 from clipfh.data.audit import CopiedPhoto, CopyGroup
 from clipfh.retrieval import evaluate, metrics, review
-from clipfh.retrieval.evaluate import Embedded
+from clipfh.retrieval.evaluate import EmbeddedSplits
 
 ITEMS, VIEWS = 30, 4
 
@@ -102,7 +102,7 @@ def test_suspects_are_those_of_a_loop_and_single_views_are_none(num_train):
 # Copies in an evaluation: items a and b with a query each, and gallery photos
 
 
-def evaluation(copies: list[CopyGroup]) -> Embedded:
+def evaluation(copies: list[CopyGroup]) -> EmbeddedSplits:
     """Query a0 is nearest to its copy a1, then to b1, then to a2; query b0 finds b1 first."""
     query = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     gallery = normalize(torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.2, 1.0]]))
@@ -117,7 +117,7 @@ def evaluation(copies: list[CopyGroup]) -> Embedded:
     codes = [torch.from_numpy(code) for code in evaluate._codes(rows, copies)]
     both = metrics.Embeddings(torch.cat([query, gallery]), *codes)
     split = both.select(torch.arange(2)), both.select(torch.arange(2, 5))
-    return Embedded(*split, *rows, None, [], copies)
+    return EmbeddedSplits(*split, *rows, None, [], copies)
 
 
 def group(kind, *photos):
@@ -129,21 +129,21 @@ NEAR = dataclasses.replace(BYTE, kind="near")
 
 
 def test_a_copy_of_the_query_does_not_count_as_found():
-    plain, copied = (evaluate.figures(evaluation(copies), 0) for copies in ([], [BYTE]))
+    plain, copied = (evaluate.compute_metrics(evaluation(copies), 0) for copies in ([], [BYTE]))
     assert plain["mAP"] == pytest.approx((np.mean([1, 2 / 3]) + 0.5) / 2)
     assert copied["mAP"] == pytest.approx((1 / 2 + 0.5) / 2), "without a1, a2 is the second"
     assert plain["without_copies"] is None and copied["without_copies"]["mAP"] == copied["mAP"]
 
 
 def test_near_copies_count_as_found_and_figures_without_them_stand_beside():
-    found = evaluate.figures(evaluation([NEAR]), 0)
-    assert found["mAP"] == evaluate.figures(evaluation([]), 0)["mAP"]
-    assert found["without_copies"]["mAP"] == evaluate.figures(evaluation([BYTE]), 0)["mAP"]
+    found = evaluate.compute_metrics(evaluation([NEAR]), 0)
+    assert found["mAP"] == evaluate.compute_metrics(evaluation([]), 0)["mAP"]
+    assert found["without_copies"]["mAP"] == evaluate.compute_metrics(evaluation([BYTE]), 0)["mAP"]
 
 
 def test_leaks_are_left_out_of_the_figures_without_copies():
     leak = group("near", ("b0", "query"), ("t", "train"))
-    found = evaluate.figures(evaluation([leak]), 0)
+    found = evaluate.compute_metrics(evaluation([leak]), 0)
     assert (found["num_query"], found["without_copies"]["num_query"], found["without_copies"]["num_gallery"]) == (
         2,
         1,
@@ -160,12 +160,12 @@ def test_figures_without_copies_follow_a_similarity_too():
 
 def test_a_query_with_nothing_but_copies_is_counted_and_one_with_nothing_is_refused():
     only_copies = evaluation([group("byte", ("b0", "query"), ("b1", "gallery"))])
-    found = evaluate.figures(only_copies, 0)
+    found = evaluate.compute_metrics(only_copies, 0)
     assert (found["num_query"], found["num_unmatched"]) == (1, 1)
     lonely = dataclasses.replace(only_copies, gallery=only_copies.gallery.select(torch.tensor([0, 2])))
     lonely = dataclasses.replace(lonely, gallery_rows=only_copies.gallery_rows.take([0, 2]))
     with pytest.raises(UserError, match="1 of 2 queries have no other image"):
-        evaluate.figures(lonely, 0)
+        evaluate.compute_metrics(lonely, 0)
 
 
 def test_validation_counts_no_copies_and_refuses_nothing_but_copies():

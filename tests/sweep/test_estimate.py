@@ -35,23 +35,23 @@ def sweep(tmp_path, **changes) -> SweepFile:
     return sweep_file.load(tmp_path / "sweep.yaml")
 
 
-def test_images_of_a_trial(tmp_path):
+def test_estimate_images(tmp_path):
     # All see 1,000 images, a third of them up to 3,000, a ninth up to 9,000
-    assert estimate.images_of_a_trial(sweep(tmp_path), 9000) == pytest.approx(1000 + 2000 / 3 + 6000 / 9)
-    assert estimate.images_of_a_trial(sweep(tmp_path, budget={"images": 9000}), 9000) == 9000
+    assert estimate.estimate_images(sweep(tmp_path), 9000) == pytest.approx(1000 + 2000 / 3 + 6000 / 9)
+    assert estimate.estimate_images(sweep(tmp_path, budget={"images": 9000}), 9000) == 9000
 
 
 def test_what_is_told(tmp_path):
-    measured = estimate.Measured("cpu", rate=100, image=GIB / 32, rest=GIB, memory=2 * GIB)
-    told = estimate.told(sweep(tmp_path), measured, 1000)
+    measured = estimate.StepCost("cpu", images_per_second=100, image=GIB / 32, rest=GIB, memory=2 * GIB)
+    told = estimate.describe(sweep(tmp_path), measured, 1000)
     assert "9 trials of 9,000 images at most, 2,333 on average" in told
     assert "largest P x K that fits: 8 x 4, and not all of the space: take the larger out" in told
     assert "--batch.chunk 16" in told and "about 3 min" in told
     roomy = dataclasses.replace(measured, memory=3 * GIB)
-    assert "largest P x K that fits: 8 x 8, the largest of the space (64 images would)" in estimate.told(
+    assert "largest P x K that fits: 8 x 8, the largest of the space (64 images would)" in estimate.describe(
         sweep(tmp_path), roomy, 1000
     )
-    again = estimate.told(sweep(tmp_path, final={"top": 2, "seeds": 2, "refit": True}), measured, 1000)
+    again = estimate.describe(sweep(tmp_path, final={"top": 2, "seeds": 2, "refit": True}), measured, 1000)
     assert "then 5 runs of 9,000 images: about 8 min" in again
 
 
@@ -68,13 +68,15 @@ def test_what_is_told(tmp_path):
 def test_a_chunk_is_a_workers_and_a_batch_is_shared_out(tmp_path, workers, chunk, fits):
     base = {"model.name": SMALL_MODEL, "batch.items": 32, "batch.views": 2, "batch.chunk": chunk}
     made = sweep(tmp_path, base=base, search={}, placement={"workers": workers})
-    measured = estimate.Measured("cuda", rate=100, image=GIB, rest=0, memory=40 * GIB)
-    assert ("largest P x K that fits: 32 x 2" in estimate.told(made, measured, 1000)) == fits
+    measured = estimate.StepCost("cuda", images_per_second=100, image=GIB, rest=0, memory=40 * GIB)
+    assert ("largest P x K that fits: 32 x 2" in estimate.describe(made, measured, 1000)) == fits
     if workers == 2:
         chunked = sweep(
             tmp_path, base={**base, "batch.chunk": 64, "batch.items": 256}, search={}, placement={"workers": 4}
         )
-        assert "no P x K of the space fits" in estimate.told(chunked, measured, 1000), "64 at a time on each of four"
+        assert "no P x K of the space fits" in estimate.describe(chunked, measured, 1000), (
+            "64 at a time on each of four"
+        )
 
 
 def test_half_a_gpu_has_half_the_memory_and_cuda_its_part(monkeypatch):
@@ -85,14 +87,14 @@ def test_half_a_gpu_has_half_the_memory_and_cuda_its_part(monkeypatch):
 
 
 def test_what_the_checkpoints_take_is_told(tmp_path):
-    measured = estimate.Measured("cpu", 100, GIB / 32, GIB, 2 * GIB, weights=GIB, checkpoint=2 * GIB)
+    measured = estimate.StepCost("cpu", 100, GIB / 32, GIB, 2 * GIB, weights=GIB, checkpoint=2 * GIB)
     final = {"top": 2, "seeds": 2, "refit": True}
-    told = estimate.told(sweep(tmp_path, final=final), measured, 1000, at_once=3)
+    told = estimate.describe(sweep(tmp_path, final=final), measured, 1000, at_once=3)
     # 9 trials and 5 runs with two each, and one being written by each of three; leaders: 2 weights and 5 x 2 of the
     # final runs, then all their weights
     assert "a checkpoint takes 2.00 GiB; with 3 trials at once some 22 GiB at most, and 7.00 GiB at the end" in told
     assert "(placement.keep_weights leaders; 62 GiB with all)" in told
-    best = estimate.told(sweep(tmp_path, placement={"keep_weights": "best"}), measured, 1000)
+    best = estimate.describe(sweep(tmp_path, placement={"keep_weights": "best"}), measured, 1000)
     assert "with 1 trial at once some 7.00 GiB at most, and 1.00 GiB at the end" in best
 
 
@@ -116,7 +118,7 @@ def test_sizes_are_those_of_a_real_checkpoint(small_catalogue, tmp_path):
 def test_a_measurement_is_of_this_machine(small_catalogue, tiny):
     wide = dataclasses.replace(tiny, batch=dataclasses.replace(tiny.batch, categories=8))
     measured = estimate.measure(small_catalogue, wide)  # more categories than the measured batch has items
-    assert measured.device == str(choose_device()) and measured.rate > 0
+    assert measured.device == str(choose_device()) and measured.images_per_second > 0
     assert 0 < measured.image < measured.memory and measured.images > 100
     assert measured.memory < psutil.virtual_memory().total and measured.checkpoint > measured.weights > 0
 
@@ -137,7 +139,7 @@ def test_the_speed_of_a_gpu_is_that_of_a_batch_like_the_experiments(
     monkeypatch.setattr(estimate, "_learner", lambda *parts: parts[-2:])
     monkeypatch.setattr(estimate, "_timed", lambda made, images: timed.append((made, images)) or (0.5, (1.0, 2.0)))
     found = estimate.measure(small_catalogue, schema.replace(tiny, batch), workers=workers)
-    assert found.images == 100 and found.rate == images / 0.5
+    assert found.images == 100 and found.images_per_second == images / 0.5
     assert timed[-1] == ((images, chunk), images)
 
 

@@ -354,7 +354,7 @@ def test_a_validation_photo_does_not_find_itself(tmp_path, tiny):
     found = one.validate(learner.Validation(pixels, *validation_codes(made)))
     embedding = embed_images(one.towers, pixels, torch.float32)
     embedded = evaluate._assembled(made, evaluate.get_splits("val"), {}, embedding, None)
-    assert found == pytest.approx(evaluate.figures(embedded, 0)["mAP"], abs=1e-9) and found < 0.5
+    assert found == pytest.approx(evaluate.compute_metrics(embedded, 0)["mAP"], abs=1e-9) and found < 0.5
 
 
 def test_prompts_are_made_only_where_a_term_takes_them(small_catalogue, tiny, monkeypatch):
