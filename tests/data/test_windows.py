@@ -102,7 +102,7 @@ def test_a_reader_reads_each_shard_once_a_pass_and_holds_two_windows():
             for window in plan.windows(step):
                 assert set(reader.open(window)) == set(plan.shards(window).tolist())
             reader.move(rank, plan.windows(step)[0])
-        held.append(len({shard for shards in reader.opened.values() for shard in shards}))
+        held.append(len({shard for shards in reader.handles.values() for shard in shards}))
     assert max(read.values()) <= 6 and sum(read.values()) <= 16 * 5 + 4, "and the window to come"
     assert max(held) <= 8
 
@@ -112,9 +112,9 @@ def test_a_reader_waits_for_the_last_worker():
     reader = WindowReader(plan.shards, plan.plan.following, lambda shard: shard, ranks=2)
     reader.move(0, (0, 2))
     reader.move(1, (0, 0))
-    assert {(0, 0), (0, 1)} <= set(reader.opened)
+    assert {(0, 0), (0, 1)} <= set(reader.handles)
     reader.move(1, (0, 2))
-    assert set(reader.opened) == {(0, 2), (0, 3)}
+    assert set(reader.handles) == {(0, 2), (0, 3)}
 
 
 def test_a_shard_of_two_windows_is_read_once():

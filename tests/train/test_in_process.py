@@ -84,7 +84,7 @@ def test_windows_are_read_once_a_pass_and_their_batches_are_the_samplers(recipe,
 def test_a_run_keeps_the_window_that_it_began_with(small_catalogue, tmp_path, monkeypatch):
     images, size = small_catalogue.size("train")
     settings = {**TINY, "batch.items": 2, "budget.images": 32, "budget.report_every": 16}
-    monkeypatch.setattr(in_process, "wanted", lambda *_: True)
+    monkeypatch.setattr(in_process, "trains_here", lambda *_: True)
     monkeypatch.setattr(memory, "available", lambda: size)
     lines: list[str] = []
     train("image", small_catalogue, tmp_path / "run", settings=settings, log=lines.append)
@@ -99,7 +99,7 @@ def test_a_run_keeps_the_window_that_it_began_with(small_catalogue, tmp_path, mo
 def test_a_batch_has_neighbours_from_the_first_report_on_over_a_restart(small_catalogue, tmp_path, monkeypatch):
     settings = {**TINY, "batch.items": 6, "batch.views": 2, "batch.neighbours": 0.5}
     settings |= {"budget.images": 96, "budget.report_every": 48}
-    monkeypatch.setattr(in_process, "wanted", lambda *_: True)
+    monkeypatch.setattr(in_process, "trains_here", lambda *_: True)
 
     def stop_at_a_report(line):
         if "val mAP" in line:

@@ -98,7 +98,7 @@ def test_a_task_waits_until_its_window_is_near(recipe, small_catalogue):
         assert not waiting.done(), "steps before these are not yet decoded"
         await actor.close(0, start, then)
         assert set(await waiting) == set(plan.shards(windows[3]).tolist())
-        assert min(actor.reader.opened) == windows[3]
+        assert min(actor.reader.handles) == windows[3]
 
     asyncio.run(three_tasks())
 
