@@ -67,7 +67,7 @@ def _trial(folder: Path, file: SweepFile, study: optuna.Study, letter: str) -> d
     """Ask Optuna for a trial, write its folder, tell the study; returns its line of the leaderboard."""
     status = {"d": "done", "s": "stopped", "f": "failed", "x": "diverged", "r": "running"}[letter]
     asked = study.ask()
-    sampled = file.sampled(asked)
+    sampled = file.suggest(asked)
     row = {"trial": folder.name, "status": status, "images": 0, "seconds": 0, **sampled}
     if status == "failed":
         study.tell(asked, state=optuna.trial.TrialState.FAIL)

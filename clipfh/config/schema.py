@@ -118,24 +118,24 @@ def parse(name: str, text: str, cls: type = Experiment) -> Any:
 
 
 def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with files named from the root on: they are kept, and read again from other working directories."""
-    found = dict(settings)
-    if (file := found.get("text.file")) and "://" not in file:
-        found["text.file"] = str(Path(file).absolute())
-    if (file := found.get("model.pretrained")) and Path(file).is_file():
-        found["model.pretrained"] = str(Path(file).absolute())
-    if (name := str(found.get("model.name", ""))).startswith("local-dir:"):
-        found["model.name"] = f"local-dir:{Path(name.removeprefix('local-dir:')).absolute()}"
-    return found
+    """The settings with absolute paths of files, since they are read again from other working directories."""
+    paths = dict(settings)
+    if (file := paths.get("text.file")) and "://" not in file:
+        paths["text.file"] = str(Path(file).absolute())
+    if (file := paths.get("model.pretrained")) and Path(file).is_file():
+        paths["model.pretrained"] = str(Path(file).absolute())
+    if (name := str(paths.get("model.name", ""))).startswith("local-dir:"):
+        paths["model.name"] = f"local-dir:{Path(name.removeprefix('local-dir:')).absolute()}"
+    return paths
 
 
 def one_budget(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A budget in epochs replaces one in images and the other way round; both at once are an error."""
-    given = {k for k in ("budget.images", "budget.epochs") if settings.get(k)}
-    if len(given) == 2:
+    budgets = {k for k in ("budget.images", "budget.epochs") if settings.get(k)}
+    if len(budgets) == 2:
         raise UserError("give --budget.images or --budget.epochs, not both")
     other: dict[str, dict[str, Any]] = {"budget.images": {"budget.epochs": 0.0}, "budget.epochs": {"budget.images": 0}}
-    return {**other[given.pop()], **settings} if given else dict(settings)
+    return {**other[budgets.pop()], **settings} if budgets else dict(settings)
 
 
 def replace(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:

@@ -50,7 +50,7 @@ class Halving:
     first_rung: int = 0
     """images after which the first trials are stopped; 0: none is"""
     reduction: int = 3
-    """one trial in so many goes on from a rung"""
+    """from a rung one trial in `reduction` goes on"""
 
     def __post_init__(self) -> None:
         require(self.first_rung >= 0, "first_rung", "0 or more", self.first_rung)
@@ -125,9 +125,9 @@ class SweepFile:
         require(self.trials >= 1, "trials", "a whole number above 0", self.trials)
         require(self.seed >= 0, "seed", "a whole number, 0 or more", self.seed)
 
-    def experiment(self, sampled: Mapping[str, Any]) -> Experiment:
+    def experiment(self, values: Mapping[str, Any]) -> Experiment:
         """The experiment of a trial."""
-        settings = {name: value for name, value in {**self.base, **sampled}.items() if not name.endswith(SWITCH)}
+        settings = {name: value for name, value in {**self.base, **values}.items() if not name.endswith(SWITCH)}
         if MODEL in settings:
             entry = dict(zip(label_models(self.models), self.models, strict=True))[settings.pop(MODEL)]
             settings |= {f"model.{name}": value for name, value in entry.items()}
@@ -154,30 +154,30 @@ class SweepFile:
         return self.experiment({**self.first, **self.contenders[label]})
 
     def only(self, labels: Sequence[str]) -> SweepFile:
-        """The sweep with some of its contenders alone. Points of the others are left out, and a grid is made anew."""
+        """The sweep with only these contenders. Points of the others are left out, and a grid is made anew."""
         contenders = self.contenders
-        chosen = [contenders[label] for label in labels]
-        ranges = {name: SearchRange("choice", tuple(dict.fromkeys(p[name] for p in chosen))) for name in chosen[0]}
+        models = [contenders[label] for label in labels]
+        ranges = {name: SearchRange("choice", tuple(dict.fromkeys(p[name] for p in models))) for name in models[0]}
         search = {**self.search, **ranges}
         points = [p for p in self.points if all(ranges[name].holds(p[name]) for name in ranges.keys() & p.keys())]
         narrow = dataclasses.replace(self, search=search, points=points)
         return _with_grid(narrow) if self.sampler == "grid" else narrow
 
-    def sampled(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+    def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
         """A trial's settings. An option of a loss term is drawn only where the term is on."""
-        drawn: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name in sorted(self.search, key=_parse_term):
-            if self._is_on(name, drawn):
-                drawn[name] = self.search[name].suggest(trial, name)
-        return drawn
+            if self._is_on(name, values):
+                values[name] = self.search[name].suggest(trial, name)
+        return values
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of ends and choices, an option of a loss term only where the term is on."""
-        return self._points({name: searched.ends for name, searched in self.search.items()})
+        return self._points({name: range_.ends for name, range_ in self.search.items()})
 
     def space(self) -> list[dict[str, Any]]:
         """Every point of the space, where so few are there that trials may try them all; else none."""
-        values = {name: searched.all_values for name, searched in self.search.items()}
+        values = {name: range_.all_values for name, range_ in self.search.items()}
         few = values and 0 < math.prod(map(len, values.values())) <= MANY_POINTS
         return self._points(values) if few else []
 
@@ -193,10 +193,10 @@ class SweepFile:
         points = self.space()
         return dataclasses.replace(self, trials=min(self.trials, len(points))) if points else self
 
-    def _is_on(self, name: str, drawn: Mapping[str, Any]) -> bool:
-        """Whether a setting counts, given those drawn before it: all but the options of a term that is off."""
+    def _is_on(self, name: str, values: Mapping[str, Any]) -> bool:
+        """Whether a setting counts, given `values` drawn before it: not if it is an option of a term that is off."""
         term = _parse_term(name)
-        return not term or bool(drawn.get(f"loss.{term}", self._weight(term)))
+        return not term or bool(values.get(f"loss.{term}", self._weight(term)))
 
     def _weight(self, term: str) -> float:
         """A term's weight where it is not searched."""
@@ -204,18 +204,18 @@ class SweepFile:
 
     def corners(self, name: str) -> list[dict[str, Any]]:
         """Points of the space that differ in one setting: its ends or choices; one point where it is not searched."""
-        found = self.search.get(name)
-        return [{**self.first, name: value} for value in found.ends] if found else [self.first]
+        range_ = self.search.get(name)
+        return [{**self.first, name: value} for value in range_.ends] if range_ else [self.first]
 
     def combinations(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """All combinations of the ends of those of these that are searched; of a term's ends one on and one off."""
-        searched = [name for name in names if name in self.search]
-        ends = [self.search[name].ends for name in searched]
+        """All combinations of the ends of these settings, if searched; of a term's ends one on and one off."""
+        own = [name for name in names if name in self.search]
+        ends = [self.search[name].ends for name in own]
         telling = [
             {bool(end): end for end in each}.values() if name.startswith("loss.") else each
-            for name, each in zip(searched, ends, strict=True)
+            for name, each in zip(own, ends, strict=True)
         ]
-        return [dict(zip(searched, values, strict=True)) for values in product(*telling)]
+        return [dict(zip(own, values, strict=True)) for values in product(*telling)]
 
     @property
     def first(self) -> dict[str, Any]:
@@ -277,18 +277,18 @@ def load(
         raise UserError(f"{path}: no such sweep file; sweeps/ has some to start from")
     try:
         tree = yaml.safe_load(path.read_text())
-        return _checked(tree, dict(overrides or {}), trials)
+        return _check_tree(tree, dict(overrides or {}), trials)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> SweepFile:
+def _check_tree(tree: Any, overrides: dict[str, Any], trials: int | None) -> SweepFile:
     tree = _mapping(tree, "the sweep file")
-    _known(tree, KEYS)
+    _require_known(tree, KEYS)
     budget = _mapping(tree.get("budget", {}), "budget")
-    _known(budget, BUDGET_KEYS, "budget.")
+    _require_known(budget, BUDGET_KEYS, "budget.")
     rungs = {name: budget[name] for name in budget if name not in {f.name for f in dataclasses.fields(Budget)}}
     values = {name: _value(name, value) for name, value in {**tree, "budget": rungs}.items()}
     values["search"] = {name: _range(name, spec) for name, spec in values.get("search", {}).items()}
@@ -296,10 +296,10 @@ def _checked(tree: Any, overrides: dict[str, Any], trials: int | None) -> SweepF
         values["search"] = {MODEL: SearchRange("choice", tuple(labels)), **values["search"]}
     if clash := set(values["search"]) & set(overrides):
         raise UserError(f"{sorted(clash)[0]} is searched: give another value in the file, not beside it")
-    given = {f"budget.{name}": value for name, value in budget.items() if name not in rungs}
+    budgets = {f"budget.{name}": value for name, value in budget.items() if name not in rungs}
     if values["budget"].first_rung:
-        given = {"budget.report_every": values["budget"].first_rung, **given}
-    values["base"] = _base({**given, **values.get("base", {}), **overrides}, values["search"])
+        budgets = {"budget.report_every": values["budget"].first_rung, **budgets}
+    values["base"] = _base({**budgets, **values.get("base", {}), **overrides}, values["search"])
     if trials is not None or (values.get("sampler") == "grid" and "trials" not in values):
         values["trials"] = MANY if trials is None else trials
     sweep = SweepFile(**values)
@@ -325,13 +325,13 @@ def _value(key: str, value: Any) -> Any:
 def _model(entry: Any) -> dict[str, Any]:
     """Checked settings of a model of a race, from its name or a mapping."""
     settings = {"name": entry} if isinstance(entry, str) else _mapping(entry, "a model")
-    _known(settings, MODEL_IDENTITY, "models: ")
+    _require_known(settings, MODEL_IDENTITY, "models: ")
     if "name" not in settings:
         raise UserError(f"models: {settings} needs a name")
-    checked = {
+    values = {
         f"model.{name}": schema.check(f"model.{name}", settings[name]) for name in MODEL_IDENTITY & settings.keys()
     }
-    absolute = schema.with_absolute_paths(checked)
+    absolute = schema.with_absolute_paths(values)
     return {name: absolute[f"model.{name}"] for name in MODEL_IDENTITY if name in settings}
 
 
@@ -339,29 +339,29 @@ def _base(settings: dict[str, Any], search: Mapping[str, SearchRange]) -> dict[s
     """Checked settings, and their preset: the usual one for the model where none is named and there is one model."""
     usual = presets.usual_preset(settings.get("model.name", ""))
     preset = settings.pop("preset", None) or ("" if {MODEL, "model.name"} & search.keys() else usual)
-    checked = {name: schema.check(name, value) for name, value in settings.items()}
-    return {**({"preset": str(preset)} if preset else {}), **schema.with_absolute_paths(checked)}
+    values = {name: schema.check(name, value) for name, value in settings.items()}
+    return {**({"preset": str(preset)} if preset else {}), **schema.with_absolute_paths(values)}
 
 
 def _with_grid(sweep: SweepFile) -> SweepFile:
-    """Its grid as points; no more trials than those."""
-    for name, found in sweep.search.items():
-        if found.kind != "choice":
-            raise UserError(f"sampler: grid tries choices, and {name} has a {found.kind} range: give it a choice")
+    """The sweep with its grid as points, and no more trials than points."""
+    for name, range_ in sweep.search.items():
+        if range_.kind != "choice":
+            raise UserError(f"sampler: grid tries choices, and {name} has a {range_.kind} range: give it a choice")
     points = sweep.grid()
     return dataclasses.replace(sweep, points=points, trials=min(sweep.trials, len(points)))
 
 
 def _check_models(sweep: SweepFile) -> None:
     """Whether the models of a race are several, named once and in one place."""
-    labels, named = label_models(sweep.models), {*sweep.search, *(sweep.base.keys() - {"model.image_size"})}
+    labels, names = label_models(sweep.models), {*sweep.search, *(sweep.base.keys() - {"model.image_size"})}
     if not labels and sweep.race.keep:
         raise UserError("race: keep says how many of `models` go into the search: name them under models")
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise UserError(f"models: {sorted(twice)[0]} is there twice: take one out")
     if sweep.race.keep > len(labels):
         raise UserError(f"race: --keep must be at most the number of models, {len(labels)}, not {sweep.race.keep}")
-    if labels and (clash := [name for each in MODEL_IDENTITY if (name := f"model.{each}") in named]):
+    if labels and (clash := [name for each in MODEL_IDENTITY if (name := f"model.{each}") in names]):
         raise UserError(f"models names the models of the sweep, and so does {clash[0]}: take one of them out")
 
 
@@ -383,7 +383,7 @@ def _check_values(sweep: SweepFile) -> None:
     for name in sweep.search:
         for corner in sweep.corners(name):
             sweep.experiment(corner)
-    off = {name: searched.off for name, searched in sweep.search.items() if searched.off is not None}
+    off = {name: range_.off for name, range_ in sweep.search.items() if range_.off is not None}
     sweep.experiment({**sweep.first, **off})
     for names in TOGETHER:
         _check_together(sweep, names)
@@ -391,12 +391,12 @@ def _check_values(sweep: SweepFile) -> None:
 
 def _check_together(sweep: SweepFile, names: Sequence[str]) -> None:
     """Build the experiments at all combinations of the ends of some settings."""
-    for drawn in sweep.combinations(names):
+    for point in sweep.combinations(names):
         try:
-            sweep.experiment({**sweep.first, **drawn})
+            sweep.experiment({**sweep.first, **point})
         except UserError as error:
-            shown = ", ".join(f"{name} {value}" for name, value in drawn.items())
-            raise UserError(f"search: {shown} may be drawn together, and do not fit together ({error})") from None
+            values = ", ".join(f"{name} {value}" for name, value in point.items())
+            raise UserError(f"search: {values} may be drawn together, and do not fit together ({error})") from None
 
 
 def _range(name: str, spec: Any) -> SearchRange:
@@ -404,7 +404,7 @@ def _range(name: str, spec: Any) -> SearchRange:
         raise UserError(f"search: {name} can't be searched: all trials share it; make a sweep for each")
     spec = _mapping(spec, f"search: {name}")
     all_kinds = typing.get_args(Kind)
-    _known(spec, (*all_kinds, "or"))
+    _require_known(spec, (*all_kinds, "or"))
     kinds = [kind for kind in all_kinds if kind in spec]
     if len(kinds) != 1:
         raise UserError(f"search: {name} needs one of {', '.join(all_kinds)}")
@@ -441,7 +441,7 @@ def _list(tree: Any, where: str) -> list[Any]:
     return tree
 
 
-def _known(tree: Mapping[str, Any], names: Sequence[str], where: str = "") -> None:
+def _require_known(tree: Mapping[str, Any], names: Sequence[str], where: str = "") -> None:
     for name in tree:
         if name not in names:
             raise UserError(f"unknown key {where}{name}{schema.nearest(name, list(names))}")
@@ -455,7 +455,7 @@ def _dataclass(cls: Any, values: Mapping[str, Any], where: str) -> Any:
 
 
 def to_yaml(sweep: SweepFile) -> str:
-    """The sweep as YAML, all defaults filled in; where models have several presets, those that they have in common."""
+    """The sweep as YAML, all defaults filled in; of models with several presets, only defaults that they share."""
     every = [schema.flatten(sweep.start(label)) for label in sweep.contenders]
     left_out = {"stage", *sweep.search, *(("model.name", "model.pretrained") if sweep.models else ())}
     shared = {
@@ -466,5 +466,5 @@ def to_yaml(sweep: SweepFile) -> str:
     parts = (Halving, Placement, Finalists, Race)
     tree = {key: dataclasses.asdict(v) if isinstance(v, parts) else v for key, v in vars(sweep).items()}
     tree["base"] = {**{name: sweep.base[name] for name in ("preset",) if name in sweep.base}, **shared}
-    tree["search"] = {name: searched.spec for name, searched in sweep.search.items() if name != MODEL}
+    tree["search"] = {name: range_.spec for name, range_ in sweep.search.items() if name != MODEL}
     return yaml.safe_dump(tree, sort_keys=False)

@@ -29,14 +29,14 @@ def run(out: Path, log: Callable[[str], None] = print) -> None:
     log(f"1. drawing {ITEMS} garments: {out}/photos")
     write_source(out / "photos", items=ITEMS, seed=SEED, size=PHOTO_SIZE)
     log(f"2. clipfh prepare --source {out}/photos --out {out}/catalogue --image-size {PHOTO_SIZE}")
-    made = prepare(str(out / "photos"), out / "catalogue", image_size=PHOTO_SIZE, seed=SEED)
+    catalogue = prepare(str(out / "photos"), out / "catalogue", image_size=PHOTO_SIZE, seed=SEED)
     log(
         "   "
-        + ", ".join(f"{split} {count['images']:,}" for split, count in made.manifest["counts"].items())
+        + ", ".join(f"{split} {count['images']:,}" for split, count in catalogue.manifest["counts"].items())
         + " images"
     )
     log(f"3. clipfh sweep sweeps/demo.yaml {out}/catalogue --out {out}/sweep")
-    loaded = sweep_file.load(SWEEP)
-    with connected(placement=loaded.placement):
-        summary = sweep.run(loaded, made, out / "sweep", log=lambda line: log("   " + line))
+    file = sweep_file.load(SWEEP)
+    with connected(placement=file.placement):
+        summary = sweep.run(file, catalogue, out / "sweep", log=lambda line: log("   " + line))
     log("\n" + sweep.outcome(summary, out / "sweep"))

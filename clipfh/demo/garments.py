@@ -181,7 +181,7 @@ def make_garment(seed: int, item_index: int) -> Garment:
     gender, category = choose(rng, kind.places)
     variants = int(rng.choice([1, 2, 3], p=[0.75, 0.2, 0.05]))
     colors = tuple(_shade(rng, str(name)) for name in rng.choice(list(COLORS), variants, replace=False))
-    chosen = rng.random(len(kind.details)) < 0.45
+    has_detail = rng.random(len(kind.details)) < 0.45
     return Garment(
         index=item_index,
         gender=gender,
@@ -198,7 +198,7 @@ def make_garment(seed: int, item_index: int) -> Garment:
         hem=float(rng.uniform(*kind.hem)),
         fit=float(rng.uniform(0.95, 1.3)),
         flare=float(rng.uniform(0.9, 1.9)),
-        details=tuple(d for d, wanted in zip(kind.details, chosen, strict=True) if wanted),
+        details=tuple(d for d, has in zip(kind.details, has_detail, strict=True) if has),
         material=choose(rng, kind.materials),
     )
 

@@ -30,7 +30,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spie
 
 @functools.cache
 def load_open_clip() -> Any:
-    """open_clip, with our architecture known to it. It takes seconds to import, and most processes need none of it."""
+    """open_clip, with `clipfh-small` added. It takes seconds to import, and most processes need none of it."""
     # timm would load the one and never use it: half a second, and two folders left in /tmp. The other takes as long to
     # load as torch, and text towers of Hugging Face's alone need it.
     with _absent("wandb"), _absent("transformers"):
@@ -173,9 +173,9 @@ def find_folder(settings: ModelSettings, with_weights: bool = False) -> Path | N
 def read_folder(path: str | Path | Folder) -> Architecture:
     """The architecture of a folder that has an `open_clip_config.json`, and its tokenizer's files if they lie there."""
     folder = Folder(path)
-    read = parse(folder.read_text(layout.OPEN_CLIP_CONFIG), f"{folder}/{layout.OPEN_CLIP_CONFIG}")
+    architecture = parse(folder.read_text(layout.OPEN_CLIP_CONFIG), f"{folder}/{layout.OPEN_CLIP_CONFIG}")
     has_files = any(folder.exists(name) for name in TOKENIZER_FILES)
-    return replace(read, tokenizer_folder=str(folder.local_path().absolute())) if has_files else read
+    return replace(architecture, tokenizer_folder=str(folder.local_path().absolute())) if has_files else architecture
 
 
 def _listed(settings: ModelSettings) -> Architecture:
@@ -204,8 +204,8 @@ def architecture_name(settings: ModelSettings) -> str:
         if not hint and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", settings.name):
             hint = f"; a repository of the Hugging Face hub is written {hub.PREFIX}{settings.name}"
         raise UserError(f"--model.name {settings.name}: no such model{hint}")
-    trained = load_open_clip().get_pretrained_cfg(name, tag) if tag else {}
-    quick = trained.get("quick_gelu", False) if trained else is_openai_name(settings.name)
+    cfg = load_open_clip().get_pretrained_cfg(name, tag) if tag else {}
+    quick = cfg.get("quick_gelu", False) if cfg else is_openai_name(settings.name)
     return f"{name}-quickgelu" if quick and f"{name}-quickgelu" in models else name
 
 

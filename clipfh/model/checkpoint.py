@@ -60,7 +60,7 @@ def save(
         experiment: settings of the run.
         architecture: of its model.
         raw: weights as they are trained, by open_clip's names.
-        average: their average, only of those that are trained; empty where the run keeps none.
+        average: average of the trained weights; empty where the run keeps none.
         training: state of the optimizer and of what else goes on.
         metrics: the run's last report.
     """
@@ -179,9 +179,9 @@ def notes_on_model(clip: nn.Module, settings: ModelSettings, weights: str, catal
     Raises:
         UserError: `image_size` asks for more pixels than the catalogue keeps.
     """
-    architecture, notes, kept = get_architecture(clip), [], catalogue.manifest["settings"]["image_size"]
-    if kept < architecture.size:
-        few = f"takes images of {architecture.size} pixels, and the catalogue keeps {kept}"
+    architecture, notes, size = get_architecture(clip), [], catalogue.manifest["settings"]["image_size"]
+    if size < architecture.size:
+        few = f"takes images of {architecture.size} pixels, and the catalogue keeps {size}"
         remedy = f"clipfh prepare --image-size {architecture.size} keeps enough"
         if settings.image_size:
             raise UserError(f"--model.image_size {few}: {remedy}")
@@ -200,10 +200,10 @@ def _require_model(weights: Weights, settings: Mapping[str, Any]) -> None:
     if not weights.experiment or name in (None, own := weights.experiment.model.name):
         return
     theirs = weights.architecture(weights.experiment.model)
-    asked = architectures.find(ModelSettings(name=name, pretrained=settings.get("model.pretrained", "")))
-    if not asked.takes_weights_of(theirs):
+    target = architectures.find(ModelSettings(name=name, pretrained=settings.get("model.pretrained", "")))
+    if not target.takes_weights_of(theirs):
         raise UserError(
-            f"{weights.path} holds {own} ({theirs.activation}), not {name} ({asked.activation}): leave --model out"
+            f"{weights.path} holds {own} ({theirs.activation}), not {name} ({target.activation}): leave --model out"
         )
 
 

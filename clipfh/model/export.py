@@ -81,7 +81,9 @@ def write_export(
         (folder / layout.CARD).write_text(card(experiment, evidence or {}, clip, with_onnx))
         if hasattr(tokenizer := load_tokenizer(architecture), "save_pretrained"):
             tokenizer.save_pretrained(str(folder))
-        shutil.copymode(folder / layout.CARD, folder / layout.EXPORTED_WEIGHTS)  # safetensors makes it ours alone
+        shutil.copymode(
+            folder / layout.CARD, folder / layout.EXPORTED_WEIGHTS
+        )  # safetensors' files are private
         _check_parity(clip, folder, photos)
         if with_onnx:
             onnx.write_towers(clip, folder / layout.ONNX, photos, TEXTS)
@@ -108,14 +110,14 @@ def _noise(count: int = 4) -> list[bytes]:
 def _check_parity(clip: Any, folder: Path, photos: Sequence[bytes]) -> None:
     """Embeddings of the written folder equal the model's, by the folder's own preprocessing and tokenizer."""
     name = f"local-dir:{folder}"
-    loaded, _, preprocess = load_open_clip().create_model_and_transforms(name)
-    loaded.eval()
+    fresh, _, preprocess = load_open_clip().create_model_and_transforms(name)
+    fresh.eval()
     theirs = torch.stack([preprocess(Image.open(io.BytesIO(photo))) for photo in photos])
     ours = onnx.pixel_values(photos, get_preprocess(clip))
     tokens = load_open_clip().get_tokenizer(name)(list(TEXTS))
     pairs = (
-        (clip.encode_image(ours, normalize=True), loaded.encode_image(theirs, normalize=True)),
-        (clip.encode_text(tokens, normalize=True), loaded.encode_text(tokens, normalize=True)),
+        (clip.encode_image(ours, normalize=True), fresh.encode_image(theirs, normalize=True)),
+        (clip.encode_text(tokens, normalize=True), fresh.encode_text(tokens, normalize=True)),
     )
     worst = max((one - other).abs().max().item() for one, other in pairs)
     if not worst <= TOLERANCE:  # NaN too

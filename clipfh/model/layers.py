@@ -45,13 +45,13 @@ class Tower:
 
 def split_towers(clip: Any) -> tuple[Tower, Tower, dict[str, nn.Parameter]]:
     """The image tower, the text tower, and logit scale and bias, by name."""
-    named: dict[str, dict[str, nn.Parameter]] = {"visual": {}, "logit": {}, "text": {}}
+    parts: dict[str, dict[str, nn.Parameter]] = {"visual": {}, "logit": {}, "text": {}}
     for name, parameter in clip.named_parameters():
         part = re.match("visual|logit", name)
-        named[part[0] if part else "text"][name] = parameter
+        parts[part[0] if part else "text"][name] = parameter
     trunk = getattr(clip.visual, "trunk", None)
-    image = _plain_depths(named["visual"]) if trunk is None else _timm_depths(named["visual"], trunk)
-    return Tower(named["visual"], *image), Tower(named["text"], *_plain_depths(named["text"])), named["logit"]
+    image = _plain_depths(parts["visual"]) if trunk is None else _timm_depths(parts["visual"], trunk)
+    return Tower(parts["visual"], *image), Tower(parts["text"], *_plain_depths(parts["text"])), parts["logit"]
 
 
 def _plain_depths(names: Iterable[str]) -> tuple[dict[str, int], int]:

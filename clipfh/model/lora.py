@@ -61,7 +61,7 @@ class Target(NamedTuple):
 
 
 def find_targets(clip: nn.Module, settings: ModelSettings) -> list[Target]:
-    """The weights that LoRA adapts: of those that are not frozen, the matrices and convolutions behind the stem.
+    """The weights that LoRA adapts: the matrices and convolutions behind the stem that are not frozen.
 
     Embeddings of tokens and places are left out, and what is too small for the rank. `attention` and `mlp` take those
     parts of the blocks; `all` takes both, and what follows the blocks, such as the projection.
@@ -139,8 +139,8 @@ def merged_state(clip: nn.Module, names: Mapping[str, Tensor] | None = None) -> 
 
 def _plain_name(name: str) -> str:
     """open_clip's name of the weight that a parameter of the adapted model belongs to."""
-    path, found, rest = name.rpartition(f"{_INSIDE}.")
-    return path + rest.split(".")[0] if found else name
+    path, separator, rest = name.rpartition(f"{_INSIDE}.")
+    return path + rest.split(".")[0] if separator else name
 
 
 def count_factors(clip: nn.Module) -> int:

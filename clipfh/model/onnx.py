@@ -30,8 +30,8 @@ LARGEST = 2**31 - 2**24
 
 
 @dataclass(frozen=True)
-class Tower:
-    """A tower of the model and its ONNX file. Names of inputs and outputs are those of Hugging Face's models."""
+class OnnxTower:
+    """A tower's ONNX file. Its input and output have the names that Hugging Face's models use."""
 
     file: str
     encode: str
@@ -40,8 +40,8 @@ class Tower:
 
 
 TOWERS = (
-    Tower(layout.IMAGE_ONNX, "encode_image", "pixel_values", "image_embeds"),
-    Tower(layout.TEXT_ONNX, "encode_text", "input_ids", "text_embeds"),
+    OnnxTower(layout.IMAGE_ONNX, "encode_image", "pixel_values", "image_embeds"),
+    OnnxTower(layout.TEXT_ONNX, "encode_text", "input_ids", "text_embeds"),
 )
 
 
@@ -91,7 +91,7 @@ class _NormalizedTower(nn.Module):
 
 
 @torch.no_grad()
-def _write_tower(encoder: _NormalizedTower, tower: Tower, file: Path, sample: Tensor) -> None:
+def _write_tower(encoder: _NormalizedTower, tower: OnnxTower, file: Path, sample: Tensor) -> None:
     size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
     with _quiet():
         torch.onnx.export(

@@ -53,8 +53,8 @@ def _walk_local(root: str, folder: str, around: frozenset[tuple[int, int]]) -> I
     if here in around:
         return
     with os.scandir(root + folder) as entries:
-        listed = sorted(entries, key=lambda entry: entry.name)
-    for entry in listed:
+        listing = sorted(entries, key=lambda entry: entry.name)
+    for entry in listing:
         path = posixpath.join(folder, entry.name)
         if _is_dead(entry):
             yield File(path, "", is_dead=True)
@@ -161,8 +161,8 @@ class _LikeNames:
         """The one file that a path can mean; empty where there is none, or several."""
         place = ""
         for part in path.split("/"):
-            listed = self._names(place)
-            names = listed.get(_fold(part)) or listed.get(f"{_fold(part)}/", [])
+            folder = self._names(place)
+            names = folder.get(_fold(part)) or folder.get(f"{_fold(part)}/", [])
             if len(names) != 1:
                 return ""
             place = posixpath.join(place, names[0])
@@ -270,12 +270,12 @@ def _nothing_there(store: fs.SubTreeFileSystem, photos: list[Photo]) -> str:
 
 
 def _remedy(store: fs.SubTreeFileSystem) -> str:
-    listed = walk(store)
-    if dead := [file.path for file in listed if file.is_dead and is_image(file.path)]:
+    entries = walk(store)
+    if dead := [file.path for file in entries if file.is_dead and is_image(file.path)]:
         return (
             f"{len(dead):,} links lead nowhere, e.g. {printable(dead[0])}: bring what they lead to (cp -rL copies it)"
         )
-    files = [printable(file.path) for file in listed if file.path.count("/") < 2]
+    files = [printable(file.path) for file in entries if file.path.count("/") < 2]
     archives = sorted(path for path in files if path.lower().endswith(ARCHIVE_SUFFIXES))
     more = f" and {len(archives) - 5} more" if len(archives) > 5 else ""
     return f"unpack {', '.join(archives[:5])}{more} there" if archives else "put images there"

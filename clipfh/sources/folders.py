@@ -143,9 +143,9 @@ def _splits_of_folders(names: Sequence[str]) -> dict[str, str]:
     """The split of each folder that is called as one; of all folders where they differ in it alone: `cars_train`."""
     splits = {name: split for name in names if (split := _split_of_folder(name))}
     parts = [re.fullmatch(r"(\d+[_ -])?(.*[_ -])?([^_ -]+?)(\d{4})?", name) for name in names]
-    named = {match[0]: _split_of_folder(match[3]) for match in parts if match}
-    is_shared = len({match[2] for match in parts if match}) == 1 and len({*named.values()}) == len(names)
-    return splits if splits or not is_shared or not all(named.values()) else named
+    split_of = {match[0]: _split_of_folder(match[3]) for match in parts if match}
+    is_shared = len({match[2] for match in parts if match}) == 1 and len({*split_of.values()}) == len(names)
+    return splits if splits or not is_shared or not all(split_of.values()) else split_of
 
 
 def _nested_splits(paths: Sequence[str], splits: dict[str, str]) -> dict[str, str]:
@@ -175,8 +175,8 @@ def _asked_splits(splits: dict[str, str]) -> dict[str, str]:
 
 def note_splits(base: str, splits: dict[str, str]) -> list[str]:
     """A note on where the splits are from, where there are any."""
-    named = ", ".join(f"{base}{folder} is {split}" for folder, split in splits.items())
-    return [f"the splits are those of the folders: {named}"] if splits else []
+    meanings = ", ".join(f"{base}{folder} is {split}" for folder, split in splits.items())
+    return [f"the splits are those of the folders: {meanings}"] if splits else []
 
 
 def _inside_splits(images: list[File], base: str, splits: dict[str, str]) -> tuple[list[File], list[str]]:
@@ -185,8 +185,8 @@ def _inside_splits(images: list[File], base: str, splits: dict[str, str]) -> tup
     others = sorted({file.path[len(base) :].partition("/")[0] for file in images} - folders)
     notes = note_splits(base, splits)
     if num_others := len(images) - len(inside):
-        shown = ", ".join(map(printable, others[:3]))
-        notes.append(f"{num_others:,} photos beside the split folders were left out ({shown})")
+        examples = ", ".join(map(printable, others[:3]))
+        notes.append(f"{num_others:,} photos beside the split folders were left out ({examples})")
     return inside, notes
 
 

@@ -69,7 +69,7 @@ def read_inshop(store: fs.SubTreeFileSystem, partition: str, with_boxes: bool) -
     for where, path, item_id, split in _partition(store, partition):
         text, color = texts.get(item_id, ("", ""))
         row = {"image_path": path, "item_id": item_id, "split": split, "text": text, "color": color}
-        photos.append(require_photo(row | _named(path), where))
+        photos.append(require_photo(row | _name_fields(path), where))
     if unlisted := len(texts.keys() - {photo.item_id for photo in photos}):
         notes.append(f"{unlisted:,} descriptions are of items that are not listed")
     tree = _inshop_tree(store, photos)
@@ -101,21 +101,21 @@ def _inshop_boxes(store: fs.SubTreeFileSystem, tree: str) -> dict[str, Box]:
 
 def _partition(store: fs.SubTreeFileSystem, file: str) -> Iterator[tuple[str, str, str, str]]:
     """Rows as (where it stands, path, item, status). A first line with a number counts them."""
-    stated, rows = None, 0
+    count, rows = None, 0
     for number, line in enumerate(io.StringIO(read_text(store, file), newline=None), start=1):
         columns = line.rsplit(None, 2)
         if number == 1 and len(columns) == 1 and columns[0].isdecimal():
-            stated = int(columns[0])
+            count = int(columns[0])
         elif columns and (rows or columns[0] != "image_name"):
             where, rows = f"{store.base_path}{file} line {number}", rows + 1
             if len(columns) != 3:
-                shown = f"{line.strip()[:80]!r}"
-                raise UserError(f"{where}: {shown} is not 'image_name item_id evaluation_status': mend it")
+                quote = f"{line.strip()[:80]!r}"
+                raise UserError(f"{where}: {quote} is not 'image_name item_id evaluation_status': mend it")
             path, item, status = columns
             yield where, path, item, status
-    if stated not in (None, rows):
+    if count not in (None, rows):
         raise UserError(
-            f"{store.base_path}{file}: line 1 says {stated:,} images and {rows:,} are listed: "
+            f"{store.base_path}{file}: line 1 says {count:,} images and {rows:,} are listed: "
             "get the whole file, or correct line 1"
         )
 
@@ -127,14 +127,14 @@ def _inshop_tree(store: fs.SubTreeFileSystem, photos: list[Photo]) -> str:
     return next((tree for tree in there if has_any(store, photos, tree + "{inner}")), "")
 
 
-def _tree_notes(store: fs.SubTreeFileSystem, used: str) -> list[str]:
-    infos = store.get_file_info([tree.rstrip("/") for tree in _TREES[:4] if tree != used])
+def _tree_notes(store: fs.SubTreeFileSystem, folder: str) -> list[str]:
+    infos = store.get_file_info([tree.rstrip("/") for tree in _TREES[:4] if tree != folder])
     others = [f"{info.path}/" for info in infos if info.type == fs.FileType.Directory]
-    notes = [f"the images are those in {used or 'the folder of the source'}"]
-    return [*notes, f"{', '.join(others)} is not used: to use it, move {used} away"] if others and used else notes
+    notes = [f"the images are those in {folder or 'the folder of the source'}"]
+    return [*notes, f"{', '.join(others)} is not used: to use it, move {folder} away"] if others and folder else notes
 
 
-def _named(path: str) -> dict[str, str]:
+def _name_fields(path: str) -> dict[str, str]:
     """What `img/WOMEN/Dresses/id_00000002/02_1_front.jpg` says: gender, category, variant, view; any names will do."""
     *_, gender, category = ["", "", *path.removeprefix("img/").split("/")[:-2]]
     stem = posixpath.splitext(posixpath.basename(path))[0]
@@ -201,7 +201,7 @@ def read_processed(store: fs.SubTreeFileSystem, folder: str) -> Listing:
             split = fields.get("split") or splits.get(path) or splits.get(key)
             text, color = prompts.get(str(item_id)) or prompts.get(path) or ("", "")
             row = {"image_path": path, "item_id": item_id, "text": text, "color": color}
-            row |= {"split": "train" if split == "val" else split, **_named(path)}
+            row |= {"split": "train" if split == "val" else split, **_name_fields(path)}
             photos.append(require_photo(row, where))
     return locate_in_layouts(store, photos, [], ("splits/{split}/{path}", "splits/val/{path}", "{path}"))
 

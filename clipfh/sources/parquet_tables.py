@@ -31,8 +31,8 @@ def read_parquet(store: fs.SubTreeFileSystem, files: Sequence[str], options: Rea
     several, notes = len(files) > 1, dict[str, None]()
     rows = TableRows(store.base_path if several else store.base_path + files[0], options.skip_bad_lines)
     for file in files:
-        with store.open_input_file(file) as opened:
-            table = pq.ParquetFile(opened)
+        with store.open_input_file(file) as stream:
+            table = pq.ParquetFile(stream)
             columns = _choose_columns(table.schema_arrow, f"{store.base_path}{file}")
             notes |= dict.fromkeys(columns.notes)
             place = {"file": file, "stamp": read_stamp(store, file)} if columns.image else {}
@@ -49,7 +49,7 @@ class _Columns:
     """What is read of a Parquet file."""
 
     names: Mapping[str, str]
-    """Column of the file to our name for it."""
+    """Column of the file to its name in COLUMNS."""
     image: str
     """Column of images that stand inside; empty where they are files."""
     inner_path: str
@@ -73,22 +73,22 @@ def _choose_columns(schema: pa.Schema, where: str) -> _Columns:
     notes = check_columns(names, where, ("image" if is_inside else "image_path", item))
     notes += ["there is no item_id: items are the values of label"] if item == "label" else []
     ours = {*COLUMNS, item, *(BOX_COLUMNS if {*BOX_COLUMNS} <= {*names} else ())}
-    used = {field.name: name for field, name in zip(schema, names, strict=True) if name in ours}
-    for column in used:
+    columns = {field.name: name for field, name in zip(schema, names, strict=True) if name in ours}
+    for column in columns:
         _check_type(schema.field(column), where)
     image = schema.names[at] if is_inside else ""
     has_path = (
         is_inside and pa.types.is_struct(schema.field(at).type) and schema.field(at).type.get_field_index("path") >= 0
     )
-    renamed = {column: "item_id" if name == item else name for column, name in used.items()}
+    renamed = {column: "item_id" if name == item else name for column, name in columns.items()}
     return _Columns(renamed, image, f"{image}.path" if has_path else "", _label_names(schema, item), notes)
 
 
 def _rows(table: pq.ParquetFile, columns: _Columns) -> Iterator[tuple[int, tuple[int, int], dict[str, Any]]]:
-    """Number of each row, its row group and place there, and its fields by our names."""
-    wanted, number = [*columns.names, *filter(None, [columns.inner_path])], 0
+    """Number of each row, its row group and place there, and its fields by their names in COLUMNS."""
+    names, number = [*columns.names, *filter(None, [columns.inner_path])], 0
     for group in range(table.num_row_groups):
-        batches = table.iter_batches(row_groups=[group], columns=wanted)
+        batches = table.iter_batches(row_groups=[group], columns=names)
         for index, row in enumerate(row for batch in batches for row in batch.to_pylist()):
             number += 1
             fields = {name: row[column] for column, name in columns.names.items()}
@@ -160,8 +160,8 @@ def stands_in_table(photo: Photo) -> bool:
 
 def iterate_images(store: fs.SubTreeFileSystem, file: str, group: int) -> Iterator[bytes | None]:
     """The images of a row group, encoded as they are; None for a row without one."""
-    with store.open_input_file(file) as opened:
-        table = pq.ParquetFile(opened)
+    with store.open_input_file(file) as stream:
+        table = pq.ParquetFile(stream)
         name = next(name for name in table.schema_arrow.names if name.strip().casefold() == "image")
         for batch in table.iter_batches(_BATCH, row_groups=[group], columns=[name]):
             values = batch.column(0).to_pylist()

@@ -77,8 +77,8 @@ def _read_file(store: fs.SubTreeFileSystem, name: str, options: ReadOptions) -> 
 
 def _require_for(where: str, **options: object) -> None:
     """Check that no option is given which means nothing for this source."""
-    if given := [name.replace("_", "-") for name, value in options.items() if value]:
-        raise UserError(f"{where}: --{given[0]} is for another form of source: leave it out")
+    if names := [name.replace("_", "-") for name, value in options.items() if value]:
+        raise UserError(f"{where}: --{names[0]} is for another form of source: leave it out")
 
 
 def _read_folder(store: fs.SubTreeFileSystem, options: ReadOptions) -> Listing:

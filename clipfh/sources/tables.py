@@ -43,9 +43,9 @@ class TableRows:
     def left_out(self) -> list[LeftOut]:
         """The bad rows as left out. UserError, which tells them all, unless that was asked for."""
         if self.bad and not self.skip_bad:
-            shown = "; ".join(f"{where}: {why}" for where, why in self.bad[:_SHOWN])
+            examples = "; ".join(f"{where}: {why}" for where, why in self.bad[:_SHOWN])
             more = f"; and {len(self.bad) - _SHOWN:,} more" if len(self.bad) > _SHOWN else ""
-            raise UserError(f"{self.table} {shown}{more}: mend them, or leave them out by --skip-bad-lines")
+            raise UserError(f"{self.table} {examples}{more}: mend them, or leave them out by --skip-bad-lines")
         return [(f"{self.table} {where}", f"{BAD_LINE}: {why}") for where, why in self.bad]
 
 
@@ -86,21 +86,21 @@ def _lines(reader: Any, num_before: int) -> Iterator[tuple[str, list[str], str]]
 
 def _separator(text: str) -> tuple[str, str, int]:
     """The text without a line `sep=;`, as spreadsheets write it, the separator, and the number of lines taken off."""
-    if stated := re.match(r"sep=(.)\r?\n", text):
-        return text[stated.end() :], stated[1], 1
+    if match := re.match(r"sep=(.)\r?\n", text):
+        return text[match.end() :], match[1], 1
     head = text.lstrip().partition("\n")[0]
     headers = {sign: set(column_names(head.split(sign))) for sign in ",;\t|"}
     return text, max(headers, key=lambda sign: (len(headers[sign] & {*COLUMNS}), len(headers[sign]))), 0
 
 
 def column_names(header: Sequence[str]) -> list[str]:
-    """Names of columns as they are meant: our own in any case, with blanks and quotes around them.
+    """Names of columns as they are meant: the ones of COLUMNS in any case, with blanks and quotes around them.
 
     Where there is no image_path, it is what Hugging Face or open_clip call so.
     """
     names = [name.strip().strip('"') for name in header]
-    ours = (*COLUMNS, *BOX_COLUMNS, *_OTHER_PATHS)
-    names = [name.casefold() if name.casefold() in ours else name for name in names]
+    columns = (*COLUMNS, *BOX_COLUMNS, *_OTHER_PATHS)
+    names = [name.casefold() if name.casefold() in columns else name for name in names]
     other = next((name for name in _OTHER_PATHS if name in names and "image_path" not in names), None)
     return ["image_path" if name == other else name for name in names]
 
@@ -151,7 +151,7 @@ def _decode(store: fs.SubTreeFileSystem, data: bytes, table: str, encoding: str)
     if encoding:
         raise UserError(f"{table}: can't be read by --encoding {encoding} ({reason}): name its encoding")
     for guess in _ENCODINGS:
-        if (text := _decoded(data, guess)) and _names_files(store, text):
+        if (text := _decode_bytes(data, guess)) and _names_files(store, text):
             return text, [f"the table is read as {guess}, in which the files that it names are there"]
     raise UserError(
         f"{table}: not UTF-8 ({reason}): save it as UTF-8, or name its encoding, e.g. --encoding cp1252 for one of "
@@ -168,7 +168,7 @@ def _utf16(data: bytes) -> list[str]:
     return ["utf-16-le"] if odd > 50 else ["utf-16-be"] if even > 50 else []
 
 
-def _decoded(data: bytes, encoding: str) -> str:
+def _decode_bytes(data: bytes, encoding: str) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError:
@@ -186,7 +186,7 @@ def _names_files(store: fs.SubTreeFileSystem, text: str) -> bool:
     return bool(paths) and all(any(look(store, filter(None, each))) for each in spelled)
 
 
-def check_columns(names: Sequence[str], table: str, needed: Sequence[str] = ("image_path", "item_id")) -> list[str]:
+def check_columns(names: Sequence[str], table: str, required: Sequence[str] = ("image_path", "item_id")) -> list[str]:
     """Notes on columns that are not used.
 
     Raises:
@@ -195,9 +195,9 @@ def check_columns(names: Sequence[str], table: str, needed: Sequence[str] = ("im
     ours = (*COLUMNS, *(BOX_COLUMNS if {*BOX_COLUMNS} <= {*names} else ()))
     if twice := [name for name in ours if names.count(name) > 1]:
         raise UserError(f"{table}: several columns are called {twice[0]}: keep one of them")
-    if missing := {*needed} - {*names}:
-        shown = ", ".join(names)[:200]
+    if missing := {*required} - {*names}:
+        header = ", ".join(names)[:200]
         remedy = "rename it" if {*names} & {*COLUMNS} else "call them so in its first line"
-        raise UserError(f"{table}: no column {' or '.join(sorted(missing))} (found: {shown}): {remedy}")
-    unused = [name for name in names if name and name not in (*ours, *needed)]
+        raise UserError(f"{table}: no column {' or '.join(sorted(missing))} (found: {header}): {remedy}")
+    unused = [name for name in names if name and name not in (*ours, *required)]
     return [f"columns that were not used: {', '.join(unused)}"] if unused else []

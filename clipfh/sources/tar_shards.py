@@ -29,10 +29,10 @@ def read_tars(store: fs.SubTreeFileSystem, files: Sequence[str]) -> Listing:
     """
     photos, left_out, notes = list[Photo](), list[LeftOut](), dict[str, None]()
     of_shard = {file: split_of_shard(file) for file in files}
-    named = of_shard if len({*of_shard.values()}) > 1 and all(of_shard.values()) else {}
+    split_of = of_shard if len({*of_shard.values()}) > 1 and all(of_shard.values()) else {}
     for file in files:
         its_photos, imageless = _read_tar(store, file, notes)
-        photos += [photo._replace(split=photo.split or named.get(file, "")) for photo in its_photos]
+        photos += [photo._replace(split=photo.split or split_of.get(file, "")) for photo in its_photos]
         left_out += [(f"{file}/{key}", NO_IMAGE) for key in imageless]
     return locate(store, photos, notes, left_out)
 
@@ -40,9 +40,9 @@ def read_tars(store: fs.SubTreeFileSystem, files: Sequence[str]) -> Listing:
 def _read_tar(store: fs.SubTreeFileSystem, file: str, notes: dict[str, None]) -> tuple[list[Photo], list[str]]:
     """The photos of a tar file, and the keys of samples without an image."""
     where, stamp = f"{store.base_path}{file}", read_stamp(store, file)
-    with store.open_input_file(file) as opened:
+    with store.open_input_file(file) as stream:
         try:
-            with tarfile.open(fileobj=opened, mode="r:") as tar:
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
                 members = {member.name.removeprefix("./"): member for member in tar if member.isfile()}
                 texts = {
                     name: _read_field(tar, members[name]) for name in members if _suffix(name) in ("json", *_FIELDS)

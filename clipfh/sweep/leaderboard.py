@@ -50,7 +50,7 @@ class Leaderboard:
     def rows(self) -> list[Row]:
         """All rows, best first."""
         trials = own_trials(self.study).items()
-        running = [self.row(n, self.sweep.sampled(t)) for n, t in trials if t.state == TrialState.RUNNING]
+        running = [self.row(n, self.sweep.suggest(t)) for n, t in trials if t.state == TrialState.RUNNING]
         rows = [*self.zero_shot, *self.over(), *running]
         return sorted(rows, key=lambda row: float(row.get("val_mAP", -1)), reverse=True)
 

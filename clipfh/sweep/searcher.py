@@ -110,11 +110,11 @@ def propose(study: optuna.Study, sweep: SweepFile) -> tuple[optuna.Trial, dict[s
     Where every point of the space was tried, any point is proposed.
     """
     own = [trial for trial in own_trials(study).values() if trial.state != TrialState.WAITING]
-    attempts = [sweep.sampled(trial) for trial in own if trial.state != TrialState.FAIL or ROW in trial.user_attrs]
+    attempts = [sweep.suggest(trial) for trial in own if trial.state != TrialState.FAIL or ROW in trial.user_attrs]
     for _ in range(DRAWS):
         is_waiting = any(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False))
         trial = ask(study, sweep)
-        settings = sweep.sampled(trial)
+        settings = sweep.suggest(trial)
         if is_waiting or settings not in attempts:
             return trial, settings
         trial.set_user_attr(REPEATED, True)
@@ -122,7 +122,7 @@ def propose(study: optuna.Study, sweep: SweepFile) -> tuple[optuna.Trial, dict[s
     if untried := [point for point in sweep.space() if point not in attempts]:
         study.enqueue_trial(_parameters(sweep, untried[0]))
     trial = ask(study, sweep)
-    return trial, sweep.sampled(trial)
+    return trial, sweep.suggest(trial)
 
 
 def _parameters(sweep: SweepFile, point: Mapping[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def test_no_file_no_yaml_no_mapping(tmp_path):
 def test_options_are_drawn_only_where_their_term_is_on(tmp_path):
     loaded = sweep_file.load(write(tmp_path))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    drawn = [loaded.sampled(study.ask()) for _ in range(40)]
+    drawn = [loaded.suggest(study.ask()) for _ in range(40)]
     assert {("loss.triplet_margin" in d) == (d["loss.triplet"] > 0) for d in drawn} == {True}
     assert any(d["loss.triplet"] for d in drawn) and not all(d["loss.triplet"] for d in drawn)
     for settings in drawn:
@@ -202,7 +202,7 @@ def test_models_are_a_choice_that_sets_name_and_weights_with_the_usual_preset_of
     assert again.models == loaded.models and sweep_file.to_yaml(again) == sweep_file.to_yaml(loaded)
     assert [again.start(label) for label in labels] == starts, "nothing of the first model is the others'"
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    assert {loaded.only(labels[:2]).sampled(study.ask())["model"] for _ in range(20)} == set(labels[:2])
+    assert {loaded.only(labels[:2]).suggest(study.ask())["model"] for _ in range(20)} == set(labels[:2])
 
 
 def test_name_and_weights_searched_apart_are_every_combination(tmp_path):
