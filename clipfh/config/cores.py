@@ -1,4 +1,4 @@
-"""This machine's cores, shared out evenly among all that computes on them now, whatever command it belongs to."""
+"""This machine's cores, shared out evenly among all runs that compute on them now, of whatever command."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CLAIMED, NEW = ".claim", ".new"
 
 
 CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-"""Where Linux keeps the limits of containers and services, and tells in which of them a process is"""
+"""Where Linux keeps the limits of containers and services, and the file that names a process's own"""
 
 
 def available() -> int:
-    """Cores that this process may use: those of its affinity, and no more than the quota of its container gives."""
+    """Number of cores that this process may use, by its affinity and the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(cores, quota())))
 
@@ -37,9 +37,9 @@ def quota(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
 
 
 def group_folders(controller: str, top: Path, membership: Path) -> list[Path]:
-    """The folders below `top` of this process's group of a controller, and of all groups that it is in.
+    """The folders below `top` of this process's group of a controller, and of all groups around it.
 
-    The empty name is that of the second version of control groups, which has one hierarchy for all controllers.
+    The second version of control groups, with one hierarchy for all controllers, has the empty name.
     """
     lines = membership.read_text().splitlines() if membership.is_file() else []
     groups = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
@@ -47,7 +47,7 @@ def group_folders(controller: str, top: Path, membership: Path) -> list[Path]:
 
 
 def _upwards(root: Path, group: str) -> list[Path]:
-    """The folders of a group and of all groups that it is in. A container sees its own as the root."""
+    """The folders of a group and of all groups around it. A container sees its own as the root."""
     folder = root / group.strip("/")
     return [folder, *(each for each in folder.parents if each.is_relative_to(root))]
 
@@ -68,7 +68,7 @@ class Share:
     find each other without a cluster: two commands of a user, the trials of a sweep, the jobs of two clusters.
 
     Args:
-        folder: of the claims; by default one for each user of this machine.
+        folder: folder of the claims; by default one for each user of this machine.
     """
 
     def __init__(self, folder: Path | None = None) -> None:

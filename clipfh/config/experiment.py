@@ -180,7 +180,7 @@ class LossSettings:
 
     @property
     def takes_singles(self) -> bool:
-        """Whether a term that is on learns from an item's only photo. Those that compare images in pairs do not."""
+        """Whether a term that is on learns from an item's only photo. Terms that compare images in pairs do not."""
         return self.has_classifier or self.center > 0 or self.takes_text
 
     @property

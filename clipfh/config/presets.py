@@ -1,4 +1,4 @@
-"""Presets: whole recipes by name, and what an experiment is of a preset and settings."""
+"""Presets: whole recipes by name, and the experiment that a preset and settings make."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ PRESETS: dict[str, dict[Stage, dict[str, Any]]] = {
 
 
 def loss_terms(shorthand: str) -> dict[str, float]:
-    """'triplet+center' as weights: the usual ones for the terms named, 0 for the others."""
+    """Weights from 'triplet+center': the usual ones for the terms that it names, 0 for the others."""
     names = shorthand.split("+")
     for name in names:
         if name not in LOSS_TERMS:

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     import optuna
 
 SWITCH = "?"
-"""Ends the name of the parameter by which Optuna switches a setting between its range and its `or`."""
+"""End of the name of the parameter by which Optuna switches a setting between its range and its `or`."""
 
 MANY = 1000
-"""Values of a range, or points of a space, that are too many to be tried out"""
+"""Number of values of a range, or of points of a space, that is too large to try all"""
 
 Kind = Literal["loguniform", "uniform", "int", "choice"]
 
@@ -44,7 +44,7 @@ class SearchRange:
 
     @property
     def distribution(self) -> optuna.distributions.BaseDistribution:
-        """Optuna's word for it, the value of `or` left out."""
+        """Optuna's distribution of the range, without the value of `or`."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.kind == "choice":

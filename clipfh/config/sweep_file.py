@@ -1,4 +1,4 @@
-"""The sweep file: what is searched, from where, how long. Read, checked and written back with its defaults."""
+"""The sweep file, which says what is searched and how. Read, checked and written back with its defaults."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import optuna
 
 MODEL = "model"
-"""The searched setting that has the entries of `models` for choices."""
+"""Name of the searched setting whose choices are the entries of `models`."""
 
 TOGETHER = (
     ("batch.items", "batch.categories"),
@@ -59,7 +59,7 @@ class Halving:
 
 @dataclass(frozen=True)
 class Race:
-    """What comes between zero-shot and the search, where a sweep has several models."""
+    """The race between several models, after zero-shot and before the search."""
 
     keep: int = 0
     """models that go into the search, the best by zero-shot mAP on validation; 0: all"""
@@ -70,7 +70,7 @@ class Race:
 
 @dataclass(frozen=True)
 class Finalists:
-    """What comes between the search and the test split."""
+    """The final runs, between the search and the test split."""
 
     top: int = 0
     """leading settings that are trained again; 0: the search's own best is the winner"""
@@ -137,7 +137,7 @@ class SweepFile:
     def contenders(self) -> dict[str, dict[str, Any]]:
         """The models that trials may have: label to the searched settings that choose the model.
 
-        One without such settings where no model is searched.
+        Where no model is searched there is one, without such settings.
         """
         if MODEL in self.search:
             return {label: {MODEL: label} for label in self.search[MODEL].values}
@@ -176,7 +176,7 @@ class SweepFile:
         return self._points({name: range_.ends for name, range_ in self.search.items()})
 
     def space(self) -> list[dict[str, Any]]:
-        """Every point of the space, where so few are there that trials may try them all; else none."""
+        """Every point of the space, if they are few enough to try them all; else none."""
         values = {name: range_.all_values for name, range_ in self.search.items()}
         few = values and 0 < math.prod(map(len, values.values())) <= MANY_POINTS
         return self._points(values) if few else []

@@ -1,4 +1,4 @@
-"""What a model is apart from its weights: an architecture of open_clip's list, of a hub's repository or of a folder."""
+"""The architecture of a model, without its weights: from open_clip's list, a hub's repository or a folder."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spie
 @functools.cache
 def load_open_clip() -> Any:
     """open_clip, with `clipfh-small` added. It takes seconds to import, and most processes need none of it."""
-    # timm would load the one and never use it: half a second, and two folders left in /tmp. The other takes as long to
-    # load as torch, and text towers of Hugging Face's alone need it.
+    # timm would load wandb and never use it: half a second, and two folders left in /tmp. transformers takes as long to
+    # load as torch, and only text towers of Hugging Face's need it.
     with _absent("wandb"), _absent("transformers"):
         import open_clip
 
@@ -63,20 +63,20 @@ def _absent(module: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that a model is made by, apart from its weights. As JSON it is `open_clip_config.json`."""
+    """All that a model is built from, apart from its weights. As JSON it is `open_clip_config.json`."""
 
     model_cfg: dict[str, Any]
     """open_clip's account of the towers, activation and context length among it"""
     preprocess_cfg: dict[str, Any]
     """the values of PIXELS"""
     tokenizer_folder: str = ""
-    """folder with the files of the tokenizer that `model_cfg` names; empty where the hub has them, or for CLIP's own"""
+    """folder of the files of the tokenizer that `model_cfg` names; empty if they are the hub's, or for CLIP's own"""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
 
     def to_open_clip(self) -> str:
-        """The JSON that open_clip reads in a folder with the tokenizer's files, of which it tells no place."""
+        """The JSON that open_clip reads in a folder which also has the tokenizer's files, so without their place."""
         return json.dumps({"model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg}, indent=2)
 
     @property
@@ -101,7 +101,7 @@ class Architecture:
         return "QuickGELU" if self.model_cfg.get("quick_gelu") else "GELU"
 
     def takes_weights_of(self, other: Architecture) -> bool:
-        """Whether weights of the other mean the same here, but for the size of images."""
+        """Whether weights of the other architecture fit this one and mean the same, except for the size of images."""
         return _without_size(self.model_cfg) == _without_size(other.model_cfg)
 
 
@@ -121,7 +121,7 @@ def parse(text: str, where: str | Path) -> Architecture:
     """Read an `open_clip_config.json`.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is no such file's.
     """
     try:
         tree = json.loads(text)
@@ -134,7 +134,7 @@ def parse(text: str, where: str | Path) -> Architecture:
 
 
 def _pixels(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The values of PIXELS: those given, else open_clip's defaults."""
+    """The values of PIXELS from `cfg`, else open_clip's defaults."""
     transform = load_open_clip().transform
     merged = transform.merge_preprocess_dict(transform.PreprocessCfg(), cfg)
     return {key: tuple(value) if isinstance(value := merged[key], list) else value for key in PIXELS}
@@ -152,7 +152,7 @@ def find(settings: ModelSettings) -> Architecture:
 
 
 def find_folder(settings: ModelSettings, with_weights: bool = False) -> Path | None:
-    """The folder that a name of a folder or of a hub's repository means; None for a name of open_clip's list.
+    """The folder of a model that is named by a folder or a hub's repository; None for a name of open_clip's list.
 
     Raises:
         UserError: there is no such folder, or the hub has or gives no such model.
@@ -181,7 +181,7 @@ def read_folder(path: str | Path | Folder) -> Architecture:
 def _listed(settings: ModelSettings) -> Architecture:
     """The architecture of a name of open_clip's list, with the preprocessing of the settings' weights.
 
-    A file's preprocessing is not known: with one, as with random weights, it is the architecture's.
+    A file's preprocessing is not known: a file of weights, like random weights, has the architecture's.
     """
     name = architecture_name(settings)
     tag = load_open_clip().get_pretrained_cfg(name, weights_name(settings))

@@ -58,10 +58,10 @@ def save(
     Args:
         folder: to fill; whoever keeps checkpoints puts it in its place whole.
         experiment: settings of the run.
-        architecture: of its model.
+        architecture: architecture of the run's model.
         raw: weights as they are trained, by open_clip's names.
         average: average of the trained weights; empty where the run keeps none.
-        training: state of the optimizer and of what else goes on.
+        training: state of the optimizer and of all else that a resumed run needs.
         metrics: the run's last report.
     """
     save_file({n: t.detach().cpu().contiguous() for n, t in raw.items()}, folder / layout.RAW_WEIGHTS)
@@ -74,7 +74,7 @@ def save(
 
 
 def load_training(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Raw weights, average, training state and metrics, to go on from."""
+    """Raw weights, average, training state and metrics of a checkpoint, to resume a run."""
     folder = Folder(path)
     with folder.fetched(layout.TRAINING_STATE) as local:
         training = torch.load(local / layout.TRAINING_STATE, map_location="cpu", weights_only=True)
@@ -105,7 +105,7 @@ def load(path: str | Path | Folder) -> Weights:
 
 
 def read_architecture(path: str | Path | Folder) -> Architecture | None:
-    """The architecture that a run, a checkpoint or an export keeps; those of old versions keep none."""
+    """The architecture that a run, a checkpoint or an export holds; None for one of an old version."""
     folder = Folder(path)
     if folder.exists(layout.ARCHITECTURE):
         return architectures.parse(folder.read_text(layout.ARCHITECTURE), f"{folder}/{layout.ARCHITECTURE}")
@@ -130,7 +130,7 @@ def load_model(path: str | Path | None, settings: Mapping[str, Any]) -> tuple[nn
 
     Args:
         path: what `load` takes; None for the pretrained model, whose path is empty.
-        settings: dotted settings, which override those of the weights' own experiment.
+        settings: dotted settings, which override the weights' own experiment.
 
     Raises:
         UserError: no such weights, or a setting that does not fit them.
@@ -151,7 +151,7 @@ def load_tuned_from(path: str | Path, experiment: Experiment) -> tuple[nn.Module
 
     Args:
         path: what `load` takes.
-        experiment: of these weights.
+        experiment: the weights' experiment.
 
     Raises:
         UserError: it can't be had.
@@ -168,13 +168,13 @@ def load_tuned_from(path: str | Path, experiment: Experiment) -> tuple[nn.Module
 
 
 def notes_on_model(clip: nn.Module, settings: ModelSettings, weights: str, catalogue: Catalogue) -> list[str]:
-    """What to tell people of a model beside their catalogue and their file of weights.
+    """Notes for people on a model with their catalogue and their file of weights.
 
     Args:
         clip: the model.
-        settings: by which it was named.
+        settings: the settings that name it.
         weights: file, folder or tag that its weights are from; empty for random ones.
-        catalogue: whose images it takes.
+        catalogue: the catalogue whose images it takes.
 
     Raises:
         UserError: `image_size` asks for more pixels than the catalogue keeps.
@@ -195,7 +195,7 @@ def notes_on_model(clip: nn.Module, settings: ModelSettings, weights: str, catal
 
 
 def _require_model(weights: Weights, settings: Mapping[str, Any]) -> None:
-    """Raise UserError where the settings name another model than the weights' own."""
+    """Raise UserError where the settings name a model that can't take the weights."""
     name = settings.get("model.name")
     if not weights.experiment or name in (None, own := weights.experiment.model.name):
         return

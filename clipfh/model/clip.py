@@ -30,7 +30,7 @@ MISSING_LIBRARY = "pip install 'clipfh[hub]', and let it reach the Hugging Face 
 def build(architecture: Architecture, device: str = "cpu") -> nn.Module:
     """A model with random weights, float32, which knows its `architecture`.
 
-    On the device "meta" it has no weights, takes no memory, and tells its parts.
+    On the device "meta" it has no weights and takes no memory, and shows only its parts.
 
     Raises:
         UserError: open_clip can't build it here.
@@ -56,7 +56,7 @@ def _build_error(architecture: Architecture, error: Exception) -> UserError:
 
 
 def build_initial(architecture: Architecture, seed: int) -> nn.Module:
-    """A model as training starts it where there are no weights, by the seed. UserError: as `build`."""
+    """A model as training starts it without weights; `seed` draws them. UserError: as `build`."""
     torch.manual_seed(seed)
     clip = build(architecture)
     initialise(clip)
@@ -101,7 +101,7 @@ def load_initial_model(settings: ModelSettings, seed: int) -> nn.Module:
 
 
 def _weights_file(settings: ModelSettings, weights: str) -> Path:
-    """The file of a tag (downloaded), of a folder or of a repository, or the file itself."""
+    """The file of weights of a tag (downloaded), of a folder or of a repository; or `weights` itself, if a file."""
     if weights == settings.name:
         folder = architectures.find_folder(settings, with_weights=True)
         files = [file for name in layout.OPEN_CLIP_WEIGHTS if folder and (file := folder / name).is_file()]
@@ -160,7 +160,7 @@ def load_weights(architecture: Architecture, state: Mapping[str, Tensor], where:
     """Build a model with these weights.
 
     Raises:
-        UserError: the weights are those of another architecture.
+        UserError: the weights are of another architecture.
     """
     clip = build(architecture)
     try:
@@ -178,7 +178,7 @@ def get_architecture(clip: nn.Module) -> Architecture:
 
 
 def get_preprocess(model: nn.Module) -> Preprocess:
-    """How the model wants its images."""
+    """The model's preprocessing of images."""
     cfg: dict[str, Any] = load_open_clip().get_model_preprocess_cfg(model)
     size = cfg["size"]
     return Preprocess(

@@ -12,8 +12,7 @@ from clipfh import UserError
 
 
 def gpus_here() -> int:
-    """Number of GPUs, 0 or 1, for a process that computes alone on this machine: also one that does not work, as Ray
-    counts it."""
+    """Number of GPUs, 0 or 1, for a process that computes alone on this machine. A broken GPU counts, as in Ray."""
     return min(1, torch.cuda.device_count())
 
 

@@ -36,9 +36,9 @@ TEXTS = ("a red dress", "Women's blouse. Cotton, with a V-neck and long sleeves.
 """Words that the export and the checkpoint must embed alike."""
 
 Evidence = Mapping[str, Any]
-"""What a model card tells beside the settings, each where it is there: `catalogue` (path, hash, counts), `test` and
+"""What a model card tells besides the settings, as far as it is there: `catalogue` (path, hash, counts), `test` and
 `zero_shot` (metrics), `val_mAP` and `start_val_mAP`, `warm_start`, `refit` (on train and validation items together),
-`blend` (of a sweep: `runs` whose weights were averaged, and their `share`, the rest of which is the start's)."""
+`blend` (a sweep's `runs` whose weights were averaged, and their `share`; the rest is the start's)."""
 
 
 def write_export(
@@ -53,9 +53,9 @@ def write_export(
 
     Args:
         clip: weights to export.
-        experiment: that made them.
+        experiment: the experiment that made them.
         out: folder to write; must not exist, or be empty.
-        evidence: for the model card, as the caller has read or measured it.
+        evidence: facts for the model card, as the caller has read or measured them.
         photos: encoded images to check with, two or more; else noise is taken.
         with_onnx: also write both towers as ONNX, into `OUT/onnx`.
 
@@ -81,9 +81,7 @@ def write_export(
         (folder / layout.CARD).write_text(card(experiment, evidence or {}, clip, with_onnx))
         if hasattr(tokenizer := load_tokenizer(architecture), "save_pretrained"):
             tokenizer.save_pretrained(str(folder))
-        shutil.copymode(
-            folder / layout.CARD, folder / layout.EXPORTED_WEIGHTS
-        )  # safetensors' files are private
+        shutil.copymode(folder / layout.CARD, folder / layout.EXPORTED_WEIGHTS)  # safetensors' files are private
         _check_parity(clip, folder, photos)
         if with_onnx:
             onnx.write_towers(clip, folder / layout.ONNX, photos, TEXTS)
@@ -108,7 +106,7 @@ def _noise(count: int = 4) -> list[bytes]:
 
 @torch.no_grad()
 def _check_parity(clip: Any, folder: Path, photos: Sequence[bytes]) -> None:
-    """Embeddings of the written folder equal the model's, by the folder's own preprocessing and tokenizer."""
+    """Check that the written folder, with its own preprocessing and tokenizer, embeds as the model does."""
     name = f"local-dir:{folder}"
     fresh, _, preprocess = load_open_clip().create_model_and_transforms(name)
     fresh.eval()
@@ -128,7 +126,7 @@ def _check_parity(clip: Any, folder: Path, photos: Sequence[bytes]) -> None:
 
 
 def card(experiment: Experiment, evidence: Evidence, clip: nn.Module, with_onnx: bool) -> str:
-    """The model card, `card.md` filled in: what it is, made of what, how good, how to use it, and its limits."""
+    """The model card, which is `card.md` filled in: the model, its data, settings, metrics, use and limits."""
     start = evidence.get("warm_start") or weights_name(experiment.model)
     reached = [evidence[key] for key in ("start_val_mAP", "val_mAP") if key in evidence]
     pages = Environment(loader=PackageLoader("clipfh.model", ""), undefined=StrictUndefined, keep_trailing_newline=True)
@@ -159,7 +157,7 @@ def plain(value: object) -> str:
 
 
 def _data(catalogue: Mapping[str, Any]) -> dict[str, str]:
-    """What the card tells of the catalogue; empty where the evidence names none."""
+    """The card's facts on the catalogue; empty where the evidence names none."""
     if not catalogue:
         return {}
     counts = {n: f"{c['images']:,} photos of {c['items']:,} items" for n, c in catalogue["counts"].items()}
@@ -167,7 +165,7 @@ def _data(catalogue: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _blend(blend: Mapping[str, Any]) -> str:
-    """What the weights are made of, where that is more than one run."""
+    """Words on the runs that the weights are made of, if several; else empty."""
     if not blend or (len(blend["runs"]) == 1 and blend["share"] == 1):
         return ""
     number, share = len(blend["runs"]), blend["share"]

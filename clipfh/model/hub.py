@@ -58,7 +58,7 @@ def download(name: str, with_weights: bool) -> Path:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raise what the client's HTTP library says of a network or a proxy that refuses as a ConnectionError."""
+    """Turn the HTTP library's errors, of a network or a proxy that refuses, into a ConnectionError."""
     from huggingface_hub import errors
 
     try:
@@ -84,5 +84,5 @@ def use_cache_without_network() -> None:
 
 
 def _goes_by_proxy(scheme: str, host: str) -> bool:
-    """Whether the environment has a proxy for the host: then there need be no direct way to it."""
+    """Whether the environment has a proxy for the host, which then need not be reached directly."""
     return bool({scheme, "all"} & set(urllib.request.getproxies())) and not urllib.request.proxy_bypass(host)

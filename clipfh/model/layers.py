@@ -29,17 +29,17 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Tower:
-    """The parameters of a tower, and which layer each is in."""
+    """The parameters of a tower, and the layer of each."""
 
     parameters: dict[str, nn.Parameter]
     depth: dict[str, int]
-    """of each parameter by name: 0 for the stem, i + 1 for block i, `blocks` + 1 for what follows the blocks"""
+    """layer of each parameter, by name: 0 is the stem, i + 1 block i, `blocks` + 1 what follows the blocks"""
     blocks: int
-    """number of blocks: of layers of a Transformer, of blocks of all stages of a network of convolutions, of stages of
-    open_clip's own ResNets"""
+    """number of blocks: the layers of a Transformer, the blocks of all stages of a network of convolutions, the stages
+    of open_clip's own ResNets"""
 
     def in_patches(self, name: str) -> bool:
-        """Whether a parameter belongs to what makes the first features of pixels: patch embedding or convolutions."""
+        """Whether a parameter makes the first features of pixels, by patch embedding or convolutions."""
         return not self.depth[name] and not re.search(rf"\b({_POSITIONS})\b", name)
 
 
@@ -73,7 +73,7 @@ def _block(name: str) -> int:
 def _timm_depths(names: Iterable[str], trunk: Any) -> tuple[dict[str, int], int]:
     """Depth of each parameter of a tower of timm's, which knows the order of its own layers, and the number of blocks.
 
-    What timm puts behind its last block is one layer here, with the projection that open_clip adds.
+    All that timm puts after its last block is one layer here, with the projection that open_clip adds.
     """
     from timm.models import group_parameters
 

@@ -63,11 +63,11 @@ class Target(NamedTuple):
 def find_targets(clip: nn.Module, settings: ModelSettings) -> list[Target]:
     """The weights that LoRA adapts: the matrices and convolutions behind the stem that are not frozen.
 
-    Embeddings of tokens and places are left out, and what is too small for the rank. `attention` and `mlp` take those
-    parts of the blocks; `all` takes both, and what follows the blocks, such as the projection.
+    Embeddings of tokens and places are left out, and weights that are too small for the rank. `attention` and `mlp`
+    take these parts of the blocks; `all` takes both, and what follows the blocks, such as the projection.
 
     Raises:
-        UserError: the image tower has none.
+        UserError: the image tower has no such weight.
     """
     image, text, _ = split_towers(clip)
     in_image, in_text = (
@@ -149,6 +149,6 @@ def count_factors(clip: nn.Module) -> int:
 
 
 def factors(clip: nn.Module) -> dict[str, Tensor]:
-    """The updates and the frozen weights under them, by their names in the adapted model: all that `merged_state` has
-    lost. Empty where the model is not adapted."""
+    """The updates and the frozen weights under them, by their names in the adapted model: all that `merged_state`
+    loses. Empty where the model is not adapted."""
     return {name: tensor for name, tensor in clip.state_dict().items() if is_factor(name)}

@@ -1,4 +1,4 @@
-"""Prompts that fit a model's text tower: those of an experiment, and a review of what a catalogue's texts give."""
+"""Prompts that fit a model's text tower: the prompts of an experiment, and a review of a catalogue's texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clipfh.model.clip import load_tokenizer, make_token_counter
 def load_prompts_for(catalogue: Catalogue, experiment: Experiment, tokenizer: Any, *splits: str) -> dict[str, str]:
     """Item to prompt: from the experiment's file, or made from the texts of the items of some splits.
 
-    The model's `tokenizer` counts how long they are.
+    The model's `tokenizer` measures their lengths.
     """
     if experiment.text.file:
         return load_prompts(experiment.text.file)
@@ -27,10 +27,10 @@ def load_prompts_for(catalogue: Catalogue, experiment: Experiment, tokenizer: An
 
 
 def notes_on_prompts(catalogue: Catalogue, experiment: Experiment) -> list[str]:
-    """Notes on how far the experiment's file of prompts, where it has one, is of the catalogue's items.
+    """Notes on how the experiment's file of prompts, if it has one, fits the catalogue's items.
 
     Raises:
-        UserError: it can't be read, or none of its prompts is of one of these items.
+        UserError: it can't be read, or has no prompt for any of these items.
     """
     if not experiment.text.file:
         return []
@@ -41,11 +41,11 @@ def notes_on_prompts(catalogue: Catalogue, experiment: Experiment) -> list[str]:
 
 @dataclass(frozen=True)
 class CatalogueTexts:
-    """All texts of a catalogue, beside a model whose tokenizer counts."""
+    """All texts of a catalogue, with the token counter of a model."""
 
     texts: list[ItemText]
     tokens: tuple[CountTokens, int]
-    """a function that counts the tokens of a text, and how many the model reads"""
+    """a function that counts the tokens of a text, and the number of tokens that the model reads"""
 
     def report(self) -> dict[str, Any]:
         """Findings on consistency and length, as `examine_texts` has them."""

@@ -18,10 +18,10 @@ STATES = ("model_state_dict", "state_dict", "model")
 """Keys under which training scripts keep a state dict: the original pipeline's, open_clip's, and others'."""
 
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
-"""What OpenAI's state dicts hold beside weights."""
+"""Entries of OpenAI's state dicts that are no weights."""
 
 WRAPPERS = ("module.", "_orig_mod.", "model.", "clip.")
-"""What DistributedDataParallel, torch.compile and modules around a model put before each name."""
+"""Prefixes of names that DistributedDataParallel, torch.compile and modules around a model add."""
 
 
 def read_state(file: Path) -> tuple[dict[str, Tensor], str]:
@@ -34,7 +34,7 @@ def read_state(file: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _find_state(tree: Any, file: Path) -> tuple[dict[str, Tensor], str]:
-    """The weights of what a file holds, as `read_state` has them."""
+    """The weights within a file's content, as `read_state` returns them."""
     state = next((tree[key] for key in STATES if isinstance(tree, dict) and isinstance(tree.get(key), dict)), tree)
     tensors = isinstance(state, dict) and {str(name): each for name, each in state.items() if name not in NO_WEIGHTS}
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
@@ -51,7 +51,7 @@ def _find_state(tree: Any, file: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without what all of their names begin with, where that is a wrapper's."""
+    """The tensors by names without a prefix that all of them have, if it is one of WRAPPERS."""
     for wrapper in WRAPPERS * 2:
         if all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}

@@ -135,8 +135,8 @@ def mapped_projection(weights: Mapping[str, Tensor], matrix_DD: Tensor | None) -
     """The weights, by name, of the image tower's last linear layer with a linear map of its features behind it.
 
     Args:
-        weights: those of the model.
-        matrix_DD: symmetric map of the features; None maps none.
+        weights: the model's weights.
+        matrix_DD: symmetric map of the features; None leaves them as they are.
 
     Returns:
         Empty where the tower's last layer is another one, as in some of timm's.
