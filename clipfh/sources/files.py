@@ -255,7 +255,7 @@ def has_any(store: fs.SubTreeFileSystem, photos: list[Photo], layout: str) -> bo
 
 
 def _nothing_there(store: fs.SubTreeFileSystem, photos: list[Photo]) -> str:
-    """What is said where none of the listed photos is there: the cause and the remedy."""
+    """The error message where none of the listed photos is there: cause and remedy."""
     if not photos:
         return f"{store.base_path}: no images are found or listed: {_remedy(store)}, or check --source"
     path, where = _as_url(photos[0].path), f"{store.base_path}: {len(photos):,} images are listed, none is there"
@@ -282,7 +282,7 @@ def _remedy(store: fs.SubTreeFileSystem) -> str:
 
 
 def is_image(path: str) -> bool:
-    """Whether a file's name is that of an image."""
+    """Whether a file has the name of an image."""
     return path.lower().endswith(IMAGE_SUFFIXES)
 
 

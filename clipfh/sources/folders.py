@@ -38,9 +38,9 @@ JUNK_ID = "-1"
 def read_folders(store: fs.SubTreeFileSystem, files: Sequence[File]) -> Listing:
     """List the photos of a folder, whose `files` are given.
 
-    An item is a folder that holds images, called by its whole path; the folder around it is its category. Where the
-    folders at the top are called as splits are, each is one, and items are called by what follows. Where images lie in
-    no item's folder, an item is what their names begin with.
+    An item is a folder that holds images, called by its whole path; the folder around it is its category. Folders at
+    the top with names of splits are splits, and items are called by the path below. Where images lie in no item's
+    folder, an item is what their names begin with.
     """
     images, notes = pass_over(files)
     notes += tables_beside(files)
@@ -72,7 +72,7 @@ def read_folders(store: fs.SubTreeFileSystem, files: Sequence[File]) -> Listing:
 
 
 def _refuse_lists(where: str, files: Sequence[File], folders: set[str]) -> None:
-    """Refuse photos in no item's folder where a file beside them, called as hubs call it, says what they are."""
+    """Refuse photos in no item's folder where a file beside them, with a name that hubs give it, has their items."""
     lists = [file.path for file in files if posixpath.dirname(file.path) in folders and _LIST.search(file.path)]
     if lists:
         give = "give it as --source" if len(lists) == 1 else "give one that has all of their rows and a column split"
@@ -83,7 +83,7 @@ def _refuse_lists(where: str, files: Sequence[File], folders: set[str]) -> None:
 
 
 def _camera_notes(paths: Sequence[str]) -> list[str]:
-    """What there is to know where names or folders hold cameras; `paths` are those below the splits."""
+    """Notes on names or folders that hold cameras; `paths` begin below the splits."""
     notes = [_CAMERAS] if paths and all(_PERSON.match(posixpath.basename(path)) for path in paths) else []
     of_camera = [path for path in paths if any(map(_CAMERA_FOLDER.fullmatch, path.split("/")[:-1]))]
     if of_camera:
@@ -95,7 +95,7 @@ def _camera_notes(paths: Sequence[str]) -> list[str]:
 
 
 def pass_over(files: Iterable[File]) -> tuple[list[File], list[str]]:
-    """The images among files, and notes on what else there is."""
+    """The images among files, and notes on the other files."""
     images = list[File]()
     hidden, dead, unread, others = 0, 0, Counter[str](), Counter[str]()
     for file in files:
@@ -126,7 +126,7 @@ def _kinds(suffixes: Counter[str]) -> str:
 
 
 def split_folders(images: Sequence[File]) -> tuple[str, dict[str, str]]:
-    """The folder that split folders lie in, "" or "data/", and the split of each; none where they aren't such."""
+    """The folder that split folders lie in, "" or "data/", and the split of each; empty where there are none."""
     base = ""
     while True:
         inside = [file.path[len(base) :] for file in images]
@@ -140,7 +140,7 @@ def split_folders(images: Sequence[File]) -> tuple[str, dict[str, str]]:
 
 
 def _splits_of_folders(names: Sequence[str]) -> dict[str, str]:
-    """The split of each folder that is called as one; of all folders where they differ in it alone: `cars_train`."""
+    """The split of each folder with a split's name; of all folders if their names differ only by it: `cars_train`."""
     splits = {name: split for name in names if (split := _split_of_folder(name))}
     parts = [re.fullmatch(r"(\d+[_ -])?(.*[_ -])?([^_ -]+?)(\d{4})?", name) for name in names]
     split_of = {match[0]: _split_of_folder(match[3]) for match in parts if match}
@@ -161,7 +161,7 @@ def _nested_splits(paths: Sequence[str], splits: dict[str, str]) -> dict[str, st
 
 
 def _split_of_folder(name: str) -> str:
-    """The split of a folder called so: `Training`, `bounding_box_test`, `image_query`, `val-set`."""
+    """The split of a folder with this name: `Training`, `bounding_box_test`, `image_query`, `val-set`."""
     name = re.sub(r"^(bounding_box|images?|imgs?|data)[_ -]|[_ -]?(set|images?|imgs?|data)$", "", name.casefold())
     return split_named(name)
 
@@ -203,7 +203,7 @@ _COLLECTION = re.compile(r"(all[ _-]?)?(images?|imgs?|photos?|pictures?|pics?|jp
 
 
 def _without_collection(rows: list[tuple[File, tuple[str, str]]]) -> list[tuple[File, tuple[str, str]]]:
-    """The rows without a folder called `images` that holds all photos: it is no item, they lie in no item's folder."""
+    """The rows without a folder called `images` that holds all photos: this folder is no item."""
     folders = {posixpath.dirname(path) for _, (_, path) in rows}
     folder = folders.pop() if len(folders) == 1 else ""
     if not _COLLECTION.fullmatch(posixpath.basename(folder)):
@@ -237,8 +237,8 @@ def _photo(file: File, split: str, path: str, ids: dict[str, str]) -> Photo:
 def _ids_by_name(names: Sequence[str]) -> dict[str, str]:
     """Name to the id that it begins with, as in `0001_c1s1_001051_00.jpg`; empty where names don't begin with ids.
 
-    They do where all of them have a sign behind a number or a word with a digit that is no date, and where twice as
-    many photos as ids are there.
+    Names begin with ids if all have a sign after a number, or after a word with a digit that is no date, and if there
+    are at least twice as many photos as ids.
     """
     stems = {name: name.rpartition(".")[0] for name in names}
     people = {name: match[1] for name, stem in stems.items() if (match := _PERSON.match(stem))}
@@ -253,7 +253,7 @@ def _ids_by_name(names: Sequence[str]) -> dict[str, str]:
 
 
 def _head(stem: str, sign: str) -> str:
-    """What stands before the first of these signs; empty where that can't be an id."""
+    """The part of `stem` before the sign; empty where it can't be an id."""
     head = stem[:1] + stem[1:].partition(sign)[0] if sign in stem[1:] else ""
     is_date = re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])([0-2]\d|3[01])", head)
     return head if re.search(r"\d", head) and not is_date else ""

@@ -1,4 +1,4 @@
-"""In-Shop as distributed, and the original system's processed metadata of it."""
+"""In-Shop as distributed, and as the original system's processed metadata."""
 
 import io
 import posixpath
@@ -49,7 +49,7 @@ _OWN_FILE = re.compile(r"(.*/)?list_(description|item|bbox|landmarks|attr\w*|col
 
 
 def require_partition(store: fs.SubTreeFileSystem, files: Iterable[File]) -> None:
-    """Refuse In-Shop without its partition file, which alone says what an item is and what the splits are.
+    """Refuse In-Shop without its partition file, which alone tells items and splits.
 
     Raises:
         UserError: the files are In-Shop's.
@@ -121,7 +121,7 @@ def _partition(store: fs.SubTreeFileSystem, file: str) -> Iterator[tuple[str, st
 
 
 def _inshop_tree(store: fs.SubTreeFileSystem, photos: list[Photo]) -> str:
-    """The first of the trees that has any of the photos: all are taken from this one, for one resolution."""
+    """The first of the trees that has any of the photos. All are taken from it, so that they have one resolution."""
     folders = store.get_file_info([tree.rstrip("/") for tree in _TREES])
     there = [tree for tree, info in zip(_TREES, folders, strict=True) if info.type == fs.FileType.Directory]
     return next((tree for tree in there if has_any(store, photos, tree + "{inner}")), "")
@@ -135,7 +135,7 @@ def _tree_notes(store: fs.SubTreeFileSystem, folder: str) -> list[str]:
 
 
 def _name_fields(path: str) -> dict[str, str]:
-    """What `img/WOMEN/Dresses/id_00000002/02_1_front.jpg` says: gender, category, variant, view; any names will do."""
+    """Gender, category, variant and view from `img/WOMEN/Dresses/id_00000002/02_1_front.jpg`; any names will do."""
     *_, gender, category = ["", "", *path.removeprefix("img/").split("/")[:-2]]
     stem = posixpath.splitext(posixpath.basename(path))[0]
     match = re.fullmatch(r"(\d+)_\d+_(.+)", stem)

@@ -11,7 +11,7 @@ from clipfh.sources.listing import Listing, require_photo
 
 
 def find_lists(store: fs.SubTreeFileSystem, folders: Iterable[str]) -> Callable[[], Listing] | None:
-    """What reads the lists of the first of `folders` that has those of one of these data sets; None where none has."""
+    """Function that reads the lists of one of these data sets in the first of `folders` with them; None if none has."""
     for folder in folders:
         inner = fs.SubTreeFileSystem(store.base_path + folder, store.base_fs) if folder else store
         for names, read in ((_EBAY.values(), read_online_products), ((_IMAGES, _CLASSES), read_birds)):
@@ -51,7 +51,7 @@ def read_birds(store: fs.SubTreeFileSystem) -> Listing:
 
 
 def _lines(store: fs.SubTreeFileSystem, file: str, columns: str) -> Iterator[tuple[str, list[str]]]:
-    """Where each line stands, and its fields, without a line that names the columns. UserError: a field is missing."""
+    """Place and fields of each line, without a line that names the columns. UserError: a field is missing."""
     count = len(columns.split())
     for number, line in enumerate(read_text(store, file).splitlines(), start=1):
         where, fields = f"{store.base_path}{file} line {number}", line.split(None, count - 1)

@@ -1,4 +1,4 @@
-"""What a source comes to: its photos, what is left out of it, and what a person should know. From rows to photos."""
+"""The listing that a source becomes: its photos, photos left out, and notes for people. From rows to photos."""
 
 import importlib.util
 import re
@@ -33,7 +33,7 @@ HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 
 
 class Photo(NamedTuple):
-    """One listed image: what the source says of it, and where its file is. An unknown field is empty."""
+    """One listed image: its fields from the source, and its file. An unknown field is empty."""
 
     path: str
     """As the source writes it."""
@@ -54,7 +54,7 @@ class Photo(NamedTuple):
     part: tuple[int, int] | None = None
     """Where in the file the image stands: offset and size in a tar, row group and row in a Parquet file."""
     box: Box | None = None
-    """Left, top, width and height of what is cut out before all else, in pixels of the file."""
+    """Left, top, width and height, in pixels of the file, of the part that is cut out first."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a person may say about how a source is read."""
+    """Options for reading a source."""
 
     follow_links: bool = False
     """Take links that lead out of the source."""
@@ -139,7 +139,7 @@ _UNSEEN = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060 \u00a0\u3000\t"
 
 
 def require_photo(row: Mapping[str, Any], where: str) -> Photo:
-    """The same. UserError in place of BadRow, which says where the row stands."""
+    """As `make_photo`, but raises a UserError that names the place of the row."""
     try:
         return make_photo(row)
     except BadRow as error:
@@ -147,7 +147,7 @@ def require_photo(row: Mapping[str, Any], where: str) -> Photo:
 
 
 def variant_and_view(path: str) -> tuple[str, str]:
-    """Variant and view by a name of In-Shop's, `02_1_front`; for any other name the whole of it is the view."""
+    """Variant and view from a name like In-Shop's `02_1_front`; any other name as a whole is the view."""
     stem = path.rpartition("/")[2].rpartition("\\")[2]
     stem = stem.rpartition(".")[0] or stem
     match = re.fullmatch(r"(\d\d)_\d_(front|side|back|full|flat|additional)", stem)
@@ -221,7 +221,7 @@ def _name_boxes(photos: list[Photo]) -> list[Photo]:
 
 
 def _core(item: str) -> str:
-    """An id without what spreadsheets and people change about it."""
+    """An id without the parts that spreadsheets and people change."""
     core = "".join(unicodedata.normalize("NFKC", item).split()).casefold().strip("'\"")
     return core.removesuffix(".0").lstrip("0") or core
 

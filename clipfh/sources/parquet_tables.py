@@ -46,12 +46,12 @@ def read_parquet(store: fs.SubTreeFileSystem, files: Sequence[str], options: Rea
 
 @dataclass(frozen=True)
 class _Columns:
-    """What is read of a Parquet file."""
+    """The columns of a Parquet file to read."""
 
     names: Mapping[str, str]
     """Column of the file to its name in COLUMNS."""
     image: str
-    """Column of images that stand inside; empty where they are files."""
+    """Column of images that are inside the table; empty where images are files."""
     inner_path: str
     """Column of the paths that images inside once had; empty where there is none."""
     labels: Mapping[Any, str]
@@ -125,7 +125,7 @@ def split_of_shard(file: str) -> str:
 
 
 def name_inner(photos: list[Photo]) -> list[Photo]:
-    """Give images inside a file distinct paths: their own where it is distinct, else with the file and the place."""
+    """Give images inside a file distinct paths: their own if distinct, else one with the file and the place."""
     counts = Counter(photo.path for photo in photos if photo.part)
     return [
         photo._replace(path=f"{photo.file}/{photo.part[0]}-{photo.part[1]}/{posixpath.basename(photo.path)}")

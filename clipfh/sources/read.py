@@ -1,4 +1,4 @@
-"""A source, in any of the forms that people have, becomes a listing: which photos there are, of which item, and where.
+"""Makes a listing (which photos there are, of which item, and where) of a source in any form that people have.
 
 Sources are In-Shop as distributed, the original system's processed metadata, folders of photos, CSV, JSON Lines and
 Parquet files, and tar files; on a disk or at any URI that Arrow opens. Names and annotations are read, never an image.
@@ -76,7 +76,7 @@ def _read_file(store: fs.SubTreeFileSystem, name: str, options: ReadOptions) -> 
 
 
 def _require_for(where: str, **options: object) -> None:
-    """Check that no option is given which means nothing for this source."""
+    """Refuse an option that means nothing for this source."""
     if names := [name.replace("_", "-") for name, value in options.items() if value]:
         raise UserError(f"{where}: --{names[0]} is for another form of source: leave it out")
 

@@ -1,4 +1,4 @@
-"""Tables of photos: what holds for all of them, CSV as the spreadsheets of every country write it, JSON Lines."""
+"""Tables of photos: code for all of them, CSV as the spreadsheets of every country write it, JSON Lines."""
 
 import csv
 import io
@@ -41,7 +41,7 @@ class TableRows:
             self.bad.append((where, str(error)))
 
     def left_out(self) -> list[LeftOut]:
-        """The bad rows as left out. UserError, which tells them all, unless that was asked for."""
+        """The bad rows, to leave out if `skip_bad`. Else a UserError names them."""
         if self.bad and not self.skip_bad:
             examples = "; ".join(f"{where}: {why}" for where, why in self.bad[:_SHOWN])
             more = f"; and {len(self.bad) - _SHOWN:,} more" if len(self.bad) > _SHOWN else ""
@@ -72,7 +72,7 @@ def read_csv(store: fs.SubTreeFileSystem, name: str, options: ReadOptions) -> Li
 
 
 def _lines(reader: Any, num_before: int) -> Iterator[tuple[str, list[str], str]]:
-    """Where a record ends, its fields, and what is wrong with it as a record. Empty ones are passed over."""
+    """Last line, fields and error of each record. Empty records are passed over."""
     while True:
         try:
             fields, error = next(reader), ""
@@ -96,7 +96,7 @@ def _separator(text: str) -> tuple[str, str, int]:
 def column_names(header: Sequence[str]) -> list[str]:
     """Names of columns as they are meant: the ones of COLUMNS in any case, with blanks and quotes around them.
 
-    Where there is no image_path, it is what Hugging Face or open_clip call so.
+    Without an image_path, the column that Hugging Face or open_clip use for it takes the name.
     """
     names = [name.strip().strip('"') for name in header]
     columns = (*COLUMNS, *BOX_COLUMNS, *_OTHER_PATHS)
@@ -176,7 +176,7 @@ def _decode_bytes(data: bytes, encoding: str) -> str:
 
 
 def _names_files(store: fs.SubTreeFileSystem, text: str) -> bool:
-    """Whether files with letters beyond ASCII are named, and are there: so is the first hundred of them."""
+    """Whether the text names files with letters beyond ASCII, of which the first hundred are there."""
     text, separator, _ = _separator(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     columns = column_names(next(reader, []))

@@ -24,8 +24,8 @@ def read_tars(store: fs.SubTreeFileSystem, files: Sequence[str]) -> Listing:
     """List the images in uncompressed tar files, which are read in place.
 
     Files whose names are equal up to the first dot are a sample, whose `.json` has item_id and further columns, or
-    whose `.cls` is its item and whose `.txt` its text. An image without these is of the item that its folder is. Splits
-    are those of folders, or in the shards' names: `train-0000.tar`.
+    whose `.cls` is its item and whose `.txt` its text. The item of an image without these is its folder. Splits come
+    from folders, or from the shards' names: `train-0000.tar`.
     """
     photos, left_out, notes = list[Photo](), list[LeftOut](), dict[str, None]()
     of_shard = {file: split_of_shard(file) for file in files}
@@ -77,7 +77,7 @@ def _suffix(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """What the files of a sample have in common: the path up to the first dot of the name."""
+    """The key that the files of a sample share: the path up to the first dot of the name."""
     folder, base = posixpath.split(name)
     return posixpath.join(folder, base.partition(".")[0])
 

@@ -31,8 +31,8 @@ AT_ONCE = 8
 class Folder(os.PathLike[str]):
     """A folder in which commands leave files, on the local disk or at a URI.
 
-    Names of its files and folders are relative to it; without a name, methods for files take it for a file itself. An
-    error of a file system names the file. A local one is a path to other libraries.
+    It may also stand for a file, as `folder / name` does: methods for files then need no name. Other names are relative
+    to it. An error of a file system names the file. Other libraries take a local one as a path.
 
     Args:
         path: of the folder, which need not be there.
