@@ -188,7 +188,7 @@ class Patient(fs.FileSystemHandler):
         the first bytes of a longer one, or a shorter one with whatever lay in memory behind it.
         """
         while True:
-            with _Reader(self, path) as file:
+            with _RemoteFile(self, path) as file:
                 content = file.read()
             if self.get_file_info([path])[0].size == len(content):
                 return content
