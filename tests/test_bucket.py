@@ -41,7 +41,7 @@ def test_each_command_reads_and_writes_a_bucket(bucket, catalogue, small_catalog
     run("search", "--embeddings", out("index.parquet"), "--text", "a red dress", "--top=3", "--html", out("hits.html"))
     run("audit", catalogue)
     run("prompts", catalogue, "--model=clipfh-small", "--out", out("prompts.json"))
-    run("train", "image", catalogue, "--out", out("warm"), "--warm-start", out("run"), *SETTINGS)
+    run("train", "image", catalogue, "--out", out("warm"), "--warm-start", out("run"), *SETTINGS, "--budget.images=64")
     written = Folder(out("")).files()
     told = {
         "run/metrics.jsonl",

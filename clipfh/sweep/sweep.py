@@ -23,7 +23,7 @@ from clipfh.data.catalogue import Catalogue
 from clipfh.model import export
 from clipfh.report import artifacts, page
 from clipfh.retrieval import evaluate, metrics
-from clipfh.storage import layout, store
+from clipfh.storage import layout, run_folder, store
 from clipfh.storage.store import Folder
 from clipfh.sweep import finalists, race, retention, shared_inputs, soup
 from clipfh.sweep.leaderboard import Leaderboard, Row
@@ -295,8 +295,8 @@ def _refitted(context: _Context, winner: _Winner) -> _Winner:
         return winner
     what = f"trial {winner.trial}'s settings" if len(winner.blend.runs) == 1 else f"the {len(winner.blend.runs)} runs"
     context.log(f"now {what} on train and validation items together")
-    files = [context.out / run / layout.EXPERIMENT for run in winner.blend.runs]
-    runs = _refit(context, [_at_final_size(context, schema.load_experiment(file)) for file in files])
+    experiments = [_as_selected(context.out / run) for run in winner.blend.runs]
+    runs = _refit(context, [_at_final_size(context, each) for each in experiments])
     if diverged := next(filter(None, map(finalists.read_divergence, runs)), ""):
         context.log(f"that diverged ({diverged}): the winner is {winner.blend}, of train items alone")
         return dataclasses.replace(winner, diverged=diverged)
@@ -320,6 +320,13 @@ def _with_earlier(context: _Context, winner: _Winner) -> _Winner:
         won = {"val_mAP": summary["val_mAP"], "blend": blend, "step": "", "refit": False, "diverged": ""}
         return dataclasses.replace(winner, trial=trial, **won)
     return winner
+
+
+def _as_selected(run: Folder) -> Experiment:
+    """The experiment of a run, without whitening where validation rejected it: a refit has no validation to ask."""
+    experiment, lines = schema.load_experiment(run / layout.EXPERIMENT), run_folder.read_metrics(run)[-1:]
+    is_rejected = any(line.get("val_mAP_whitened", 1.0) <= line.get("val_mAP_not_whitened", 0.0) for line in lines)
+    return schema.replace(experiment, {"optimizer.whitening": 0.0}) if is_rejected else experiment
 
 
 def _at_final_size(context: _Context, experiment: Experiment) -> Experiment:

@@ -1,4 +1,4 @@
-"""Three nodes on one machine, each with its own Ray, behind a token: a lost node, a killed sweep, jobs from outside."""
+"""Three nodes on one machine, each with its own Ray, behind a token: jobs from outside, a lost node, a killed sweep."""
 
 import os
 import shutil
@@ -36,41 +36,57 @@ REPORTED_STEPS = list(range(8, 97, 8))
 
 
 @pytest.fixture(scope="module")
-def nodes():
+def apart(source):
+    """Nodes that share nothing but a bucket, and its store, which has a catalogue."""
     folder = Path(tempfile.mkdtemp(prefix="clipfh-", dir="/tmp"))  # a socket's path has room for 100 letters
     (folder / "work").mkdir()
-    (folder / "work" / "nodes.yaml").write_text(SWEEP)
-    nodes = Nodes(folder)
-    try:
-        nodes.start_all()
-        yield nodes
-    finally:
-        nodes.kill_all()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture
-def apart(monkeypatch):
-    """Nodes that share nothing but a bucket, and its store."""
-    folder = Path(tempfile.mkdtemp(prefix="clipfh-", dir="/tmp"))
-    with object_store.serve() as store:
+    with object_store.serve() as store, pytest.MonkeyPatch.context() as patch:
         for name, value in {**store.env, "AWS_ENDPOINT_URL": store.direct}.items():
-            monkeypatch.setenv(name, value)
+            patch.setenv(name, value)
+        clipfh.prepare(source, store.uri("catalogue"), image_size=64)
         nodes = Nodes(folder, apart=True, env=store.env)
         try:
             nodes.start_all()
-            (folder / HEAD / "nodes.yaml").write_text(SWEEP)
+            for place in ("work", HEAD):
+                (folder / place / "nodes.yaml").write_text(SWEEP)
             yield nodes, store
         finally:
             nodes.kill_all()
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def test_two_jobs_from_outside_both_end_well(apart):
+    """The first to end frees nothing that the other holds."""
+    nodes, store = apart
+    settings = ["--model", "clipfh-small", "--batch.items", "8", "--batch.views", "2", "--cpus-per-worker", "1"]
+    jobs = [
+        nodes.submit(
+            *("train", "image", store.uri("catalogue"), "--out", store.uri(images), "--budget.images", images),
+            *settings,
+        )
+        for images in ("256", "1024")
+    ]
+    logs = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], logs
+
+
+def test_the_exit_code_and_the_line_of_a_mistake_come_home(apart):
+    nodes, store = apart
+    job = nodes.submit("sweep", "nodes.yaml", store.uri("none"), "--out", store.uri("out"))
+    assert "none: not a catalogue" in job.communicate()[0] and job.returncode == 2
+
+
+def test_the_token_is_asked_for(apart, monkeypatch):
+    nodes, _ = apart
+    monkeypatch.setitem(nodes.env, "RAY_AUTH_TOKEN", "wrong")
+    job = nodes.submit("report", "run")
+    assert "wants its token" in job.communicate()[0] and job.returncode == 2
+
+
 def test_a_sweep_in_a_bucket_loses_a_node_then_is_killed_and_goes_on_from_the_bucket_alone(
-    apart, source, small_catalogue, tmp_path
+    apart, small_catalogue, tmp_path
 ):
     nodes, store = apart
-    clipfh.prepare(source, store.uri("catalogue"), image_size=64)
     out, at = Folder(store.uri("sweep")), f"127.0.0.1:{nodes.port}"
     words = ["-m", "clipfh", "sweep", "nodes.yaml", store.uri("catalogue"), "--out", out, "--address", at]
     log = tmp_path / "log"
@@ -135,26 +151,3 @@ def assert_sparing(requests: list[object_store.Request], trial_minutes: float) -
     often = {prefix: times for prefix, times in listed.items() if len(times) > 20}
     assert {p for p, times in often.items() if sum(b - a < 1 for a, b in pairwise(times)) > len(times) / 2} == set()
     print(f"{len(requests) / trial_minutes:.0f} requests a trial-minute, {sum(map(len, listed.values()))} lists in all")
-
-
-def test_the_exit_code_and_the_line_of_a_mistake_come_home(nodes, tmp_path):
-    job = nodes.submit("sweep", "nodes.yaml", tmp_path / "none", "--out", tmp_path / "out")
-    assert "none: not a catalogue" in job.communicate()[0] and job.returncode == 2
-
-
-def test_the_token_is_asked_for(nodes, tmp_path, monkeypatch):
-    monkeypatch.setitem(nodes.env, "RAY_AUTH_TOKEN", "wrong")
-    job = nodes.submit("report", tmp_path)
-    assert "wants its token" in job.communicate()[0] and job.returncode == 2
-
-
-def test_two_runs_at_once_both_end_well(nodes, small_catalogue, tmp_path):
-    settings = ["--model", "clipfh-small", "--batch.items", "8", "--batch.views", "2", "--cpus-per-worker", "1"]
-    jobs = [
-        nodes.submit(
-            "train", "image", small_catalogue.path, "--out", tmp_path / images, "--budget.images", images, *settings
-        )
-        for images in ("512", "1024")
-    ]
-    logs = [job.communicate()[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], logs

@@ -291,6 +291,15 @@ def test_a_refit_that_diverged_is_not_the_winner(tmp_path, monkeypatch, reason):
     assert (winner.refit, winner.diverged) == (not reason, reason) and (reason in told[-1])
 
 
+@pytest.mark.parametrize(("whitened", "whitening"), [(0.6, 0.2), (0.4, 0.0)])
+def test_a_refit_is_whitened_only_where_validation_took_it(tmp_path, whitened, whitening):
+    experiment = presets.resolve("image", "scratch", {"model.name": SMALL_MODEL})
+    (tmp_path / layout.EXPERIMENT).write_text(schema.to_json(experiment))
+    line = {"step": 9, "val_mAP": 0.6, "val_mAP_whitened": whitened, "val_mAP_not_whitened": 0.5}
+    (tmp_path / layout.REPORTS).write_text(json.dumps(line) + "\n")
+    assert sweep._as_selected(Folder(tmp_path)).optimizer.whitening == whitening
+
+
 def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path):
     run = tmp_path / "final/0001-again-1"
     run.mkdir(parents=True)

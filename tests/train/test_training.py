@@ -73,8 +73,8 @@ def trained_here(small_catalogue, tmp_path):
     """Run TINY with other settings in this process, in a folder of its own; settings to the folder."""
     folders = (tmp_path / f"run-{number}" for number in itertools.count())
 
-    def run(settings=None):
-        return clipfh.train("image", small_catalogue, next(folders), settings=TINY | (settings or {})).out.local_path()
+    def run(settings=None, stage="image"):
+        return clipfh.train(stage, small_catalogue, next(folders), settings=TINY | (settings or {})).out.local_path()
 
     return run
 
@@ -134,21 +134,11 @@ def test_a_run_repeats_to_the_last_digit(trained_here):
     assert apart(final(one), final(again)) == 0
 
 
-def test_two_workers_train_what_one_does(fitted):
-    loss: dict[str, object] = {f"loss.{term}": 0.2 for term in LOSS_TERMS}
-    loss |= {"loss.center": 1e-3, "loss.arcface_start": "mean", "batch.memory": 20, "optimizer.lr": 1e-4}
-    experiment = presets.resolve("joint", None, {**TINY, **loss, "budget.images": 64})
-    one, two = fitted(experiment, 1), fitted(experiment, 2)
-    assert (one / "stream.jsonl").read_text() == (two / "stream.jsonl").read_text()
-    losses = [run_folder.read_metrics(run)[-1] for run in (one, two)]
-    for term in ("loss", *(f"loss_{t}" for t in LOSS_TERMS)):
-        assert losses[0][term] == pytest.approx(losses[1][term], rel=1e-4), term
-    assert apart(final(one), final(two)) < 5e-4, "a step of AdamW turns rounding of tiny gradients into up to lr"
-
-
-def test_the_workers_of_a_run_share_its_windows(fitted, small_catalogue):
-    settings = {**TINY, "batch.items": 2, "batch.window": 40, "budget.images": 128}
-    experiment = presets.resolve("image", None, settings)
+def test_two_workers_train_what_one_does_and_share_its_windows(fitted, trained_here, small_catalogue):
+    settings: dict[str, object] = {f"loss.{term}": 0.2 for term in LOSS_TERMS}
+    settings |= {"loss.center": 1e-3, "loss.arcface_start": "mean", "batch.memory": 20, "optimizer.lr": 1e-4}
+    settings |= {"budget.images": 64, "batch.window": 60}
+    experiment = presets.resolve("joint", None, TINY | settings)
     readers, over = set(), threading.Event()
 
     def look():
@@ -157,15 +147,20 @@ def test_the_workers_of_a_run_share_its_windows(fitted, small_catalogue):
 
     looking = threading.Thread(target=look)
     looking.start()
-    run = fitted(experiment, 2)
+    one, two = trained_here(settings, "joint"), fitted(experiment, 2)
     over.set()
     looking.join()
     assert len(readers) == 1
     index = decoding.read_index(small_catalogue, "train")
-    plan = make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles, window=40)
+    plan = make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles, window=60)
     assert len(plan.plan.windows(0).item_ends) > 1
-    drawn = [json.loads(line)["images"] for line in (run / "stream.jsonl").read_text().splitlines()]
-    assert drawn == [plan.batch(step).tolist() for step in range(32)]
+    drawn = [json.loads(line)["images"] for line in (two / "stream.jsonl").read_text().splitlines()]
+    assert drawn == [plan.batch(step).tolist() for step in range(4)]
+    assert (one / "stream.jsonl").read_text() == (two / "stream.jsonl").read_text()
+    losses = [run_folder.read_metrics(run)[-1] for run in (one, two)]
+    for term in ("loss", *(f"loss_{t}" for t in LOSS_TERMS)):
+        assert losses[0][term] == pytest.approx(losses[1][term], rel=1e-4), term
+    assert apart(final(one), final(two)) < 5e-4, "a step of AdamW turns rounding of tiny gradients into up to lr"
 
 
 def test_divergence_ends_the_run_with_the_reason(trained_here, tmp_path):
@@ -267,37 +262,32 @@ HERE, OVER_RAY = (), ("--address=local",)
 
 @pytest.mark.slow
 @pytest.mark.resilience
-def test_a_run_whose_command_and_worker_are_killed_comes_to_the_same_end(small_catalogue, undisturbed, tmp_path):
-    """The command here after a report; over Ray its worker after two, then all of it after three; then to the end."""
+def test_a_run_that_is_told_to_end_and_killed_comes_to_the_same_end(small_catalogue, undisturbed, tmp_path):
+    """SIGTERM after a report; over Ray its worker killed after two, then all of it; Ctrl-C after four; to the end."""
     run = tmp_path / "run"
-    for reports, more in ((1, HERE), (3, ("--resume", *OVER_RAY))):
-        process = subprocess.Popen(command(small_catalogue, run, *more), start_new_session=True, stdout=subprocess.PIPE)
-        if more:
-            await_reports(process, run, 2)
-            os.kill(training_worker(process), signal.SIGKILL)
-        await_reports(process, run, reports)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert run_folder.latest_step(run) < 60, "killed in mid-run"
-    subprocess.run(command(small_catalogue, run, "--resume", *HERE), check=True, capture_output=True)
-    assert_same(run, undisturbed)
-    assert len(list((run / "checkpoints").glob("checkpoint_*-*"))) <= 2, "the best and the latest alone are kept"
 
+    def start(*more: str) -> subprocess.Popen:
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command(small_catalogue, run, *more), start_new_session=True, **pipes)
 
-@pytest.mark.resilience
-def test_a_run_that_is_told_to_end_says_how_to_go_on(small_catalogue, undisturbed, tmp_path):
-    run = tmp_path / "run"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    told = ((1, (), signal.SIGTERM, 143, "told to end"), (3, ("--resume",), signal.SIGINT, 130, "stopped"))
-    for reports, more, number, code, words in told:
-        process = subprocess.Popen(command(small_catalogue, run, *more), **pipes)
+    def assert_told(process: subprocess.Popen, reports: int, number: int, code: int, words: str) -> None:
         await_reports(process, run, reports)
         process.send_signal(number)
         line = f"clipfh: {words}; the same command with --resume goes on from the last checkpoint\n"
-        assert process.communicate()[1] == line
-        assert process.returncode == code
-    subprocess.run(command(small_catalogue, run, "--resume"), check=True, capture_output=True)
+        assert (process.communicate()[1], process.returncode) == (line, code)
+
+    assert_told(start(*HERE), 1, signal.SIGTERM, 143, "told to end")
+    process = start("--resume", *OVER_RAY)
+    await_reports(process, run, 2)
+    os.kill(training_worker(process), signal.SIGKILL)
+    await_reports(process, run, 3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert_told(start("--resume", *HERE), 4, signal.SIGINT, 130, "stopped")
+    assert run_folder.latest_step(run) < 60, "stopped in mid-run"
+    assert start("--resume", *HERE).wait() == 0
     assert_same(run, undisturbed)
+    assert len(list((run / "checkpoints").glob("checkpoint_*-*"))) <= 2, "the best and the latest alone are kept"
 
 
 def training_worker(process: subprocess.Popen) -> int:
