@@ -137,7 +137,7 @@ def test_a_run_repeats_to_the_last_digit(trained_here):
 def test_two_workers_train_what_one_does_and_share_its_windows(fitted, trained_here, small_catalogue):
     settings: dict[str, object] = {f"loss.{term}": 0.2 for term in LOSS_TERMS}
     settings |= {"loss.center": 1e-3, "loss.arcface_start": "mean", "batch.memory": 20, "optimizer.lr": 1e-4}
-    settings |= {"budget.images": 64, "batch.window": 60}
+    settings |= {"budget.images": 64, "batch.items": 4, "batch.window": 60}
     experiment = presets.resolve("joint", None, TINY | settings)
     readers, over = set(), threading.Event()
 
@@ -155,7 +155,7 @@ def test_two_workers_train_what_one_does_and_share_its_windows(fitted, trained_h
     plan = make_sampler(index, experiment.batch, experiment.seed, experiment.loss.takes_singles, window=60)
     assert len(plan.plan.windows(0).item_ends) > 1
     drawn = [json.loads(line)["images"] for line in (two / "stream.jsonl").read_text().splitlines()]
-    assert drawn == [plan.batch(step).tolist() for step in range(4)]
+    assert drawn == [plan.batch(step).tolist() for step in range(8)]
     assert (one / "stream.jsonl").read_text() == (two / "stream.jsonl").read_text()
     losses = [run_folder.read_metrics(run)[-1] for run in (one, two)]
     for term in ("loss", *(f"loss_{t}" for t in LOSS_TERMS)):
