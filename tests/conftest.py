@@ -60,7 +60,7 @@ def ray_cluster(tmp_path_factory):
     from clipfh.cluster import connect
 
     # A socket's path has room for no more than about 100 letters
-    os.environ["RAY_TMPDIR"] = f"/tmp/clipfh-tests/{os.environ.get('PYTEST_XDIST_WORKER', '')}"
+    os.environ["RAY_TMPDIR"] = f"/tmp/clipfh-tests/{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
     connect.connect("local", Placement(workers=2))
     yield
     ray.shutdown()

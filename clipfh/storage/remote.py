@@ -190,7 +190,7 @@ class Patient(fs.FileSystemHandler):
         while True:
             with _RemoteFile(self, path) as file:
                 content = file.read()
-            if self.get_file_info([path])[0].size == len(content):
+            if self.get_file_info([path])[0].size in (None, len(content)):  # some stores of fsspec tell no size
                 return content
 
     def send(self, file: Path, path: str) -> None:
