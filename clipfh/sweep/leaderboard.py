@@ -12,6 +12,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from clipfh import UserError
 from clipfh.config.sweep_file import SweepFile
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
@@ -57,6 +58,21 @@ class Leaderboard:
     def over(self) -> list[Row]:
         """The rows of trials that are over, in order of their numbers, as the study has them."""
         return [trial.user_attrs[ROW] for trial in own_trials(self.study).values() if trial.state.is_finished()]
+
+    def require_score(self) -> None:
+        """See that a trial has a score: where none has, zero-shot would win without a rival.
+
+        Raises:
+            UserError: all trials failed before their first report.
+        """
+        trials = self.over()
+        if trials and not any("val_mAP" in row for row in trials):
+            last = trials[-1]
+            raise UserError(
+                f"all {len(trials)} trials failed before a report, trial {last['trial']} of: {last['error']}; "
+                f"{self.out / layout.LEADERBOARD} has the others' reasons. With these removed, "
+                "--resume --retry-failed trains them again"
+            )
 
     def reports(self, number: str, until: float = math.inf) -> list[dict[str, Any]]:
         """What a trial has reported, up to a number of images."""

@@ -117,7 +117,8 @@ def run(
         each_report: tell of each report of each trial.
 
     Raises:
-        UserError: a folder that holds another sweep, one of an older version, or nothing to resume; an empty split.
+        UserError: a folder that holds another sweep, one of an older version, or nothing to resume; an empty split; no
+            trial that came to a report.
     """
     out, start = Folder(store.absolute(out)), time.monotonic()
     catalogue.require("train", "val_query", "val_gallery", "query", "gallery")
@@ -145,6 +146,7 @@ def run(
     with autoscaler_request(sweep.placement, resources) as ask:
         run_trials(Watch(searcher, board, log, each_report, keeper.trials, ask), inputs, resources)
     rows = board.write()
+    board.require_score()
     keeper.trials(rows)
     winner = _with_earlier(context, _refitted(context, _blended(context, _lead(context, inputs, rows), rows)))
     about = {"resources": dataclasses.asdict(resources), "notes": notes}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from test_searcher import open_searcher
 
+from clipfh import UserError
 from clipfh.storage.store import Folder
 from clipfh.sweep.leaderboard import Leaderboard
 from clipfh.sweep.searcher import StudySearcher
@@ -79,3 +80,15 @@ def test_a_stopped_trial_has_the_images_it_was_stopped_at(tmp_path):
     write_reports(tmp_path, "0001", 3)
     row = make_board(open_searcher(tmp_path), tmp_path).row("0001", {}, {"images": 128, "best_val_mAP": 0.2})
     assert (row["status"], row["images"], row["val_mAP"]) == ("stopped", 128, "0.200000")
+
+
+def test_a_sweep_whose_trials_all_failed_has_no_winner(tmp_path):
+    searcher = open_searcher(tmp_path)
+    board = make_board(searcher, tmp_path)
+    trials = [searcher.suggest(number) for number in ("0001", "0002")]
+    for trial in trials:
+        end(searcher, board, trial, {}, "no memory")
+    with pytest.raises(UserError, match="all 2 trials failed .* trial 0002 of: no memory; .* --resume --retry-failed"):
+        board.require_score()
+    end(searcher, board, searcher.suggest("0003"), DONE)
+    board.require_score()
