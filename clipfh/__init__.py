@@ -1,8 +1,7 @@
 """clipfh tunes CLIP to find the same item again in a catalogue of photos.
 
-What the commands do is here as functions: `prepare`, `open_catalogue`, `audit`, `evaluate`, `train`, `sweep`,
-`export`, `embed` and `search`. Each is loaded when it is first used, so importing this package loads neither torch nor
-ray.
+The functions `prepare`, `open_catalogue`, `audit`, `evaluate`, `train`, `sweep`, `export`, `embed` and `search` do what
+the commands do. A function is loaded when it is first used, so importing this package loads neither torch nor ray.
 """
 
 import importlib
@@ -51,17 +50,17 @@ _MODULES = {
 """The module of each public function."""
 
 
-# Else Ray, as it starts under `uv run`, would pack the folder that the command is run in, and send it to every process
+# Under `uv run`, Ray would otherwise pack the folder that the command is run in, and send it to every process
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
 class _Package(ModuleType):
     """This package, whose public functions are loaded when they are first used.
 
-    `train` and `sweep` are functions and wings at once. When a wing is first imported, the import system sets it as an
-    attribute of its package, which would hide the function of that name or not, depending on what came first. So that
-    assignment is ignored: `clipfh.train` is always the function, and `from clipfh.train import driver` finds the wing,
-    because the import system looks modules up in `sys.modules`.
+    `train` and `sweep` name a function and a wing each. When a wing is first imported, the import system sets the wing
+    as an attribute of its package. That would hide the function of the same name or not, depending on which was loaded
+    first. So the assignment of a module is ignored: `clipfh.train` is always the function, and `from clipfh.train
+    import driver` finds the wing, because the import system looks modules up in `sys.modules`.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -80,7 +79,7 @@ sys.modules[__name__].__class__ = _Package
 
 
 class UserError(ValueError):
-    """Something that the user can mend. The message is one line: what, where, remedy. Commands exit with 2."""
+    """An error that the user can fix. The message is one line: what is wrong, where, remedy. Commands exit with 2."""
 
 
 LOST = (
@@ -91,11 +90,11 @@ LOST = (
     "OwnerDiedError",
     "RaySystemError",
 )
-"""Names of Ray's errors that say that something went away. The classes themselves would load Ray."""
+"""Names of Ray's errors for a process, node or object that is gone. The classes themselves would load Ray."""
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came from, also in other processes."""
+    """Yield an error and the errors that caused it, also those in other processes."""
     if error is None:
         return
     yield error
@@ -105,9 +104,9 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def mendable(error: BaseException) -> str | None:
-    """The message of the UserError that an error came from; None where it came from none.
+    """Return the message of the UserError that caused an error; None where no UserError did.
 
-    For errors in other processes Ray often has only the text of the traceback.
+    Ray often has only the traceback's text of an error in another process, so the text is searched too.
     """
     for each in causes(error):
         if isinstance(each, UserError) and not hasattr(each, "cause"):

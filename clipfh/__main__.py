@@ -1,4 +1,4 @@
-"""`python -m clipfh`, for where the command is not on the path."""
+"""Run the command by `python -m clipfh`, where `clipfh` is not on the PATH."""
 
 import sys
 

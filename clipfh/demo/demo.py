@@ -11,10 +11,10 @@ ITEMS, PHOTO_SIZE, SEED = 400, 96, 0
 
 
 def run(out: Path, log: Callable[[str], None] = print) -> None:
-    """Draw garments, make a catalogue of them, search settings for the small model on it, export the best.
+    """Draw garments, prepare their catalogue, sweep the small model's settings, export the best model, all to `out`.
 
     Raises:
-        UserError: `out` is in use, or the sweep file is not beside the package.
+        UserError: `out` is not empty, or the sweep file, which only a clone of the project has, is missing.
     """
     from clipfh.cluster.connect import connected
     from clipfh.config import sweep_file

@@ -1,8 +1,8 @@
-"""Photos of garments.
+"""Drawn photos of garments.
 
 All shapes are in *body coordinates*: x runs right from the body's axis, y down from the crown of the head (0) to the
-soles (1). A camera is an affine matrix from there to pixels, so that a squeeze, a close-up or a figure at full length
-draw the same garment with the same code, and patterns stay crisp at any zoom.
+soles (1). A camera is an affine matrix from body coordinates to pixels. So one code draws a garment squeezed, close up
+or at full length, and patterns stay crisp at any zoom.
 """
 
 import math
@@ -26,7 +26,7 @@ BASICS: tuple[RGB, ...] = ((244, 244, 242), (60, 62, 68), (70, 88, 124), (178, 1
 
 @dataclass(frozen=True)
 class Person:
-    """Who wears it, and how they stand. Arms are (shoulder, elbow, wrist), legs (hip, knee, ankle), left then right."""
+    """A person in a pose. Arms are (shoulder, elbow, wrist), legs are (hip, knee, ankle), left then right."""
 
     arms: tuple[np.ndarray, ...]
     legs: tuple[np.ndarray, ...]
@@ -37,19 +37,19 @@ class Person:
 
 
 def _chain(start: tuple[float, float], lengths: Sequence[float], degrees: Sequence[float], side: int) -> np.ndarray:
-    """Joints of a limb: from `start` along segments whose `degrees` count outwards from straight down."""
+    """Return the joints of a limb: from `start` along segments whose `degrees` count outwards from straight down."""
     turn = np.radians(degrees)
     steps = np.array(lengths)[:, None] * np.stack([np.sin(turn), np.cos(turn)], 1)
     return np.concatenate([[start], start + np.cumsum(steps, 0)]) * [side, 1]
 
 
 def _person(shoot: np.random.Generator, rng: np.random.Generator, flat: bool) -> Person:
-    """Somebody in a pose: who it is comes from `shoot`, how they stand from `rng`."""
+    """Choose a person by `shoot`, and the person's pose by `rng`."""
     arms, legs = [], []
     for side in (-1, 1):
-        out = rng.uniform(30, 50) if flat else rng.uniform(6, 34)
+        spread = rng.uniform(30, 50) if flat else rng.uniform(6, 34)
         bend = 0.0 if flat else float(choose(rng, (-75, -10, 0, 10, 30)))
-        arms.append(_chain((0.103, 0.238), (0.15, 0.14), (out, out + bend), side))
+        arms.append(_chain((0.103, 0.238), (0.15, 0.14), (spread, spread + bend), side))
         stand = 9.0 if flat else rng.uniform(0, 9)
         legs.append(_chain((0.055, 0.50), (0.23, 0.215), (stand, stand + (0 if flat else rng.uniform(-6, 2))), side))
     style = choose(shoot, ("short", "long", "bun"))
@@ -57,13 +57,13 @@ def _person(shoot: np.random.Generator, rng: np.random.Generator, flat: bool) ->
 
 
 def _mirror(half: Sequence[tuple[float, float]]) -> np.ndarray:
-    """A closed symmetric outline from its right half, top to bottom."""
+    """Return the closed symmetric outline with this right half, given from top to bottom."""
     right = np.array(half)
     return np.concatenate([right, right[::-1] * [-1, 1]])
 
 
 def _smooth(points: np.ndarray) -> np.ndarray:
-    """The closed outline with its corners cut (Chaikin)."""
+    """Cut the corners of a closed outline (Chaikin)."""
     for _ in range(2):
         after = np.roll(points, -1, 0)
         points = np.stack([0.8 * points + 0.2 * after, 0.2 * points + 0.8 * after], 1).reshape(-1, 2)
@@ -71,7 +71,7 @@ def _smooth(points: np.ndarray) -> np.ndarray:
 
 
 def _limb(joints: np.ndarray, widths: tuple[float, float], reach: float = 1.0, start: float = 0.0) -> np.ndarray:
-    """Outline of an arm, a leg, a sleeve: that part of the chain of joints, `widths` wide at its ends."""
+    """Return the outline of a limb, or of its share from `start` to `reach`, which is `widths` wide at its two ends."""
     at = np.linspace(start, reach, 9)
     middle = np.stack([np.interp(at, np.linspace(0, 1, len(joints)), joints[:, i]) for i in (0, 1)], 1)
     along = np.gradient(middle, axis=0)
@@ -86,19 +86,19 @@ def _disc(x: float, y: float, rx: float, ry: float) -> np.ndarray:
 
 
 def _box(x: float, y: float, width: float, height: float) -> np.ndarray:
-    """A rectangle hanging from the middle of its upper edge."""
+    """Return a rectangle, given the middle of its upper edge."""
     return np.array([(x - width / 2, y), (x + width / 2, y), (x + width / 2, y + height), (x - width / 2, y + height)])
 
 
 def _hem_width(item: Garment) -> float:
-    """Half the width of the lower edge of the trunk."""
+    """Return half the width of the lower edge of the trunk."""
     if KINDS[item.kind].lower == "skirt":
         return 0.108 * item.fit * (1 + (item.flare - 1) * (item.hem - 0.45) / 0.4)
     return 0.105 * item.fit * (0.9 + 0.12 * item.flare)
 
 
 def _trunk(item: Garment) -> np.ndarray:
-    """Outline of the garment without sleeves and legs."""
+    """Return the outline of the garment without sleeves and legs."""
     kind, half = KINDS[item.kind], []
     if kind.torso:
         shoulder = 0.132 if item.sleeve else 0.092
@@ -114,14 +114,14 @@ def _trunk(item: Garment) -> np.ndarray:
 
 
 def _sleeves(item: Garment, body: Person, start: float = 0.0) -> list[np.ndarray]:
-    """Outlines of the sleeves, from that share of their length on."""
+    """Return the outlines of the sleeves, from the share `start` of their length on."""
     wide = 0.062 * item.fit
     arms = body.arms if item.sleeve else ()
     return [_smooth(_limb(arm, (wide, wide * 0.8), item.sleeve, item.sleeve * start)) for arm in arms]
 
 
 def _trousers(item: Garment, body: Person, start: float = 0.0) -> list[np.ndarray]:
-    """Outlines of the trouser legs, from that share of their length on."""
+    """Return the outlines of the trouser legs, from the share `start` of their length on."""
     reach, wide = (item.hem - 0.5) / 0.445, 0.112 * item.fit
     end = wide * (0.35 + 0.35 * item.flare)
     legs = body.legs if KINDS[item.kind].lower == "legs" else ()
@@ -132,13 +132,13 @@ def _trousers(item: Garment, body: Person, start: float = 0.0) -> list[np.ndarra
 
 
 def _tint(rgb: Sequence[float] | np.ndarray, factor: float = 1) -> RGB:
-    """The colour darker (below 1) or lighter (above)."""
+    """Return the colour, darker by a factor below 1, or lighter by a factor above 1."""
     r, g, b = (int(min(255, c * factor)) for c in rgb)
     return r, g, b
 
 
 class Canvas:
-    """An image and the camera (2, 3) that takes body coordinates to its pixels."""
+    """An image, and the camera, a matrix (2, 3), that takes body coordinates to the image's pixels."""
 
     def __init__(self, image: Image.Image, camera: np.ndarray) -> None:
         self.image, self.camera = image, camera
@@ -149,7 +149,7 @@ class Canvas:
         return [(float(x), float(y)) for x, y in points @ self.camera[:, :2].T + self.camera[:, 2]]
 
     def coordinates(self) -> np.ndarray:
-        """Body coordinates (2, h, w) of every pixel."""
+        """Return the body coordinates (2, h, w) of every pixel."""
         y, x = np.indices((self.image.height, self.image.width), np.float32)
         x, y = x - float(self.camera[0, 2]), y - float(self.camera[1, 2])
         return np.stack([a * x + b * y for a, b in np.linalg.inv(self.camera[:, :2]).tolist()])
@@ -168,12 +168,12 @@ class Canvas:
         return mask
 
     def drape(self, outlines: Sequence[np.ndarray], cloth: np.ndarray) -> None:
-        """Fill the outlines with cloth (h, w, 3), darker towards their common edge, as round things are."""
+        """Fill the outlines with cloth (h, w, 3), darker towards their common edge, as on a round body."""
         mask = self.mask(outlines)
         small = mask.reduce(4).filter(ImageFilter.GaussianBlur(0.0055 * self.scale))
         depth = np.asarray(small.resize(mask.size, Image.Resampling.BILINEAR), np.float32)[..., None]
-        shaded = cloth * (0.42 + 0.66 / 255 * depth)
-        self.image.paste(Image.fromarray(np.minimum(shaded, 255).astype(np.uint8)), mask=mask)
+        colors = cloth * (0.42 + 0.66 / 255 * depth)
+        self.image.paste(Image.fromarray(np.minimum(colors, 255).astype(np.uint8)), mask=mask)
 
 
 def _pastel(rng: np.random.Generator) -> RGB:
@@ -181,7 +181,7 @@ def _pastel(rng: np.random.Generator) -> RGB:
 
 
 def _background(rng: np.random.Generator, n: int) -> Image.Image:
-    """A studio (mostly) or a coloured wall, both with a floor, or a clutter of blocks or of lights."""
+    """Draw a background: mostly a studio, else a coloured wall (both have a floor), or many blocks or lights."""
     style = choose(rng, ("studio",) * 5 + ("wall", "blocks", "lights"))
     base = _tint(np.full(3, rng.uniform(222, 240))) if style == "studio" else _pastel(rng)
     image = Image.new("RGB", (n, n), base)
@@ -199,7 +199,7 @@ def _background(rng: np.random.Generator, n: int) -> Image.Image:
 
 
 def _figure(canvas: Canvas, item: Garment, body: Person, back: bool) -> None:
-    """The person, in plain clothes where the garment leaves off."""
+    """Draw the person, in plain clothes where the garment covers nothing."""
     kind = KINDS[item.kind]
     if body.style == "long" and not back:
         canvas.fill(_mirror([(0.03, 0.02), (0.072, 0.08), (0.075, 0.23)]), body.hair)
@@ -241,7 +241,7 @@ NECKS: dict[str, list[tuple[float, float]]] = {
 
 
 def _neckline(canvas: Canvas, item: Garment, main: RGB, inside: RGB, back: bool) -> None:
-    """The opening at the neck and what surrounds it; `inside` is what shows through."""
+    """Draw the opening at the neck and the cloth around it; `inside` is the colour in the opening."""
     edge, main = _tint(main, 0.68), _tint(main, 0.86)
     if item.neckline in NECKS:
         half = NECKS["crew"] if back else NECKS[item.neckline]
@@ -265,7 +265,7 @@ def _neckline(canvas: Canvas, item: Garment, main: RGB, inside: RGB, back: bool)
 
 
 def _trimmings(canvas: Canvas, item: Garment, main: RGB, body: Person) -> None:
-    """Those of the garment's details that go all the way round."""
+    """Draw the details of the garment that go all the way round."""
     wide = _hem_width(item) * 0.99
     if "cuffs" in item.details:
         for cuff in _trousers(item, body, start=0.86):
@@ -281,7 +281,7 @@ def _trimmings(canvas: Canvas, item: Garment, main: RGB, body: Person) -> None:
 
 
 def _details(canvas: Canvas, item: Garment, main: RGB) -> None:
-    """Those of the garment's details that sit at the front."""
+    """Draw the details of the garment that are at the front."""
     kind, dark, bright = KINDS[item.kind], _tint(main, 0.62), item.accent.rgb
     top, bottom = (0.25 if kind.torso else 0.42), (0.5 if kind.lower == "legs" else item.hem)
     if "zip" in item.details:
@@ -311,7 +311,7 @@ def _details(canvas: Canvas, item: Garment, main: RGB) -> None:
 
 
 def _camera(item: Garment, view: str, rng: np.random.Generator, n: int) -> np.ndarray:
-    """Where the photographer stands for that view, and how the body turns and leans: body coordinates to pixels."""
+    """Return the camera (2, 3) of a view, with a random zoom and place, and a random turn and lean of the body."""
     upper, lower = (0.17 if KINDS[item.kind].torso else 0.38), item.hem + 0.02
     middle, height = (upper + lower) / 2, max(0.44, (lower - upper) * rng.uniform(1.1, 1.3))
     if view == "4_full":
@@ -330,7 +330,7 @@ def _camera(item: Garment, view: str, rng: np.random.Generator, n: int) -> np.nd
 
 
 def _light(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, colour cast, a shadow across the picture, grain."""
+    """Apply brightness, a colour cast, a shadow across the picture, and grain."""
     n = len(pixels)
     cast = rng.uniform(0.88, 1.06) * rng.normal(1, 0.02, 3)
     turn, depth = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.2)
@@ -340,7 +340,7 @@ def _light(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _cloth(item: Garment, main: RGB, uv: np.ndarray, back: bool) -> np.ndarray:
-    """Colours (h, w, 3) of the cloth at body coordinates `uv` (2, h, w)."""
+    """Return the colours (h, w, 3) of the cloth at body coordinates `uv` (2, h, w)."""
     x, y = (-uv[0] if back else uv[0]), uv[1] - (item.hem + 0.3) / 2
     cos, sin = math.cos(item.angle) / item.period, math.sin(item.angle) / item.period
     s, t = cos * y + sin * x, sin * y - cos * x
@@ -350,7 +350,7 @@ def _cloth(item: Garment, main: RGB, uv: np.ndarray, back: bool) -> np.ndarray:
 
 
 def _dress(canvas: Canvas, item: Garment, main: RGB, body: Person, rng: np.random.Generator, back: bool) -> None:
-    """Draw the garment itself, cloth first; `rng` lays the folds."""
+    """Draw the garment itself, cloth first; `rng` decides where the folds are."""
     uv = canvas.coordinates()
     folds = np.sin(70 * uv[0] + 2 * np.sin(11 * uv[1] + rng.uniform(0, 6)) + rng.uniform(0, 6))
     cloth = _cloth(item, main, uv, back) * (1 + 0.06 * folds[..., None])
@@ -366,9 +366,9 @@ def _dress(canvas: Canvas, item: Garment, main: RGB, body: Person, rng: np.rando
 
 
 def draw(item: Garment, variant: int, view: str, seed: int, size: int) -> Image.Image:
-    """One photo, `size` pixels square: the item in the colour of `variant` (from 0), seen as `view` (one of `VIEWS`).
+    """Return one photo, `size` pixels square, of the item in the colour of `variant` (from 0), as `view` in `VIEWS`.
 
-    A variant is worn by one person; pose, light and background are the photo's own."""
+    One person wears the variant in all its photos; pose, light and background differ from photo to photo."""
     shoot, rng = make_rng(seed, item.index, variant), make_rng(seed, item.index, variant, VIEWS.index(view))
     n, main, back, flat = size * 2, item.colors[variant].rgb, view == "3_back", view == "6_flat"
     body = _person(shoot, rng, flat)
@@ -383,5 +383,5 @@ def draw(item: Garment, variant: int, view: str, seed: int, size: int) -> Image.
         _neckline(canvas, item, main, _tint(main, 0.5) if flat else body.skin, back)
     if not flat:
         _head(canvas, body, back)
-    lit = _light(np.asarray(canvas.image.reduce(2), np.float32), rng)
-    return Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8))
+    pixels = _light(np.asarray(canvas.image.reduce(2), np.float32), rng)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

@@ -1,6 +1,6 @@
-"""Garments by chance: what they are, their patterns, and what a shop writes about them.
+"""Random garments: their attributes, their patterns, and the texts that a shop writes about them.
 
-Everything is a pure function of seed and item number. `drawing.draw` photographs a `Garment`.
+Everything is a pure function of seed and item number. `drawing.draw` draws a photo of a `Garment`.
 """
 
 import math
@@ -41,18 +41,18 @@ COLORS: dict[str, RGB] = {
 
 
 class Kind(NamedTuple):
-    """What the garments of one shape have in common."""
+    """The attributes that garments of one kind have in common, and the values that they choose from."""
 
     places: tuple[tuple[str, str], ...]
-    """gender and category"""
+    """pairs of gender and category"""
     torso: bool
     lower: str
-    """empty, skirt or legs"""
+    """"skirt", "legs" or an empty string"""
     hem: tuple[float, float]
-    """y of the lower edge, from and to"""
+    """smallest and largest y of the lower edge, in body coordinates"""
     necklines: tuple[str, ...]
     sleeves: tuple[float, ...]
-    """share of the arm that is covered"""
+    """shares of the arm that are covered"""
     details: tuple[str, ...]
     materials: tuple[str, ...]
 
@@ -116,16 +116,16 @@ class Color(NamedTuple):
 
 @dataclass(frozen=True)
 class Garment:
-    """The attributes of one item; all that its photos and its text are made from."""
+    """The attributes of one item, which determine its photos and its text."""
 
     index: int
     gender: str
     category: str
     kind: str
     colors: tuple[Color, ...]
-    """one for each variant"""
+    """main colour of each variant"""
     accent: Color
-    """colour of pattern and trimmings, common to the variants"""
+    """colour of pattern and trimmings, the same in all variants"""
     pattern: str
     angle: float
     """direction of the pattern, radians"""
@@ -137,9 +137,9 @@ class Garment:
     sleeve: float
     hem: float
     fit: float
-    """width against the body's"""
+    """width, as a multiple of the body's"""
     flare: float
-    """width of the hem against the hip's"""
+    """width of the hem, as a multiple of the hip's"""
     details: tuple[str, ...]
     material: str
 
@@ -153,7 +153,7 @@ class Garment:
 
 
 def make_rng(*key: int) -> np.random.Generator:
-    """A generator that depends on the key alone, also on its length: numpy takes (1, 2) and (1, 2, 0) for one seed."""
+    """Return the generator of a key. The key's length counts too: numpy takes (1, 2) and (1, 2, 0) for one seed."""
     return np.random.default_rng((len(key), *key))
 
 
@@ -162,7 +162,7 @@ def choose(rng: np.random.Generator, options: Sequence[T]) -> T:
 
 
 def _shade(rng: np.random.Generator, name: str) -> Color:
-    """A shade near the named colour."""
+    """Draw a shade near the named colour."""
     r, g, b = (int(c) for c in np.clip(COLORS[name] + rng.normal(0, 12, 3), 0, 255))
     return Color(name, (r, g, b))
 
@@ -207,12 +207,12 @@ def make_garment(seed: int, item_index: int) -> Garment:
 
 
 def _wave(s: np.ndarray, duty: float) -> np.ndarray:
-    """Stripes across s, `duty` of a period wide, with edges a tenth of a period soft."""
+    """Return stripes across s, `duty` of a period wide, with soft edges, a tenth of a period wide."""
     return np.clip((duty / 2 - np.abs(s - np.round(s))) * 10 + 0.5, 0, 1)
 
 
 def _repeat(radius: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray, np.ndarray, float], np.ndarray]:
-    """A motif in every cell of a brick lattice; `radius` is its outline as a function of the angle."""
+    """Return the pattern with a motif in every cell of a brick lattice; `radius` gives the motif's outline by angle."""
 
     def pattern(s: np.ndarray, t: np.ndarray, duty: float) -> np.ndarray:
         row = np.round(t)
@@ -283,7 +283,7 @@ def _pattern_words(item: Garment) -> str:
 
 
 def _cut_words(item: Garment) -> str:
-    """Neckline, sleeves and where on the body the garment ends."""
+    """Describe neckline, sleeves and where on the body the garment ends."""
     hem = next(words for least, words in HEMS if item.hem >= least)
     if not KINDS[item.kind].torso:
         return f"sits high on the waist and falls to a hem {hem}"
@@ -292,14 +292,14 @@ def _cut_words(item: Garment) -> str:
 
 
 def describe(item: Garment) -> list[str]:
-    """Paragraphs about the item in In-Shop's manner: prose, then lines on details and care.
+    """Return paragraphs about the item in the style of In-Shop: prose, then lines on details and care.
 
-    As there, an item has one text, which names the colour of its first variant."""
+    As in In-Shop, an item has one text, which names the colour of its first variant."""
     fit = "slim" if item.fit < 1.05 else "relaxed" if item.fit > 1.2 else "regular"
     noun = f"pair of {item.kind}" if item.kind.endswith("s") and item.kind != "dress" else item.kind
-    whose = {"MEN": "men's", "WOMEN": "women's"}[item.gender]
+    gender = {"MEN": "men's", "WOMEN": "women's"}[item.gender]
     prose = (
-        f"{OPENINGS[item.index % len(OPENINGS)]} This {fit}-fit {whose} {noun} in {item.colors[0].name} is cut from "
+        f"{OPENINGS[item.index % len(OPENINGS)]} This {fit}-fit {gender} {noun} in {item.colors[0].name} is cut from "
         f"{item.material}, {_pattern_words(item)}. It {_cut_words(item)}. {CLOSINGS[item.index // 3 % len(CLOSINGS)]}"
     )
     details = [f"- {WORDS[name].capitalize()}" for name in item.details]

@@ -1,4 +1,4 @@
-"""A source of drawn garments, in the layout in which In-Shop is distributed."""
+"""A source of drawn garments, in the file layout of In-Shop."""
 
 import json
 import multiprocessing
@@ -15,21 +15,21 @@ from clipfh.storage import store
 
 
 def _write_photos(task: tuple[Path, int, int, int]) -> list[str]:
-    """Photograph one item in every variant, from three to six sides each; the paths written, relative to the root."""
+    """Write three to six views of every variant of one item. Return the photos' paths, relative to the root."""
     root, seed, index, size = task
     item, paths = make_garment(seed, index), []
     (root / item.folder).mkdir(parents=True)
     for variant in range(len(item.colors)):
         rng = make_rng(seed, index, variant, len(VIEWS))  # no view has this number
-        left_out = rng.choice(len(VIEWS), rng.integers(4), replace=False)
-        for view in np.delete(VIEWS, left_out):
+        omissions = rng.choice(len(VIEWS), rng.integers(4), replace=False)
+        for view in np.delete(VIEWS, omissions):
             paths.append(f"{item.folder}/{variant + 1:02d}_{view}.jpg")
             draw(item, variant, str(view), seed, size).save(root / paths[-1], quality=int(rng.integers(75, 96)))
     return paths
 
 
 def _partition(photos: list[list[str]], train_share: float, seed: int) -> list[tuple[str, str, str]]:
-    """Rows of the official list. Items are train or test; of a test item's photos a third are queries."""
+    """Return the rows of In-Shop's list. An item is train or test; a third of a test item's photos are queries."""
     rng = make_rng(seed)
     train = set(rng.permutation(len(photos))[: round(len(photos) * train_share)].tolist())
     rows = []
@@ -42,17 +42,17 @@ def _partition(photos: list[list[str]], train_share: float, seed: int) -> list[t
 
 
 def write_source(out: Path, *, items: int, seed: int, size: int = 96, train_share: float = 0.75) -> None:
-    """Write photos and texts of drawn items as In-Shop is distributed: `img/`, `Eval/`, `Anno/`.
+    """Write photos and texts of drawn items in the file layout of In-Shop: `img/`, `Eval/`, `Anno/`.
 
     Args:
-        out: the folder to write; it appears only when it is whole.
+        out: folder to write. The folder appears only when all its files are written.
         items: number of items.
-        seed: decides what the garments and photos look like, and the splits.
+        seed: seed of the garments, the photos and the splits.
         size: side of the square photos, pixels.
         train_share: share of the items for training.
 
     Raises:
-        UserError: `out` is there already.
+        UserError: `out` exists already.
     """
     if out.exists():
         raise UserError(f"{out} is there already: remove it, or choose another folder")

@@ -1,4 +1,4 @@
-"""The global batch from each worker's slice, with gradient."""
+"""Gather the workers' slices into the global batch, with gradient."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ from clipfh.data.sampler import worker_slice
 def all_gather_with_gradient(rows: Tensor, total: int | None = None) -> Tensor:
     """Concatenate the workers' rows by rank: (B, ...) on each of W workers to (N, ...) on all of them.
 
-    Integers pass too, without gradient. Without a process group, or with one worker, the rows come back as they are.
+    Integers are gathered too, without gradient. Without a process group, or with one worker, `rows` is returned as is.
 
-    The gradient that goes back is W times that of the worker's own rows. Every worker computes the same loss on the
-    global batch, so through its own rows it finds its full share of the gradient, with nothing to add from the others;
-    then DistributedDataParallel takes the mean over workers of shares that should be summed. W makes up for that: W
-    workers get the gradient that one worker gets with the whole batch. What lies after the gather (heads, logit scale)
-    has the same, right gradient on every worker, which a mean leaves as it is; so scaling the loss itself would not do.
+    The backward pass multiplies the gradient of a worker's own rows by W. Every worker computes the same loss on the
+    global batch, so the gradient through its own rows is its full share, with nothing to add from other workers. Then
+    DistributedDataParallel takes the mean of the workers' shares, which should be summed; the factor W makes up for
+    that. So W workers get the gradient that one worker gets with the whole batch. Parameters after the gather (heads,
+    logit scale) have the full gradient on every worker, and its mean is right: scaling the loss itself would be wrong.
 
     Args:
-        rows: of one shape and type on all workers, but for their number where `total` is given.
-        total: N, where each worker gives its `worker_slice` of N rows; W * B where it is left out.
+        rows: the worker's rows. Workers agree in shape and type, except in the number of rows where `total` is given.
+        total: N, where each worker gives its `worker_slice` of N rows. The default is W * B.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
@@ -37,14 +37,14 @@ class _Gather(torch.autograd.Function):
         parts = [worker_slice(total, rank, world_size) for rank in range(world_size)]
         ctx.own = parts[dist.get_rank()]
         share = max(part.stop - part.start for part in parts)
-        gathered = rows.new_empty(world_size * share, *rows.shape[1:])
-        # As many rows from each, which is what a collective takes: a row of zeros from who has one less
-        padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, share - len(rows)))
-        dist.all_gather_into_tensor(gathered, padded.contiguous())
-        if len(gathered) == total:
-            return gathered
-        own = zip(gathered.split(share), parts, strict=True)
-        return torch.cat([rows[: part.stop - part.start] for rows, part in own])
+        output = rows.new_empty(world_size * share, *rows.shape[1:])
+        # A collective takes equally many rows from each worker: a worker with one row less adds a row of zeros
+        own_share = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, share - len(rows)))
+        dist.all_gather_into_tensor(output, own_share.contiguous())
+        if len(output) == total:
+            return output
+        shares = zip(output.split(share), parts, strict=True)
+        return torch.cat([rows[: part.stop - part.start] for rows, part in shares])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -1,4 +1,4 @@
-"""What a report's metrics mean, in words: a loss that has collapsed or is used up, a model that gets no better."""
+"""Warnings about a report's metrics, in words: a loss that has collapsed or is at its floor, a model no better."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ ALIKE = 0.99
 """Mean cosine of images of different items above which all embeddings count as alike."""
 
 NEAR = 0.02
-"""Share of the way from collapse to floor that counts as being at either end."""
+"""Share of the way from collapse value to floor within which a loss counts as being at either end."""
 
 FAIR_TRIAL = 1000
-"""Steps after which a model should be better than its start."""
+"""Number of steps after which a model should be better than at the start."""
 
 
 def find_warnings(report: Mapping[str, float], terms: list[str]) -> list[str]:
-    """Warnings about a report after the warm-up; an empty list where all is well.
+    """Return the warnings about a report from after the warm-up; an empty list where all is well.
 
     Args:
-        report: `loss_TERM` of each term; `floor_TERM` and `collapse_TERM` of each term that has them; `image_cosine`,
+        report: `loss_TERM` of each term; `floor_TERM` and `collapse_TERM` of each term with bounds; `image_cosine`,
             the mean cosine of images of different items; `val_mAP`, `start_val_mAP`, `step`.
-        terms: the terms that are switched on.
+        terms: names of the active terms.
     """
     return [
         *_embeddings_alike(report, terms),
@@ -41,12 +41,12 @@ def _embeddings_alike(report: Mapping[str, float], terms: list[str]) -> Iterator
 def _term_at_an_end(report: Mapping[str, float], term: str) -> Iterator[str]:
     if f"floor_{term}" not in report:
         return
-    loss, floor, collapse = (report[f"{of}_{term}"] for of in ("loss", "floor", "collapse"))
+    loss, floor, collapse = (report[f"{name}_{term}"] for name in ("loss", "floor", "collapse"))
     way = (collapse - loss) / max(collapse - floor, 1e-9)
     if abs(way) < NEAR and report["image_cosine"] <= ALIKE:
         yield (
-            f"{term} is {loss:.3f}, no better than with equal embeddings ({collapse:.3f}): it has learned nothing so "
-            "far; try another optimizer.lr, or a longer budget"
+            f"{term} is {loss:.3f}, no better than with equal embeddings ({collapse:.3f}): this term has taught "
+            "nothing so far; try another optimizer.lr, or a longer budget"
         )
     if way > 1 - NEAR:
         yield (
@@ -58,6 +58,6 @@ def _term_at_an_end(report: Mapping[str, float], term: str) -> Iterator[str]:
 def _not_better(report: Mapping[str, float]) -> Iterator[str]:
     if report["step"] >= FAIR_TRIAL and "val_mAP" in report and report["val_mAP"] <= report["start_val_mAP"]:
         yield (
-            f"val mAP {report['val_mAP']:.3f} is not above the {report['start_val_mAP']:.3f} it started from, after "
-            f"{report['step']:,} steps; try a lower optimizer.lr"
+            f"val mAP {report['val_mAP']:.3f} is not above the {report['start_val_mAP']:.3f} that training started "
+            f"from, after {report['step']:,} steps; try a lower optimizer.lr"
         )

@@ -1,4 +1,4 @@
-"""What one worker computes: a training step, a validation, a report. Towers, losses, optimizer, EMA; nothing of Ray."""
+"""What one worker computes without Ray: training steps, validation and reports, with towers, losses and optimizer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from clipfh.model.transfer import PendingValue, images_to_device, integers_to_de
 from clipfh.retrieval import metrics
 
 VALIDATION_PART = 512
-"""Number of validation images that are in a worker's memory at a time."""
+"""Number of validation images that a worker embeds at a time."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ItemCaptions:
     """Prompts of the train items. Identical prompts are one caption."""
 
     tokens: np.ndarray
-    """(C, context) int32"""
+    """(C, context) int32 tokens of each caption"""
     of_item: np.ndarray
     """(I,) int32 caption of each item, -1 for an item without a prompt"""
 
@@ -61,20 +61,20 @@ class Validation:
     """Decoded validation images: the queries, then the gallery."""
 
     images: Any
-    """(N, size, size, 3) uint8: an array, or EvaluationImages, of which a slice is one"""
+    """(N, size, size, 3) uint8: an array, or EvaluationImages, whose slices are arrays"""
     item: np.ndarray
     """(N,) item codes"""
     photo: np.ndarray
-    """(N,) codes of the paths. The same photo has the same code, and is left out of its own ranking."""
+    """(N,) codes of the photos' paths. A query's ranking leaves out the images with the query's code."""
     num_query: int
 
 
 class Learner:
-    """One rank of a run.
+    """The model, losses and optimizer of one rank of a run.
 
     Args:
         experiment: the settings.
-        clip: the model that training starts from. It is trained in place, in the type of its weights.
+        clip: the model that training starts from, which is trained in place, in the type of its weights.
         index: items of the train images.
         captions: captions of the train items.
         on: the device.
@@ -106,7 +106,7 @@ class Learner:
             self.optimizer, self.schedule.num_steps, experiment.optimizer.warmup, experiment.optimizer.head_first
         )
         self.average = ExponentialMovingAverage(clip, experiment.optimizer.ema)
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.fill = (self.towers.mean.flatten() * 255).round().to(torch.uint8)
         self.step = 0
         self.unchecked: UncheckedStep | None = None
@@ -123,44 +123,44 @@ class Learner:
 
     @functools.cached_property
     def caption_features(self) -> Tensor:
-        """(C, D) features of all captions by the frozen text tower, which is run this once."""
+        """(C, D) features of all captions by the frozen text tower, computed once."""
         tokens = torch.from_numpy(self.captions.tokens).long()
         return _to_float32(text_features(self.towers, tokens, self.precision))
 
     @property
     def steps_before(self) -> int:
-        """Number of batches, from the first one on, that `begin` wants: a pass over all items, or none."""
+        """Number of batches, from the first one on, that `begin` takes: a pass over all items, or 0."""
         loss = self.experiment.loss
         starts_at_means = loss.arcface > 0 and loss.arcface_start == "mean"
         batch = self.experiment.batch
         return math.ceil(len(self.index.names) / (batch.items - batch.num_neighbours)) if starts_at_means else 0
 
     def begin(self, batches: Iterator[tuple[int, np.ndarray, np.ndarray]]) -> None:
-        """Begin the classifier at the mean embedding of each item's first K views, as they are trained on, under the
-        weights as they are. Every worker embeds its part of each batch."""
+        """Start arcface's classifier at each item's mean embedding over its first K views, under the current weights.
+
+        Every worker embeds its part of a batch, given as the step, image rows (N,) and this rank's training images."""
         sum_ID = torch.zeros(len(self.index.names), self.dim)
         for _, rows, images in batches:
             embedding = all_gather_with_gradient(embed_images(self.towers, images, self.precision))
-            # On the CPU, where the order of the sums is the same everywhere
+            # On the CPU, where the order of the sums is the same on every worker
             sum_ID.index_add_(0, torch.from_numpy(self.index.item[rows]).long(), embedding.cpu())
         self.objective.start_at(F.normalize(sum_ID))
 
     def train_step(self, rows: np.ndarray, images: np.ndarray | Tensor) -> dict[str, Tensor]:
-        """One optimizer step on the global batch.
+        """Take one optimizer step on the global batch.
 
-        The host waits only for the end of the step before, so the device always has work. A loss or gradient that is
-        not finite is therefore noticed one step late; the step with it changes no weight.
+        The host waits only for the end of the previous step, so the device always has work. A loss or gradient that is
+        not finite is therefore noticed one step late, but changes no weight.
 
         Args:
             rows: (N,) image rows of the global batch.
-            images: (B, size, size, 3) uint8, this rank's part (`worker_slice`); or their tensor on the device, by
-                `images_to_device`.
+            images: (B, size, size, 3) uint8, this rank's part (`worker_slice`), or what `images_to_device` makes of it.
 
         Returns:
-            The losses of the global batch, on the device.
+            `loss`, `loss_TERM` of each active term and `grad_norm` of the global batch, scalars on the device.
 
         Raises:
-            Diverged: in the step before, a loss or gradient was not finite.
+            Diverged: a loss or gradient of the previous step was not finite.
             UserError: the towers can't be compiled.
         """
         labels, tokens = self._labels(rows)
@@ -173,7 +173,7 @@ class Learner:
             self.neighbours.add(features.detach(), labels.item, self.experiment.batch.views)
         if self.covariance is not None and self.step >= self.whitening_from:
             self.covariance.add(features.detach(), self.experiment.batch.views)
-        self.seen = features.detach(), None if text is None else text.detach(), labels
+        self.last_batch = features.detach(), None if text is None else text.detach(), labels
         values = {term: value.detach() for term, value in terms.items()}
         before, self.unchecked = self.unchecked, UncheckedStep(self.step, values, rows, PendingValue(not_finite))
         self.step += 1
@@ -200,7 +200,7 @@ class Learner:
         return all_gather_with_gradient(_to_float32(image), len(labels.item)), text, log_scale
 
     def _augmented(self, pixels: Tensor) -> Tensor:
-        """This rank's images, augmented as the settings ask. Draws come from (seed, step), for the whole batch."""
+        """Augment this rank's images as the settings say. Draws are for the whole batch, from (seed, step)."""
         settings, batch = self.experiment.augment, self.experiment.batch.images
         part = worker_slice(batch, self.rank, self.world_size)
         rng = augment.step_generator(self.experiment.seed, self.step)
@@ -209,17 +209,17 @@ class Learner:
         return augment.erase(pixels, settings.erase, rng, batch, part, self.fill) if settings.erase else pixels
 
     def _update(self, total: Tensor) -> tuple[Tensor, Tensor]:
-        """The optimizer's step, which changes nothing where loss or gradient are not finite.
+        """Take the optimizer's step, which changes nothing where the loss or the gradient is not finite.
 
         Returns:
-            The gradient's norm before clipping, and 1.0 where it or the loss were not finite, else 0.0.
+            The gradient's norm before clipping, and 1.0 where the norm or the loss is not finite, else 0.0.
         """
         self.optimizer.zero_grad(set_to_none=True)
         with _explain_compile_errors():
             total.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.trained, self.experiment.optimizer.clip or math.inf).detach()
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.experiment.optimizer.clip or math.inf).detach()
         not_finite = (~torch.isfinite(total.detach() + grad_norm)).float()
-        # As torch's own GradScaler tells a fused optimizer to leave all as it is
+        # torch's own GradScaler makes a fused optimizer change nothing in the same way
         self.optimizer.found_inf = not_finite  # type: ignore[attr-defined]
         self.optimizer.step()
         self.lr_schedule.step()
@@ -231,13 +231,13 @@ class Learner:
         """Labels of the global batch and, where the text tower is trained, this rank's tokens."""
         item = self.index.item[rows]
         caption = self.captions.of_item[item]
-        captioned = np.flatnonzero(caption >= 0)
-        captions, place = np.unique(caption[captioned], return_inverse=True)
+        captioned_places = np.flatnonzero(caption >= 0)
+        captions, place = np.unique(caption[captioned_places], return_inverse=True)
         arrays = {
             "item": item,
             "items": np.unique(item),
             "paired": np.flatnonzero(self.index.views[item] > 1),
-            "captioned": captioned,
+            "captioned": captioned_places,
             "caption": place,
             "captions": captions,
         }
@@ -245,17 +245,17 @@ class Learner:
             arrays["features"] = self._seen_features()
         if self.trains_text:
             arrays["tokens"] = self._own_tokens(captions)
-        sent = integers_to_device(arrays, self.device)
-        tokens = sent.pop("tokens", None)
-        return Labels(**sent), tokens
+        tensors = integers_to_device(arrays, self.device)
+        tokens = tensors.pop("tokens", None)
+        return Labels(**tensors), tokens
 
     def _seen_features(self) -> np.ndarray:
-        """The features that arcface's classifier sees in this step, drawn from (seed, step)."""
+        """Return indices of the features that arcface's classifier sees in this step, drawn from (seed, step)."""
         dim, rng = self.dim, np.random.Generator(np.random.SFC64((self.experiment.seed, self.step, 0, 2)))
         return np.sort(rng.permutation(dim)[: max(1, round(dim * (1 - self.experiment.loss.arcface_dropout)))])
 
     def _own_tokens(self, captions: np.ndarray) -> np.ndarray:
-        """This rank's share of the batch's captions. The last caption is repeated to make all shares equally long."""
+        """Return tokens of this rank's share of the batch's captions. Repeats of the last one make shares equal."""
         if not len(captions):
             return self.captions.tokens[:1]
         share = math.ceil(len(captions) / self.world_size)
@@ -263,22 +263,22 @@ class Learner:
         return self.captions.tokens[captions[places]]
 
     def validate(self, validation: Validation) -> float:
-        """mAP of the validation items by the averaged weights; each rank embeds its part."""
+        """Return the mAP of the validation items under the EMA weights. Each rank embeds its part of the images."""
         return _rank(self._embed(validation), validation)
 
     def _embed(self, validation: Validation) -> Tensor:
         images = validation.images
         share = math.ceil(len(images) / self.world_size)
-        start = min(self.rank * share, len(images) - 1)  # the last ranks may have no part of few images
+        start = min(self.rank * share, len(images) - 1)  # with few images, the last ranks embed the last one again
         stop = min(start + share, len(images))
         with self.average.applied():
             parts = (images[at : min(at + VALIDATION_PART, stop)] for at in range(start, stop, VALIDATION_PART))
-            embedded = torch.cat([embed_images(self.towers, part, self.precision) for part in parts])
-        padded = F.pad(embedded, (0, 0, 0, share - len(embedded)))
-        return all_gather_with_gradient(padded)[: len(images)]
+            embedding = torch.cat([embed_images(self.towers, part, self.precision) for part in parts])
+        own_share = F.pad(embedding, (0, 0, 0, share - len(embedding)))
+        return all_gather_with_gradient(own_share)[: len(images)]
 
     def _scores(self, validation: Validation | None) -> dict[str, float]:
-        """Validation mAP; at the end of the budget that of whitened embeddings too, which stay if they score more."""
+        """Return the validation mAPs. At the end of the budget, whiten where that scores more, or nothing is scored."""
         ends = self.step >= self.schedule.num_steps
         whitening = self.covariance.whitening().to(self.device) if self.covariance is not None and ends else None
         if validation is None:
@@ -287,27 +287,27 @@ class Learner:
         if whitening is None:
             return {"val_mAP": self.validate(validation)}
         embedding = self._embed(validation)
-        plain = _rank(embedding, validation)
-        whitened = _rank(F.normalize(embedding @ whitening.to(embedding.dtype)), validation)
-        self.whitening = whitening if whitened > plain else None
-        return {"val_mAP": max(whitened, plain), "val_mAP_whitened": whitened, "val_mAP_not_whitened": plain}
+        plain_mAP = _rank(embedding, validation)
+        white_mAP = _rank(F.normalize(embedding @ whitening.to(embedding.dtype)), validation)
+        self.whitening = whitening if white_mAP > plain_mAP else None
+        return {"val_mAP": max(white_mAP, plain_mAP), "val_mAP_whitened": white_mAP, "val_mAP_not_whitened": plain_mAP}
 
     def report(self, tally: StepTally, validation: Validation | None, start_val_mAP: float) -> dict[str, Any]:
-        """Everything that a report holds: step, scores, means since the last report, bounds of each term, warnings.
+        """Return everything that a report holds: step, scores, means since the last report, bounds, warnings.
 
         Args:
             tally: sums since the last report.
-            validation: images to score on; None where they are trained on, so that a score would mean nothing.
+            validation: images to score on; None where training uses these images, so that a score would mean nothing.
             start_val_mAP: score of the model that training started from.
 
         Raises:
-            Diverged: in the last step, a loss or gradient was not finite.
+            Diverged: a loss or gradient of the last step was not finite.
         """
         assert self.unchecked, "a report before the first step"
         self.unchecked.check()
-        if self.neighbours is not None and self.schedule.is_report(self.step):  # at no other, where batches go on
+        if self.neighbours is not None and self.schedule.is_report(self.step):  # other reports change no batches
             self.neighbours.refresh()
-        means = tally.means()  # first, because it measures the time of training
+        means = tally.means()  # before scoring, because the tally measures the time of training
         images = self.step * self.experiment.batch.images
         report: dict[str, Any] = {"step": self.step, "images": images, "epoch": images / self.schedule.epoch_images}
         report |= means
@@ -322,14 +322,14 @@ class Learner:
         return {**report, "warnings": diagnostics.find_warnings(report, list(self.objective.weights)) if warm else []}
 
     def _bounds_and_cosines(self) -> dict[str, float]:
-        """Floor and collapse value of each active term, and mean cosines, on the last batch."""
-        feature_BD, text_CD, labels = self.seen
+        """Return floor and collapse value of each active term, and mean cosines, on the last batch."""
+        feature_BD, text_CD, labels = self.last_batch
         bounds = self.objective.bounds(labels, self.clip.logit_scale, self.clip.logit_bias)
         ends = {f"{end}_{term}": value for term, b in bounds.items() for end, value in b._asdict().items()}
         return {**ends, **_cosines(feature_BD, text_CD, labels)}
 
     def _size(self) -> dict[str, float]:
-        """Numbers of parameters of the model, without heads, and on a GPU the most memory that was held so far."""
+        """Return the model's numbers of parameters, without heads, and on a GPU the peak memory so far, GiB."""
         counts: dict[str, float] = {"trained_parameters": sum(p.numel() for p in self.average.source.values())}
         counts |= {"parameters": sum(p.numel() for p in self.clip.parameters()) - lora.count_factors(self.clip)}
         if self.device.type != "cuda":
@@ -337,29 +337,30 @@ class Learner:
         return {**counts, "peak_memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30}
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights of a plain model by open_clip's names, with LoRA's updates added: raw ones, and the average of those
-        that are trained, which is empty where the run keeps none. It is the average of the updates' factors that is
-        added, not that of their products. After the last report the projection of what is exported whitens."""
+        """Return raw and EMA weights of a plain model by open_clip's names, with LoRA's updates added.
+
+        The EMA covers trained weights only, and is empty where the run has none. LoRA's EMA update is the product of
+        averaged factors, not the average of products. After the last report, the exported projection whitens."""
         raw, average = lora.merged_state(self.clip), {}
         if self.experiment.optimizer.ema and not self.experiment.model.lora_rank:
             average = self.average.weights
         elif self.experiment.optimizer.ema:
             with self.average.applied():
-                merged = lora.merged_state(self.clip, self.average.weights)
-                average = {name: tensor.clone() for name, tensor in merged.items()}
+                state = lora.merged_state(self.clip, self.average.weights)
+                average = {name: tensor.clone() for name, tensor in state.items()}
         if self.whitening is None:
             return raw, average
-        whitened = mapped_projection({**raw, **average}, self.whitening)
-        return (raw, {**average, **whitened}) if self.experiment.optimizer.ema else ({**raw, **whitened}, average)
+        projection = mapped_projection({**raw, **average}, self.whitening)
+        return (raw, {**average, **projection}) if self.experiment.optimizer.ema else ({**raw, **projection}, average)
 
     def lora_state(self) -> dict[str, dict[str, Tensor]]:
-        """LoRA's factors, their average, and the weights under them: what `weights` has lost. Empty without LoRA."""
+        """Return the weights without LoRA's updates, with LoRA's factors, and the factors' EMA. Empty without LoRA."""
         if not self.experiment.model.lora_rank:
             return {}
         return {"weights": lora.factors(self.clip), "average": self.average.weights}
 
     def state(self) -> dict[str, Any]:
-        """State of a checkpoint besides the weights."""
+        """Return a checkpoint's state besides the weights."""
         return {
             "lora": self.lora_state(),
             "step": self.step,
@@ -371,15 +372,15 @@ class Learner:
         }
 
     def restore(self, raw: dict[str, Tensor], average: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Restore a checkpoint: raw and averaged weights as `weights` gives them, and `state`.
+        """Restore a checkpoint: raw and EMA weights as `weights` returns them, and the result of `state`.
 
         Raises:
-            UserError: the checkpoint is of a version with another optimizer.
+            UserError: a version with another optimizer wrote the checkpoint.
         """
         optimizer.load_state(self.optimizer, state["optimizer"])
-        if adapted := state.get("lora"):
+        if lora_state := state.get("lora"):
             plain = {name: raw[name] for name in self.clip.state_dict() if name in raw}
-            raw, average = {**plain, **adapted["weights"]}, adapted["average"]
+            raw, average = {**plain, **lora_state["weights"]}, lora_state["average"]
         self.clip.load_state_dict(raw)
         for name, weights in average.items():
             self.average.weights[name].copy_(weights)
@@ -393,7 +394,7 @@ class Learner:
 
 
 def _rank(embedding: Tensor, validation: Validation) -> float:
-    """mAP of the validation items."""
+    """Return the mAP of the validation items."""
     codes, photo = torch.as_tensor(validation.item), torch.as_tensor(validation.photo)
     rows = metrics.Embeddings(embedding, item=codes, variant=codes, image=photo)
     query, gallery = torch.arange(validation.num_query), torch.arange(validation.num_query, len(codes))
@@ -401,10 +402,10 @@ def _rank(embedding: Tensor, validation: Validation) -> float:
 
 
 def count_trained(clip: Any, experiment: Experiment) -> int:
-    """Number of the model's parameters that an experiment trains, heads not counted; the model is frozen for it.
+    """Freeze the model for an experiment, and return its number of trained parameters, heads not counted.
 
     Raises:
-        UserError: more blocks are to be frozen than there are, or LoRA finds no weight.
+        UserError: the model has too few blocks to freeze, no weight for LoRA, or no last linear layer to whiten.
     """
     _freeze(clip, experiment)
     if experiment.model.lora_rank:
@@ -413,7 +414,7 @@ def count_trained(clip: Any, experiment: Experiment) -> int:
 
 
 def _prepare(clip: Any, experiment: Experiment) -> None:
-    """Set temperature, freezing, LoRA and gradient checkpointing as the settings ask."""
+    """Set temperature, freezing, LoRA and gradient checkpointing as the settings say."""
     if experiment.loss.infonce_temperature:
         clip.logit_scale.data.fill_(-math.log(experiment.loss.infonce_temperature))
     clamp_logit_scale(clip)
@@ -425,22 +426,22 @@ def _prepare(clip: Any, experiment: Experiment) -> None:
 
 
 def _freeze(clip: Any, experiment: Experiment) -> None:
-    """Switch off the gradients of what is not trained.
+    """Switch off the gradients of the parameters that are not trained.
 
     Raises:
-        UserError: embeddings are to be whitened, and the image tower has no last linear layer.
+        UserError: embeddings are to be whitened, but the image tower has no last linear layer.
     """
     if experiment.optimizer.whitening and not mapped_projection(clip.state_dict(), None):
         raise UserError(
-            f"--optimizer.whitening: the image tower of {experiment.model.name} ends without a linear layer that could "
-            "do it: take --optimizer.whitening 0"
+            f"--optimizer.whitening: the image tower of {experiment.model.name} has no last linear layer that could "
+            "whiten embeddings: take --optimizer.whitening 0"
         )
     loss, bias = experiment.loss, clip.logit_bias
     takes_scale = loss.infonce > 0 or (loss.sigmoid > 0 and bias is not None)
     stage = "joint" if _trains_text(experiment) else "image"
     freeze(clip, stage, experiment.model, loss.learn_scale and takes_scale)
     if bias is not None and not loss.sigmoid:
-        bias.requires_grad_(False)  # no other term gives it a gradient, for which workers would wait
+        bias.requires_grad_(False)  # workers would wait for its gradient, which no other term gives
 
 
 def _trains_text(experiment: Experiment) -> bool:
@@ -449,7 +450,7 @@ def _trains_text(experiment: Experiment) -> bool:
 
 @contextmanager
 def _explain_compile_errors() -> Iterator[None]:
-    """Turn errors of the compiler into a UserError that says what to do."""
+    """Turn the compiler's errors into a UserError that says what to do."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:
@@ -467,7 +468,7 @@ def _to_float32(features: Tensor) -> Tensor:
 
 
 def _cosines(feature_BD: Tensor, text_CD: Tensor | None, labels: Labels) -> dict[str, float]:
-    """Mean cosine of images of different items, and of an image and its caption."""
+    """Return the mean cosine of images of different items, and of an image and its caption."""
     embedding_BD = F.normalize(feature_BD)
     others_BB = labels.item[:, None] != labels.item
     cosines = {"image_cosine": (embedding_BD @ embedding_BD.T)[others_BB].mean().item()}

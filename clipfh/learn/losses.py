@@ -1,14 +1,14 @@
-"""The training losses that contrast images and captions, and what all losses share: tensors in, scalar out.
+"""Training losses that contrast images and captions, and functions that all losses share: tensors in, scalar out.
 
-`learn.pairs` has those that compare images in pairs, `learn.proxies` those that compare them with a vector for each
-item.
+`learn.pairs` has the losses that compare images in pairs, and `learn.proxies` the losses that compare images with one
+vector for each item.
 
-Every function sees the global batch, the rows of all workers in rank order (see `learn.all_gather`), so its value does
-not depend on the number of workers. Embeddings are of unit norm unless said. Arithmetic is in float32 or better,
-whatever the inputs' type and also under autocast.
+Every loss sees the global batch, the rows of all workers in rank order (see `learn.all_gather`), so its value does not
+depend on the number of workers. Embeddings have unit norm unless the docstring says otherwise. Arithmetic is in float32
+or float64, whatever the inputs' type, and also under autocast.
 
-Letters in names: B images, C distinct captions, M images of the memory, N images or captions to compare with, P items
-of the batch, I items of the catalogue, D dimensions.
+Letters in names: A anchors, B images, C distinct captions, M images of the memory, N images or captions to compare
+with, P items of the batch, I items of the catalogue, D dimensions.
 """
 
 from collections.abc import Callable
@@ -20,39 +20,39 @@ from torch import Tensor
 
 
 class Memory(NamedTuple):
-    """Images of earlier steps."""
+    """Embeddings and items of images of earlier steps."""
 
     embedding_MD: Tensor
     item_M: Tensor
 
 
 class Bounds(NamedTuple):
-    """What a loss gives at its two ends, on the labels of one batch."""
+    """Values of a loss at its two ends, on the labels of one batch."""
 
     floor: float
-    """with perfect embeddings"""
+    """value with perfect embeddings"""
     collapse: float
-    """with equal embeddings"""
+    """value with equal embeddings"""
 
 
 def multi_positive(logits_AN: Tensor, positive_AN: Tensor, candidate_AN: Tensor | None = None) -> Tensor:
-    """Mean over anchors of the mean over their positives of -log softmax over their candidates.
+    """Return the mean over anchors of the mean over their positives of -log softmax over their candidates.
 
     This is L_out of Khosla et al., Supervised Contrastive Learning (2020), equation 2, for any masks.
 
     Args:
-        logits_AN: similarities, already scaled, of A anchors and N others.
-        positive_AN: bool; positives that are no candidates do not count.
-        candidate_AN: bool, what the softmax runs over; all N by default.
+        logits_AN: scaled similarities of A anchors and N others.
+        positive_AN: bool, each anchor's positives. A positive that is not a candidate does not count.
+        candidate_AN: bool, each anchor's candidates, over which the softmax runs. The default is all N.
 
     Returns:
-        Scalar. Anchors without a positive are left out; 0, with zero gradients, where that leaves none.
+        Scalar. Anchors without a positive are left out. Where no anchor remains, 0 with zero gradients.
     """
     logits_AN = precise(logits_AN)
     if candidate_AN is not None:
         positive_AN = positive_AN & candidate_AN
-        # A row without candidates becomes NaN here, but that reaches neither the value nor the gradient: it has no
-        # positives, and what is filled passes no gradient on.
+        # A row without candidates becomes NaN here. The NaN reaches neither the value nor the gradient, because such a
+        # row has no positives, and filled entries pass no gradient on.
         logits_AN = logits_AN.masked_fill(~candidate_AN, -torch.inf)
     num_positive_A = positive_AN.sum(1)
     log_softmax_AN = logits_AN.log_softmax(1)
@@ -61,13 +61,13 @@ def multi_positive(logits_AN: Tensor, positive_AN: Tensor, candidate_AN: Tensor 
 
 
 def supcon(image_BD: Tensor, item_B: Tensor, temperature: float, memory: Memory | None = None) -> Tensor:
-    """Supervised contrastive loss of images (Khosla et al., 2020): the positives of an image are its item's others.
+    """Supervised contrastive loss of images (Khosla et al., 2020). An image's positives are its item's other images.
 
     Args:
         image_BD: embeddings.
         item_B: items of the images.
         temperature: divides the similarities.
-        memory: further positives and negatives; its images are no anchors.
+        memory: further positives and negatives, which are no anchors.
     """
     candidate_ND, positive_BN, negative_BN = candidates(image_BD, item_B, memory)
     logits_BN = similarity(image_BD, candidate_ND) / temperature
@@ -77,17 +77,17 @@ def supcon(image_BD: Tensor, item_B: Tensor, temperature: float, memory: Memory 
 def supcon_with_captions(
     image_BD: Tensor, item_B: Tensor, caption_CD: Tensor, caption_B: Tensor, temperature: float
 ) -> Tensor:
-    """Supervised contrastive loss within images and captions together.
+    """Supervised contrastive loss among images and captions together.
 
-    The positives of an image are its item's other images and the captions that its item carries; those of a caption are
-    the images of every item that carries it. All else is a negative, except an item's captions among themselves, which
+    The positives of an image are its item's other images and its item's captions. The positives of a caption are the
+    images of every item that carries the caption. All other pairs are negatives, except two captions of one item, which
     are neither.
 
     Args:
         image_BD: embeddings.
         item_B: items of the images.
-        caption_CD: embeddings of distinct captions: a caption that several images carry is given once.
-        caption_B: row in `caption_CD` of each image's caption.
+        caption_CD: embeddings of distinct captions: a caption of several images is one row.
+        caption_B: each image's caption, as a row of `caption_CD`.
         temperature: divides the similarities.
     """
     carried_BC = _carried(item_B, caption_B, len(caption_CD))
@@ -104,15 +104,15 @@ def supcon_with_captions(
 def infonce(
     image_BD: Tensor, item_B: Tensor, caption_CD: Tensor, caption_B: Tensor, logit_scale: Tensor | float
 ) -> Tensor:
-    """Image-to-caption and caption-to-image contrastive loss, averaged (Radford et al., CLIP, 2021), with positives by
-    item: those of a caption are the images of every item that carries it, those of an image its item's captions.
+    """Mean of image-to-caption and caption-to-image contrastive loss (Radford et al., CLIP, 2021). An image's positives
+    are its item's captions; a caption's positives are the images of every item that carries the caption.
 
     Args:
         image_BD: embeddings.
         item_B: items of the images.
-        caption_CD: embeddings of distinct captions: a caption that several images carry is given once.
-        caption_B: row in `caption_CD` of each image's caption.
-        logit_scale: multiplies the similarities; 1 / temperature, not its logarithm.
+        caption_CD: embeddings of distinct captions: a caption of several images is one row.
+        caption_B: each image's caption, as a row of `caption_CD`.
+        logit_scale: factor on the similarities, 1 / temperature (not its logarithm).
     """
     logits_BC = logit_scale * similarity(image_BD, caption_CD)
     positive_BC = _carried(item_B, caption_B, len(caption_CD))
@@ -127,16 +127,16 @@ def sigmoid(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
 ) -> Tensor:
-    """Each pair of an image and a caption is told to belong together or not (Zhai et al., SigLIP, 2023, algorithm 1),
-    with positives by item as in `infonce`. The sum over all pairs, divided by the number of images.
+    """Binary cross entropy of pairs of an image and a caption (Zhai et al., SigLIP, 2023, algorithm 1), with positives
+    as in `infonce`: the sum over all pairs, divided by the number of images.
 
     Args:
         image_BD: embeddings.
         item_B: items of the images.
-        caption_CD: embeddings of distinct captions: a caption that several images carry is given once.
-        caption_B: row in `caption_CD` of each image's caption.
-        logit_scale: multiplies the similarities; 1 / temperature, not its logarithm.
-        logit_bias: is added to the logits. Below 0, because most pairs don't belong together.
+        caption_CD: embeddings of distinct captions: a caption of several images is one row.
+        caption_B: each image's caption, as a row of `caption_CD`.
+        logit_scale: factor on the similarities, 1 / temperature (not its logarithm).
+        logit_bias: summand of the logits, below 0, because most pairs are negatives.
     """
     logits_BC = logit_scale * similarity(image_BD, caption_CD) + logit_bias
     positive_BC = _carried(item_B, caption_B, len(caption_CD))
@@ -144,13 +144,13 @@ def sigmoid(
 
 
 def bounds(loss: Callable[..., Tensor], item_B: Tensor, caption_B: Tensor | None = None) -> Bounds:
-    """The loss itself on this batch's labels, with perfect and with equal embeddings.
+    """Return the loss's values on this batch's labels, with perfect and with equal embeddings.
 
-    Perfect: items at right angles to each other, all views of an item alike, each caption at its item's direction, or
-    at the mean direction of the items that share it. Equal: every image and caption the same.
+    Perfect: items are at right angles to each other, all views of an item are alike, and a caption has the direction
+    of its item, or the mean direction of the items that share the caption. Equal: all images and captions are alike.
 
     Args:
-        loss: called with the images' embeddings (B, D) and, given `caption_B`, the captions' (C, D).
+        loss: function of the images' embeddings (B, D) and, where `caption_B` is given, the captions' (C, D).
         item_B: items of the images.
         caption_B: caption of each image, 0 to C - 1.
     """
@@ -166,10 +166,10 @@ def bounds(loss: Callable[..., Tensor], item_B: Tensor, caption_B: Tensor | None
 
 @torch.no_grad()
 def sigmoid_bounds(item_B: Tensor, caption_B: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Bounds:
-    """Floor and collapse of `sigmoid`, which, unlike a softmax, depends on where equal embeddings lie.
+    """Return floor and collapse value of `sigmoid`, which, unlike a softmax, depends on where equal embeddings lie.
 
-    Where all images are alike and all captions too, every pair has the same logit. The collapse value is that of the
-    logit which suits the share of positives best, of those that a cosine can give.
+    Where all images are alike and all captions are alike, every pair has the same logit. The collapse value is the loss
+    at the best logit for the share of positives, among the logits that a cosine can give.
 
     Args:
         item_B: items of the images.
@@ -189,10 +189,10 @@ def sigmoid_bounds(item_B: Tensor, caption_B: Tensor, logit_scale: Tensor, logit
 
 
 def candidates(embedding_BD: Tensor, item_B: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What each of B anchors is compared with: the batch, and the memory behind it.
+    """Return what B anchors are compared with: the N images of the batch and, after them, of the memory.
 
     Returns:
-        (N, D) embeddings, (B, N) bool positives, (B, N) bool negatives. An anchor is neither to itself.
+        (N, D) embeddings, (B, N) bool positives, (B, N) bool negatives. An anchor is no positive or negative of itself.
     """
     candidate_ND, item_N = embedding_BD, item_B
     if memory is not None:
@@ -202,25 +202,25 @@ def candidates(embedding_BD: Tensor, item_B: Tensor, memory: Memory | None) -> t
     return candidate_ND, same_BN & ~itself_BN, ~same_BN
 
 
-def log1p_sum_exp(logits: Tensor, chosen: Tensor, dim: int) -> Tensor:
-    """log(1 + sum of exp(logits)) over the `chosen` ones along a dimension; 0, with zero gradients, of none."""
+def log1p_sum_exp(logits: Tensor, mask: Tensor, dim: int) -> Tensor:
+    """Return log(1 + sum of exp(logits)) over the logits in `mask` along `dim`; without any, 0 with zero gradients."""
     zero = logits.select(dim, 0).unsqueeze(dim) * 0
-    return torch.cat([logits.masked_fill(~chosen, -torch.inf), zero], dim).logsumexp(dim)
+    return torch.cat([logits.masked_fill(~mask, -torch.inf), zero], dim).logsumexp(dim)
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is."""
+    """Return the tensor in float32; a float64 tensor stays in float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def similarity(a_ND: Tensor, b_MD: Tensor) -> Tensor:
-    """(N, M) cosines of two lists of embeddings."""
+    """Return the (N, M) cosines of N and M embeddings."""
     with torch.autocast(a_ND.device.type, enabled=False):
         return precise(a_ND) @ precise(b_MD).T
 
 
 def mean_where(loss_A: Tensor, valid_A: Tensor) -> Tensor:
-    """Mean over the valid ones; 0 of none."""
+    """Return the mean of the valid losses; 0 without any."""
     return torch.where(valid_A, loss_A, 0).sum() / valid_A.sum().clamp(min=1)
 
 
@@ -233,7 +233,7 @@ def _diagonal(rows_ND: Tensor) -> Tensor:
 
 
 def _carried(item_B: Tensor, caption_B: Tensor, num_captions: int) -> Tensor:
-    """Bool (B, C): whether any image of this image's item has that caption."""
+    """Return (B, C) bool: whether any image of an image's item has a caption."""
     # Not by `one_hot`, which reads the codes to check them
     has_BC = (caption_B[:, None] == torch.arange(num_captions, device=caption_B.device)).float()
     return _same(item_B, item_B).float() @ has_BC > 0

@@ -1,4 +1,4 @@
-"""The memory of earlier steps' images, which losses compare a batch with."""
+"""The memory of earlier steps' images, with which losses compare a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clipfh.learn.losses import Memory
 class CrossBatchMemory(nn.Module):
     """A ring of the last `size` images' embeddings (Wang et al., Cross-Batch Memory, 2020), without gradient.
 
-    Every worker adds the same global batches, so the rings of all workers are alike. State dicts hold it whole.
+    Every worker adds the same global batches, so the rings of all workers are alike. State dicts hold the whole ring.
     """
 
     embedding: Tensor
@@ -25,13 +25,13 @@ class CrossBatchMemory(nn.Module):
 
     @property
     def rows(self) -> Memory:
-        """The images that it holds."""
-        filled = min(self.num_added, self.size)  # on the host, which therefore waits for no GPU
-        return Memory(self.embedding[:filled], self.item[:filled])
+        """The images in the ring."""
+        num_rows = min(self.num_added, self.size)  # on the host, which therefore waits for no GPU
+        return Memory(self.embedding[:num_rows], self.item[:num_rows])
 
     @torch.no_grad()
     def add(self, embedding_BD: Tensor, item_B: Tensor) -> None:
-        """Put images in the place of the oldest ones."""
+        """Put a batch of images in the place of the oldest images."""
         self.num_added += len(item_B)
         embedding_BD, item_B = embedding_BD[-self.size :], item_B[-self.size :]
         start = (self.num_added - len(item_B)) % self.size

@@ -1,4 +1,4 @@
-"""The optimizer with layer-wise learning rates, their schedule by step, and the moving average of the weights."""
+"""The optimizer with layer-wise learning rates, the rates' schedule by step, and the EMA of the weights."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from clipfh.model.lora import is_factor
 def make_adamw(
     clip: nn.Module, heads: nn.Module, settings: OptimizerSettings, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters that are not frozen, with layer-wise learning rates in each tower.
+    """Return AdamW over the parameters that are not frozen, with layer-wise learning rates in each tower.
 
     Parameters with equal learning rate and weight decay form one group, because the optimizer's time in Python grows
-    with the number of groups. Where the heads learn first, their groups bear `is_head`.
+    with the number of groups. Where heads learn first, the groups of parameters that do so have `is_head` set.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for parameter, lr, is_head in _learning_rates(clip, heads, settings):
@@ -40,7 +40,7 @@ def make_adamw(
 def _learning_rates(
     clip: nn.Module, heads: nn.Module, settings: OptimizerSettings
 ) -> Iterator[tuple[nn.Parameter, float, bool]]:
-    """Each parameter, its learning rate, and whether it is a head or follows the image tower's last block."""
+    """Yield each parameter, its learning rate, and whether it is of a head or after the image tower's last block."""
     image, text, scale = split_towers(clip)
     for tower, multiple in ((image, 1.0), (text, settings.text_lr)):
         for name, parameter in tower.parameters.items():
@@ -59,10 +59,10 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     Raises:
         UserError: the state has other groups of parameters.
     """
-    theirs, ours = ([len(g["params"]) for g in s["param_groups"]] for s in (state, optimizer.state_dict()))
-    if theirs != ours:
+    old, new = ([len(g["params"]) for g in s["param_groups"]] for s in (state, optimizer.state_dict()))
+    if old != new:
         raise UserError(
-            f"--resume: the checkpoint's optimizer has {len(theirs)} groups of parameters, this version's {len(ours)}: "
+            f"--resume: the checkpoint's optimizer has {len(old)} groups of parameters, this version's {len(new)}: "
             "go on with the version of clipfh that began the run, or start another --out with --warm-start RUN"
         )
     optimizer.load_state_dict(state)
@@ -71,9 +71,9 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 def cosine_schedule(
     optimizer: torch.optim.Optimizer, steps: int, warmup: float, head_first: float = 0.0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rates by step, as `lr_factor` has them: the heads begin at once, all else after the share `head_first`.
+    """Return the schedule by `lr_factor`: heads start at once, all else after a share `head_first` of the steps.
 
-    Gradients are computed all the same, so that several workers wait for the same ones at each step.
+    Gradients of all parameters are computed from the start, so workers wait for the same gradients at each step.
     """
 
     def heads(step: int) -> float:
@@ -87,8 +87,8 @@ def cosine_schedule(
 
 
 def lr_factor(step: int, steps: int, warmup: float, head_first: float = 0.0) -> float:
-    """Factor on a learning rate at a step: 0 for a share `head_first` of the steps (LP-FT: Kumar et al., 2202.10054).
-    Of the steps behind them it rises linearly for a share `warmup`, then it falls by half a cosine to 0."""
+    """Return the factor on a learning rate at a step: 0 for a share `head_first` of the steps (LP-FT: Kumar et al.,
+    2202.10054), a linear rise for a share `warmup` of the other steps, then a fall by half a cosine to 0."""
     begin = round(steps * head_first)
     if step < begin:
         return 0.0
@@ -100,7 +100,7 @@ def lr_factor(step: int, steps: int, warmup: float, head_first: float = 0.0) -> 
 
 
 class ExponentialMovingAverage:
-    """Exponential moving average (EMA) of a model's trained weights. The average is evaluated and exported.
+    """Exponential moving average (EMA) of a model's trained weights. The EMA is evaluated and exported.
 
     The decay at step t is at most (1 + t) / (10 + t), so that the start of a short run weighs little.
     """
@@ -112,13 +112,13 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Add the weights after a step (counted from 0) to the average."""
+        """Add the model's weights after a step (counted from 0) to the EMA."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.weights.values()), list(self.source.values()), 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the averaged weights while the block lasts. A decay of 0 means no average: nothing changes."""
+        """Give the model the EMA weights inside the `with` block. A decay of 0 means no EMA: nothing changes."""
         if self.decay:
             self._swap()
         try:

@@ -1,4 +1,4 @@
-"""The losses that compare images in pairs: tensors in, scalar out, as in `learn.losses`."""
+"""Losses that compare images in pairs: tensors in, scalar out, as in `learn.losses`."""
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +10,14 @@ from clipfh.learn.losses import Memory, candidates, log1p_sum_exp, mean_where, p
 def triplet(embedding_BD: Tensor, item_B: Tensor, margin: float | None, memory: Memory | None = None) -> Tensor:
     """Batch-hard triplet loss (Hermans et al., In Defense of the Triplet Loss, 2017) on Euclidean distance.
 
-    Each anchor meets its farthest positive and its nearest negative. The mean is over anchors that have both, those
-    with loss 0 included; 0, with zero gradients, where there are none. Floor 0 with a margin; collapse the margin.
+    Each anchor is compared with its farthest positive and its nearest negative. The mean is over anchors that have
+    both, also those with loss 0; without any, 0 with zero gradients. With a margin: floor 0, collapse value the margin.
 
     Args:
         embedding_BD: embeddings; distances are between 0 and 2.
         item_B: items of the embeddings.
-        margin: of the hinge, in units of distance; None for the soft margin, log(1 + exp(positive - negative)).
-        memory: further positives and negatives; its images are no anchors.
+        margin: margin of the hinge, in units of distance; None for a soft margin, log(1 + exp(positive - negative)).
+        memory: further positives and negatives, which are no anchors.
     """
     embedding_BD = precise(embedding_BD)
     candidate_ND, positive_BN, negative_BN = candidates(embedding_BD, item_B, memory)
@@ -25,8 +25,8 @@ def triplet(embedding_BD: Tensor, item_B: Tensor, margin: float | None, memory: 
         similarity_BN = similarity(embedding_BD, candidate_ND)
         farthest_B = similarity_BN.masked_fill(~positive_BN, torch.inf).argmin(1)
         nearest_B = similarity_BN.masked_fill(~negative_BN, -torch.inf).argmax(1)
-    # Distances come from differences, not from similarities: exact for close pairs, and between duplicates the
-    # gradient is 0 where that of sqrt(2 - 2 similarity) is infinite.
+    # Distances come from differences, not from similarities: differences are exact for close pairs, and between
+    # duplicates their gradient is 0, where the gradient of sqrt(2 - 2 similarity) is infinite.
     positive_distance_B = torch.linalg.vector_norm(embedding_BD - candidate_ND[farthest_B], dim=1)
     negative_distance_B = torch.linalg.vector_norm(embedding_BD - candidate_ND[nearest_B], dim=1)
     violation_B = positive_distance_B - negative_distance_B
@@ -45,18 +45,18 @@ def multi_similarity(
 ) -> Tensor:
     """Multi-similarity loss with its mining (Wang et al., Multi-Similarity Loss with General Pair Weighting, 2019).
 
-    Of an anchor's positives those count that are less similar than its most similar negative plus the margin, of its
-    negatives those that are more similar than its least similar positive minus the margin. Each side is a soft
-    maximum: log(1 + sum of exp(scale * d)) / scale, where d is how far a similarity is on the wrong side of the base.
-    The mean is over anchors that have both positives and negatives, those with nothing mined included. Floor 0.
+    An anchor's positive counts if it is less similar than the most similar negative plus the margin. A negative counts
+    if it is more similar than the least similar positive minus the margin. Each side is a soft maximum, log(1 + sum of
+    exp(scale * d)) / scale, where d is how far a similarity is on the wrong side of the base. The mean is over anchors
+    that have positives and negatives, even if none of them counts. Floor 0.
 
     Args:
         embedding_BD: embeddings.
         item_B: items of the embeddings.
-        positive_scale, negative_scale: of the two soft maxima (alpha and beta in the paper).
+        positive_scale, negative_scale: scales of the two soft maxima (alpha and beta in the paper).
         base: similarity that positives should exceed, and negatives stay below (lambda).
-        margin: of the mining (epsilon).
-        memory: further positives and negatives; its images are no anchors.
+        margin: margin of the mining (epsilon).
+        memory: further positives and negatives, which are no anchors.
     """
     candidate_ND, positive_BN, negative_BN = candidates(embedding_BD, item_B, memory)
     similarity_BN = similarity(embedding_BD, candidate_ND)
@@ -72,21 +72,21 @@ def multi_similarity(
 
 
 def smooth_ap(embedding_BD: Tensor, item_B: Tensor, views: int, temperature: float) -> Tensor:
-    """1 - average precision of each image as a query to the others, with smooth ranks (Brown et al., Smooth-AP, 2020).
+    """1 - mean average precision of images as queries to the others, by smooth ranks (Brown et al., Smooth-AP, 2020).
 
-    The rank of an image counts those above it, each by a sigmoid of how far it is above. A query is not part of its own
-    ranking, as in retrieval (the paper's code counts it as one of its positives). The mean is over images that have a
-    positive. Floor 0, at a low temperature; collapse 1 - K / B.
+    A smooth rank counts the images above an image, each by a sigmoid of how far above it is. A query is not part of its
+    own ranking, as in retrieval (the paper's code counts the query as one of its positives). The mean is over images
+    that have a positive. Floor 0, at a low temperature; collapse value 1 - K / B.
 
     Args:
         embedding_BD: embeddings.
         item_B: items of the embeddings.
-        views: K, the most images that an item has here.
-        temperature: of the sigmoid, in units of cosine.
+        views: K, the largest number of images of an item in the batch.
+        temperature: temperature of the sigmoid, in units of cosine.
     """
     _, positive_BB, _ = candidates(embedding_BD, item_B, None)
     similarity_BB = similarity(embedding_BD, embedding_BD)
-    # Only positives are ranked, and there are at most V = K - 1: (B, V, B) in place of (B, B, B)
+    # Only a query's positives are ranked, at most V = K - 1 images, so tensors are (B, V, B), not (B, B, B)
     is_positive_BV, ranked_BV = positive_BB.to(similarity_BB.dtype).topk(min(views - 1, len(item_B)), dim=1)
     lead_BVB = similarity_BB[:, None] - similarity_BB.gather(1, ranked_BV)[..., None]
     places_B = torch.arange(len(item_B), device=item_B.device)

@@ -1,4 +1,4 @@
-"""The steps since the last report: mean losses, speed, and whether loss and gradient stayed finite."""
+"""The steps since the last report: mean losses, speed, and the check that loss and gradient are finite."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from clipfh.model.transfer import PendingValue
 
 
 class Diverged(Exception):
-    """Loss or gradient are no longer finite.
+    """The loss or the gradient is not finite.
 
     Args:
-        step: the step at which it happened.
-        terms: the loss terms at this step.
+        step: the step whose loss or gradient is not finite.
+        terms: values of the loss terms at this step.
         rows: (B,) images of the global batch.
     """
 
@@ -27,17 +27,17 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class UncheckedStep:
-    """A step whose loss and gradient have not been checked yet: the device may not have computed them."""
+    """A step whose loss and gradient have not been checked yet, because the device may still compute them."""
 
     step: int
     terms: dict[str, Tensor]
     rows: np.ndarray
     """(B,) images of the global batch"""
     not_finite: PendingValue
-    """1 where loss or gradient were not finite, else 0."""
+    """1 where the loss or the gradient is not finite, else 0"""
 
     def check(self) -> None:
-        """Raise Diverged where loss or gradient were not finite."""
+        """Raise Diverged where the loss or the gradient is not finite."""
         if self.not_finite.read():
             raise Diverged(self.step, {name: value.item() for name, value in self.terms.items()}, self.rows)
 
@@ -55,7 +55,7 @@ class StepTally:
     steps: int = 0
 
     def add(self, images: int, waited: float, values: dict[str, Tensor]) -> None:
-        """Add a step. Tensors are summed on their device, so that no step waits for it."""
+        """Add a step. Its losses are summed on their device, so that no step waits for the device."""
         self.images += images
         self.waited += waited
         self.steps += 1
@@ -63,7 +63,7 @@ class StepTally:
             self.losses[name] = self.losses.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        """Mean losses, images per second, and the share of the time that was spent waiting for images."""
+        """Return mean losses, images per second, and the share of the time that was spent waiting for images."""
         means = {name: float(total) / self.steps for name, total in self.losses.items()}
-        seconds = time.monotonic() - self.start  # once the losses are here, the device has made all steps
+        seconds = time.monotonic() - self.start  # after the losses are read, so after all steps on the device
         return {**means, "images_per_second": self.images / seconds, "data_wait": self.waited / seconds}

@@ -1,4 +1,4 @@
-"""The terms of a loss: each takes its images of a batch, has its head, and knows its floor and collapse value."""
+"""The terms of a loss. A term chooses its images of a batch, has its head, and gives its floor and collapse value."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from clipfh.learn.losses import Bounds, Memory
 class Labels:
     """Labels of the B images of a global batch.
 
-    Losses choose images by their places, which the host works out. A mask would make the host wait for the GPU, to find
-    out how many images it chooses.
+    Terms choose images by their places in the batch, which the host computes. With a mask, the host would wait for the
+    GPU to learn how many images the mask chooses.
     """
 
     item: Tensor
     """(B,) int64 item code of each image"""
     items: Tensor
-    """(P,) int64 item code of each item"""
+    """(P,) int64 codes of the batch's items, each once"""
     paired: Tensor
     """int64 places of the images whose item has two views or more. Copies of a single view are neither positives nor
     negatives."""
@@ -37,14 +37,14 @@ class Labels:
     caption: Tensor
     """(number captioned,) int64 place in `captions` of each captioned image's prompt"""
     captions: Tensor
-    """(C,) int64 the batch's distinct captions, as rows of all captions"""
+    """(C,) int64 rows of the batch's distinct captions among all captions"""
     features: Tensor | None = None
-    """int64 features of the step that the classifier of arcface sees; None for all"""
+    """int64 indices of the features that arcface's classifier sees in this step; None for all"""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What terms take besides features."""
+    """Inputs of a term besides the features."""
 
     labels: Labels
     log_scale: Tensor
@@ -56,27 +56,27 @@ class Context:
 
 
 class Term(nn.Module):
-    """A term before its weight. Its parameters are heads: they belong to no exported model."""
+    """A term before its weight. Its parameters are heads, which no exported model has."""
 
     def places(self, labels: Labels) -> Tensor:
-        """Places of the images that the term takes."""
+        """Return the places of the images that the term takes."""
         raise NotImplementedError
 
     def forward(self, feature_BD: Tensor, text_CD: Tensor | None, context: Context) -> Tensor:
-        """The term's value, of features before normalisation."""
+        """Return the term's value, a scalar, from features before normalisation."""
         raise NotImplementedError
 
     def bounds(self, context: Context) -> Bounds | None:
-        """Floor and collapse value; None for a term that has neither."""
+        """Return floor and collapse value; None for a term that has neither."""
         raise NotImplementedError
 
 
 class PairTerm(Term):
-    """A loss among the images that have a second view and, where it takes them, those of the memory.
+    """A loss among the images whose item has a second view and, if the loss takes the memory, the memory's images.
 
     Args:
-        loss: function of embeddings, items and, by the name `memory`, the memory.
-        takes_memory: whether it takes the memory.
+        loss: function of embeddings, items and, with `takes_memory`, the memory by the name `memory`.
+        takes_memory: whether the loss takes the memory.
     """
 
     def __init__(self, loss: Callable[..., Tensor], takes_memory: bool = True) -> None:
@@ -87,11 +87,11 @@ class PairTerm(Term):
         return labels.paired
 
     def forward(self, feature_BD: Tensor, text_CD: Tensor | None, context: Context) -> Tensor:
-        paired = context.labels.paired
+        places = context.labels.paired
         loss, memory = self.loss, context.memory
         if memory is not None and self.takes_memory:
             loss = partial(loss, memory=memory)
-        return loss(F.normalize(feature_BD)[paired], context.labels.item[paired])
+        return loss(F.normalize(feature_BD)[places], context.labels.item[places])
 
     def bounds(self, context: Context) -> Bounds:
         item_B, memory = context.labels.item[context.labels.paired], context.memory
@@ -114,8 +114,8 @@ class ProxyTerm(Term):
         dim: D of the features.
         num_items: I train items.
         neck: whether features pass batch norm before the classifier.
-        centers: weights of an item; the nearest one counts.
-        drops: whether it sees the step's features alone (Unicom: An et al., 2023).
+        centers: number of weight vectors of an item, of which the nearest counts.
+        drops: whether the classifier sees only the step's `Labels.features` (Unicom: An et al., 2023).
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class ProxyTerm(Term):
 
     def forward(self, feature_BD: Tensor, text_CD: Tensor | None, context: Context) -> Tensor:
         feature_BD = self.neck(feature_BD)
-        seen = context.labels.features if self.drops and context.labels.features is not None else slice(None)
-        cosine_BC = F.normalize(feature_BD[:, seen]) @ F.normalize(self.classifier[:, seen]).T
+        columns = context.labels.features if self.drops and context.labels.features is not None else slice(None)
+        cosine_BC = F.normalize(feature_BD[:, columns]) @ F.normalize(self.classifier[:, columns]).T
         return self.loss(cosine_BC.unflatten(1, (self.num_items, self.centers)).amax(2), context.labels.item)
 
     def bounds(self, context: Context) -> Bounds:
@@ -149,12 +149,12 @@ class ProxyTerm(Term):
 
     @torch.no_grad()
     def start_at(self, mean_ID: Tensor) -> None:
-        """Begin at directions of the items. The random start is added, which tells the centers of an item apart."""
+        """Add the items' directions, (I, D), to the random start, which keeps the centers of an item apart."""
         self.classifier.add_(mean_ID.to(self.classifier).repeat_interleave(self.centers, 0))
 
 
 class CenterTerm(Term):
-    """The distance of all images to their items' centers, which `move` moves."""
+    """The distance of all images to their items' centers. `move` moves the centers."""
 
     centers: Tensor
 
@@ -172,17 +172,17 @@ class CenterTerm(Term):
         return None
 
     def move(self, feature_BD: Tensor, labels: Labels, lr: float) -> None:
-        """Move the centers towards their features."""
+        """Move the centers of the batch's items towards the items' features."""
         proxies.move_centers(self.centers, feature_BD, labels.item, labels.items, lr)
 
 
 class CaptionTerm(Term):
-    """A loss of the images that have a prompt, and the batch's prompts.
+    """A loss between the images that have a prompt and the batch's distinct captions.
 
     Args:
-        loss: function of the images' embeddings and items, the captions' embeddings, each image's caption and, by the
-            name `logit_scale`, the model's logit scale where it takes that.
-        takes_scale: whether it takes that.
+        loss: function of the images' embeddings and items, the captions' embeddings, each image's caption and, with
+            `takes_scale`, the model's logit scale by the name `logit_scale`.
+        takes_scale: whether the loss takes the model's logit scale.
     """
 
     def __init__(self, loss: Callable[..., Tensor], takes_scale: bool = False) -> None:
@@ -207,7 +207,7 @@ class CaptionTerm(Term):
 
 
 class SigmoidTerm(Term):
-    """SigLIP's loss, by the model's logit scale and bias, or by its own where the model has no bias."""
+    """SigLIP's loss, with the model's logit scale and bias, or with the term's own where the model has no bias."""
 
     def __init__(self, learn_scale: bool, model_has_bias: bool) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class SigmoidTerm(Term):
 
 
 def make_terms(loss: LossSettings, dim: int, num_items: int, views: int, model_has_bias: bool) -> dict[str, Term]:
-    """The terms whose weight is above 0. Arguments as for `objective.Objective`."""
+    """Return the terms whose weight is above 0, by name. The arguments are as for `objective.Objective`."""
     make: dict[str, Callable[[], Term]] = {
         "ce": lambda: ProxyTerm(
             partial(proxies.cross_entropy, **_options(loss, "ce", "scale", "margin", "smoothing")),

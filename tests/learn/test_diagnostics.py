@@ -22,7 +22,7 @@ WELL = {
         ({"image_cosine": 0.999, "loss_supcon": 4.8}, ["supcon has collapsed: all embeddings alike"]),
         ({"loss_supcon": 4.79}, ["no better than with equal embeddings (4.800)"]),
         ({"loss_supcon": 1.12}, ["at its floor (1.100)"]),
-        ({"val_mAP": 0.4}, ["val mAP 0.400 is not above the 0.400 it started from, after 2,000 steps"]),
+        ({"val_mAP": 0.4}, ["val mAP 0.400 is not above the 0.400 that training started from, after 2,000 steps"]),
         ({"val_mAP": 0.3, "step": 999}, []),
         ({"loss_supcon": 5.5}, []),
     ],
