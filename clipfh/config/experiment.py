@@ -32,7 +32,7 @@ class ModelSettings:
     """The CLIP towers."""
 
     name: str = "ViT-B/16"
-    """ViT-B/16, RN50 (OpenAI's weights), clipfh-small (64 pixels, random weights), any open_clip name, hf-hub:ORG/NAME
+    """ViT-B/16, RN50 (OpenAI's weights), clipfh-small (96 pixels, random weights), any open_clip name, hf-hub:ORG/NAME
     (with @REVISION for another than the newest) or local-dir:FOLDER"""
     pretrained: str = ""
     """open_clip tag, local weights file, or 'none' for random weights; empty: the usual ones of the name"""

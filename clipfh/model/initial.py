@@ -38,7 +38,7 @@ def initialise(clip: Any) -> None:
     head's offset, so that a patch looks at those that are like its neighbour there, as a convolution does (Zheng et
     al., 2401.12511); output is the negative of values turned back, a simple form of mimetic initialisation (Trockman
     and Kolter, 2305.09828), without its noise. Mean colours, energies and positions are not in the values: they differ
-    little from patch to patch, and four blocks would take most of them away. The first block measures the energies, a
+    little from patch to patch, and each block would take some of them away. The first block measures the energies, a
     histogram of gradients (Dalal and Triggs, 2005). Each head of the pooler reads the lowest frequencies and the
     energies at its own place: a mean over all patches would not tell where something is.
     """

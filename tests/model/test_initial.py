@@ -34,7 +34,7 @@ def test_more_filters_than_a_patch_has_frequencies_are_random():
 def test_the_small_model_begins_with_attention_to_what_is_alike_at_each_heads_offset():
     visual = small_visual()
     assert_close(visual.conv1.weight, PATCH_GAIN * torch.cat([cosine_filters(88, 8), torch.zeros(72, 3, 8, 8)]))
-    places = visual.positional_embedding[1:].detach().view(8, 8, 160)
+    places = visual.positional_embedding[1:].detach().view(12, 12, 160)
     assert not places[:, :, :96].any()
     for block in visual.transformer.resblocks:
         query, key, _ = (part.detach() for part in block.attn.in_proj_weight.chunk(3))
@@ -79,7 +79,7 @@ def test_each_head_of_the_pooler_looks_at_its_place_of_a_grid():
     logits = torch.einsum("hd,hdw,nw->hn", query.view(16, 16), pool.attn.k_proj_weight.view(16, 16, 160), places)
     for head, place in enumerate(logits.argmax(1).tolist()):
         row, column = divmod(head, 4)
-        assert place // 8 in (2 * row, 2 * row + 1) and place % 8 in (2 * column, 2 * column + 1)
+        assert (place // 12, place % 12) == (3 * row + 1, 3 * column + 1)
 
 
 def test_each_head_of_the_pooler_reads_the_lowest_frequencies_and_the_energies():
@@ -89,8 +89,8 @@ def test_each_head_of_the_pooler_reads_the_lowest_frequencies_and_the_energies()
 
 
 def test_other_sizes_of_images_have_their_own_grid():
-    visual = load_initial_model(ModelSettings(SMALL_MODEL, image_size=96), 0).visual
-    assert visual.positional_embedding.shape == (145, 160)
+    visual = load_initial_model(ModelSettings(SMALL_MODEL, image_size=64), 0).visual
+    assert visual.positional_embedding.shape == (65, 160)
     assert_close(visual.positional_embedding[1:9], small_visual().positional_embedding[1:9])
 
 

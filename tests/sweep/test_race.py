@@ -44,7 +44,7 @@ def test_the_best_models_go_into_the_search_with_their_points(tmp_path, small_ca
     assert [each.kept for each in contenders] == [True, True, False] and race.read(tmp_path) == contenders
     for each in contenders:
         measured = json.loads((tmp_path / "trials" / each.trial / "metrics.json").read_text())
-        assert measured["mAP"] == each.val_mAP and each.milliseconds > 0 and each.pixels == 64
+        assert measured["mAP"] == each.val_mAP and each.milliseconds > 0 and each.pixels == 96
     small = race.narrow(sweep, contenders, lines.append)
     assert list(small.contenders) == [LABELS[2], LABELS[1]] and list(sweep.contenders) == LABELS
     assert [point["model"] for point in small.points] == LABELS[1:]
