@@ -102,7 +102,8 @@ def _map_in_tasks(
 ) -> ray.data.Dataset:
     """Map batches of `size` rows (None for whole blocks) by tasks, `at_once` at a time, in processes for any task."""
     how: dict[str, Any] = {"num_cpus": cpus, "runtime_env": ray_private.setup_hook_env("")}
-    return rows.map_batches(function, batch_size=size, fn_kwargs=arguments, concurrency=at_once, **how)
+    tasks = ray.data.TaskPoolStrategy(at_once)
+    return rows.map_batches(function, batch_size=size, fn_kwargs=arguments, compute=tasks, **how)
 
 
 def _decode(batch: Any, preprocess: Preprocess) -> Any:

@@ -138,21 +138,24 @@ def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
+    context.custom_execution_callback_classes = [ray_private.LoopRest]
     spec = part.spec
     window = part.images.window
     longest = max(1, window // spec.batch.images if window else part.last)  # a task fetches what its steps need
     steps = _Steps(part.first, part.last, max(1, spec.batch.images // part.world_size), spec.size, longest)
     # As many blocks as it has tasks: Ray Data would cut them further. And one kind of task, so that steps are counted
     # where they are decoded; processes of their own would hold CPUs to the end
-    kind = {"concurrency": part.tasks, **TASK, **({} if part.takes_cpus else {"num_cpus": 0})}
-    step_rows = ray.data.read_datasource(steps, override_num_blocks=max(1, len(steps.tasks)), **kind)
+    kind = {**TASK, **({} if part.takes_cpus else {"num_cpus": 0})}
+    step_rows = ray.data.read_datasource(
+        steps, override_num_blocks=max(1, len(steps.tasks)), concurrency=part.tasks, **kind
+    )
     windows = _window_actor(part) if window else None
     if windows:
         windows.begin.remote(part.rank, part.first)
         # The actor alone has the paths: there may be millions, and each task would get them all
         part = dataclasses.replace(part, images=dataclasses.replace(part.images, shards=[]))
     work = functools.partial(_decode_steps, part=part, windows=windows)
-    image_rows = step_rows.map_batches(work, batch_size=None, **kind)
+    image_rows = step_rows.map_batches(work, batch_size=None, compute=ray.data.TaskPoolStrategy(part.tasks), **kind)
     image_rows.context.execution_options.preserve_order = True
     if window:
         image_rows.context.override_object_store_memory_limit_fraction = DECODED_SHARE

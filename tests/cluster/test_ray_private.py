@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import ray.train
@@ -101,6 +102,32 @@ def test_ray_data_uses_the_actor_for_statistics_that_was_started(ray_cluster):
     assert actors().count("_StatsActor") == 1
     ray.data.range(1).materialize()
     assert actors().count("_StatsActor") == 1
+
+
+def test_ray_datas_loop_rests_while_all_outputs_wait_for_a_reader(ray_cluster):
+    turns = []
+
+    class Counting(ray_private.LoopRest):
+        def on_execution_step(self, executor):
+            turns.append(executor)
+            super().on_execution_step(executor)
+
+    def make_image(row):
+        return {"image": np.zeros(1 << 20, np.uint8)}
+
+    def turns_in_a_second():
+        before = len(turns)
+        time.sleep(1)
+        return len(turns) - before
+
+    rows = ray.data.range(200, override_num_blocks=2).map(make_image)
+    rows.context.custom_execution_callback_classes = [Counting]
+    rows.context.override_object_store_memory_limit_fraction = 0.001
+    rows.context.target_max_block_size = 1 << 20
+    batches = iter(rows.iter_batches(batch_size=1, prefetch_batches=1))
+    next(batches)
+    until(lambda: 0 < turns_in_a_second() < 100)  # two thousand without a rest
+    assert sum(1 for _ in batches) == 199
 
 
 # --- Cluster ---------------------------------------------------------------------------------------------------------
