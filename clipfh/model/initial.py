@@ -187,4 +187,5 @@ def cosine_filters(num_filters: int, side: int) -> Tensor:
 
 
 def _orthogonal(width: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(width, width))[0]
+    # In double, of which rounding leaves the same for any number of threads
+    return torch.linalg.qr(torch.randn(width, width).double())[0].float()

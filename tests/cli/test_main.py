@@ -77,10 +77,10 @@ def test_nobody_answers_at_the_address(small_catalogue, capsys, tmp_path, addres
     [
         ("{model.freeze_blocks: {choice: [0, 99]}}", "--model.freeze_blocks 99: clipfh-small has"),
         (
-            "{model.freeze_blocks: {choice: [0, 4]}, model.lora_rank: {choice: [0, 8]}, "
+            "{model.freeze_blocks: {choice: [0, 2]}, model.lora_rank: {choice: [0, 8]}, "
             "model.lora_targets: {choice: [all, mlp]}}",
             "--model.lora_rank 8: the image tower of clipfh-small has no weight for it with model.lora_targets mlp and "
-            "model.freeze_blocks 4",
+            "model.freeze_blocks 2",
         ),
         (
             "{optimizer.head_first: {choice: [0.0, 0.2]}, model.lora_rank: {choice: [0, 8]}, "

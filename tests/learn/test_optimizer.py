@@ -31,9 +31,9 @@ def test_rates_by_depth_tower_and_head():
     of = rates(optimizer.make_adamw(clip, heads, settings, torch.device("cpu")))
     found = {n: of[id(p)] for n, p in [*clip.named_parameters(), *heads.named_parameters()] if p.requires_grad}
     assert found["visual.proj"] == (1.0, 0.3)
-    assert found["visual.transformer.resblocks.3.mlp.c_fc.weight"] == (0.5, 0.3)
-    assert found["visual.transformer.resblocks.0.ln_1.weight"] == (0.5**4, 0.0)
-    assert found["visual.conv1.weight"] == (0.5**5, 0.3)
+    assert found["visual.transformer.resblocks.1.mlp.c_fc.weight"] == (0.5, 0.3)
+    assert found["visual.transformer.resblocks.0.ln_1.weight"] == (0.5**2, 0.0)
+    assert found["visual.conv1.weight"] == (0.5**3, 0.3)
     assert found["text_projection"] == (pytest.approx(0.1), 0.3)
     assert found["token_embedding.weight"] == (pytest.approx(0.1 * 0.5**3), 0.3)
     assert found["heads.ce.classifier"] == (10.0, 0.3) and found["heads.ce.neck.weight"] == (10.0, 0.0)
@@ -76,7 +76,7 @@ def test_updates_of_low_rank_have_a_multiple_of_the_rate_of_their_weights():
     settings = OptimizerSettings(lr=1.0, text_lr=0.1, lora_lr=20.0, layer_decay=0.5, weight_decay=0.3)
     of = rates(optimizer.make_adamw(clip, torch.nn.Module(), settings, torch.device("cpu")))
     found = {name: of[id(p)] for name, p in clip.named_parameters() if p.requires_grad}
-    assert found["visual.transformer.resblocks.3.attn.parametrizations.in_proj_weight.0.up"] == (10.0, 0.3)
+    assert found["visual.transformer.resblocks.1.attn.parametrizations.in_proj_weight.0.up"] == (10.0, 0.3)
     assert found["visual.parametrizations.proj.0.down"] == (20.0, 0.3)
     assert found["parametrizations.text_projection.0.up"] == (pytest.approx(2.0), 0.3)
     assert len(found) == len(of)

@@ -17,6 +17,15 @@ def small_visual():
     return load_initial_model(ModelSettings(SMALL_MODEL), 0).visual
 
 
+def test_the_start_is_the_same_for_any_number_of_threads():
+    before, starts = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        starts.append(small_visual().state_dict())
+    torch.set_num_threads(before)
+    assert all(torch.equal(start[name], weight) for name, weight in starts[0].items() for start in starts)
+
+
 def test_filters_of_patches_are_at_right_angles_and_the_first_is_the_mean_brightness():
     filters = cosine_filters(160, 8)
     assert filters.shape == (160, 3, 8, 8)

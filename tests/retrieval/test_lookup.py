@@ -162,7 +162,7 @@ def test_a_photo_is_taken_in_as_prepare_does(file, tmp_path):
     clip, settings = lookup.load_embedding_model(index)
     one, other = (lookup.embed_photo(index, clip, settings, photo) for photo in (upright, turned))
     assert one @ other > 0.99
-    assert images.decode_for_evaluation(encode_photo(turned, 256), get_preprocess(clip)).shape == (64, 64, 3)
+    assert images.decode_for_evaluation(encode_photo(turned, 256), get_preprocess(clip)).shape == (96, 96, 3)
 
 
 def test_a_search_starts_no_ray():

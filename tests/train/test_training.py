@@ -356,7 +356,7 @@ def test_prompts_are_made_only_where_a_term_takes_them(small_catalogue, tiny, mo
     index = build_index(small_catalogue.rows("train"), np.array([small_catalogue.num_images("train")]))
     one = learner.Learner(tiny, load_start(tiny), index, captions, torch.device("cpu"))
     rows = make_sampler(index, tiny.batch, 0, tiny.loss.takes_singles).batch(0)
-    one.train_step(rows, np.zeros((len(rows), 64, 64, 3), np.uint8))
+    one.train_step(rows, np.zeros((len(rows), 96, 96, 3), np.uint8))
 
 
 def test_random_weights_are_drawn_by_each_runs_seed(tiny):
