@@ -182,6 +182,11 @@ def start_data_statistics() -> None:
     get_or_create_stats_actor()
 
 
+def let_loop_rest(context: Any) -> None:
+    """Let the scheduling loops of Ray Data's pipelines with this `DataContext` rest while all outputs wait."""
+    context.custom_execution_callback_classes = [LoopRest]
+
+
 class LoopRest:
     """A callback of Ray Data's that lets its scheduling loop rest between turns which follow each other at once.
 

@@ -138,7 +138,7 @@ def batches(part: StreamPart) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.custom_execution_callback_classes = [ray_private.LoopRest]
+    ray_private.let_loop_rest(context)
     spec = part.spec
     window = part.images.window
     longest = max(1, window // spec.batch.images if window else part.last)  # a task fetches what its steps need
