@@ -39,10 +39,10 @@ def require_writable(out: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def all_or_nothing(out: str | os.PathLike[str], result: str) -> Iterator[None]:
-    """Where the block fails before the folder holds a result (a glob), leave the folder as it was: empty or absent.
+def all_or_nothing(out: str | os.PathLike[str], *results: str) -> Iterator[None]:
+    """Where the block fails before the folder holds any of the results (globs), leave the folder as it was.
 
-    The user can then give the corrected command with the same --out.
+    It was empty or absent, so the user can give the corrected command with the same --out.
     """
     folder = Folder(out)
     was_there, was_empty = folder.exists(), folder.is_empty()
@@ -50,7 +50,7 @@ def all_or_nothing(out: str | os.PathLike[str], result: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if was_empty and folder.is_folder() and not fnmatch.filter(folder.files(), f"{result}*"):
+        if was_empty and folder.is_folder() and not any(fnmatch.filter(folder.files(), f"{each}*") for each in results):
             folder.clear()
             if not was_there:
                 folder.remove()

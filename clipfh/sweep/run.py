@@ -85,7 +85,9 @@ def sweep(
     sweep = _load(file, settings, trials)
     catalogue, out = open_catalogue(catalogue), Folder(out)
     tracking.require(track)
-    with all_or_nothing(out, f"{layout.TRIALS}/*/{layout.METRICS}"), connected(address, sweep.placement, dashboard):
+    # Trials that all failed before a report are on the leaderboard alone, and may be tried again
+    results = f"{layout.TRIALS}/*/{layout.METRICS}", layout.LEADERBOARD
+    with all_or_nothing(out, *results), connected(address, sweep.placement, dashboard):
         log(f"Ray's logs: {connect.logs()}")
         with tracking.following(track, out):
             how = {"resume": resume, "retry_failed": retry_failed}

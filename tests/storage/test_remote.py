@@ -169,6 +169,15 @@ def test_what_failed_leaves_a_folder_as_it_was(place):
     assert place.files()
 
 
+def test_trials_that_all_failed_leave_their_leaderboard_to_resume_from(tmp_path):
+    out = Folder(tmp_path / "sweep")
+    with pytest.raises(KeyError), output.all_or_nothing(out, "trials/*/metrics.jsonl", "leaderboard.csv"):
+        out.make()
+        out.write("leaderboard.csv", "trial,status\n0001,failed\n")
+        raise KeyError
+    assert out.files().keys() == {"leaderboard.csv"}
+
+
 def test_the_endpoint_is_read_as_awss_own_tools_read_it(tmp_path, monkeypatch):
     config = tmp_path / "config"
     config.write_text("[default]\nregion = eu-west-1\n[profile own]\nendpoint_url = http://store:9000\n")
