@@ -107,12 +107,6 @@ def train_one(catalogue: str, point: tuple[float, ...]) -> float:
     import recipes
     import torch
 
-    pass
-    from clipfh.data import images
-    from clipfh.learn.learner import Validation
-    from clipfh.model.clip import get_preprocess
-    from clipfh.train.inputs import VALIDATION, validation_codes
-
     torch.set_num_threads(1)
     opened = catalogues.open_catalogue(catalogue)
     settings = {
@@ -121,11 +115,7 @@ def train_one(catalogue: str, point: tuple[float, ...]) -> float:
         "model.precision": "bfloat16",
         "budget.images": IMAGES,
     }
-    learner = recipes.train(opened, presets.resolve("image", "scratch", settings))
-    preprocess = get_preprocess(learner.clip)
-    tables = [opened.images(split) for split in VALIDATION]
-    pixels = np.concatenate([[images.decode_for_evaluation(e.as_py(), preprocess) for e in t["image"]] for t in tables])
-    return learner.validate(Validation(pixels, *validation_codes(opened)))
+    return recipes.validate(opened, recipes.train(opened, presets.resolve("image", "scratch", settings)))
 
 
 if __name__ == "__main__":

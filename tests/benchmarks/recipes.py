@@ -14,10 +14,13 @@ import json
 import multiprocessing
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from clipfh.data import catalogue as catalogues
 from clipfh.data import images as images_module
@@ -77,13 +80,13 @@ def run(catalogue: str, name: str, seed: int, images: int, extra: dict[str, Any]
     experiment = presets.resolve(stage, preset, given)
     opened = catalogues.open_catalogue(catalogue)
     learner = train(opened, experiment, _Original(original) if original else None)
+    validate(opened, learner)
     found = {"recipe": name, "seed": seed, "images": images, **score(opened, learner)}
     return {**found, "experiment": schema.flatten(experiment)}
 
 
 def train(opened: Any, experiment: Any, objective: Any = None) -> Any:
     """The learner after an experiment on a catalogue, in this process; its loss is the objective, if one is given."""
-    import numpy as np
     import torch
 
     from clipfh.data import decoding
@@ -119,24 +122,32 @@ def train(opened: Any, experiment: Any, objective: Any = None) -> Any:
     return learner
 
 
-def score(opened: Any, learner: Any, split: str = "test") -> dict[str, float]:
-    """mAP and Rank-1 on the test or `val` split, by the averaged weights."""
-    import numpy as np
-    import torch
+def validate(opened: Any, learner: Any) -> float:
+    """Validation mAP at the end, by the averaged weights. As in `clipfh train` it chooses whether to whiten."""
+    from clipfh.learn.learner import Validation
+    from clipfh.learn.tally import StepTally
+    from clipfh.train.inputs import VALIDATION, validation_codes
 
-    from clipfh.model.clip import get_preprocess
+    images = Validation(np.concatenate(_pixels(opened, learner, VALIDATION)), *validation_codes(opened))
+    if learner.covariance is None:
+        return learner.validate(images)
+    return learner.report(StepTally(), images, 0.0)["val_mAP"]
+
+
+def score(opened: Any, learner: Any) -> dict[str, float]:
+    """mAP and Rank-1 on the test split, by the averaged weights, whitened where `validate` said so."""
+    import torch
+    import torch.nn.functional as F
+
     from clipfh.model.towers import embed_images
     from clipfh.retrieval import metrics
 
-    prefix = "val_" if split == "val" else ""
-    tables = [opened.images(f"{prefix}{part}") for part in ("query", "gallery")]
-    preprocess = get_preprocess(learner.clip)
-    pixels = [
-        np.stack([images_module.decode_for_evaluation(e.as_py(), preprocess) for e in t["image"]]) for t in tables
-    ]
+    splits = ("query", "gallery")
     with learner.average.applied():
-        embeddings = [embed_images(learner.towers, p, learner.precision) for p in pixels]
-    names = [table["item_id"].to_pylist() for table in tables]
+        embeddings = [embed_images(learner.towers, p, learner.precision) for p in _pixels(opened, learner, splits)]
+    if learner.whitening is not None:
+        embeddings = [F.normalize(e @ learner.whitening.to(e.dtype)) for e in embeddings]
+    names = [opened.columns(split, ["item_id"])["item_id"].to_pylist() for split in splits]
     codes = np.unique(names[0] + names[1], return_inverse=True)[1]
     parts = torch.from_numpy(codes).split([len(names[0]), len(names[1])])
     starts = (0, len(names[0]))
@@ -147,6 +158,14 @@ def score(opened: Any, learner: Any, split: str = "test") -> dict[str, float]:
     overall, _, _ = metrics.score(*rows)
     summary = metrics.summary(overall)
     return {key: summary[key] for key in ("mAP", "rank1")}
+
+
+def _pixels(opened: Any, learner: Any, splits: Sequence[str]) -> list[np.ndarray]:
+    from clipfh.model.clip import get_preprocess
+
+    size = get_preprocess(learner.clip)
+    tables = [opened.images(split) for split in splits]
+    return [np.stack([images_module.decode_for_evaluation(e.as_py(), size) for e in t["image"]]) for t in tables]
 
 
 class _Original:
