@@ -103,7 +103,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         yield from causes(cause)
 
 
-def mendable(error: BaseException) -> str | None:
+def fixable(error: BaseException) -> str | None:
     """Return the message of the UserError that caused an error; None where no UserError did.
 
     Ray often has only the traceback's text of an error in another process, so the text is searched too.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from clipfh import LOST, causes, mendable
+from clipfh import LOST, causes, fixable
 from clipfh.cli.options import parse
 from clipfh.storage import layout
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its arguments; None takes those of this process, and keeps the signal handlers to its end.
 
     Returns:
-        0 on success, 2 on what the user can mend; the job's exit code with submit. Bugs are raised.
+        0 on success, 2 on what the user can fix; the job's exit code with submit. Bugs are raised.
     """
     args = None
     try:
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(error: BaseException, args: argparse.Namespace | None) -> str | None:
-    """The one line for an error that the user can mend, wherever it stands in the chain of causes; None for a bug."""
-    if line := mendable(error):
+    """The one line for an error that the user can fix, wherever it stands in the chain of causes; None for a bug."""
+    if line := fixable(error):
         return line
     for each in causes(error):
         if getattr(each, "errno", None) in NO_ROOM or any(os.strerror(code) in str(each) for code in NO_ROOM):

@@ -16,7 +16,7 @@ from clipfh.config.experiment import LOSS_TERMS, Experiment, Placement
 
 DESCRIPTION = """Tune CLIP to find the same item again in a catalogue of photos.
 
-In order: prepare, evaluate (zero-shot), train or sweep, export, report. The demo shows them all.
+In order: prepare, evaluate (zero-shot), train or sweep, export, report. `clipfh demo` does it on drawn photos.
 To look for a photo or words of your own: embed, search."""
 
 
@@ -78,7 +78,7 @@ COMMANDS = {
                 "--source",
                 required=True,
                 metavar="PATH",
-                help="a folder of item folders, a CSV or Parquet table, tar shards, or In-Shop; a URI will do",
+                help="folder of item folders, CSV, JSON Lines or Parquet table, tar shards, or In-Shop; a URI will do",
             ),
             Argument("--out", required=True, metavar="CATALOGUE", help="folder to write"),
             Argument(
@@ -100,10 +100,14 @@ COMMANDS = {
                 type=_share,
                 default=0.01,
                 metavar="X%",
-                help="share of unreadable images allowed (default: 1%%)",
+                help="share of the images that may be missing or unreadable (default: 1%%)",
             ),
             Argument(
-                "--seed", type=int, default=0, metavar="N", help="draws the validation items (default: %(default)s)"
+                "--seed",
+                type=int,
+                default=0,
+                metavar="N",
+                help="draws the held-out items and the queries (default: %(default)s)",
             ),
             Argument(
                 "--follow-links", action="store_true", help="take photos that links outside of the source lead to"
@@ -124,7 +128,11 @@ COMMANDS = {
         "show copies, leaks and, with a model, views that look like another item's",
         (
             CATALOGUE,
-            Argument("--checkpoint", metavar="PATH", help="a run, sweep, checkpoint, export or weights file"),
+            Argument(
+                "--checkpoint",
+                metavar="PATH",
+                help="a run, sweep, checkpoint, export or weights file; or give --model for a pretrained one",
+            ),
             *CLUSTER,
         ),
         ("model",),
@@ -156,7 +164,9 @@ COMMANDS = {
             CATALOGUE,
             Argument("--out", required=True, metavar="DIR", help="folder to write"),
             Argument(
-                "--checkpoint", metavar="PATH", help="a run, checkpoint, export or weights file; without: zero-shot"
+                "--checkpoint",
+                metavar="PATH",
+                help="a run, sweep, checkpoint, export or weights file; without: zero-shot",
             ),
             Argument(
                 "--split", choices=("test", "val"), default="test", help="what to measure on (default: %(default)s)"
@@ -179,7 +189,7 @@ COMMANDS = {
                 action="append",
                 default=[],
                 metavar="CATALOGUE",
-                help="another catalogue: with --checkpoint, its figures before and after tuning; may be given again",
+                help="another catalogue: with --checkpoint, its metrics before and after tuning; may be given again",
             ),
             *CLUSTER,
         ),
@@ -194,7 +204,9 @@ COMMANDS = {
             CATALOGUE,
             Argument("--out", required=True, metavar="DIR", help="folder of the run"),
             Argument("--preset", metavar="NAME", help=f"settings to start from: {', '.join(presets.PRESETS)}"),
-            Argument("--warm-start", metavar="PATH", help="a run, checkpoint, export or weights file to start from"),
+            Argument(
+                "--warm-start", metavar="PATH", help="a run, sweep, checkpoint, export or weights file to start from"
+            ),
             Argument("--resume", action="store_true", help="go on with the run in --out"),
             TRACK,
             *(
@@ -217,7 +229,11 @@ COMMANDS = {
             Argument("--trials", type=int, metavar="N", help="in place of the file's"),
             Argument("--resume", action="store_true", help="go on with the sweep in --out"),
             Argument("--retry-failed", action="store_true", help="with --resume: train the failed trials again too"),
-            Argument("--dry-run", action="store_true", help="show what would be done"),
+            Argument(
+                "--dry-run",
+                action="store_true",
+                help="show the file with its defaults and, from a few real steps, what the sweep will take",
+            ),
             TRACK,
             *CLUSTER,
         ),
@@ -265,8 +281,8 @@ COMMANDS = {
                 Argument("--image", metavar="FILE", help="photo to look for"),
                 Argument("--text", metavar="WORDS", help="words to look for, in quotes"),
             ),
-            Argument("--top", type=int, default=10, metavar="N", help="how many finds (default: %(default)s)"),
-            Argument("--html", metavar="FILE", help="a page with pictures of the finds"),
+            Argument("--top", type=int, default=10, metavar="N", help="how many images (default: %(default)s)"),
+            Argument("--html", metavar="FILE", help="a page with their pictures"),
             Argument("--checkpoint", metavar="PATH", help="where the model lies, if no longer where it was"),
         ),
     ),
@@ -323,7 +339,11 @@ def _setting_groups(groups: Sequence[str]) -> dict[str, list[Argument]]:
 _ALIASES = {
     "model": Argument("--model", dest="model.name", metavar="NAME", help="the same as --model.name"),
     "text": Argument("--prompt-json", dest="text.file", metavar="FILE", help="the same as --text.file"),
-    "loss": Argument("--loss", metavar="A+B", help=f"switch on these terms alone, of {'+'.join(LOSS_TERMS)}"),
+    "loss": Argument(
+        "--loss",
+        metavar="A+B",
+        help=f"switch on these terms alone, each with its usual weight, of {'+'.join(LOSS_TERMS)}",
+    ),
 }
 
 
@@ -337,7 +357,8 @@ def _default(image: Any, joint: Any) -> str:
 def _title(group: str) -> tuple[str, str]:
     """Title and text of a group of settings."""
     if not group:
-        return "settings", "Defaults are those of the preset 'recommended'; clipfh-small takes 'scratch'."
+        own = "clipfh-small has 'scratch', SigLIP 'siglip', ConvNeXt 'convnext'; a sweep takes its file's base"
+        return "settings", f"Defaults are those of the preset 'recommended' ({own})."
     return f"{group} settings", str(typing.get_type_hints(Experiment)[group].__doc__)
 
 

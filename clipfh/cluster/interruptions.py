@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from ray.exceptions import RayError
 
-from clipfh import LOST, mendable
+from clipfh import LOST, fixable
 
 T = TypeVar("T")
 
@@ -26,6 +26,6 @@ def repeat_interrupted(work: Callable[[], T], times: int = 3) -> T:
             return work()
         except RayError as error:
             # The error of a task often holds its cause as text alone
-            if mendable(error) or not any(name in f"{type(error).__mro__} {error}" for name in LOST):
+            if fixable(error) or not any(name in f"{type(error).__mro__} {error}" for name in LOST):
                 raise
     return work()

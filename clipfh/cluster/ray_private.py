@@ -64,7 +64,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from clipfh import UserError, mendable
+from clipfh import UserError, fixable
 
 SUPPORTED = (2, 60)
 """The release of Ray whose private parts these are."""
@@ -431,14 +431,14 @@ def _run_controller(run: str, parts: dict[str, Any]) -> Any:
 def make_failure_policy(config: Any) -> Any:
     """Make Ray Train's failure policy, with two changes.
 
-    An error that the user must mend is not tried again, and a cluster that others use is waited for.
+    An error that the user must fix is not tried again, and a cluster that others use is waited for.
     """
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
     class Patience(DefaultFailurePolicy):
         def make_decision(self, training_failed_error: Any) -> FailureDecision:
-            if mendable(training_failed_error):
+            if fixable(training_failed_error):
                 return FailureDecision.RAISE
             if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupTimeoutError):
                 return FailureDecision.RETRY

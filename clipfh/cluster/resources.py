@@ -33,6 +33,8 @@ ROOM_S = 1800
 UNLIMITED_NODES = 100
 """Number of nodes that is counted for a kind that an autoscaler may make any number of."""
 
+_LESS = "take fewer workers (--workers; in a sweep file, workers under placement), or less for each"
+
 WISH = "clipfh:wish:"
 """Key of the head's store, followed by a job's id, for the room that the job wants from an autoscaler."""
 
@@ -117,12 +119,12 @@ def resolve_placement(
         if amount > have.get(name, 0):
             raise UserError(
                 f"a run with {fewest} worker(s) needs {amount:g} {name} (a CPU for each data pipeline "
-                f"included), the cluster has {have.get(name, 0):g}: take fewer --workers, or less per worker"
+                f"included), the cluster has {have.get(name, 0):g}: {_LESS}"
             )
     if not room_now(resources) and not _await_autoscaler(resources, log):
         raise UserError(
             f"no node has room for a worker with {cpus:g} CPU and {gpus:g} GPU, or not for all {fewest} at "
-            "once: take fewer --workers, or less per worker"
+            f"once: {_LESS}"
         )
     if shortage := _held_by_others(resources):
         log(f"others use the cluster: waiting for {shortage} to be free")
@@ -168,8 +170,8 @@ def _gpus(placement: Placement, workers: int, have: float) -> float:
         return float(placement.gpus_per_worker)
     if 0 < have < workers:
         raise UserError(
-            f"--workers {workers} take a GPU each, the cluster has {have:g}: take fewer, or "
-            "--gpus-per-worker 0 for the CPU"
+            f"{workers} workers take a GPU each, the cluster has {have:g}: take fewer, or the CPU by "
+            "--gpus-per-worker 0 (in a sweep file: placement: {gpus_per_worker: 0})"
         )
     return 1.0 if have else 0.0
 

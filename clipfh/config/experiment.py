@@ -352,7 +352,7 @@ class Experiment:
         if self.optimizer.head_first and targets != "all" and not self.loss.has_classifier:
             raise UserError(
                 f"--optimizer.head_first: with model.lora_targets {targets} no head learns: take model.lora_targets "
-                "all, or switch loss.ce or loss.arcface on"
+                "all, or switch loss.ce, loss.arcface or loss.proxy_anchor on"
             )
 
 

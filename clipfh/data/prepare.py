@@ -292,7 +292,7 @@ class _PhotoCount:
             first = ", ".join(f"{path} ({why})" for path, why in bad[:3])
             raise UserError(
                 f"{count:,} of {self.total:,} images had to be left out so far, more than --max-bad {self.max_bad:g}; "
-                f"first {first}: mend them or raise --max-bad"
+                f"first {first}: fix them or raise --max-bad"
             )
 
     def summary(self) -> dict[str, Any]:
@@ -325,7 +325,7 @@ def _user_errors(folder: Folder) -> Iterator[None]:
     except BrokenProcessPool as error:
         raise UserError(f"a process that reads images was killed, perhaps for memory: free some, {again}") from error
     except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error}): make room or mend that, {again}") from error
+        raise UserError(f"{folder}: can't be written ({error}): make room or fix that, {again}") from error
 
 
 def _claim(folder: Folder, plan: str) -> None:
@@ -434,7 +434,7 @@ def _describe_contents(folder: Folder, shards: list[_Shard]) -> dict[str, Any]:
     footers = {shard.name: _footer(folder, shard.name) or {} for shard in shards}
     filled = {split: [s for s in shards if s.split == split and footers[s.name]["images"]] for split in SPLITS}
     if not any(filled.values()):
-        raise UserError(f"{folder}: none of the images can be read: mend them or check --source")
+        raise UserError(f"{folder}: none of the images can be read: fix them or check --source")
     names = ["item_id", "split", *_NOTED]
     rows = pa.concat_tables(
         read_columns(f"{folder.address}/{shard.name}", names) for its in filled.values() for shard in its

@@ -118,7 +118,7 @@ def note_fit(prompts: Mapping[str, str], items: Collection[str], file: str) -> l
     if not matches:
         example = f"it names {next(iter(prompts), 'nothing')!r}, and an item is {next(iter(items))!r}"
         counts = f"none of its {len(prompts):,} prompts is of one of the {len(items):,} items here"
-        raise UserError(f"{file}: {counts}: {_why_unlike(prompts, items) or example}: mend its names")
+        raise UserError(f"{file}: {counts}: {_why_unlike(prompts, items) or example}: fix its names")
     strangers = sorted(prompts.keys() - matches)
     notes = [f"{file} has prompts for {len(matches):,} of {len(items):,} items"] if len(matches) < len(items) else []
     if strangers:

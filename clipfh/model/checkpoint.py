@@ -220,11 +220,13 @@ def find(path: str | Path | Folder) -> Folder:
     """The folder that holds the weights meant by a path: a sweep's export, a run's best checkpoint, or itself."""
     folder = Folder(path)
     if not folder.exists():
-        raise UserError(f"{path}: no such file or folder; give a run, a checkpoint, an export or a weights file")
+        raise UserError(
+            f"{path}: no such file or folder; give a run, a sweep, a checkpoint, an export or a weights file"
+        )
     if folder.is_file() or folder.exists(layout.EXPORTED_WEIGHTS) or folder.exists(layout.RAW_WEIGHTS):
         return folder
     if folder.exists(f"{layout.BEST}/{layout.EXPORTED_WEIGHTS}"):
         return folder / layout.BEST
     if folder.exists(layout.CHECKPOINTS):
         return folder / layout.CHECKPOINTS / run_folder.find_best_checkpoint(path)
-    raise UserError(f"{path} holds no weights: give a run, a checkpoint, an export or a weights file")
+    raise UserError(f"{path} holds no weights: give a run, a sweep, a checkpoint, an export or a weights file")

@@ -399,7 +399,7 @@ def _require_matched(scores: metrics.Scores, embeddings: EmbeddedSplits) -> None
     if lonely:
         raise UserError(
             f"{len(lonely):,} of {rows.num_rows:,} queries have no other image of their item in the gallery (the first "
-            f"is {rows['path'][lonely[0]].as_py()}): mend the source's splits, or leave them out with --skip-unmatched"
+            f"is {rows['path'][lonely[0]].as_py()}): fix the source's splits, or leave them out with --skip-unmatched"
         )
 
 

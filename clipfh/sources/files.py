@@ -307,13 +307,13 @@ def read_json(store: fs.SubTreeFileSystem, path: str, kind: type) -> Any:
     try:
         value = json.loads(read_text(store, path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} line {error.lineno}: not valid JSON ({error.msg}): mend it") from error
+        raise UserError(f"{where} line {error.lineno}: not valid JSON ({error.msg}): fix it") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{where}: not valid JSON ({error}): mend it") from error
+        raise UserError(f"{where}: not valid JSON ({error}): fix it") from error
     if not isinstance(value, kind):
-        raise UserError(f"{where}: holds a {type(value).__name__} where a {kind.__name__} belongs: mend it")
+        raise UserError(f"{where}: holds a {type(value).__name__} where a {kind.__name__} belongs: fix it")
     return value
 
 
@@ -321,5 +321,5 @@ def as_texts(value: Any, where: str) -> list[str]:
     """A text, or a list of texts, as a list; nothing is an empty one."""
     texts = value if isinstance(value, list) else [value] if value else []
     if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise UserError(f"{where}: holds {wrong[0]!r:.80} where a text belongs: mend it")
+        raise UserError(f"{where}: holds {wrong[0]!r:.80} where a text belongs: fix it")
     return texts

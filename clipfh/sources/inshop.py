@@ -87,7 +87,7 @@ def _inshop_boxes(store: fs.SubTreeFileSystem, tree: str) -> dict[str, Box]:
     file = first_file(store, "Anno/list_bbox_inshop.txt", "list_bbox_inshop.txt")
     if not file or "highres" in tree:
         cause = "Anno/list_bbox_inshop.txt is not there" if not file else f"they fit the images of img/, not of {tree}"
-        raise UserError(f"{store.base_path}: --inshop-boxes: {cause}: mend that, or leave the option out")
+        raise UserError(f"{store.base_path}: --inshop-boxes: {cause}: fix that, or leave the option out")
     lines = (line.rsplit(None, 6) for line in read_text(store, file).splitlines())
     corners = {
         line[0]: [int(n) for n in line[3:]] for line in lines if len(line) == 7 and "".join(line[3:]).isdecimal()
@@ -110,7 +110,7 @@ def _partition(store: fs.SubTreeFileSystem, file: str) -> Iterator[tuple[str, st
             where, rows = f"{store.base_path}{file} line {number}", rows + 1
             if len(columns) != 3:
                 quote = f"{line.strip()[:80]!r}"
-                raise UserError(f"{where}: {quote} is not 'image_name item_id evaluation_status': mend it")
+                raise UserError(f"{where}: {quote} is not 'image_name item_id evaluation_status': fix it")
             path, item, status = columns
             yield where, path, item, status
     if count not in (None, rows):
@@ -153,7 +153,7 @@ def _inshop_texts(store: fs.SubTreeFileSystem) -> tuple[dict[str, tuple[str, str
     for number, entry in enumerate(read_json(store, file, list)):
         where = f"{store.base_path}{file}: entry {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("item"), str):
-            raise UserError(f"{where} has no 'item': mend the file or take it away")
+            raise UserError(f"{where} has no 'item': fix the file or take it away")
         paragraphs = [text for text in as_texts(entry.get("description"), where) if text.strip()]
         descriptions[entry["item"]]["\n".join(paragraphs), " ".join(as_texts(entry.get("color"), where))] = None
     texts = {

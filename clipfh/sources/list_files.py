@@ -57,5 +57,5 @@ def _lines(store: fs.SubTreeFileSystem, file: str, columns: str) -> Iterator[tup
         where, fields = f"{store.base_path}{file} line {number}", line.split(None, count - 1)
         if fields and not (number == 1 and not fields[0].isdecimal()):
             if len(fields) != count or not all(field.isdecimal() for field in fields[:-1]):
-                raise UserError(f"{where}: {line.strip()[:80]!r} is not '{columns}': mend it")
+                raise UserError(f"{where}: {line.strip()[:80]!r} is not '{columns}': fix it")
             yield where, fields

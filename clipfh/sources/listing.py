@@ -143,7 +143,7 @@ def require_photo(row: Mapping[str, Any], where: str) -> Photo:
     try:
         return make_photo(row)
     except BadRow as error:
-        raise UserError(f"{where}: {error}: mend it") from error
+        raise UserError(f"{where}: {error}: fix it") from error
 
 
 def variant_and_view(path: str) -> tuple[str, str]:

@@ -45,7 +45,7 @@ class TableRows:
         if self.bad and not self.skip_bad:
             examples = "; ".join(f"{where}: {why}" for where, why in self.bad[:_SHOWN])
             more = f"; and {len(self.bad) - _SHOWN:,} more" if len(self.bad) > _SHOWN else ""
-            raise UserError(f"{self.table} {examples}{more}: mend them, or leave them out by --skip-bad-lines")
+            raise UserError(f"{self.table} {examples}{more}: fix them, or leave them out by --skip-bad-lines")
         return [(f"{self.table} {where}", f"{BAD_LINE}: {why}") for where, why in self.bad]
 
 

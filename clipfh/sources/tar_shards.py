@@ -95,7 +95,7 @@ def _fields(text: str, name: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where}, {name}: not valid JSON ({error}): mend it") from error
+        raise UserError(f"{where}, {name}: not valid JSON ({error}): fix it") from error
     if not isinstance(fields, dict):
         return {}
     return {key: value for key, value in fields.items() if isinstance(value, str | int | float)}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from clipfh import mendable
+from clipfh import fixable
 from clipfh.cluster import ray_private
 from clipfh.cluster.resources import Resources, autoscaler_request
 from clipfh.cluster.run_queue import RunQueue
@@ -188,7 +188,7 @@ def _is_over(experiment: Experiment, inputs: Inputs, out: Folder) -> bool:
 def _outcome(out: Folder, error: Exception | None = None) -> str:
     """How a run ended, for a person."""
     if error:
-        return f"{out.name} failed: {mendable(error) or last_line(str(error))}"
+        return f"{out.name} failed: {fixable(error) or last_line(str(error))}"
     if reason := read_divergence(out):
         return f"{out.name}: diverged: {reason}"
     last = run_folder.read_metrics(out)[-1]

@@ -9,7 +9,7 @@ from typing import Any
 import ray.train
 from ray.train import TrainingFailedError
 
-from clipfh import UserError, mendable
+from clipfh import UserError, fixable
 from clipfh.cluster import ray_private
 from clipfh.cluster.resources import Resources
 from clipfh.config.experiment import Experiment
@@ -49,7 +49,7 @@ def run_training(
     Raises:
         ray.train.TrainingFailedError: workers failed more than `retries` times.
         ray_private.Released: the run was released.
-        UserError: a worker failed for a reason that the user can mend; no worker is replaced then.
+        UserError: a worker failed for a reason that the user can fix; no worker is replaced then.
     """
     if resources.workers > experiment.batch.images:
         raise UserError(
@@ -84,7 +84,7 @@ def run_training(
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        if line := mendable(error):
+        if line := fixable(error):
             raise UserError(line) from error
         raise
 

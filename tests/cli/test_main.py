@@ -1,4 +1,4 @@
-"""What a user can mend is one line and exit code 2; nothing is started for it."""
+"""What a user can fix is one line and exit code 2; nothing is started for it."""
 
 import argparse
 import contextlib

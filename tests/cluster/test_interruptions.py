@@ -3,7 +3,7 @@
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from clipfh import mendable
+from clipfh import fixable
 from clipfh.cluster.interruptions import repeat_interrupted
 
 
@@ -36,4 +36,4 @@ def test_what_the_user_must_mend_is_not_done_again():
     with pytest.raises(ActorDiedError):
         repeat_interrupted(work)
     assert left == [died]
-    assert mendable(died) == "the driver is too old: update it"
+    assert fixable(died) == "the driver is too old: update it"

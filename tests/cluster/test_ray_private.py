@@ -19,7 +19,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
 from ray.util.placement_group import placement_group_table
 
-from clipfh import UserError, mendable
+from clipfh import UserError, fixable
 from clipfh.cluster import ray_private
 from clipfh.cluster.ray_private import Released
 
@@ -282,7 +282,7 @@ def test_what_another_job_left_keeps_no_run_from_its_start(ray_cluster):
 def test_what_the_user_must_mend_ends_a_run_at_once_and_leaves_nothing(ray_cluster, tmp_path):
     with pytest.raises(ray.train.TrainingFailedError) as caught:
         train("test", fail, tmp_path)
-    assert mendable(caught.value) == "the driver is too old: update it"
+    assert fixable(caught.value) == "the driver is too old: update it"
     assert (tmp_path / "starts").read_text() == "once "
     until(lambda: groups() == 0, 10)
     assert ray_private.keys(ray_private._Controller.key("")) == []

@@ -56,7 +56,7 @@ def nodes(monkeypatch):
 def test_a_worker_takes_a_gpu_where_there_are_any(nodes):
     nodes.alive[:] = [{"CPU": 16.0, "GPU": 2.0}]
     assert str(resolve_placement(Placement(workers=2))) == "2 workers on 1 GPU each"
-    with pytest.raises(UserError, match="--workers 4 take a GPU each, the cluster has 2: .*--gpus-per-worker 0"):
+    with pytest.raises(UserError, match="4 workers take a GPU each, the cluster has 2: .*--gpus-per-worker 0"):
         resolve_placement(Placement(workers=4))
     assert resolve_placement(Placement(workers=4, gpus_per_worker=0.0)).gpus == 0
     nodes.alive[:] = [{"CPU": 16.0}]
@@ -85,7 +85,7 @@ def test_a_gpu_that_an_autoscaler_may_make_is_waited_for(nodes, monkeypatch):
     assert resolve_placement(Placement(workers=2), log=lines.append).gpus == 1
     assert asked == [[{"CPU": 2.0, "GPU": 1.0}] * 2, []], "asked for, and no longer than needed"
     assert lines == ["waiting for the cluster's autoscaler to make room for 2 workers on 1 GPU each"]
-    with pytest.raises(UserError, match="--workers 8 take a GPU each, the cluster has 4"):
+    with pytest.raises(UserError, match="8 workers take a GPU each, the cluster has 4"):
         resolve_placement(Placement(workers=8))
 
 

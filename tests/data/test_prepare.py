@@ -210,7 +210,7 @@ def test_more_than_a_hundred_damaged_images_are_left_out_with_a_reason(tmp_path,
     assert all(why in known or re.fullmatch(r"unreadable \(\w+\)", why) for why in left_out.values())
     assert sum(made.num_images(split) for split in SPLITS) == 48
     assert capfd.readouterr().err == "", "decoders don't talk"
-    with pytest.raises(UserError, match="more than --max-bad 0.01; first .*: mend them or raise") as caught:
+    with pytest.raises(UserError, match="more than --max-bad 0.01; first .*: fix them or raise") as caught:
         prepare(source, tmp_path / "strict", image_size=30)
     assert "\n" not in str(caught.value)
 

@@ -161,7 +161,7 @@ def test_all_bad_lines_are_told_at_once_and_left_out_by_an_option(shop):
         "line 6: split 'best'",
     ):
         assert line in said
-    assert said.endswith("mend them, or leave them out by --skip-bad-lines") and "\n" not in said
+    assert said.endswith("fix them, or leave them out by --skip-bad-lines") and "\n" not in said
     listing = read_source(shop / "list.csv", ReadOptions(skip_bad_lines=True))
     assert files_of(listing) == [FILES[0]]
     assert listing.left_out[0] == (f"{shop}/list.csv line 3", "bad line: no item_id") and len(listing.left_out) == 4

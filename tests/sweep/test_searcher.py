@@ -120,7 +120,7 @@ def test_a_trial_that_was_half_drawn_is_drawn_to_its_end(tmp_path):
 
 @pytest.mark.parametrize("value", [None, 0.0])
 def test_failed_trials_come_again_only_where_that_is_asked_for(tmp_path, value):
-    """With a value those that the user can mend, of which the sampler hears; without one those that crashed."""
+    """With a value those that the user can fix, of which the sampler hears; without one those that crashed."""
     searcher = open_searcher(tmp_path)
     before = [searcher.suggest(trial_id) for trial_id in "abc"]
     end(searcher, "a")
