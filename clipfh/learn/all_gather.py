@@ -10,7 +10,7 @@ from torch import Tensor
 from clipfh.data.sampler import worker_slice
 
 
-def all_gather_with_gradient(rows: Tensor, total: int | None = None) -> Tensor:
+def all_gather_with_gradient(rows: Tensor, total: int) -> Tensor:
     """Concatenate the workers' rows by rank: (B, ...) on each of W workers to (N, ...) on all of them.
 
     Integers are gathered too, without gradient. Without a process group, or with one worker, `rows` is returned as is.
@@ -22,12 +22,12 @@ def all_gather_with_gradient(rows: Tensor, total: int | None = None) -> Tensor:
     logit scale) have the full gradient on every worker, and its mean is right: scaling the loss itself would be wrong.
 
     Args:
-        rows: the worker's rows. Workers agree in shape and type, except in the number of rows where `total` is given.
-        total: N, where each worker gives its `worker_slice` of N rows. The default is W * B.
+        rows: the worker's rows, its `worker_slice` of N. Workers agree in type, and in all sizes but their number.
+        total: N.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
-    return _Gather.apply(rows, dist.get_world_size() * len(rows) if total is None else total)
+    return _Gather.apply(rows, total)
 
 
 class _Gather(torch.autograd.Function):

@@ -116,7 +116,7 @@ class Learner:
         if self.world_size == 1:
             return towers
         devices = [self.device] if self.device.type == "cuda" else None
-        # Batch norm is in eval mode, so buffers never differ
+        # Batch norm computes as in evaluation, so buffers never differ
         return nn.parallel.DistributedDataParallel(
             towers, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
@@ -141,7 +141,7 @@ class Learner:
         Every worker embeds its part of a batch, given as the step, image rows (N,) and this rank's training images."""
         sum_ID = torch.zeros(len(self.index.names), self.dim)
         for _, rows, images in batches:
-            embedding = all_gather_with_gradient(embed_images(self.towers, images, self.precision))
+            embedding = all_gather_with_gradient(embed_images(self.towers, images, self.precision), len(rows))
             # On the CPU, where the order of the sums is the same on every worker
             sum_ID.index_add_(0, torch.from_numpy(self.index.item[rows]).long(), embedding.cpu())
         self.objective.start_at(F.normalize(sum_ID))
@@ -194,7 +194,7 @@ class Learner:
         ):
             image, text, log_scale = self.forward(pixels, tokens)
         if text is not None:
-            text = all_gather_with_gradient(_to_float32(text))[: len(labels.captions)]
+            text = all_gather_with_gradient(_to_float32(text), self.world_size * len(text))[: len(labels.captions)]
         elif self.experiment.loss.takes_text:
             text = self.caption_features[labels.captions]
         return all_gather_with_gradient(_to_float32(image), len(labels.item)), text, log_scale
@@ -275,7 +275,7 @@ class Learner:
             parts = (images[at : min(at + VALIDATION_PART, stop)] for at in range(start, stop, VALIDATION_PART))
             embedding = torch.cat([embed_images(self.towers, part, self.precision) for part in parts])
         own_share = F.pad(embedding, (0, 0, 0, share - len(embedding)))
-        return all_gather_with_gradient(own_share)[: len(images)]
+        return all_gather_with_gradient(own_share, self.world_size * share)[: len(images)]
 
     def _scores(self, validation: Validation | None) -> dict[str, float]:
         """Return the validation mAPs. At the end of the budget, whiten where that scores more, or nothing is scored."""

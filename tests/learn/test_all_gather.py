@@ -105,7 +105,7 @@ def worker(rank: int, world_size: int, store: str) -> None:
             own = rows[worker_slice(total, rank, world_size)]
             assert torch.equal(all_gather_with_gradient(own, total), rows), (dtype, total)
     by_columns = torch.arange(6.0).reshape(3, 2).T + 6 * rank  # not contiguous
-    assert torch.equal(all_gather_with_gradient(by_columns)[2 * rank : 2 * rank + 2], by_columns)
+    assert torch.equal(all_gather_with_gradient(by_columns, 2 * world_size)[2 * rank : 2 * rank + 2], by_columns)
     dist.destroy_process_group()
 
 
@@ -117,9 +117,9 @@ def test_workers_give_what_one_worker_gives_with_the_whole_batch(world_size: int
 
 def test_a_process_alone_keeps_its_rows(tmp_path: Path):
     rows = torch.randn(3, 2, requires_grad=True)
-    assert all_gather_with_gradient(rows) is rows
+    assert all_gather_with_gradient(rows, 3) is rows
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        assert all_gather_with_gradient(rows) is rows
+        assert all_gather_with_gradient(rows, 3) is rows
     finally:
         dist.destroy_process_group()

@@ -109,6 +109,9 @@ FEW = learner.Validation(IMAGES[:4], np.array([0, 1, 0, 1]), np.arange(4), 2)
 
 def outcome(one: learner.Learner) -> dict[str, torch.Tensor]:
     """A rank's weights after its steps, their score, and which items it takes for near."""
+    plan = PKSampler(INDEX.item, P, K)
+    drawn = ((step, plan.batch(step)) for step in range(one.steps_before))
+    one.begin((step, rows, IMAGES[rows[worker_slice(P * K, one.rank, one.world_size)]]) for step, rows in drawn)
     found = {**train(one), "validation": torch.tensor(one.validate(FEW))}
     if one.covariance is not None:
         found["scatter"] = one.covariance.scatter
@@ -134,6 +137,7 @@ def learner_for(stage: str, term: str) -> learner.Learner:
     """A learner of a case of `alone`."""
     name, _, way = term.partition(", ")
     more = {"model.lora_rank": 4, "optimizer.head_first": 0.3} if way == "lora" else {}
+    more |= {"loss.arcface_start": "mean"} if way == "mean" else {}
     return learner_of(stage, siglip=way == "siglip", **TERMS[name], **more)
 
 
@@ -150,7 +154,7 @@ def worker(rank: int, world_size: int, store: str, expected: str) -> None:
 def alone(tmp_path_factory) -> str:
     """A file with what one worker's ten steps give, by stage and term."""
     ways = ("sigmoid, siglip", "all, lora")
-    image = ("soft triplet", "pairs with a memory", "arcface", "all")
+    image = ("soft triplet", "pairs with a memory", "arcface, mean", "all")
     stages = {"image": image, "joint": ("supcon with captions", "all", *ways)}
     found = {(stage, name): outcome(learner_for(stage, name)) for stage in stages for name in stages[stage]}
     start = load_initial_model(ModelSettings(name=SMALL_MODEL, image_size=64), 0).double().state_dict()
