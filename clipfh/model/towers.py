@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from clipfh import UserError
 from clipfh.model.architecture import load_open_clip
 from clipfh.model.clip import get_preprocess
-from clipfh.model.layers import is_batch_norm
 from clipfh.model.transfer import images_to_device
 
 
@@ -66,11 +65,14 @@ class Towers(nn.Module):
         return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in rows.split(self.chunk)])
 
     def train(self, mode: bool = True) -> Towers:
-        """Set the mode. Batch norm stays in eval mode, with the statistics of pretraining and not of a batch."""
+        """Set the mode. What the towers compute stays what they compute in evaluation.
+
+        Batch norm keeps the statistics of pretraining. Dropout and stochastic depth would draw other masks for each
+        number of workers, chunks and restarts, so that the gradient would no longer be that of the global batch.
+        """
         super().train(mode)
-        for module in self.modules():
-            if is_batch_norm(module):
-                module.eval()
+        for module in self.modules():  # Hugging Face's layers drop activations (checkpointing) in training mode alone
+            module.training = mode and (module is self or getattr(module, "gradient_checkpointing", False))
         return self
 
 
