@@ -146,7 +146,8 @@ class WindowReader:
             self.places[rank] = window
             first = min(self.places.values())
             if len(self.places) == self.ranks:
-                self.handles = {each: shards for each, shards in self.handles.items() if each >= first}
+                last = self.following(self.following(first))  # those beyond are of a pass that began anew
+                self.handles = {each: shards for each, shards in self.handles.items() if first <= each <= last}
                 self._open(first)
                 self._open(self.following(first))
 

@@ -117,6 +117,14 @@ def test_a_reader_waits_for_the_last_worker():
     assert set(reader.handles) == {(0, 2), (0, 3)}
 
 
+def test_a_reader_that_goes_back_holds_no_window_of_the_pass_before():
+    plan = shards_of_four(window=32)
+    reader = WindowReader(plan.shards, plan.plan.following, lambda shard: shard)
+    reader.move(0, (1, 0))
+    reader.move(0, (0, 0))
+    assert set(reader.handles) == {(0, 0), (0, 1)}
+
+
 def test_a_shard_of_two_windows_is_read_once():
     """Its last item goes on in the next shard, which is in another window."""
     reads = []
