@@ -174,9 +174,10 @@ class PKSampler:
         self.plan = WindowPlan(images, drawable, window, 2 * items, seed)
         self._orders: dict[Window, np.ndarray] = {}
         kind = "train items" if singles else "train items with two photos or more, which the losses need"
-        if not self.num_items:
+        if self.num_items < 2:
             raise UserError(
-                f"there are no {kind}: give more photos of an item, or switch on loss.ce, loss.center or loss.infonce"
+                f"there are {self.num_items or 'no'} {kind}, and a batch holds two or more: give more photos of an "
+                "item, or switch on loss.ce, loss.center or loss.infonce"
             )
         if self.num_items < items:
             raise UserError(

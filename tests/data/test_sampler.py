@@ -100,6 +100,8 @@ def test_too_few_items_of_two_photos():
         PKSampler(item, 3, 2, singles=False)
     with pytest.raises(UserError, match=r"^there are no train items with two photos or more, .*switch on loss\.ce"):
         PKSampler(np.arange(9), 3, 2, singles=False)
+    with pytest.raises(UserError, match="^there are 1 train items with two photos or more.*a batch holds two or more"):
+        PKSampler(np.array([0, 0, 1]), 2, 2, singles=False)
 
 
 @pytest.mark.parametrize(
