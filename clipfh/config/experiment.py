@@ -348,6 +348,11 @@ class Experiment:
                 f"--optimizer.whitening {self.optimizer.whitening}: it turns images away from their prompts: take 0 in "
                 "the joint stage"
             )
+        if self.optimizer.whitening and self.batch.views == 1:
+            raise UserError(
+                f"--optimizer.whitening {self.optimizer.whitening}: it needs two views of an item in a batch, and "
+                "batch.views is 1: take 2 or more, or no whitening"
+            )
         targets = self.model.lora_targets if self.model.lora_rank else "all"
         if self.optimizer.head_first and targets != "all" and not self.loss.has_classifier:
             raise UserError(

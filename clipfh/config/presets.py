@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from clipfh import UserError
@@ -55,7 +56,8 @@ _ORIGINAL: dict[str, Any] = {
 # unicom/scripts/inshop_vit_b_16.sh: 4 x 16 images, 512 of 768 features, timm's augmentation, whose crops keep .08 or
 # more and whose RandAugment leaves the colour jitter out). What differs: an epoch draws each item as often as any
 # other, not each photo; the gradient passes through the margin, which theirs takes for a constant; the warm-up begins
-# near 0, not at a 25th; validation chooses the weights, not the test split.
+# near 0, not at a 25th; validation chooses the weights, not the test split; AdamW has our betas, without a momentum
+# that cycles; RandAugment's strength does not vary, and what is erased has one colour, not noise.
 _UNICOM: dict[str, Any] = {
     "loss.supcon": 0.0,
     "loss.arcface": 1.0,
@@ -81,7 +83,8 @@ _UNICOM: dict[str, Any] = {
 # In-Shop as OML-Team/open-metric-learning does it (pipelines/features_extraction/extractor_inshop/train_inshop.yaml): 5
 # categories x 30 items x 4 views, hard triplets with the soft margin, AdamW with its usual decay, crops of .2 or more.
 # What differs: embeddings are normalised before the loss; the rate falls by a cosine, where theirs is constant until
-# one stops it; the budget is the usual one, as theirs has none.
+# one stops it; the budget is the usual one, as theirs has none; AdamW has our betas; categories come in passes and are
+# about five, where theirs are drawn by their size, with exactly 30 items of each, repeated where there are fewer.
 _OML: dict[str, Any] = {
     "loss.supcon": 0.0,
     "loss.triplet": 1.0,
@@ -157,7 +160,8 @@ def usual_preset(model: str) -> str:
     """Name of the preset that a model takes where none is named, by its name."""
     if model == SMALL_MODEL:
         return "scratch"
-    return next((family for family in ("siglip", "convnext") if family in model.lower()), "recommended")
+    name = Path(model).name.lower() if model.startswith("local-dir:") else model.lower()  # not the folders around it
+    return next((family for family in ("siglip", "convnext") if family in name), "recommended")
 
 
 def presets_for(stage: str) -> list[str]:

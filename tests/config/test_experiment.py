@@ -39,6 +39,10 @@ def test_every_setting_is_documented():
         ({"text.strategy": "neat"}, "text.strategy must be one of raw, clean, structured, not 'neat'"),
         ({"optimizer.lr": -1.0}, "--optimizer.lr must be above 0, not -1.0"),
         ({"batch.views": 1}, "--batch.views 1 leaves loss.supcon without positives: take 2 or more views"),
+        (
+            {"batch.views": 1, "loss.supcon": 0.0, "loss.ce": 1.0, "optimizer.whitening": 0.2},
+            "--optimizer.whitening 0.2",
+        ),
         ({"loss.supcon": 0.0}, "at least one term above 0"),
         ({"loss.supcon": 0.0, "loss.ce": 1.0, "batch.memory": 9}, "--batch.memory 9: no term that is on compares"),
         ({"loss.supcon": 0.0, "loss.smooth_ap": 1.0, "batch.memory": 9}, "--batch.memory 9: no term that is on"),
@@ -153,6 +157,8 @@ def test_a_temperature_that_the_logit_scale_does_not_reach_is_refused(given):
         ("ViT-B-16-SigLIP2", "siglip"),
         ("hf-hub:Marqo/marqo-fashionSigLIP", "siglip"),
         ("convnext_base_w", "convnext"),
+        ("local-dir:/siglip/convnext/export", "recommended"),
+        ("local-dir:/data/my-SigLIP", "siglip"),
     ],
 )
 def test_a_family_has_its_own_usual_preset(model, preset):

@@ -93,7 +93,7 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
         ),
         (
             {
-                "base": {"model.name": "clipfh-small", "loss.supcon": 0.0},
+                "base": {"model.name": "clipfh-small", "loss.supcon": 0.0, "optimizer.whitening": 0.0},
                 "search": {
                     "batch.views": {"choice": [2, 1]},
                     "loss.ce": {"choice": [1.0]},
