@@ -69,6 +69,8 @@ def open_run(
         raise UserError(f"--out {folder} is not empty: --resume goes on with its run, or name another folder")
     catalogue.require("train", "val_query", "val_gallery")
     warm_start = store.absolute(warm_start) if warm_start else None
+    if resume and warm_start and warm_start != (start := folder.read_json(layout.RUN)["warm_start"]):
+        raise UserError(f"--resume: {folder} was started from {start or 'no other run'}: leave --warm-start out")
     fresh = {"hash": catalogue.manifest["hash"], "warm_start": warm_start, "window": None}
     record = folder.read_json(layout.RUN) if resume else fresh
     if record["hash"] != catalogue.manifest["hash"]:
@@ -98,6 +100,7 @@ def notes_on_singles(inputs: Inputs, loss: LossSettings) -> list[str]:
     counts = {
         f"train items have one photo and are {fate}": inputs.num_single,
         "prompts of train items are longer than the model reads: their ends are cut off": inputs.num_cut,
+        "train items have no prompt: terms that learn from prompts leave them out": inputs.num_untold,
     }
     return [f"note: {count:,} {what}" for what, count in counts.items() if count]
 
@@ -222,6 +225,13 @@ def prepare_inputs(
     if keep_gib:
         images = feed.cache_decoded(images, keep_gib, preprocess.size, experiment.augment.crop_min)
     captions, num_cut = tokenize_captions(catalogue, index.names, experiment, get_architecture(clip), *splits)
+    num_untold = int((captions.of_item < 0).sum()) if experiment.loss.takes_text else 0
+    if num_untold == len(index.names):
+        raise UserError(
+            f"no train item has a prompt by text.strategy {experiment.text.strategy}, and a term learns from prompts: "
+            "give texts to prepare, take --text.strategy structured, or switch loss.infonce, loss.sigmoid and "
+            "loss.supcon_captions off"
+        )
     weights = {name: tensor.numpy() for name, tensor in clip.state_dict().items()}
     return Inputs(
         architecture=get_architecture(clip),
@@ -234,6 +244,7 @@ def prepare_inputs(
         num_images=len(index.item),
         num_single=index.num_single,
         num_cut=num_cut,
+        num_untold=num_untold,
     )
 
 

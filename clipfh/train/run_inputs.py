@@ -38,6 +38,8 @@ class Inputs:
     """train items with a single view"""
     num_cut: int
     """prompts of train items that are longer than the model reads"""
+    num_untold: int
+    """items without a prompt, where a term learns from prompts"""
     start_val_mAP: float | None = None
     """validation mAP of the weights, where it is known; else each run measures it"""
 

@@ -125,14 +125,17 @@ class Progress:
         """Return how a run stood at a report, which its checkpoint holds too."""
         return cls(**{field.name: metrics[field.name] for field in dataclasses.fields(cls) if field.name in metrics})
 
-    def with_score(self, val_mAP: float | None) -> dict[str, Any]:
-        """The keys that a report with this validation mAP takes from here; None is without validation."""
+    def with_score(self, val_mAP: float | None, is_due: bool) -> dict[str, Any]:
+        """The keys that a report with this validation mAP takes from here; None is without validation.
+
+        A report that is not due, before a node is taken away, does not count for `budget.patience`.
+        """
         if val_mAP is None:
             return {"stream": self.stream, "reports_since_best": self.reports_since_best}
         is_better = not self.step or val_mAP > self.best_val_mAP
         return {
             "stream": self.stream,
-            "reports_since_best": 0 if is_better else self.reports_since_best + 1,
+            "reports_since_best": 0 if is_better else self.reports_since_best + is_due,
             "best_val_mAP": max(val_mAP, self.best_val_mAP),
         }
 
@@ -250,7 +253,7 @@ class _Reports:
         if not progress.step:
             notes = precision_notes(self.learner.experiment.model.precision, self.learner.device)
             metrics["warnings"] = [*notes, *metrics["warnings"]]
-        metrics |= progress.with_score(metrics.get("val_mAP"))
+        metrics |= progress.with_score(metrics.get("val_mAP"), self.learner.schedule.is_report(self.learner.step))
         if self.learner.rank:
             self.session.report(metrics, None)
         else:

@@ -44,6 +44,7 @@ from clipfh.train.inputs import (
     VALIDATION,
     is_warm_started,
     load_start,
+    notes_on_singles,
     open_run,
     prepare_inputs,
     tokenize_captions,
@@ -199,6 +200,22 @@ def test_prompts_that_are_cut_are_counted(small_catalogue, tiny, tmp_path):
     assert num_cut == 1 and (captions.of_item >= 0).tolist() == [True, True] + [False] * (len(names) - 2)
 
 
+def test_items_without_a_prompt_are_told_and_all_of_them_are_an_error(small_catalogue, tiny, monkeypatch):
+    names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
+    experiment = schema.replace(tiny, {"loss.supcon_captions": True})
+    clip = load_start(experiment)
+    for told, prompts in ((2, names[2:]), (len(names), [])):
+        monkeypatch.setattr(
+            inputs_module, "load_prompts_for", lambda *_, prompts=prompts: dict.fromkeys(prompts, "a hat")
+        )
+        if prompts:
+            notes = notes_on_singles(prepare_inputs(small_catalogue, experiment, clip, Held()), experiment.loss)
+            assert f"note: {told} train items have no prompt: terms that learn from prompts leave them out" in notes
+        else:
+            with pytest.raises(UserError, match="no train item has a prompt by text.strategy structured"):
+                prepare_inputs(small_catalogue, experiment, clip, Held())
+
+
 def test_why_no_prompt_of_a_file_is_of_a_train_item_is_told(small_catalogue, tiny, tmp_path):
     names = small_catalogue.rows("train")["item_id"].unique().to_pylist()
     (tmp_path / "prompts.json").write_text(json.dumps({names[0].upper(): "a shirt"}))
@@ -212,6 +229,13 @@ def test_patience_stops_a_run_that_no_longer_improves(trained_here):
     assert len(run_folder.read_metrics(trained_here(still))) == 3
 
 
+def test_a_report_that_is_not_due_costs_no_patience():
+    progress = worker.Progress(best_val_mAP=0.5, reports_since_best=1, step=4)
+    assert progress.with_score(0.4, is_due=True)["reports_since_best"] == 2
+    assert progress.with_score(0.4, is_due=False)["reports_since_best"] == 1
+    assert progress.with_score(0.6, is_due=False)["reports_since_best"] == 0
+
+
 def test_begin_refuses_what_does_not_fit(image_run, small_catalogue, tiny, tmp_path):
     cases = [
         (tmp_path / "new", tiny, True, "holds no run; leave --resume out"),
@@ -222,6 +246,8 @@ def test_begin_refuses_what_does_not_fit(image_run, small_catalogue, tiny, tmp_p
         with pytest.raises(UserError, match=message):
             open_run(out, experiment, small_catalogue, resume=resume)
     assert open_run(image_run, None, small_catalogue, resume=True)[1] == tiny
+    with pytest.raises(UserError, match="was started from no other run: leave --warm-start out"):
+        open_run(image_run, None, small_catalogue, "runs/other", resume=True)
 
 
 def test_warm_start_takes_another_runs_weights(image_run, tiny):
@@ -366,7 +392,7 @@ def test_random_weights_are_drawn_by_each_runs_seed(tiny):
 
     def first(seed: int, weights) -> list[torch.Tensor]:
         inputs = Inputs(
-            find_architecture(tiny.model), SimpleNamespace(index=index), captions, weights, None, None, 64, 4, 0, 0
+            find_architecture(tiny.model), SimpleNamespace(index=index), captions, weights, None, None, 64, 4, 0, 0, 0
         )
         settings = {"seed": seed, "batch.items": 2}
         one = worker.make_learner(schema.replace(tiny, settings), inputs, torch.device("cpu"))
