@@ -164,8 +164,7 @@ def _train_all(
 def _make_thread(experiment: Experiment, inputs: Inputs, out: Folder, resources: Resources) -> RunThread:
     """A thread that trains a run when it is its turn, as trials do: too many runs at once could all stand still."""
     run_folder.wait_for(out.parent.parent / layout.SWEEP)
-    out.make()
-    out.write(layout.EXPERIMENT, schema.to_json(experiment))
+    driver.open_folder(experiment, out)
     train = functools.partial(driver.run_training, experiment, inputs, out, resources, retries=RETRIES)
     latest_step = functools.partial(run_folder.latest_step, out)
     return RunThread(out.address, resources, RunQueue(), train, latest_step, ray_private.release)
@@ -179,7 +178,12 @@ def _look_after(thread: RunThread, log: Callable[[str], None]) -> None:
 
 
 def _is_over(experiment: Experiment, inputs: Inputs, out: Folder) -> bool:
-    """Whether a run has come to its end, with its last checkpoint on the list."""
+    """Whether a run has come to its end, with its last checkpoint on the list.
+
+    A refit is named by its place among the refits: its folder may hold the run of another winner.
+    """
+    if driver.holds_another(experiment, out):
+        return False
     lines = run_folder.read_metrics(out)
     is_saved = lines and ("diverged" in lines[-1] or run_folder.latest_step(out) >= lines[-1]["step"])
     return bool(is_saved and driver.is_over(experiment, inputs, lines[-1]))

@@ -11,7 +11,6 @@ from ray import tune
 from clipfh import UserError
 from clipfh.cluster.resources import Resources, max_concurrent_runs
 from clipfh.cluster.run_queue import RunQueue
-from clipfh.config import schema
 from clipfh.config.experiment import Experiment
 from clipfh.config.schedule import make_schedule
 from clipfh.config.sweep_file import SweepFile
@@ -55,7 +54,7 @@ class Trial(tune.Trainable):
         self.folder = self.out / layout.TRIALS / self.number
         run_folder.wait_for(self.out / layout.SWEEP)
         experiment = self.sweep.experiment(config["settings"])
-        _clear_of_another(self.folder, experiment)
+        driver.open_folder(experiment, self.folder)  # one with other settings may have begun just before a kill
         inputs = self.inputs[model_key(experiment.model)]
         self.total = make_schedule(experiment, inputs.num_images, inputs.num_single).num_steps
         self.reported_step = 0
@@ -115,15 +114,6 @@ class Trial(tune.Trainable):
     def cleanup(self) -> None:
         """Free what the run holds: Tune calls it when the process ends, also in mid-training."""
         self.thread.release()
-
-
-def _clear_of_another(folder: Folder, experiment: Experiment) -> None:
-    """Make the trial's folder. A trial of this number may have begun, with other settings, just before a kill."""
-    file = folder / layout.EXPERIMENT
-    if run_folder.read_freed(folder) or (file.exists() and file.read_text() != schema.to_json(experiment)):
-        folder.remove()
-    folder.make()
-    folder.write(layout.EXPERIMENT, schema.to_json(experiment))
 
 
 def _result(line: dict[str, Any], done: bool) -> dict[str, Any]:

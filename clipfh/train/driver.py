@@ -12,9 +12,10 @@ from ray.train import TrainingFailedError
 from clipfh import UserError, fixable
 from clipfh.cluster import ray_private
 from clipfh.cluster.resources import Resources
+from clipfh.config import schema
 from clipfh.config.experiment import Experiment
 from clipfh.config.schedule import make_schedule
-from clipfh.storage import layout
+from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder, WholeFiles
 from clipfh.train.run_inputs import Inputs, Job
 
@@ -25,6 +26,20 @@ WORKER = "clipfh.train.ray_worker"
 def loop(config: dict[str, Job]) -> None:
     """Run the loop of a worker. Its module is loaded in the worker's process alone."""
     importlib.import_module(WORKER).loop(config["job"])
+
+
+def holds_another(experiment: Experiment, out: Folder) -> bool:
+    """Whether a run's folder holds a run of another experiment."""
+    file = out / layout.EXPERIMENT
+    return file.exists() and file.read_text() != schema.to_json(experiment)
+
+
+def open_folder(experiment: Experiment, out: Folder) -> None:
+    """Make a run's folder, cleared of a run that can't go on as this one: of another experiment, or partly deleted."""
+    if run_folder.read_freed(out) or holds_another(experiment, out):
+        out.remove()
+    out.make()
+    out.write(layout.EXPERIMENT, schema.to_json(experiment))
 
 
 def run_training(

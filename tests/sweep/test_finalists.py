@@ -10,6 +10,7 @@ import pytest
 from clipfh import UserError
 from clipfh.cluster import ray_private
 from clipfh.cluster.resources import Resources
+from clipfh.config import schema
 from clipfh.config.experiment import Placement
 from clipfh.storage.store import Folder
 from clipfh.sweep import finalists
@@ -72,6 +73,18 @@ def test_final_runs_take_turns_as_trials_do(trained):
     assert seen.most == 1, "the cluster has room for no more"
     assert sorted(seen.told) == [f"{name}: val mAP 0.500" for name in "abc"]
     assert seen.asked == [3, 2, 1, 0] and trained.queue.runs == []
+
+
+def test_the_run_of_another_winner_is_not_taken_for_this_ones(trained, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(finalists.driver, "is_over", lambda *_: True)
+    run = Folder(tmp_path / "final/a")
+    (run / "checkpoints").make()
+    run.write("experiment.json", schema.to_json(schema.replace(tiny, {"seed": 7})))
+    run.write("metrics.jsonl", json.dumps({"best_val_mAP": 0.9, "step": 0, "images": 0}) + "\n")
+    run.write("checkpoints/weights", "its weights")
+    seen = trained.run()
+    assert seen.asked[0] == 3 and "a: val mAP 0.500" in seen.told
+    assert schema.load_experiment(run / "experiment.json") == tiny and not run.exists("checkpoints/weights")
 
 
 def test_a_final_run_that_fails_is_named_and_no_other_is_left(trained, tmp_path):

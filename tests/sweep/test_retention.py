@@ -13,7 +13,7 @@ from clipfh.config.experiment import SMALL_MODEL
 from clipfh.model import checkpoint
 from clipfh.storage import layout, run_folder
 from clipfh.storage.store import Folder
-from clipfh.sweep import finalists, retention, trial
+from clipfh.sweep import finalists, retention
 from clipfh.train import driver
 
 EXPERIMENT = presets.resolve("image", None, {"model.name": SMALL_MODEL})
@@ -124,7 +124,7 @@ def test_a_trial_without_weights_says_why_and_stays_where_it_ended(make_keeper, 
         checkpoint.load(run)
     assert run_folder.latest_step(run) == 4 and run_folder.latest_step(tmp_path / "trials/0003") == 12
     assert run_folder.find_best_checkpoint(tmp_path / "trials/0003") == "checkpoint_8"
-    trial._clear_of_another(Folder(run), schema.load_experiment(run / layout.EXPERIMENT))
+    driver.open_folder(schema.load_experiment(run / layout.EXPERIMENT), Folder(run))
     assert not (run / "checkpoints").exists(), "trained anew, it begins anew"
 
 
@@ -149,3 +149,5 @@ def test_the_run_that_was_exported_keeps_its_weights_and_is_not_trained_again(ma
     assert (left(first), left(second)) == ([], BEST)
     monkeypatch.setattr(driver, "is_over", lambda *_: True)
     assert all(finalists._is_over(EXPERIMENT, None, Folder(run)) for run in (first, second))
+    another = schema.replace(EXPERIMENT, {"optimizer.lr": 2e-3})
+    assert not finalists._is_over(another, None, Folder(first)), "the run of another winner"
