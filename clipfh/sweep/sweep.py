@@ -268,7 +268,7 @@ def _blended(context: _Context, lead: _Winner, rows: list[Row]) -> _Winner:
         return dataclasses.replace(lead, trial=lead.contender.trial, val_mAP=best.val_mAP, blend=None)
     if best.blend == lead.blend:
         return lead
-    number = lead.trial if lead.blend else (out / runs[0]).name.partition("-")[0]
+    number = soup.find_run(out, best.blend.runs[0]).name.partition("-")[0]
     return dataclasses.replace(lead, trial=number, val_mAP=best.val_mAP, blend=best.blend)
 
 

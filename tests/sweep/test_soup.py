@@ -194,6 +194,25 @@ def test_the_choice_stands_where_the_test_split_would_choose_otherwise(searched,
     assert summary["zero_shot"]["mAP"] == 0.9
 
 
+def test_a_soup_is_reported_under_the_trial_whose_settings_it_has(searched, monkeypatch):
+    """The lead has the best mean, and the soup begins with the best single run, which may be another trial's."""
+    finish, context, _ = searched
+    scores = {"0001": [0.9, 0.9], "0002": [0.1, 0.95]}
+
+    def retrain(leading, sweep, inputs, folder, resources, log):
+        for trial, each in scores.items():
+            for number, score in enumerate(each, 1):
+                run = finalists.run_path(folder, trial, number)
+                make_run(run, leading[trial], load_start(leading[trial]), score)
+        return scores
+
+    monkeypatch.setattr(finalists, "retrain", retrain)
+    monkeypatch.setattr(sweep, "_validated", lambda context, blend: made_up(0.5 + 0.1 * len(blend.runs) * blend.share))
+    winner, summary = finish(final=Finalists(top=2, seeds=2))
+    assert winner.blend.runs[0] == "final/0002-again-2" and winner.step == "soup"
+    assert (summary["best_trial"], summary["experiment"]["optimizer.lr"]) == ("0002", 2e-3)
+
+
 def test_what_was_measured_before_a_kill_is_not_measured_again(searched, embedded_splits, monkeypatch):
     finish, context, _ = searched
     embed, left = race.embed, [3]
