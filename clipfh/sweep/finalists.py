@@ -100,6 +100,13 @@ def best_run(folder: Folder, trial: str, scores: Sequence[float]) -> Folder:
     return run_path(folder, trial, 1 + max(range(len(scores)), key=lambda number: scores[number]))
 
 
+def as_selected(run: Folder) -> Experiment:
+    """The experiment of a run, without whitening where validation rejected it: a refit has no validation to ask."""
+    experiment, lines = schema.load_experiment(run / layout.EXPERIMENT), run_folder.read_metrics(run)[-1:]
+    is_rejected = any(line.get("val_mAP_whitened", 1.0) <= line.get("val_mAP_not_whitened", 0.0) for line in lines)
+    return schema.replace(experiment, {"optimizer.whitening": 0.0}) if is_rejected else experiment
+
+
 def refit(
     experiments: Sequence[Experiment],
     sweep: SweepFile,

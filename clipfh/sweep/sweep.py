@@ -23,7 +23,7 @@ from clipfh.data.catalogue import Catalogue
 from clipfh.model import export
 from clipfh.report import artifacts, page
 from clipfh.retrieval import evaluate, metrics
-from clipfh.storage import layout, run_folder, store
+from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
 from clipfh.sweep import finalists, race, retention, shared_inputs, soup
 from clipfh.sweep.leaderboard import Leaderboard, Row
@@ -52,10 +52,15 @@ class _Context:
     resources: Resources
     log: Callable[[str], None]
 
-    def contender(self, experiment: Experiment) -> Contender:
-        """The contender whose model an experiment starts from."""
+    def contenders_of(self, experiment: Experiment) -> list[Contender]:
+        """The contenders whose model an experiment starts from, with images as in the search or after it."""
+        starts = [(each, self.sweep.start(each.model)) for each in self.survivors]
         key = model_key(experiment.model)
-        return next(each for each in self.survivors if model_key(self.sweep.start(each.model).model) == key)
+        return [
+            each
+            for each, start in starts
+            if key in (model_key(start.model), model_key(_at_final_size(self, start).model))
+        ]
 
     @property
     def survivors(self) -> list[Contender]:
@@ -89,6 +94,13 @@ class _Winner:
     """whether its runs are those on train and validation items together"""
     diverged: str = ""
     """why the refit's model is not taken"""
+    earlier: dict[str, Any] = field(default_factory=dict)
+    """`origin` of the winner of an earlier sweep, as that sweep has it; empty for a winner of this one"""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What summary and model card say of how it was made."""
+        return self.earlier or {"refit": self.refit, "blend": self.blend.account if self.blend else None}
 
     def runs(self, out: Folder) -> set[Folder]:
         """Folders whose weights it is made of."""
@@ -148,7 +160,7 @@ def run(
     rows = board.write()
     board.require_score()
     keeper.trials(rows)
-    winner = _with_earlier(context, _refitted(context, _blended(context, _lead(context, inputs, rows), rows)))
+    winner = _refitted(context, _with_earlier(context, _blended(context, _lead(context, inputs, rows), rows)))
     about = {"resources": dataclasses.asdict(resources), "notes": notes}
     summary = _finish(context, winner, rows, {**about, "seconds": round(time.monotonic() - start, 1)})
     keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
@@ -242,7 +254,7 @@ def _lead(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row])
     if trial in {each.trial for each in context.contenders} or (leading and score <= zero_shot.val_mAP):
         return _Winner(zero_shot.trial, zero_shot, zero_shot.val_mAP, None, again)
     experiment = schema.load_experiment(out / layout.TRIALS / trial / layout.EXPERIMENT)
-    return _Winner(trial, context.contender(experiment), score, Blend((soup.name_run(run),)), again)
+    return _Winner(trial, context.contenders_of(experiment)[0], score, Blend((soup.name_run(run),)), again)
 
 
 def _blended(context: _Context, lead: _Winner, rows: list[Row]) -> _Winner:
@@ -293,11 +305,11 @@ def _refitted(context: _Context, winner: _Winner) -> _Winner:
 
     Nothing is left to measure whether the shares and the settings are still the best.
     """
-    if not context.sweep.final.refit or winner.blend is None:
+    if not context.sweep.final.refit or winner.blend is None or winner.earlier:
         return winner
     what = f"trial {winner.trial}'s settings" if len(winner.blend.runs) == 1 else f"the {len(winner.blend.runs)} runs"
     context.log(f"now {what} on train and validation items together")
-    experiments = [_as_selected(context.out / run) for run in winner.blend.runs]
+    experiments = [finalists.as_selected(context.out / run) for run in winner.blend.runs]
     runs = _refit(context, [_at_final_size(context, each) for each in experiments])
     if diverged := next(filter(None, map(finalists.read_divergence, runs)), ""):
         context.log(f"that diverged ({diverged}): the winner is {winner.blend}, of train items alone")
@@ -316,19 +328,22 @@ def _with_earlier(context: _Context, winner: _Winner) -> _Winner:
         context.log(f"note: {name} can't win: its export is not there")
     elif folder.read_json(layout.SWEEP_INPUTS)["hash"] != context.catalogue.manifest["hash"]:
         context.log(f"note: {name} can't win: it was selected on another catalogue")
+    elif not (contenders := context.contenders_of(schema.load_experiment(folder / layout.BEST / layout.EXPERIMENT))):
+        context.log(f"note: {name} can't win: its model, or the size of its images, is not searched here")
     elif summary["val_mAP"] > winner.val_mAP:
         context.log(f"{name} is better than all of this sweep: val mAP {summary['val_mAP']:.3f}")
         trial, blend = f"{folder.name}-{summary['best_trial']}", Blend(((folder / layout.BEST).address,))
-        won = {"val_mAP": summary["val_mAP"], "blend": blend, "step": "", "refit": False, "diverged": ""}
-        return dataclasses.replace(winner, trial=trial, **won)
+        won = {"val_mAP": summary["val_mAP"], "blend": blend, "step": "", "earlier": _origin_of_best(folder, summary)}
+        return dataclasses.replace(winner, trial=trial, contender=contenders[0], **won)
     return winner
 
 
-def _as_selected(run: Folder) -> Experiment:
-    """The experiment of a run, without whitening where validation rejected it: a refit has no validation to ask."""
-    experiment, lines = schema.load_experiment(run / layout.EXPERIMENT), run_folder.read_metrics(run)[-1:]
-    is_rejected = any(line.get("val_mAP_whitened", 1.0) <= line.get("val_mAP_not_whitened", 0.0) for line in lines)
-    return schema.replace(experiment, {"optimizer.whitening": 0.0}) if is_rejected else experiment
+def _origin_of_best(sweep: Folder, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The `origin` of another sweep's winner, its runs named from the root on."""
+    final = summary.get("final", {})
+    blend = final.get("blend")
+    runs = {"runs": [soup.find_run(sweep, run).address for run in blend["runs"]]} if blend else {}
+    return {"refit": final.get("refit", False), "blend": {**blend, **runs} if blend else None}
 
 
 def _at_final_size(context: _Context, experiment: Experiment) -> Experiment:
@@ -360,16 +375,15 @@ def _finish(context: _Context, winner: _Winner, rows: list[Row], about: dict[str
     if out.exists(layout.BEST):
         out.remove(layout.BEST)
     evidence = {"zero_shot": before, "test": after, "catalogue": artifacts.catalogue_account(context.catalogue)}
-    origin = {"refit": winner.refit, "blend": winner.blend.account if winner.blend else None}
     photos = export.sample_photos(context.catalogue)
-    export.write_export(best, experiment, out / layout.BEST, {**evidence, **origin}, photos)
+    export.write_export(best, experiment, out / layout.BEST, {**evidence, **winner.origin}, photos)
     summary = {
         "name": context.sweep.name,
         "best_trial": winner.trial,
         "val_mAP": winner.val_mAP,
         "model": winner.contender.model,
         "zero_shot_val_mAP": winner.contender.val_mAP,
-        "final": {"again": winner.again, "refit_diverged": winner.diverged, **origin},
+        "final": {"again": winner.again, "refit_diverged": winner.diverged, **winner.origin},
         "soup": _account_of_steps(context, winner, before, after),
         **evidence,
         "gain": metrics.gain(old, new),

@@ -248,26 +248,46 @@ def test_a_sweep_that_is_over_takes_more_trials_and_no_other_change(tmp_path):
     ("earlier", "wins", "said"),
     [
         ({"val_mAP": 0.7}, True, "is better than all of this sweep: val mAP 0.700"),
+        ({"val_mAP": 0.7, "model": {"model.image_size": 336}}, True, "is better than all of this sweep: val mAP 0.700"),
         ({"val_mAP": 0.5}, False, ""),
         ({"val_mAP": 0.7, "hash": "another"}, False, "can't win: it was selected on another catalogue"),
         ({"val_mAP": 0.7, "export": ""}, False, "can't win: its export is not there"),
+        (
+            {"val_mAP": 0.7, "model": {"model.name": "RN50"}},
+            False,
+            "can't win: its model, or the size of its images, is not searched here",
+        ),
     ],
 )
 def test_the_best_of_an_earlier_sweep_competes_at_the_end(tmp_path, small_catalogue, earlier, wins, said):
-    before = Folder(tmp_path / "before")
-    before.make()
-    before.write(layout.SUMMARY, json.dumps({"val_mAP": earlier["val_mAP"], "best_trial": "0003"}))
+    before, start = Folder(tmp_path / "before"), presets.resolve("image")
+    (before / layout.BEST).make()
+    made_of = {"runs": ["final/refit", "/runs/old/best"], "share": 0.7, "label": "two runs"}
+    final = {"refit": True, "blend": made_of}
+    before.write(layout.SUMMARY, json.dumps({"val_mAP": earlier["val_mAP"], "best_trial": "0003", "final": final}))
     before.write(layout.SWEEP_INPUTS, json.dumps({"hash": earlier.get("hash", small_catalogue.manifest["hash"])}))
+    (before / layout.BEST).write(layout.EXPERIMENT, schema.to_json(schema.replace(start, earlier.get("model", {}))))
     if earlier.get("export", "there"):
-        (before / layout.BEST).make()
         before.write(f"{layout.BEST}/{layout.EXPORTED_WEIGHTS}", "")
-    told, asked = [], SimpleNamespace(earlier=before.address)
-    context = SimpleNamespace(sweep=asked, catalogue=small_catalogue, log=told.append)
-    winner = sweep._Winner("0001", None, 0.6, None, {}, refit=True)
+    told, asked = [], Finalists(top=0, refit=True, image_size=336)
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x"}))
+    loaded = dataclasses.replace(sweep_file.load(tmp_path / "x.yaml"), final=asked, earlier=before.address)
+    losing, fitting = (Contender(name, "0000", 1, 64, 1.0, kept=keep) for name, keep in (("RN50", False), ("", True)))
+    fitting = dataclasses.replace(fitting, model=next(iter(loaded.contenders)))
+    context = sweep._Context(
+        loaded, small_catalogue, Folder(tmp_path), [losing, fitting], None, None, None, told.append
+    )
+    winner = sweep._Winner("0001", losing, 0.6, None, {})
     best = sweep._with_earlier(context, winner)
-    assert (best.trial, best.val_mAP) == (("before-0003", 0.7) if wins else ("0001", 0.6))
-    assert best is winner or best.blend.runs == ((before / layout.BEST).address,) and not best.refit
     assert told == ([f"{'' if wins else 'note: '}the best of {before} {said}"] if said else [])
+    if not wins:
+        assert best is winner
+        return
+    assert (best.trial, best.val_mAP, best.contender) == ("before-0003", 0.7, fitting)
+    assert best.blend.runs == ((before / layout.BEST).address,)
+    runs = [(before / "final/refit").address, "/runs/old/best"]
+    assert best.origin == {"refit": True, "blend": {**made_of, "runs": runs}}, "as that sweep's card has it"
+    assert sweep._refitted(context, best) is best, "it was refit there, if anywhere"
 
 
 @pytest.mark.parametrize("reason", ["", "loss or gradient are not finite at step 9"])
@@ -297,7 +317,7 @@ def test_a_refit_is_whitened_only_where_validation_took_it(tmp_path, whitened, w
     (tmp_path / layout.EXPERIMENT).write_text(schema.to_json(experiment))
     line = {"step": 9, "val_mAP": 0.6, "val_mAP_whitened": whitened, "val_mAP_not_whitened": 0.5}
     (tmp_path / layout.REPORTS).write_text(json.dumps(line) + "\n")
-    assert sweep._as_selected(Folder(tmp_path)).optimizer.whitening == whitening
+    assert finalists.as_selected(Folder(tmp_path)).optimizer.whitening == whitening
 
 
 def test_a_final_run_that_diverged_is_over_and_counts_as_the_worst(tmp_path):
