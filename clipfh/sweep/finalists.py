@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from clipfh import fixable
+from clipfh import UserError, fixable
 from clipfh.cluster import ray_private
 from clipfh.cluster.resources import Resources, autoscaler_request
 from clipfh.cluster.run_queue import RunQueue
@@ -62,7 +62,8 @@ def retrain(
 ) -> dict[str, list[float]]:
     """Train leading settings with several seeds each; returns each trial's validation mAPs, seed by seed.
 
-    A run that `folder` has already goes on, or is left alone where it is over.
+    A run that can't be trained counts as the worst possible, as one that diverged. A run that `folder` has already goes
+    on, or is left alone where it is over.
     """
     numbers = range(1, sweep.final.seeds + 1)
     seeded = {
@@ -71,8 +72,9 @@ def retrain(
         for number in numbers
     }
     jobs = {run_path(folder, *key): experiment for key, experiment in seeded.items()}
-    _train_all(jobs, sweep, inputs, resources, log)
-    return {trial: [score(run_path(folder, trial, number)) for number in numbers] for trial in leading}
+    errors = _train_all(jobs, sweep, inputs, resources, log)
+    runs = {trial: [run_path(folder, trial, number) for number in numbers] for trial in leading}
+    return {trial: [0.0 if run in errors else score(run) for run in each] for trial, each in runs.items()}
 
 
 def run_path(folder: Folder, trial: str, number: int) -> Folder:
@@ -81,8 +83,9 @@ def run_path(folder: Folder, trial: str, number: int) -> Folder:
 
 
 def score(run: Folder) -> float:
-    """A run's best validation mAP; the worst possible where it diverged."""
-    return float(run_folder.read_metrics(run)[-1]["best_val_mAP"])
+    """A run's best validation mAP; the worst possible where it diverged, or has no report."""
+    lines = run_folder.read_metrics(run)
+    return float(lines[-1]["best_val_mAP"]) if lines else 0.0
 
 
 def read_divergence(run: Folder) -> str:
@@ -114,16 +117,21 @@ def refit(
     folder: Folder,
     resources: Resources,
     log: Callable[[str], None],
-) -> list[Folder]:
-    """Train on inputs that hold the validation items too, to the end of the budget; returns each run's folder."""
+) -> tuple[list[Folder], str]:
+    """Train on inputs that hold the validation items too, to the end of the budget.
+
+    Returns:
+        Each run's folder, and why one of them has no model to take; empty where all have.
+    """
     jobs = {
         folder / (f"{REFIT}-{number}" if number > 1 else REFIT): dataclasses.replace(
             experiment, budget=dataclasses.replace(experiment.budget, patience=0)
         )
         for number, experiment in enumerate(experiments, 1)
     }
-    _train_all(jobs, sweep, inputs, resources, log)
-    return list(jobs)
+    errors = _train_all(jobs, sweep, inputs, resources, log)
+    reasons = [errors.get(run) or read_divergence(run) for run in jobs]
+    return list(jobs), next(filter(None, reasons), "")
 
 
 def _train_all(
@@ -132,11 +140,16 @@ def _train_all(
     inputs: Mapping[ModelKey, Inputs],
     resources: Resources,
     log: Callable[[str], None],
-) -> None:
-    """Train each experiment in its folder, as many at a time as trials run; an autoscaler is asked for their room."""
+) -> dict[Folder, str]:
+    """Train each experiment in its folder, as many at a time as trials run; an autoscaler is asked for their room.
+
+    Returns:
+        Why a run can't be trained, of those that can't. They are tried again when the sweep is resumed.
+    """
     most = len(jobs) if sweep.placement.concurrent == "auto" else sweep.placement.concurrent
     waiting: list[RunThread] = []
     running: list[RunThread] = []
+    errors: dict[Folder, str] = {}
     for out, experiment in jobs.items():
         of_run = inputs[model_key(experiment.model)]
         if _is_over(experiment, of_run, out):
@@ -152,7 +165,9 @@ def _train_all(
                     running[-1].start()
                 for thread in [each for each in running if not each.is_alive()]:
                     log(_outcome(Folder(thread.run), thread.error))
-                    if thread.error:
+                    if isinstance(thread.error, UserError):
+                        errors[Folder(thread.run)] = str(thread.error)
+                    elif thread.error:
                         raise thread.error
                     thread.release()
                     running.remove(thread)
@@ -166,6 +181,7 @@ def _train_all(
             thread.release()
         for thread in running:
             thread.join()
+    return errors
 
 
 def _make_thread(experiment: Experiment, inputs: Inputs, out: Folder, resources: Resources) -> RunThread:

@@ -193,6 +193,8 @@ def _why_not(run: Folder, like: Experiment) -> str:
     experiment = schema.load_experiment(run / layout.EXPERIMENT)
     if experiment.stage != like.stage or model_key(experiment.model) != model_key(like.model):
         return "begins with another model, or another size of images"
+    if not run_folder.read_metrics(run):
+        return "failed before its first report"
     if finalists.read_divergence(run):
         return "diverged"
     return "" if _has_weights(run) else "its weights were not kept"

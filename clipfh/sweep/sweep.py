@@ -248,10 +248,14 @@ def _lead(context: _Context, inputs: Mapping[ModelKey, Inputs], rows: list[Row])
             leading = {number: _at_final_size(context, each) for number, each in leading.items()}
             inputs = shared_inputs.prepare_larger(leading.values(), context.catalogue, context.load, context.feed)
         again = finalists.retrain(leading, context.sweep, inputs, folder, context.resources, context.log)
+    if any(map(any, again.values())):
         trial = finalists.best_trial(again)
         score, run = mean(again[trial]), finalists.best_run(folder, trial, again[trial])
+    elif again:
+        context.log(f"none of these runs came to its end: trial {trial}, the best of the search, takes their place")
+        again = {}
     zero_shot = context.contenders[0]
-    if trial in {each.trial for each in context.contenders} or (leading and score <= zero_shot.val_mAP):
+    if trial in {each.trial for each in context.contenders} or (again and score <= zero_shot.val_mAP):
         return _Winner(zero_shot.trial, zero_shot, zero_shot.val_mAP, None, again)
     experiment = schema.load_experiment(out / layout.TRIALS / trial / layout.EXPERIMENT)
     return _Winner(trial, context.contenders_of(experiment)[0], score, Blend((soup.name_run(run),)), again)
@@ -310,10 +314,10 @@ def _refitted(context: _Context, winner: _Winner) -> _Winner:
     what = f"trial {winner.trial}'s settings" if len(winner.blend.runs) == 1 else f"the {len(winner.blend.runs)} runs"
     context.log(f"now {what} on train and validation items together")
     experiments = [finalists.as_selected(context.out / run) for run in winner.blend.runs]
-    runs = _refit(context, [_at_final_size(context, each) for each in experiments])
-    if diverged := next(filter(None, map(finalists.read_divergence, runs)), ""):
-        context.log(f"that diverged ({diverged}): the winner is {winner.blend}, of train items alone")
-        return dataclasses.replace(winner, diverged=diverged)
+    runs, reason = _refit(context, [_at_final_size(context, each) for each in experiments])
+    if reason:
+        context.log(f"that came to nothing ({reason}): the winner is {winner.blend}, of train items alone")
+        return dataclasses.replace(winner, diverged=reason)
     names = tuple(map(soup.name_run, runs))
     return dataclasses.replace(winner, blend=dataclasses.replace(winner.blend, runs=names), refit=True)
 
@@ -352,8 +356,8 @@ def _at_final_size(context: _Context, experiment: Experiment) -> Experiment:
     return schema.replace(experiment, {"model.image_size": size})
 
 
-def _refit(context: _Context, experiments: Sequence[Experiment]) -> list[Folder]:
-    """Train on train and validation items together; returns the runs' folders. They begin with one model."""
+def _refit(context: _Context, experiments: Sequence[Experiment]) -> tuple[list[Folder], str]:
+    """Train on train and validation items together; returns what `finalists.refit` does. They begin with one model."""
     clip = context.load(experiments[0])
     # An experiment that learns from prompts, if there is one, so that the others' inputs have them
     widest = max(experiments, key=lambda each: each.loss.takes_text)

@@ -48,13 +48,14 @@ def trained(monkeypatch, tmp_path, tiny):
     request = contextlib.nullcontext(lambda left: seen.asked.append(left))
     monkeypatch.setattr(finalists, "autoscaler_request", lambda placement, resources: request)
 
-    def run(fails: str = "") -> SimpleNamespace:
+    def run(fails: str = "", error: Exception | None = None) -> SimpleNamespace:
         def fit(experiment, inputs, out, resources, **how):
             with lock:
                 seen.at_once += 1
                 seen.most = max(seen.most, seen.at_once)
             if out.name == fails:
-                raise UserError("the GPU's memory is too small")
+                seen.at_once -= 1
+                raise error
             out.write("metrics.jsonl", json.dumps({"best_val_mAP": 0.5, "step": 1, "images": 1}) + "\n")
             with lock:
                 seen.at_once -= 1
@@ -62,7 +63,8 @@ def trained(monkeypatch, tmp_path, tiny):
         monkeypatch.setattr(finalists.driver, "run_training", fit)
         jobs = {Folder(tmp_path / "final" / name): tiny for name in ("a", "b", "c")}
         sweep = SimpleNamespace(placement=Placement())
-        finalists._train_all(jobs, sweep, {model_key(tiny.model): None}, Resources(1, 1, 0, 1), seen.told.append)
+        inputs = {model_key(tiny.model): None}
+        seen.errors = finalists._train_all(jobs, sweep, inputs, Resources(1, 1, 0, 1), seen.told.append)
         return seen
 
     return SimpleNamespace(run=run, seen=seen, queue=queue)
@@ -87,10 +89,17 @@ def test_the_run_of_another_winner_is_not_taken_for_this_ones(trained, tmp_path,
     assert schema.load_experiment(run / "experiment.json") == tiny and not run.exists("checkpoints/weights")
 
 
-def test_a_final_run_that_fails_is_named_and_no_other_is_left(trained, tmp_path):
-    with pytest.raises(UserError, match="memory is too small"):
-        trained.run(fails="a")
-    assert "a failed: the GPU's memory is too small" in trained.seen.told
+def test_a_final_run_that_cant_be_trained_is_named_and_the_others_go_on(trained, tmp_path):
+    seen = trained.run(fails="a", error=UserError("the GPU's memory is too small"))
+    assert seen.told == ["a failed: the GPU's memory is too small", "b: val mAP 0.500", "c: val mAP 0.500"]
+    assert seen.errors == {Folder(tmp_path / "final/a"): "the GPU's memory is too small"}
+    assert finalists.score(Folder(tmp_path / "final/a")) == 0.0
+
+
+def test_what_no_one_can_fix_is_named_and_no_other_is_left(trained, tmp_path):
+    with pytest.raises(OSError, match="no space left"):
+        trained.run(fails="a", error=OSError("no space left"))
+    assert "a failed: no space left" in trained.seen.told
     assert {path[-1] for path in trained.seen.ended} == {"a", "b", "c"}, "nothing of the others is left"
     names = {str(tmp_path / "final" / name) for name in "abc"}
     assert not names & {thread.name for thread in threading.enumerate()} and trained.queue.runs == []

@@ -213,6 +213,18 @@ def test_a_soup_is_reported_under_the_trial_whose_settings_it_has(searched, monk
     assert (summary["best_trial"], summary["experiment"]["optimizer.lr"]) == ("0002", 2e-3)
 
 
+def test_where_no_leader_could_be_trained_again_the_best_of_the_search_takes_their_place(searched, monkeypatch):
+    finish, context, told = searched
+    monkeypatch.setattr(finalists, "retrain", lambda leading, *_: {trial: [0.0, 0.0] for trial in leading})
+    monkeypatch.setattr(finalists, "refit", lambda experiments, *_: ([context.out / "final/refit"], "out of memory"))
+    monkeypatch.setattr(sweep, "prepare_inputs", lambda *given, **options: None)
+    monkeypatch.setattr(sweep.shared_inputs, "prepare_larger", lambda *_: {})
+    final = Finalists(top=2, seeds=2, refit=True, image_size=96, soup="none", mix=False)
+    winner, summary = finish(final=final)
+    assert winner.blend == Blend(("trials/0001",)) and "trial 0001, the best of the search, takes" in "\n".join(told)
+    assert not winner.refit and summary["final"]["refit_diverged"] == "out of memory"
+
+
 def test_what_was_measured_before_a_kill_is_not_measured_again(searched, embedded_splits, monkeypatch):
     finish, context, _ = searched
     embed, left = race.embed, [3]
@@ -281,7 +293,7 @@ def test_a_soup_is_refit_run_by_run_in_the_same_shares(searched, monkeypatch):
     def refit(experiments, sweep, inputs, folder, resources, tell):
         trained.extend(experiments)
         clip = load_start(experiments[0])
-        return [make_run(folder / f"refit-{n}", each, clip, 0.5) for n, each in enumerate(experiments, 1)]
+        return [make_run(folder / f"refit-{n}", each, clip, 0.5) for n, each in enumerate(experiments, 1)], ""
 
     monkeypatch.setattr(finalists, "refit", refit)
     winner, summary = finish(final=Finalists(refit=True))

@@ -298,7 +298,7 @@ def test_a_refit_that_diverged_is_not_the_winner(tmp_path, monkeypatch, reason):
         (folder / "experiment.json").write_text(schema.to_json(presets.resolve("image")))
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 4, "images": 4, "best_val_mAP": 0.0, **line}))
     monkeypatch.setattr(sweep, "prepare_inputs", lambda *args, **kwargs: None)
-    monkeypatch.setattr(sweep.finalists, "refit", lambda *args: [Folder(tmp_path) / "final/refit"])
+    monkeypatch.setattr(sweep.finalists, "refit", lambda *args: ([Folder(tmp_path) / "final/refit"], reason))
     told, asked = [], Finalists(top=0, refit=True)
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x"}))
     loaded = dataclasses.replace(sweep_file.load(tmp_path / "x.yaml"), final=asked)
