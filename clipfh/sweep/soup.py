@@ -3,7 +3,8 @@
 The greedy soup (Wortsman et al., Model soups, 2203.05482) goes through the leading runs, the best first, and takes each
 whose weights do not make the validation mAP of the average fall. The mix (Wortsman et al., WiSE-FT, 2109.01903) is the
 best point on the line from the model before tuning to the soup. Nothing is trained, and validation alone decides.
-`soup.json` has each measurement as soon as it is made: what is measured is not measured again.
+`soup.json` has each measurement as soon as it is made: what is measured is not measured again, unless a run of it was
+trained further since.
 """
 
 from __future__ import annotations
@@ -58,8 +59,13 @@ Measure = Callable[[Blend], Headline]
 """Returns the headline of a blend on the validation items."""
 
 
+def read_account(blend: Blend, out: Folder) -> dict[str, Any]:
+    """A blend's account with the best checkpoint of each run: one of a run that is trained further may be another."""
+    return {**blend.account, "checkpoints": [run_folder.find_best_checkpoint(find_run(out, run)) for run in blend.runs]}
+
+
 class Ledger:
-    """Measures blends, each once: one that `soup.json` has is not measured again.
+    """Measures blends, each once: one that `soup.json` has, of the same checkpoints, is not measured again.
 
     Args:
         out: the sweep's folder.
@@ -68,17 +74,17 @@ class Ledger:
 
     def __init__(self, out: Folder, measure: Measure) -> None:
         self.folder, self.measure = out, measure
-        self.headlines = {
-            Blend(tuple(each["runs"]), each["share"]): each["figures"]
-            for each in self.folder.read_json(layout.SOUP).get("measured", [])
-        }
+        self.rows: list[dict[str, Any]] = out.read_json(layout.SOUP).get("measured", [])
 
     def __call__(self, blend: Blend) -> Headline:
-        if blend not in self.headlines:
-            self.headlines[blend] = dict(self.measure(blend))
-            rows = [{**each.account, "figures": headline} for each, headline in self.headlines.items()]
-            self.folder.write(layout.SOUP, json.dumps({"measured": rows}, indent=2) + "\n")
-        return self.headlines[blend]
+        account = read_account(blend, self.folder)
+        for row in self.rows:
+            if row.items() >= account.items():
+                return dict(row["figures"])
+        others = [row for row in self.rows if not row.items() >= blend.account.items()]
+        self.rows = [*others, {**account, "figures": dict(self.measure(blend))}]
+        self.folder.write(layout.SOUP, json.dumps({"measured": self.rows}, indent=2) + "\n")
+        return dict(self.rows[-1]["figures"])
 
 
 @dataclass(frozen=True)

@@ -441,11 +441,11 @@ def _test_step(context: _Context, step: Step) -> soup.Headline:
     """Headline on the test split of a model that did not win; measured once."""
     assert step.blend is not None
     name = step.name.replace(" ", "-")
-    folder = context.out / layout.TEST / name
-    if folder.read_json(layout.EVALUATION) != step.blend.account:
+    folder, account = context.out / layout.TEST / name, soup.read_account(step.blend, context.out)
+    if folder.read_json(layout.EVALUATION) != account:
         clip, experiment = soup.build(step.blend, context.out, context.load)
         _tested(context, name, experiment, clip)
-        folder.write(layout.EVALUATION, json.dumps(step.blend.account, indent=2) + "\n")
+        folder.write(layout.EVALUATION, json.dumps(account, indent=2) + "\n")
     return soup.pick_headline(folder.read_json(layout.METRICS))
 
 

@@ -249,6 +249,18 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(searched, embedde
     assert again == summary and embedded_splits[len(before) :] == ["test", "test"], "zero-shot and the winner"
 
 
+def test_what_was_measured_of_a_run_before_it_was_trained_further_is_measured_again(searched, embedded_splits):
+    finish, context, _ = searched
+    finish(final=Finalists(soup="none"))
+    run, splits = context.out / "trials/0001", embedded_splits.copy()
+    further, snapshot = run / layout.CHECKPOINTS, f"{layout.CHECKPOINTS}/{layout.SNAPSHOT}"
+    further.local_path("checkpoint_4").rename(further.local_path("checkpoint_8"))
+    run.write(snapshot, run.read_text(snapshot).replace("checkpoint_4", "checkpoint_8"))
+    embedded_splits.clear()
+    finish(final=Finalists(soup="none"))
+    assert embedded_splits == splits and len(artifacts.read(context.out).measured) == splits.count("val")
+
+
 def test_runs_that_have_no_common_start_stay_out_and_it_is_said_why(searched):
     _, context, _ = searched
     out, rows = context.out, [{"trial": f"000{n}", "status": "done", "val_mAP": "0.5"} for n in range(1, 6)]
