@@ -337,6 +337,8 @@ def _model(entry: Any) -> dict[str, Any]:
 
 def _base(settings: dict[str, Any], search: Mapping[str, SearchRange]) -> dict[str, Any]:
     """Checked settings, and their preset: the usual one for the model where none is named and there is one model."""
+    if "stage" in settings:
+        raise UserError("base: stage is a key of its own: write it beside base, which then has that stage's preset")
     usual = presets.usual_preset(settings.get("model.name", ""))
     preset = settings.pop("preset", None) or ("" if {MODEL, "model.name"} & search.keys() else usual)
     values = {name: schema.check(name, value) for name, value in settings.items()}

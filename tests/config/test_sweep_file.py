@@ -77,6 +77,7 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
             },
             "at least one term above 0",
         ),
+        ({"base": {"stage": "joint"}}, "base: stage is a key of its own: write it beside base"),
         ({"trials": 0}, "trials must be a whole number above 0, not 0"),
         ({"trials": "many"}, "trials must be a whole number, not 'many'"),
         ({"seed": -1}, "seed must be a whole number, 0 or more, not -1"),
