@@ -294,6 +294,7 @@ def _check_tree(tree: Any, overrides: dict[str, Any], trials: int | None) -> Swe
     values["search"] = {name: _range(name, spec) for name, spec in values.get("search", {}).items()}
     if labels := label_models(values.get("models", [])):
         values["search"] = {MODEL: SearchRange("choice", tuple(labels)), **values["search"]}
+    values["points"] = [_point(each, values["search"]) for each in values.get("points", [])]
     if clash := set(values["search"]) & set(overrides):
         raise UserError(f"{sorted(clash)[0]} is searched: give another value in the file, not beside it")
     budgets = {f"budget.{name}": value for name, value in budget.items() if name not in rungs}
@@ -373,7 +374,7 @@ def _check_points(sweep: SweepFile) -> None:
         for name, value in point.items():
             if name not in sweep.search:
                 raise UserError(f"points: {name} is not searched{schema.nearest(name, list(sweep.search))}")
-            if not sweep.search[name].holds(value if name == MODEL else schema.check(name, value)):
+            if not sweep.search[name].holds(value):
                 choices = f": take one of {', '.join(sweep.search[name].values)}" if name == MODEL else ""
                 raise UserError(f"points: {name} {value} lies outside its range{choices}")
         for model in sweep.contenders.values():
@@ -424,6 +425,11 @@ def _range(name: str, spec: Any) -> SearchRange:
     if kind == "loguniform" and values[0] <= 0:
         raise UserError(f"search: {name}: loguniform wants values above 0, not {values[0]}")
     return SearchRange(kind, values, _setting(name, spec["or"]) if "or" in spec else None)
+
+
+def _point(point: Mapping[str, Any], search: Mapping[str, SearchRange]) -> dict[str, Any]:
+    """A point with its values as a range has them. What is not searched is refused once all else is read."""
+    return {n: _setting(n, v) if n in search and n != MODEL else v for n, v in point.items()}
 
 
 def _setting(name: str, value: Any) -> Any:

@@ -185,6 +185,9 @@ def test_files_are_named_from_the_root_on(tmp_path, monkeypatch):
     base = {"model.name": "clipfh-small", "text.file": "prompts.json", "model.pretrained": "weights.pt"}
     found = sweep_file.load(write(tmp_path, base=base)).base
     assert (found["text.file"], found["model.pretrained"]) == (f"{tmp_path}/prompts.json", f"{tmp_path}/weights.pt")
+    search = {"model.pretrained": {"choice": ["weights.pt", "none"]}}
+    found = sweep_file.load(write(tmp_path, base={}, search=search, points=[{"model.pretrained": "weights.pt"}]))
+    assert found.points == [{"model.pretrained": f"{tmp_path}/weights.pt"}]
 
 
 TAGS = [{"name": "ViT-B-16", "pretrained": tag} for tag in ("laion2b_s34b_b88k", "datacomp_xl_s13b_b90k")]
