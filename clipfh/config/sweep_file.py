@@ -347,11 +347,16 @@ def _base(settings: dict[str, Any], search: Mapping[str, SearchRange]) -> dict[s
 
 
 def _with_grid(sweep: SweepFile) -> SweepFile:
-    """The sweep with its grid as points, and no more trials than points."""
+    """The sweep with its grid as points, what the file's points name first, and no more trials than points."""
     for name, range_ in sweep.search.items():
         if range_.kind != "choice":
             raise UserError(f"sampler: grid tries choices, and {name} has a {range_.kind} range: give it a choice")
-    points = sweep.grid()
+
+    def place(combination: dict[str, Any]) -> int:
+        fits = (all(combination.get(n, value) == value for n, value in point.items()) for point in sweep.points)
+        return next((i for i, is_fit in enumerate(fits) if is_fit), len(sweep.points))
+
+    points = sorted(sweep.grid(), key=place)
     return dataclasses.replace(sweep, points=points, trials=min(sweep.trials, len(points)))
 
 

@@ -149,6 +149,16 @@ def test_a_grid_is_every_combination_and_no_option_of_a_term_that_is_off(tmp_pat
         loaded.experiment(point)
 
 
+def test_the_points_of_a_grid_are_tried_first(tmp_path):
+    search = {"optimizer.lr": {"choice": [1.0e-4, 1.0e-3]}, "batch.views": {"choice": [2, 4, 8]}}
+    points = [{"optimizer.lr": 1.0e-3, "batch.views": 4}, {"batch.views": 8}]
+    loaded = sweep_file.load(write(tmp_path, sampler="grid", search=search, points=points, trials=4))
+    order = [(1e-3, 4), (1e-4, 8), (1e-3, 8), (1e-4, 2), (1e-3, 2), (1e-4, 4)]
+    assert [(p["optimizer.lr"], p["batch.views"]) for p in loaded.points] == order and loaded.trials == 4
+    (tmp_path / "sweep.yaml").write_text(sweep_file.to_yaml(loaded))
+    assert sweep_file.load(tmp_path / "sweep.yaml").points == loaded.points, "resolved, it stays as it is"
+
+
 def test_overrides_and_rungs(tmp_path):
     loaded = sweep_file.load(write(tmp_path), {"seed": 7}, trials=9)
     assert loaded.trials == 9 and loaded.experiment(loaded.first).seed == 7
