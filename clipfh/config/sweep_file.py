@@ -298,6 +298,8 @@ def _check_tree(tree: Any, overrides: dict[str, Any], trials: int | None) -> Swe
     if clash := set(values["search"]) & set(overrides):
         raise UserError(f"{sorted(clash)[0]} is searched: give another value in the file, not beside it")
     budgets = {f"budget.{name}": value for name, value in budget.items() if name not in rungs}
+    if clash := set(values["search"]) & {*budgets, *values.get("base", {})}:
+        raise UserError(f"{sorted(clash)[0]} is searched, and base or budget gives it too: take one of them out")
     if values["budget"].first_rung:
         budgets = {"budget.report_every": values["budget"].first_rung, **budgets}
     values["base"] = _base({**budgets, **values.get("base", {}), **overrides}, values["search"])

@@ -78,6 +78,11 @@ def test_shipped_sweeps_fit_and_survive_being_resolved(name, tmp_path):
             "at least one term above 0",
         ),
         ({"base": {"stage": "joint"}}, "base: stage is a key of its own: write it beside base"),
+        (
+            {"base": {"batch.views": 2}},
+            "batch.views is searched, and base or budget gives it too: take one of them out",
+        ),
+        ({"search": {"budget.images": {"int": [1, 9]}}, "points": []}, "budget.images is searched, and base or budget"),
         ({"trials": 0}, "trials must be a whole number above 0, not 0"),
         ({"trials": "many"}, "trials must be a whole number, not 'many'"),
         ({"seed": -1}, "seed must be a whole number, 0 or more, not -1"),
@@ -169,9 +174,10 @@ def test_overrides_and_rungs(tmp_path):
 
 def test_a_sweep_knows_whether_any_trial_learns_from_prompts(tmp_path):
     off = {"loss.supcon": {"uniform": [0.5, 1.0]}, "loss.triplet": {"choice": [0.0, 1.0]}}
-    assert sweep_file.load(write(tmp_path, search=off, points=[])).texted == {}
+    small = {"model.name": SMALL_MODEL}
+    assert sweep_file.load(write(tmp_path, search=off, points=[], base=small)).texted == {}
     on = {"loss.supcon": {"choice": [0.0, 1.0]}, "loss.supcon_captions": {"choice": [False, True]}}
-    loaded = sweep_file.load(write(tmp_path, search=on, points=[], base={"model.name": "clipfh-small", "loss.ce": 1.0}))
+    loaded = sweep_file.load(write(tmp_path, search=on, points=[], base={**small, "loss.ce": 1.0}))
     assert loaded.texted == {"loss.supcon": 1.0, "loss.supcon_captions": True}
 
 
