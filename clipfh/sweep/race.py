@@ -43,8 +43,8 @@ TIMED = 8
 TIMES = 3
 """How often these images are embedded; the fastest time counts."""
 
-PARTS = ("model.freeze_blocks", "model.lora_rank", "model.lora_targets")
-"""Settings that name parts of a model, which not every model has."""
+PARTS = ("model.freeze_blocks", "model.lora_rank", "model.lora_targets", "optimizer.whitening")
+"""Settings that work on parts of a model, which not every model has."""
 
 Load = Callable[[Experiment], nn.Module]
 """Loads the model that an experiment starts from."""
@@ -87,12 +87,14 @@ def require_models(sweep: SweepFile) -> None:
     """
     for label in sweep.contenders:
         one = sweep.only([label])
-        settings = sweep.start(label).model
+        start = sweep.start(label)
+        settings = start.model
         architecture = architectures.find(settings)
         if sweep.final.image_size:
             architectures.find(dataclasses.replace(settings, image_size=sweep.final.image_size))
         _require_tag(settings)
-        if settings.freeze_blocks or settings.lora_rank or set(PARTS) & set(sweep.search):
+        needs_parts = settings.freeze_blocks or settings.lora_rank or start.optimizer.whitening
+        if needs_parts or set(PARTS) & set(sweep.search):
             clip = build(architecture, "meta")
             for point in one.combinations(PARTS):
                 count_trained(clip, one.experiment({**one.first, **point}))

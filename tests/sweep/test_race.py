@@ -100,6 +100,7 @@ def test_a_model_that_cant_be_had_costs_nothing(tmp_path, small_catalogue, model
         ({"search": {"model.name": {"choice": ["ViT-B-16", "ViT-B-17"]}}}, "ViT-B-17: no such model"),
         ({"models": ["ViT-B/16", {"name": "ViT-B-16", "pretrained": "laion"}]}, "has no weights 'laion'"),
         ({"models": [SMALL_MODEL, "RN50"], "base": {"model.freeze_blocks": 9}, "search": {}}, "freeze_blocks"),
+        ({"models": [SMALL_MODEL, "ViT-B-16-SigLIP"], "base": {"optimizer.whitening": 0.2}}, "no last linear layer"),
     ],
 )
 def test_models_that_open_clip_has_not_are_refused_before_anything_starts(tmp_path, changes, message):
