@@ -259,8 +259,8 @@ class SweepRecord:
 
     @property
     def val_mAP(self) -> float | None:
-        """Validation mAP of the winner, or the best so far."""
-        return next((trial.val_mAP for trial in self.board if trial.name == self.best), None)
+        """Validation mAP of the winner, which may be a mean, a soup's or an earlier sweep's, or the best so far."""
+        return self.summary.get("val_mAP") or next((t.val_mAP for t in self.board if t.name == self.best), None)
 
     @property
     def zero_shot(self) -> float | None:

@@ -364,7 +364,7 @@ def cost(sweep: SweepRecord) -> dict[str, str]:
             if number := each["workers"] * each[f"{kind}s"]:
                 rows[f"{kind.upper()} hours of all workers"] = f"{number * seconds / 3600:,.2f}"
     if sweep.summary:
-        rows["Time from start to end"] = duration(sweep.summary.get("seconds"))
+        rows["Time since the last start"] = duration(sweep.summary.get("seconds"))
     return rows
 
 
