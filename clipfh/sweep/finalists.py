@@ -104,10 +104,13 @@ def best_run(folder: Folder, trial: str, scores: Sequence[float]) -> Folder:
 
 
 def as_selected(run: Folder) -> Experiment:
-    """The experiment of a run, without whitening where validation rejected it: a refit has no validation to ask."""
+    """The experiment of a run, with whitening only where validation took it: a refit has no validation to ask.
+
+    A run that was stopped before the end of its budget did not ask.
+    """
     experiment, lines = schema.load_experiment(run / layout.EXPERIMENT), run_folder.read_metrics(run)[-1:]
-    is_rejected = any(line.get("val_mAP_whitened", 1.0) <= line.get("val_mAP_not_whitened", 0.0) for line in lines)
-    return schema.replace(experiment, {"optimizer.whitening": 0.0}) if is_rejected else experiment
+    is_taken = any(line.get("val_mAP_whitened", 0.0) > line.get("val_mAP_not_whitened", 1.0) for line in lines)
+    return experiment if is_taken else schema.replace(experiment, {"optimizer.whitening": 0.0})
 
 
 def refit(
