@@ -12,7 +12,7 @@ import numpy as np
 from clipfh.config.experiment import Experiment
 from clipfh.config.sweep_file import SweepFile
 from clipfh.data.catalogue import Catalogue
-from clipfh.data.decoding import EvaluationImages, Feed, StreamPart, TrainImages, fetch
+from clipfh.data.decoding import EvaluationImages, Feed, StreamPart, TrainImages, fetch, read_index
 from clipfh.data.images import Preprocess
 from clipfh.data.sampler import make_sampler
 from clipfh.model.prompts import notes_on_prompts
@@ -97,8 +97,16 @@ class SharingFeed:
         self, catalogue: Catalogue, *splits: str, window: int | Literal["auto"] = "auto", runs: int = 1
     ) -> TrainImages:
         window = window if self.window is None else self.window
-        share = functools.partial(self.feed.share, catalogue, *splits, window=window, runs=max(runs, self.runs))
-        shared: TrainImages = self._once(share, "share", splits, window)
+        share = functools.partial(self.feed.share, catalogue, window=window, runs=max(runs, self.runs))
+        held: TrainImages | None = self._cache.get(("share", splits[:1]))
+
+        def add() -> TrainImages:
+            if held is None or held.window:
+                return share(*splits)
+            others = share(*splits[1:])  # the shards of the first split are there
+            return TrainImages(self.feed.put(read_index(catalogue, *splits)), [*held.shards, *others.shards], [])
+
+        shared: TrainImages = self._once(add, "share", splits)
         self.window = shared.window
         return shared
 

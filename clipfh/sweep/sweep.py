@@ -361,8 +361,7 @@ def _refit(context: _Context, experiments: Sequence[Experiment]) -> tuple[list[F
     clip = context.load(experiments[0])
     # An experiment that learns from prompts, if there is one, so that the others' inputs have them
     widest = max(experiments, key=lambda each: each.loss.takes_text)
-    window = context.feed.window
-    inputs = prepare_inputs(context.catalogue, widest, clip, stream, with_validation=True, window=window)
+    inputs = prepare_inputs(context.catalogue, widest, clip, context.feed, with_validation=True)
     by_model = {model_key(widest.model): inputs}
     folder = context.out / layout.FINAL
     return finalists.refit(experiments, context.sweep, by_model, folder, context.resources, context.log)

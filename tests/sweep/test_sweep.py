@@ -20,6 +20,7 @@ from clipfh.config import presets, schema, sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.config.sweep_file import Finalists
 from clipfh.data import catalogue, images
+from clipfh.data.decoding import TrainImages, read_index
 from clipfh.data.sampler import ItemIndex
 from clipfh.model import checkpoint
 from clipfh.model.clip import get_preprocess
@@ -60,6 +61,21 @@ def test_a_space_whose_losses_may_leave_too_few_items_is_refused(tmp_path, monke
     contender = Contender("ViT-B/16", "0000", 1, 64, 1.0)
     with pytest.raises(UserError, match="--batch.items 4 is more than the 3 train items with two photos or more"):
         shared_inputs.prepare(loaded, None, [contender], lambda start: None, shared_inputs.SharingFeed(None))
+
+
+def test_images_are_shared_once_and_a_refit_adds_those_of_validation(small_catalogue):
+    shared = []
+
+    def share(catalogue, *splits, window, runs):
+        shared.append((*splits, window))
+        return TrainImages(read_index(catalogue, *splits), [f"shards of {split}" for split in splits], [])
+
+    feed = shared_inputs.SharingFeed(SimpleNamespace(share=share, put=lambda value: value))
+    first, again = (feed.share(small_catalogue, "train") for _ in range(2))
+    refit = feed.share(small_catalogue, "train", "val_query", "val_gallery")
+    assert again is first and shared == [("train", "auto"), ("val_query", "val_gallery", 0)]
+    assert refit.shards == [f"shards of {split}" for split in ("train", "val_query", "val_gallery")]
+    assert len(refit.index.item) == sum(map(small_catalogue.num_images, ("train", "val_query", "val_gallery")))
 
 
 def test_a_sweep_says_how_far_its_prompts_fit(small_catalogue, tmp_path, monkeypatch):
