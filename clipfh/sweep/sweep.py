@@ -137,6 +137,7 @@ def run(
     sweep = _within_space(sweep, log)
     _begin(sweep, out, resume, log)
     _require_same(catalogue, sweep, out, log)
+    (out / layout.SWEEP).write("", sweep_file.to_yaml(sweep))  # with more trials, where nothing speaks against it
     earlier_trials(sweep)  # says what does not fit
     resources = resolve_placement(sweep.placement, alone=False, log=log)
     at_once = max_concurrent_runs(sweep.placement, resources)
@@ -196,8 +197,9 @@ def _begin(sweep: SweepFile, out: Folder, resume: bool, log: Callable[[str], Non
         )
     if more:
         log(f"{more} more trials than the sweep had")
-    out.make()
-    file.write("", sweep_file.to_yaml(sweep))
+    if not resume:
+        out.make()
+        file.write("", sweep_file.to_yaml(sweep))
 
 
 def _change(before: str, now: str) -> str:

@@ -248,13 +248,22 @@ def test_a_sweep_is_resumed_only_on_its_own_catalogue_and_prompts(small_catalogu
     assert "begun by an older version" in told[0]
 
 
-def test_a_sweep_that_is_over_takes_more_trials_and_no_other_change(tmp_path):
+def test_a_sweep_that_is_over_takes_more_trials_and_no_other_change(tmp_path, small_catalogue, monkeypatch):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x", "trials": 12}))
     twelve, out, told = sweep_file.load(tmp_path / "x.yaml"), Folder(tmp_path / "out"), []
     sweep._begin(twelve, out, False, told.append)
-    sweep._begin(dataclasses.replace(twelve, trials=14), out, True, told.append)
-    assert told == ["2 more trials than the sweep had"]
-    assert sweep_file.load(tmp_path / "out" / layout.SWEEP).trials == 14
+    monkeypatch.setattr(sweep, "earlier_trials", lambda _: pytest.fail("nothing speaks against it"))
+    (out / layout.TRIALS).make()
+    inputs = {"catalogue": "another", "hash": "another", "contents": {}}
+    for hash_, error, trials in (
+        ("another", UserError, 12),
+        (small_catalogue.manifest["hash"], pytest.fail.Exception, 14),
+    ):
+        out.write(layout.SWEEP_INPUTS, json.dumps({**inputs, "hash": hash_}))
+        with pytest.raises(error):
+            sweep.run(dataclasses.replace(twelve, trials=14), small_catalogue, out, resume=True, log=told.append)
+        assert sweep_file.load(tmp_path / "out" / layout.SWEEP).trials == trials
+        assert told.pop() == "2 more trials than the sweep had"
     for change in ({"trials": 12}, {"trials": 16, "stage": "joint"}):
         with pytest.raises(UserError, match="--resume: the sweep file differs from .* resume with the same"):
             sweep._begin(dataclasses.replace(twelve, **change), out, True, told.append)
