@@ -78,6 +78,9 @@ def _add_again(study: optuna.Study, trial: FrozenTrial, out: Folder, retry_faile
     is_again = retry_failed and trial.user_attrs.get(ROW, {}).get("status") == "failed"
     if trial.state.is_finished() and not is_again:
         study.add_trial(trial)
+    elif REPEATED in trial.user_attrs:  # killed just before the study was told that it is over
+        trial.state, trial.datetime_complete = TrialState.FAIL, trial.datetime_start
+        study.add_trial(trial)
     else:
         study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params})
 

@@ -12,7 +12,7 @@ from clipfh import UserError
 from clipfh.config import sweep_file
 from clipfh.config.experiment import SMALL_MODEL
 from clipfh.storage.store import Folder
-from clipfh.sweep.searcher import STUDY, StudySearcher, _storage, ask, open_study, own_trials
+from clipfh.sweep.searcher import REPEATED, STUDY, StudySearcher, _storage, ask, open_study, own_trials
 
 FILE = {
     "name": "x",
@@ -116,6 +116,16 @@ def test_a_trial_that_was_half_drawn_is_drawn_to_its_end(tmp_path):
     trial = open_searcher(tmp_path, points=POINTS).suggest("a")
     assert trial["number"] == "0001" and trial["settings"].keys() == FILE["search"].keys()
     assert trial["settings"]["optimizer.lr"] == 0.001
+
+
+def test_a_repeated_draw_that_was_killed_is_not_trained(tmp_path):
+    searcher = open_searcher(tmp_path)
+    run(searcher, 1)
+    draw = ask(searcher.study, searcher.sweep)
+    searcher.sweep.suggest(draw)
+    draw.set_user_attr(REPEATED, True)
+    resumed = open_searcher(tmp_path)
+    assert states(tmp_path) == "CF" and resumed.suggest("b")["number"] == "0002"
 
 
 @pytest.mark.parametrize("value", [None, 0.0])
