@@ -164,6 +164,7 @@ def run(
     winner = _refitted(context, _with_earlier(context, _blended(context, _lead(context, inputs, rows), rows)))
     about = {"resources": dataclasses.asdict(resources), "notes": notes}
     summary = _finish(context, winner, rows, {**about, "seconds": round(time.monotonic() - start, 1)})
+    keeper.visits.clear()
     keeper.trials(rows)  # again: a trial that was just ended may have written a checkpoint meanwhile
     keeper.finals(winner.runs(out))
     log(str(keeper))
