@@ -92,6 +92,11 @@ class Finalists:
         if self.image_size and not self.top and not self.refit:
             raise UserError("image_size is of the runs after the search: give top or refit too")
 
+    @property
+    def num_runs(self) -> int:
+        """Number of these runs, with one refit; of a soup each run is refit."""
+        return self.top * self.seeds + self.refit
+
 
 MANY = 2**31  # trials of a grid where nobody said how many: all of it
 

@@ -182,7 +182,7 @@ def describe(sweep: SweepFile, cost: StepCost, epoch: int, at_once: int = 1) -> 
     most = budget.images or int(budget.epochs * epoch)
     mean = estimate_images(sweep, most)
     hours = sweep.trials * mean / cost.images_per_second / 3600
-    again = sweep.final.top * sweep.final.seeds + sweep.final.refit
+    again = sweep.final.num_runs
     lines = [
         f"{sweep.trials} trials of {most:,} images at most" + (f", {mean:,.0f} on average" if mean < most else ""),
         f"measured on {cost.device}: {cost.images_per_second:,.0f} images/s, {cost.image / 2**20:.1f} MiB an image and "
@@ -235,7 +235,7 @@ def _batches(sweep: SweepFile, cost: StepCost) -> list[str]:
 def _disk(sweep: SweepFile, cost: StepCost, at_once: int) -> str:
     """What the checkpoints take: best and latest of each run, and one more while it is written."""
     final, which = sweep.final, sweep.placement.keep_weights
-    again, num_running = final.top * final.seeds + final.refit, min(at_once, sweep.trials)
+    again, num_running = final.num_runs, min(at_once, sweep.trials)
     all_of_it = (2 * (sweep.trials + again) + num_running) * cost.checkpoint
     each = f"a checkpoint takes {_gib(cost.checkpoint)}"
     if which == "all":
