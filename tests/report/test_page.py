@@ -156,6 +156,7 @@ def test_a_sweep_claims_no_more_than_it_found(tmp_path, best, after, before, gai
     page = Page(page_module.write([folder]))
     assert said in page.text
     assert ("clipfh train" in page.text) == (best != "0000")
+    assert ("and that model is what the test" in page.text) == (best != "0000"), "a refit of this sweep's winner"
 
 
 def test_a_sweep_with_nothing_but_a_failed_trial(tmp_path):
