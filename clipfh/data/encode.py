@@ -70,14 +70,27 @@ def _hold(pixels: int) -> AbstractContextManager[object]:
 def encode_listed(
     store: fs.SubTreeFileSystem, photo: Photo, image_size: int, follow_links: bool
 ) -> tuple[bytes, bytes] | str:
-    """The photo as a catalogue holds it and its look, or the reason for leaving it out."""
+    """The photo as a catalogue holds it and its look, or the reason for leaving it out.
+
+    Raises:
+        UserError: its file can't be read, which says nothing about the photo.
+    """
     pictures = list[np.ndarray]()
 
     def reduce(image: Image.Image) -> None:
         pictures.append(reduce_picture(image))
 
     try:
-        encoded = shrink(_read(store, photo, follow_links), image_size, photo.box, _hold, reduce)
+        data = _read(store, photo, follow_links)
+    except RefusedPhotoError as refused:
+        return str(refused)
+    except OSError as error:
+        raise UserError(
+            f"{photo.path}: can't be read ({error.strerror or error}): make it readable, or leave it out by --without, "
+            "then run the same command again"
+        ) from error
+    try:
+        encoded = shrink(data, image_size, photo.box, _hold, reduce)
         return encoded, look_at(encoded, *pictures)
     except RefusedPhotoError as refused:
         return str(refused)

@@ -44,15 +44,14 @@ from clipfh.data.encode import DecodingMemory, encode_listed, leads_out, start_e
 from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, digest
 from clipfh.sources import read as read_module
 from clipfh.sources.files import is_local
-from clipfh.sources.listing import NOT_WANTED, UNBLAMED, LeftOut, Photo, ReadOptions
+from clipfh.sources.listing import NOT_WANTED, UNBLAMED, LeftOut, Photo, ReadOptions, lacks_heif
 from clipfh.sources.parquet_tables import gathered, is_scattered
 from clipfh.storage import layout, store
 from clipfh.storage.output import require_writable
 from clipfh.storage.store import Folder
 
-SHARD_IMAGES = (
-    512  # size of a process's task, which a kill may lose; smaller where there would be too few shards for the cores
-)
+# Size of a process's task, which a kill may lose; smaller where there would be too few shards for the cores
+SHARD_IMAGES = 512
 ROW_GROUP_IMAGES = 64  # number of images that a process has in memory
 LEFT_OUT_LISTED = 1000
 # Encoded images are all different, and zstd makes nothing of them
@@ -211,10 +210,8 @@ def _in_order(reader: _Reader, shards: list[_Shard], folder: Folder) -> Iterator
         yield reader, shards
         return
     with gathered(source, photos, folder.local_path() if folder.is_local else None) as (place, moved):
-        yield (
-            replace(reader, store=place),
-            [replace(shard, photos=[moved[photo] for photo in shard.photos]) for shard in shards],
-        )
+        ordered = [replace(shard, photos=[moved[photo] for photo in shard.photos]) for shard in shards]
+        yield replace(reader, store=place), ordered
 
 
 @contextmanager
@@ -310,6 +307,8 @@ def _reuse_up_to_date(out: Folder, plan: str, tally: _PhotoCount) -> Catalogue:
     if catalogue.manifest["plan"] != plan:
         raise UserError(f"{out}: holds the catalogue of another source or settings: delete it or choose another --out")
     left_out = catalogue.manifest["left_out"]
+    if lacks_heif(left_out["reasons"]):
+        raise UserError(f"{out}: was made without pillow-heif and lacks HEIC photos: delete it and run this again")
     blamed = sum(count for why, count in left_out["reasons"].items() if not why.startswith(UNBLAMED))
     listed = [each for each in left_out["list"] if not each[1].startswith(UNBLAMED)]
     tally.check(listed, blamed - len(listed))
@@ -359,7 +358,8 @@ def _write_shards(
         }
         under_way = []
         for shard in (shard for shard in shards if (shard.split in GALLERY_OF) == of_queries):
-            if footer := _footer(folder, shard.name):
+            footer = _footer(folder, shard.name)
+            if footer and not lacks_heif(why for _, why in footer["left_out"]):
                 tally.add(footer["images"], footer["left_out"])
                 continue
             items = matched.get(shard.split)
@@ -397,10 +397,7 @@ def _write_shard(
 
 
 def _rows(
-    photos: list[Photo],
-    reader: _Reader,
-    matched: set[str] | None,
-    left_out: list[LeftOut],
+    photos: list[Photo], reader: _Reader, matched: set[str] | None, left_out: list[LeftOut]
 ) -> Iterator[tuple[Any, ...]]:
     """Looks and rows in the order of SCHEMA of the photos that have an image and, where that counts, a match."""
     for photo in photos:

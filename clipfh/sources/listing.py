@@ -32,6 +32,16 @@ IMAGE_SUFFIXES = (
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 
 
+def reads_heif() -> bool:
+    """Whether HEIC can be read here."""
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+def lacks_heif(reasons: Iterable[str]) -> bool:
+    """Whether photos were left out, for these reasons, as HEIC that can be read by now."""
+    return NEEDS_HEIF in reasons and reads_heif()
+
+
 class Photo(NamedTuple):
     """One listed image: its fields from the source, and its file. An unknown field is empty."""
 
@@ -194,7 +204,7 @@ def finish(
         "images are listed for several items": sum(number > 1 for number in items.values()),
     }
     notes = [*notes, *(f"{count:,} {what}" for what, count in counts.items() if count), *note_ids(unique)]
-    missing_heif = [] if importlib.util.find_spec("pillow_heif") else [p for p in unique if _is_heif(p)]
+    missing_heif = [] if reads_heif() else [p for p in unique if _is_heif(p)]
     left_out = [*left_out, *((photo.path, NEEDS_HEIF) for photo in missing_heif)]
     readable = [photo for photo in unique if not _is_heif(photo)] if missing_heif else unique
     if not readable:

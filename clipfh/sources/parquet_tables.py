@@ -159,14 +159,21 @@ def stands_in_table(photo: Photo) -> bool:
 
 
 def iterate_images(store: fs.SubTreeFileSystem, file: str, group: int) -> Iterator[bytes | None]:
-    """The images of a row group, encoded as they are; None for a row without one."""
-    with store.open_input_file(file) as stream:
-        table = pq.ParquetFile(stream)
-        name = next(name for name in table.schema_arrow.names if name.strip().casefold() == "image")
-        for batch in table.iter_batches(_BATCH, row_groups=[group], columns=[name]):
-            values = batch.column(0).to_pylist()
-            images = (value["bytes"] if isinstance(value, dict) else value for value in values)
-            yield from (bytes(image) if isinstance(image, list) else image for image in images)
+    """The images of a row group, encoded as they are; None for a row without one.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    try:
+        with store.open_input_file(file) as stream:
+            table = pq.ParquetFile(stream)
+            name = next(name for name in table.schema_arrow.names if name.strip().casefold() == "image")
+            for batch in table.iter_batches(_BATCH, row_groups=[group], columns=[name]):
+                values = batch.column(0).to_pylist()
+                images = (value["bytes"] if isinstance(value, dict) else value for value in values)
+                yield from (bytes(image) if isinstance(image, list) else image for image in images)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{store.base_path}{file}: can't be read ({error}): get it whole and readable") from error
 
 
 def is_scattered(photos: Iterable[Photo]) -> bool:

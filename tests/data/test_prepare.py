@@ -1,6 +1,7 @@
 """A catalogue that is whole or not there, with the photos that can be read."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ from PIL import Image
 from shop import CUT, SHOP, SameProcess, bad_source, colored, draw, rows_of, saved, shop, table
 
 from clipfh import UserError
-from clipfh.data import catalogue, photo
+from clipfh.data import catalogue, encode, photo
 from clipfh.data import prepare as prepare_module
 from clipfh.data.catalogue import open_catalogue
 from clipfh.data.prepare import prepare
@@ -184,7 +185,6 @@ def damaged(root):
     (root / "outside.jpg").symlink_to("/etc/hostname")
     (root / "device.jpg").symlink_to("/dev/zero")
     os.mkfifo(root / "pipe.jpg")
-    draw(root / "locked.jpg").chmod(0)
     others = [
         "folder.jpg",
         "dangling.jpg",
@@ -196,7 +196,6 @@ def damaged(root):
         "../up.jpg",
     ]
     bad = [path for path in files if not path.startswith("good")] + others
-    bad += ["locked.jpg"] if os.geteuid() else []  # nothing is locked for root
     return table(root / "list.csv", good + [(path, "item0", "train") for path in bad]), bad
 
 
@@ -213,6 +212,44 @@ def test_more_than_a_hundred_damaged_images_are_left_out_with_a_reason(tmp_path,
     with pytest.raises(UserError, match="more than --max-bad 0.01; first .*: fix them or raise") as caught:
         prepare(source, tmp_path / "strict", image_size=30)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), UserError("s3://shop refuses (EXPIRED): check the credentials")]
+)
+def test_a_photo_that_can_not_be_read_stops_the_work_and_is_taken_once_it_can(tmp_path, quick, monkeypatch, error):
+    source, read = shop(tmp_path / "source"), encode._read_bytes
+
+    def fail(store, file, *part):
+        if file == SHOP[3][0]:
+            raise error
+        return read(store, file, *part)
+
+    said = f"^s3://shop refuses|^{SHOP[3][0]}: can't be read .Permission denied.: make it"
+    with monkeypatch.context() as failing, pytest.raises(UserError, match=said):
+        failing.setattr(encode, "_read_bytes", fail)
+        prepare(source, tmp_path / "out", max_bad=0.5)
+    assert prepare(source, tmp_path / "out").manifest["left_out"]["count"] == 0
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_heic_by_another_name_is_taken_once_it_can_be_read(tmp_path, quick, monkeypatch, is_finished):
+    import pillow_heif
+
+    source, out = shop(tmp_path / "source"), tmp_path / "out"
+    pillow_heif.from_pillow(colored((40, 30))).save(source.parent / SHOP[3][0])
+    with monkeypatch.context() as without_heif:
+        without_heif.setitem(sys.modules, "pillow_heif", None)
+        without_heif.setattr("importlib.util.find_spec", lambda name: None)
+        made = prepare(source, out)
+        assert made.manifest["left_out"]["reasons"] == {listing.NEEDS_HEIF: 1} and prepare(source, out) == made
+    if is_finished:
+        with pytest.raises(UserError, match="was made without pillow-heif and lacks HEIC photos: delete it"):
+            prepare(source, out)
+        return
+    (out / "plan.json").write_text(json.dumps({"plan": made.manifest["plan"]}))
+    out.rename(tmp_path / "out.partial")
+    assert prepare(source, out).manifest["left_out"]["count"] == 0
 
 
 def test_queries_need_a_gallery_image_that_is_left(tmp_path, quick):
