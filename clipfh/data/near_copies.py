@@ -87,7 +87,7 @@ def reduce_picture(image: Image.Image) -> np.ndarray:
 def thumbnails(pictures: np.ndarray) -> np.ndarray:
     """(n, THUMB, THUMB) uint8 grey thumbnails of pictures (n, SIDE, SIDE, 3)."""
     step = SIDE // THUMB
-    rows = pictures.reshape(len(pictures), THUMB, step, -1).sum(2, np.float32).reshape(len(pictures), THUMB, THUMB, -1)
+    rows = pictures.reshape(-1, THUMB, step, 3 * SIDE).sum(2, np.float32).reshape(-1, THUMB, THUMB, 3 * step)
     return (rows @ np.full(3 * step, 1 / (3 * step * step), np.float32)).astype(np.uint8)
 
 
