@@ -178,7 +178,9 @@ def _plain(value: Any) -> str:
 
 
 def _box(row: Mapping[str, Any]) -> Box | None:
-    """The box of a row; None where the row names none."""
+    """The box of a row; None where the row names none. Width and height alone, as hubs write them, are the photo's."""
+    if not {*BOX_COLUMNS} <= row.keys():
+        return None
     sides = [_plain(row.get(name)).strip() for name in BOX_COLUMNS]
     if not any(sides):
         return None

@@ -249,6 +249,14 @@ def test_an_option_for_another_form_of_source_is_refused(shop, option, source):
         read_source(shop / source, ReadOptions(**{option: "cp1252" if option == "encoding" else True}))
 
 
+def test_width_and_height_alone_are_no_box(shop):
+    """Hubs list the sizes of photos under these names."""
+    (shop / "list.csv").write_text(f"image_path,item_id,width,height\n{FILES[0]},a,640,480\n")
+    listing = read_source(shop / "list.csv")
+    assert [photo.box for photo in listing.photos] == [None]
+    assert listing.notes == ["columns that were not used: width, height"]
+
+
 def test_json_lines_as_image_folders_have_them_are_read(shop):
     rows = [{"file_name": path, "item_id": number, "caption": "hat"} for number, path in enumerate(FILES)]
     (shop / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
