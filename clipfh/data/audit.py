@@ -22,7 +22,7 @@ from PIL import Image
 from clipfh.config import cores
 from clipfh.data.catalogue import Catalogue, read_columns
 from clipfh.data.near_copies import SIDE, find_near_copies, small_picture, thumbnails
-from clipfh.data.splits import SPLITS
+from clipfh.data.splits import SPLITS, join_pairs
 from clipfh.storage import layout, store
 from clipfh.storage.store import Folder
 
@@ -264,22 +264,6 @@ def _group(members: Iterable[Any], keys: Iterable[Any]) -> dict[Any, list[Any]]:
     for member, key in zip(members, keys, strict=True):
         groups[key].append(member)
     return groups
-
-
-def join_pairs(pairs: Iterable[tuple[Any, Any]]) -> list[list[Any]]:
-    """Members that are joined by pairs, directly or through others: groups in the order of their first members."""
-    parent: dict[Any, Any] = {}
-
-    def root(member: Any) -> Any:
-        parent.setdefault(member, member)
-        while parent[member] != member:
-            parent[member] = member = parent[parent[member]]
-        return member
-
-    for one, other in pairs:
-        low, high = sorted((root(one), root(other)))
-        parent[high] = low
-    return [sorted(its) for _, its in sorted(_group(parent, map(root, list(parent))).items())]
 
 
 # Words on copies

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from clipfh import UserError
 from clipfh.sources.listing import Photo
@@ -26,7 +27,7 @@ def assign_splits(photos: list[Photo], val_fraction: float, seed: int) -> tuple[
 
     If the source has no splits, a tenth of the items is test. If it has no validation items, items are held out of
     train for it: whole categories where the test's are none of train's, since what tells items of known kinds apart
-    may harm with others.
+    may harm with others. Items that share a photo stay together.
 
     Returns:
         The photos, and what a person should know of their splits.
@@ -54,26 +55,48 @@ def _hold_out_validation(photos: list[Photo], val_fraction: float, seed: int) ->
     """Move items from train to validation, and note it if they are whole categories."""
     drawn, rest = _draw(photos, "val", lambda items: max(round(val_fraction * items), min(50, items // 5)), seed)
     category_of = _categories(photos)
-    sizes = Counter(category_of[item] for item in drawn + rest)
+    kind_of = _join_categories(photos, category_of)
+    sizes = Counter(kind_of[item] for item in drawn + rest)
     taken = _draw_categories(sizes, len(drawn), seed) if _asks_other_kinds(photos, category_of) else set()
     if not taken:
         return _move(photos, "val", drawn), []
+    moved = [item for item, kind in kind_of.items() if kind in taken]
     note = (
-        f"validation has {len(taken)} whole categories, which train lacks as it lacks the test's: what is selected is "
-        "what does best on other kinds of items"
+        f"validation has {len({category_of[item] for item in moved})} whole categories, which train lacks as it lacks "
+        "the test's: what is selected is what does best on other kinds of items"
     )
-    return _move(photos, "val", [item for item, category in category_of.items() if category in taken]), [note]
+    return _move(photos, "val", moved), [note]
 
 
 def _draw(photos: list[Photo], name: str, count: Callable[[int], int], seed: int) -> tuple[list[str], list[str]]:
     """Draw `count(number of train items)` train items with two images or more; the others of them, in order, come next.
 
-    At most half of these items are drawn, so that train keeps some where there are few.
+    At most half of these items are drawn, so that train keeps some where there are few. Items that share photos are
+    drawn together, also those with one image, or not at all where they are more than are still wanted.
     """
     images = Counter(photo.item_id for photo in photos if photo.split == "train")
     paired = _shuffled((item for item, number in images.items() if number > 1), f"{seed} {name}")
-    number = min(count(len(images)), len(paired) // 2)
-    return paired[:number], paired[number:]
+    number, drawn = min(count(len(images)), len(paired) // 2), dict[str, None]()
+    group_of = {item: group for group in join_pairs(_sharing(photos)) for item in group}
+    for item in paired:
+        group = group_of.get(item, [item])
+        if item not in drawn and len(drawn) + len(group) <= number:
+            drawn |= dict.fromkeys(group)
+    return [*drawn], [item for item in paired if item not in drawn]
+
+
+def _sharing(photos: list[Photo]) -> list[tuple[str, str]]:
+    """Pairs of train items that share a photo, such as one of an outfit."""
+    first_of: dict[str, str] = {}
+    pairs = ((first_of.setdefault(p.path, p.item_id), p.item_id) for p in photos if p.split == "train")
+    return [(one, other) for one, other in pairs if one != other]
+
+
+def _join_categories(photos: list[Photo], category_of: Mapping[str, str]) -> dict[str, str]:
+    """The category of each item; one for all whose items share photos, unknown where one of these is."""
+    groups = join_pairs((category_of[one], category_of[other]) for one, other in _sharing(photos))
+    joined = {category: group[0] for group in groups for category in group}
+    return {item: joined.get(category, category) for item, category in category_of.items()}
 
 
 def _move(photos: list[Photo], name: str, items: Iterable[str]) -> list[Photo]:
@@ -130,6 +153,25 @@ def _halve(photos: list[Photo], split: str, query: str, gallery: str, seed: int)
 def _shuffled(names: Iterable[str], seed: str) -> list[str]:
     """Names in an order that depends on the seed and on each name, but not on the order in which they were listed."""
     return sorted(names, key=lambda name: digest(seed, name))
+
+
+def join_pairs(pairs: Iterable[tuple[Any, Any]]) -> list[list[Any]]:
+    """Members that are joined by pairs, directly or through others: groups in the order of their first members."""
+    parent: dict[Any, Any] = {}
+
+    def root(member: Any) -> Any:
+        parent.setdefault(member, member)
+        while parent[member] != member:
+            parent[member] = member = parent[parent[member]]
+        return member
+
+    for one, other in pairs:
+        low, high = sorted((root(one), root(other)))
+        parent[high] = low
+    groups = defaultdict[Any, list[Any]](list)
+    for member in list(parent):
+        groups[root(member)].append(member)
+    return [sorted(its) for _, its in sorted(groups.items())]
 
 
 def _check_disjoint(photos: list[Photo]) -> None:

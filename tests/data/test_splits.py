@@ -86,3 +86,21 @@ def test_validation_is_of_all_kinds_where_the_test_is_or_where_categories_are_fe
         photos, notes = assign_splits(catalogue_of_kinds(sizes, test), 0.1, seed=0)
         assert sum(map(len, kinds_of(photos, "val_query").values())) == min(50, sum(sizes) // 5)
         assert not notes
+
+
+def test_items_that_share_a_photo_stay_together():
+    """As where a photo of an outfit shows several items, of several categories."""
+    kinds = catalogue_of_kinds([200, 60, 40, 30, 30, 20, 20, 10, 10, 5, 5], test="new")
+    kinds += [Photo("9-0/0", "10-0", "train", category="10")]
+    is_held_out = set()
+    for seed in range(20):
+        for split in ("", "train"):
+            photos = [Photo(f"{i}/{view}", f"{i}", split) for i in range(100) for view in range(3)]
+            photos += [Photo(f"{i}/0", f"{i + 1}", split) for i in range(0, 100, 4)]
+            items = {photo.item_id for photo in assign_splits(photos, 0.1, seed)[0] if photo.split == "val_query"}
+            assert 17 <= len(items) <= 20, "a fifth of the items, or a little less"
+        drawn, notes = assign_splits(kinds, 0.1, seed)
+        val = kinds_of(drawn, "val_query")
+        assert notes[0].startswith(f"validation has {len(val)} whole categories") and ("9" in val) == ("10" in val)
+        is_held_out.add("9" in val)
+    assert is_held_out == {True, False}
