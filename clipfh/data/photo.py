@@ -77,6 +77,7 @@ def shrink(
         source.draft("RGB", (int(2 * full[0] / excess), int(2 * full[1] / excess)))
         # All of a progressive JPEG is in memory, at whatever size it is decoded
         with memory(pixels if source.info.get("progressive") else source.width * source.height):
+            source.load()  # a TIFF is turned upright as it loads, and its orientation says so only then
             image = _to_plain_mode(source)
             across, down = image.width / full[0], image.height / full[1]
             if box:

@@ -26,10 +26,11 @@ def pixels(image):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [(40, 30), (400, 300)])
-def test_every_orientation_is_turned_upright(orientation, size):
+@pytest.mark.parametrize("form", ["JPEG", "TIFF"])
+def test_every_orientation_is_turned_upright(orientation, size, form):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = saved(colored(size), exif=exif, quality=95)
+    data = saved(colored(size), form, exif=exif, quality=95)
     image, upright = opened(shrink(data, 100)), ImageOps.exif_transpose(opened(data))
     assert image.getexif().get(0x0112, 1) == 1
     assert (image.width < image.height) == (upright.width < upright.height)
