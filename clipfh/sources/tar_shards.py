@@ -10,7 +10,7 @@ from typing import Any
 from pyarrow import fs
 
 from clipfh import UserError
-from clipfh.sources.files import File, is_image, locate, read_stamp
+from clipfh.sources.files import File, is_image, locate, printable, read_stamp
 from clipfh.sources.folders import below_split, note_splits, pass_over, split_folders
 from clipfh.sources.listing import BadRow, LeftOut, Listing, Photo, make_photo
 from clipfh.sources.parquet_tables import split_of_shard
@@ -33,7 +33,7 @@ def read_tars(store: fs.SubTreeFileSystem, files: Sequence[str]) -> Listing:
     for file in files:
         its_photos, imageless = _read_tar(store, file, notes)
         photos += [photo._replace(split=photo.split or split_of.get(file, "")) for photo in its_photos]
-        left_out += [(f"{file}/{key}", NO_IMAGE) for key in imageless]
+        left_out += [(f"{file}/{printable(key)}", NO_IMAGE) for key in imageless]
     return locate(store, photos, notes, left_out)
 
 
@@ -59,8 +59,8 @@ def _read_tar(store: fs.SubTreeFileSystem, file: str, notes: dict[str, None]) ->
     for image in images:
         member = members[image.path]
         split, path = below_split(image.path, base, splits)
-        row = {"item_id": posixpath.dirname(path), "split": split, **samples[_key(image.path)]}
-        row |= {"image_path": f"{file}/{image.path}"}
+        row = {"item_id": printable(posixpath.dirname(path)), "split": split, **samples[_key(image.path)]}
+        row |= {"image_path": f"{file}/{printable(image.path)}"}
         try:
             photo = make_photo(row)
         except BadRow as error:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import tarfile
 
@@ -129,12 +130,16 @@ def test_a_row_without_an_image_is_left_out(tmp_path, quick):
     assert left_out["list"] == [["elsewhere.jpg", "a row without an image"]]
 
 
-def pack(path, files):
+def pack(path, files, links=()):
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+        for name, kind, target in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
 
 
 def test_tars_of_folders_and_of_samples_are_read(tmp_path, quick):
@@ -157,6 +162,13 @@ def test_tars_of_folders_and_of_samples_are_read(tmp_path, quick):
         catalogue = prepare(tmp_path / source, tmp_path / f"out-{source}")
         assert items(catalogue) == expected(), source
         assert {row["text"] for row in rows_of(catalogue)} == {text}
+
+
+def test_names_in_a_tar_that_are_no_utf8_stay_apart(tmp_path):
+    pack(tmp_path / "shop.tar", {os.fsdecode(name): b"x" for name in (b"Gr\xfcn/1.jpg", b"Gr\xf6n/1.jpg")})
+    photos = read_source(tmp_path / "shop.tar").photos
+    assert [photo.item_id for photo in photos] == ["Gr\\xfcn", "Gr\\xf6n"]
+    assert [photo.path for photo in photos] == ["shop.tar/Gr\\xfcn/1.jpg", "shop.tar/Gr\\xf6n/1.jpg"]
 
 
 def test_splits_of_tars_are_those_of_their_folders_or_of_the_names_of_shards(tmp_path):
