@@ -43,7 +43,7 @@ def _read_tar(store: fs.SubTreeFileSystem, file: str, notes: dict[str, None]) ->
     with store.open_input_file(file) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
-                members = {member.name.removeprefix("./"): member for member in tar if member.isfile()}
+                members, num_links = _list_members(tar)
                 texts = {
                     name: _read_field(tar, members[name]) for name in members if _suffix(name) in ("json", *_FIELDS)
                 }
@@ -51,7 +51,8 @@ def _read_tar(store: fs.SubTreeFileSystem, file: str, notes: dict[str, None]) ->
             raise UserError(f"{where}: not a whole, uncompressed tar file ({error}): unpack it") from error
     images, others = pass_over(File(name, "") for name in members if name not in texts)
     base, splits = split_folders(images)
-    notes |= dict.fromkeys([*others, *note_splits(base, splits)])
+    links = [f"{file}: {num_links:,} links were passed over: pack the files themselves"] if num_links else []
+    notes |= dict.fromkeys([*others, *links, *note_splits(base, splits)])
     samples: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, text in texts.items():
         samples[_key(name)] |= _fields(text, name, where)
@@ -70,6 +71,17 @@ def _read_tar(store: fs.SubTreeFileSystem, file: str, notes: dict[str, None]) ->
         photos.append(photo._replace(file=file, stamp=stamp, part=(member.offset_data, member.size)))
     with_image = {_key(image.path) for image in images}
     return photos, [key for key, fields in samples.items() if "item_id" in fields and key not in with_image]
+
+
+def _list_members(tar: tarfile.TarFile) -> tuple[dict[str, tarfile.TarInfo], int]:
+    """The files in a tar by their names, and the number of other links. A hard link is the file that it leads to."""
+    members, num_links = dict[str, tarfile.TarInfo](), 0
+    for member in tar:
+        file = members.get(member.linkname.removeprefix("./")) if member.islnk() else member
+        if file and file.isfile():
+            members[member.name.removeprefix("./")] = file
+        num_links += member.issym() or not file
+    return members, num_links
 
 
 def _suffix(name: str) -> str:

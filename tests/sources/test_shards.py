@@ -171,6 +171,16 @@ def test_names_in_a_tar_that_are_no_utf8_stay_apart(tmp_path):
     assert [photo.path for photo in photos] == ["shop.tar/Gr\\xfcn/1.jpg", "shop.tar/Gr\\xf6n/1.jpg"]
 
 
+def test_a_hard_link_in_a_tar_is_its_file_and_other_links_are_counted(tmp_path):
+    """tar packs a file of two names once."""
+    links = [("./b/1.jpg", tarfile.LNKTYPE, "./a/1.jpg"), ("c/1.jpg", tarfile.LNKTYPE, "gone.jpg")]
+    links.append(("d/1.jpg", tarfile.SYMTYPE, "../a/1.jpg"))
+    pack(tmp_path / "shop.tar", {"./a/1.jpg": b"x"}, links)
+    listing = read_source(tmp_path / "shop.tar")
+    assert {(photo.item_id, photo.path) for photo in listing.photos} == {(i, "shop.tar/a/1.jpg") for i in "ab"}
+    assert "shop.tar: 2 links were passed over: pack the files themselves" in listing.notes
+
+
 def test_splits_of_tars_are_those_of_their_folders_or_of_the_names_of_shards(tmp_path):
     (tmp_path / "shards").mkdir()
     pack(
