@@ -294,20 +294,43 @@ def describe_copies(groups: Sequence[CopyGroup]) -> list[str]:
     return [*notes, f"{advice} them"] if notes else []
 
 
-def photos_to_leave_out(groups: Sequence[CopyGroup]) -> list[str]:
+def photos_to_leave_out(groups: Sequence[CopyGroup], sizes: Mapping[tuple[str, str], int]) -> list[str]:
     """Paths of photos without which no picture is there twice.
 
     One photo of each picture is kept: one of test before one of validation before one of train, so that models stay
-    comparable, then the first by its path. No photo of a placeholder is kept.
+    comparable, then the first by its path. Of an item's query and gallery, the one of which fewer are kept so far is,
+    so that neither is without the other. No photo of a placeholder is kept.
+
+    Args:
+        groups: copies in a catalogue.
+        sizes: item and split to the number of its photos.
     """
     photos = {photo.path: photo for group in groups for photo in group.photos}
+    kept = Counter(sizes) - Counter((photo.item_id, photo.split) for photo in photos.values())
     placeholders = {photo.path for group in groups if group.is_placeholder for photo in group.photos}
     pictures = join_pairs((group.photos[0].path, photo.path) for group in groups for photo in group.photos)
     left_out = []
     for paths in pictures:
         ordered = sorted(paths, key=lambda path: (-SPLITS.index(photos[path].split), path))
-        left_out += ordered[1:] if placeholders.isdisjoint(paths) else ordered
+        if placeholders.isdisjoint(paths):
+            best = _choose([photos[path] for path in ordered], kept)
+            kept[best.item_id, best.split] += 1
+            ordered.remove(best.path)
+        left_out += ordered
     return left_out
+
+
+def _choose(photos: Sequence[CopiedPhoto], kept: Mapping[tuple[str, str], int]) -> CopiedPhoto:
+    """The first photo, or one that is its item's other side (query, gallery), if fewer of that side are kept."""
+    of = (photos[0].item_id, PART_OF[photos[0].split])
+    own = [photo for photo in photos if (photo.item_id, PART_OF[photo.split]) == of]
+    return min(own, key=lambda photo: (kept[photo.item_id, photo.split], SPLITS.index(photo.split)))
+
+
+def count_photos(catalogue: Catalogue) -> Counter[tuple[str, str]]:
+    """Item and split to the number of its photos in a catalogue."""
+    items = {split: catalogue.columns(split, ["item_id"])["item_id"].to_pylist() for split in SPLITS}
+    return Counter((item, split) for split, its in items.items() for item in its)
 
 
 # In the catalogue's folder

@@ -44,7 +44,7 @@ from clipfh.data.encode import DecodingMemory, encode_listed, leads_out, start_e
 from clipfh.data.splits import GALLERY_OF, SPLITS, assign_splits, digest
 from clipfh.sources import read as read_module
 from clipfh.sources.files import is_local
-from clipfh.sources.listing import NOT_WANTED, UNBLAMED, LeftOut, Photo, ReadOptions, lacks_heif
+from clipfh.sources.listing import GALLERY_NOT_WANTED, NOT_WANTED, UNBLAMED, LeftOut, Photo, ReadOptions, lacks_heif
 from clipfh.sources.parquet_tables import gathered, is_scattered
 from clipfh.storage import layout, store
 from clipfh.storage.output import require_writable
@@ -147,7 +147,7 @@ def prepare(
 
 
 def _leave_out(without: str | Path | None, photos: list[Photo], tally: "_PhotoCount") -> list[Photo]:
-    """The photos that a file does not list.
+    """The photos that a file does not list, without queries of which it lists all of the gallery.
 
     Raises:
         UserError: the file can't be read, or lists none of the photos.
@@ -158,14 +158,21 @@ def _leave_out(without: str | Path | None, photos: list[Photo], tally: "_PhotoCo
         listed = {line for line in Path(without).read_text(encoding="utf-8").splitlines() if line}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--without {without}: can't be read ({error}): give a text file with a path a line") from error
-    left_out = [(photo.path, NOT_WANTED) for photo in photos if photo.path in listed]
-    if listed and not left_out:
+    if listed and listed.isdisjoint(photo.path for photo in photos):
         raise UserError(
             f"--without {without}: none of its {len(listed):,} paths is of a photo here, the first is "
             f"{min(listed)!r}: write paths as the source does, such as {photos[0].path!r}"
         )
-    tally.add(0, left_out)
-    return [photo for photo in photos if photo.path not in listed]
+    kept = {(photo.item_id, photo.split) for photo in photos if photo.path not in listed}
+    gone = {(photo.item_id, photo.split) for photo in photos} - kept
+
+    def explain(photo: Photo) -> str:
+        if photo.path in listed:
+            return NOT_WANTED
+        return GALLERY_NOT_WANTED if (photo.item_id, GALLERY_OF.get(photo.split)) in gone else ""
+
+    tally.add(0, [(photo.path, why) for photo in photos if (why := explain(photo))])
+    return [photo for photo in photos if not explain(photo)]
 
 
 @dataclass(frozen=True)
@@ -344,12 +351,7 @@ def _claim(folder: Folder, plan: str) -> None:
 
 
 def _write_shards(
-    pool: ProcessPoolExecutor,
-    folder: Folder,
-    shards: list[_Shard],
-    reader: _Reader,
-    looks: Looks,
-    tally: _PhotoCount,
+    pool: ProcessPoolExecutor, folder: Folder, shards: list[_Shard], reader: _Reader, looks: Looks, tally: _PhotoCount
 ) -> None:
     """Write the missing shards, each in one process: first all others, then those of queries, which need a gallery."""
     for of_queries in (False, True):

@@ -110,7 +110,7 @@ def audit(
                 embedding = evaluate.choose_encoder(clip, experiment.model).images(catalogue, splits, progress)
             rows = pa.concat_tables(catalogue.rows(split).select(["path", "item_id", "split"]) for split in splits)
             suspects = find_suspects(embedding, rows, RATIO, DEVIATIONS)
-        without = copies_module.photos_to_leave_out(copies)
+        without = copies_module.photos_to_leave_out(copies, copies_module.count_photos(catalogue))
         without += [each.path for each in suspects or [] if each.split == "train" and each.path not in set(without)]
         page = catalogue.path / layout.AUDIT_PAGE
         _write(catalogue, copies, suspects, without)

@@ -19,7 +19,8 @@ LINK = "link that leads out of the source: --follow-links takes it"
 NEEDS_HEIF = "HEIC photo: pip install pillow-heif reads it"
 BAD_LINE = "bad line"
 NOT_WANTED = "listed in the file of --without"
-UNBLAMED = (NEEDS_HEIF, BAD_LINE, NOT_WANTED)
+GALLERY_NOT_WANTED = "query of an item whose gallery is listed in the file of --without"
+UNBLAMED = (NEEDS_HEIF, BAD_LINE, NOT_WANTED, GALLERY_NOT_WANTED)
 """Beginnings of reasons that don't count against `--max-bad`."""
 
 LeftOut = tuple[str, str]  # path and why

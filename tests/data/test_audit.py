@@ -15,7 +15,7 @@ from clipfh.data.audit import CopiedPhoto, CopyGroup
 from clipfh.data.near_copies import find_near_copies, small_picture, thumbnails
 from clipfh.data.prepare import prepare
 from clipfh.data.splits import SPLITS
-from clipfh.sources.listing import NOT_WANTED
+from clipfh.sources.listing import GALLERY_NOT_WANTED, NOT_WANTED
 
 
 def photo(number: int, size=(150, 200)) -> Image.Image:
@@ -131,7 +131,7 @@ def test_one_photo_of_each_picture_is_kept_and_none_of_a_placeholder():
     joined = CopyGroup("near", [of("a", "train"), of("c", "train")])
     placeholder = CopyGroup("byte", [of(f"p{n}", "train") for n in range(audit.MANY_ITEMS)])
     colours = CopyGroup("near", [of(f"c{n}", "train") for n in range(audit.MANY_ITEMS)])
-    left_out = audit.photos_to_leave_out([leak, joined, placeholder, colours])
+    left_out = audit.photos_to_leave_out([leak, joined, placeholder, colours], {})
     merely_alike = [f"c{n}/0.jpg" for n in range(1, audit.MANY_ITEMS)]
     assert sorted(left_out) == [
         *("a/0.jpg", "c/0.jpg", *merely_alike),
@@ -140,6 +140,17 @@ def test_one_photo_of_each_picture_is_kept_and_none_of_a_placeholder():
     other = CopyGroup("pixel", [of(f"q{n}", "train") for n in range(9)])
     notes = audit.describe_copies([leak, placeholder, colours, other])
     assert notes[0] == "2 pictures lie under 5 to 9 items each: placeholders?"
+
+
+@pytest.mark.parametrize(
+    ("others", "left_out"),
+    [({}, ["q/0.jpg", "g/1.jpg"]), ({"query": 1}, ["q/0.jpg", "q/1.jpg"]), ({"gallery": 2}, ["g/0.jpg", "g/1.jpg"])],
+)
+def test_of_an_items_query_and_gallery_the_one_with_fewer_photos_is_kept(others, left_out):
+    """Here both of its queries are copies of two of its gallery, beside photos that are none."""
+    pairs = [[CopiedPhoto(f"{split[0]}/{n}.jpg", "a", split) for split in ("gallery", "query")] for n in range(2)]
+    sizes = {("a", split): 2 + others.get(split, 0) for split in ("gallery", "query")}
+    assert audit.photos_to_leave_out([CopyGroup("byte", pair) for pair in pairs], sizes) == left_out
 
 
 @pytest.fixture
@@ -179,9 +190,12 @@ def test_prepare_says_what_its_photos_repeat(source, tmp_path, quick):
 def test_a_list_of_photos_is_left_out_and_the_splits_stay(source, tmp_path, quick):
     whole = prepare(source, tmp_path / "whole")
     file = tmp_path / "without.txt"
-    file.write_text("\n".join(audit.photos_to_leave_out(audit.read_copies(whole))) + "\n")
-    made = prepare(source, tmp_path / "out", without=file)
-    assert made.manifest["left_out"]["reasons"] == {NOT_WANTED: 12}
+    without = audit.photos_to_leave_out(audit.read_copies(whole), audit.count_photos(whole))
+    item = max(row["item_id"] for row in whole.rows("query").to_pylist())
+    gallery = [row["path"] for row in whole.rows("gallery").to_pylist() if row["item_id"] == item]
+    file.write_text("\n".join([*without, *gallery]) + "\n")
+    made = prepare(source, tmp_path / "out", without=file, max_bad=0)
+    assert made.manifest["left_out"]["reasons"] == {NOT_WANTED: 12 + len(gallery), GALLERY_NOT_WANTED: 1}
     assert audit.read_copies(made) == []
     split_of = [{row["path"]: row["split"] for s in ("train", "query", "gallery") for row in each.rows(s).to_pylist()}
                 for each in (whole, made)]  # fmt: skip

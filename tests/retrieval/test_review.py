@@ -182,7 +182,7 @@ def test_validation_counts_no_copies_and_refuses_nothing_but_copies():
 def test_the_page_shows_copies_and_the_list_keeps_the_test_photo(small_catalogue):
     leaked, kept = (small_catalogue.rows(split).to_pylist()[0] for split in ("train", "query"))
     copies = [CopyGroup("near", [CopiedPhoto(row["path"], row["item_id"], row["split"]) for row in (leaked, kept)])]
-    without = audit.photos_to_leave_out(copies)
+    without = audit.photos_to_leave_out(copies, audit.count_photos(small_catalogue))
     assert without == [leaked["path"]]
     page = review.render_page(small_catalogue, copies, None, without)
     assert page.count("data:image/webp") == 2 and kept["path"] in page and "a leak" in page
