@@ -155,7 +155,8 @@ def _leave_out(without: str | Path | None, photos: list[Photo], tally: "_PhotoCo
     if without is None:
         return photos
     try:
-        listed = {line for line in Path(without).read_text(encoding="utf-8").splitlines() if line}
+        with Path(without).open(encoding="utf-8-sig") as file:
+            listed = {line.rstrip("\n") for line in file} - {""}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--without {without}: can't be read ({error}): give a text file with a path a line") from error
     if listed and listed.isdisjoint(photo.path for photo in photos):

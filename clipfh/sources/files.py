@@ -1,6 +1,7 @@
 """The files of a source: listed, looked for, and found under the ways in which people write a path."""
 
 import errno
+import io
 import json
 import os
 import posixpath
@@ -300,6 +301,11 @@ def read_text(store: fs.SubTreeFileSystem, path: str) -> str:
             return file.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{store.base_path}{path}: not UTF-8 ({error}): save it as UTF-8") from error
+
+
+def read_lines(store: fs.SubTreeFileSystem, path: str) -> list[str]:
+    """Lines of a text file. Unlike `splitlines`, signs that end lines or pages within a text of JSON end none."""
+    return [line.rstrip("\n") for line in io.StringIO(read_text(store, path), newline=None)]
 
 
 def read_json(store: fs.SubTreeFileSystem, path: str, kind: type) -> Any:

@@ -1,6 +1,5 @@
 """In-Shop as distributed, and as the original system's processed metadata."""
 
-import io
 import posixpath
 import re
 from collections import Counter, defaultdict
@@ -17,7 +16,7 @@ from clipfh.sources.files import (
     has_any,
     locate_in_layouts,
     read_json,
-    read_text,
+    read_lines,
 )
 from clipfh.sources.listing import Box, Listing, Photo, require_photo
 
@@ -88,7 +87,7 @@ def _inshop_boxes(store: fs.SubTreeFileSystem, tree: str) -> dict[str, Box]:
     if not file or "highres" in tree:
         cause = "Anno/list_bbox_inshop.txt is not there" if not file else f"they fit the images of img/, not of {tree}"
         raise UserError(f"{store.base_path}: --inshop-boxes: {cause}: fix that, or leave the option out")
-    lines = (line.rsplit(None, 6) for line in read_text(store, file).splitlines())
+    lines = (line.rsplit(None, 6) for line in read_lines(store, file))
     corners = {
         line[0]: [int(n) for n in line[3:]] for line in lines if len(line) == 7 and "".join(line[3:]).isdecimal()
     }
@@ -102,7 +101,7 @@ def _inshop_boxes(store: fs.SubTreeFileSystem, tree: str) -> dict[str, Box]:
 def _partition(store: fs.SubTreeFileSystem, file: str) -> Iterator[tuple[str, str, str, str]]:
     """Rows as (where it stands, path, item, status). A first line with a number counts them."""
     count, rows = None, 0
-    for number, line in enumerate(io.StringIO(read_text(store, file), newline=None), start=1):
+    for number, line in enumerate(read_lines(store, file), start=1):
         columns = line.rsplit(None, 2)
         if number == 1 and len(columns) == 1 and columns[0].isdecimal():
             count = int(columns[0])

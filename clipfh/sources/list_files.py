@@ -6,7 +6,7 @@ from functools import partial
 from pyarrow import fs
 
 from clipfh import UserError
-from clipfh.sources.files import first_file, locate, read_text
+from clipfh.sources.files import first_file, locate, read_lines
 from clipfh.sources.listing import Listing, require_photo
 
 
@@ -53,7 +53,7 @@ def read_birds(store: fs.SubTreeFileSystem) -> Listing:
 def _lines(store: fs.SubTreeFileSystem, file: str, columns: str) -> Iterator[tuple[str, list[str]]]:
     """Place and fields of each line, without a line that names the columns. UserError: a field is missing."""
     count = len(columns.split())
-    for number, line in enumerate(read_text(store, file).splitlines(), start=1):
+    for number, line in enumerate(read_lines(store, file), start=1):
         where, fields = f"{store.base_path}{file} line {number}", line.split(None, count - 1)
         if fields and not (number == 1 and not fields[0].isdecimal()):
             if len(fields) != count or not all(field.isdecimal() for field in fields[:-1]):

@@ -10,7 +10,7 @@ from typing import Any
 from pyarrow import fs
 
 from clipfh import UserError
-from clipfh.sources.files import SPELLINGS, below, locate, look, read_text
+from clipfh.sources.files import SPELLINGS, below, locate, look, read_lines
 from clipfh.sources.listing import (
     BAD_LINE,
     BOX_COLUMNS,
@@ -115,7 +115,7 @@ def read_json_lines(store: fs.SubTreeFileSystem, name: str, options: ReadOptions
     """List a file with a JSON object a line, such as the `metadata.jsonl` of Hugging Face's image folders."""
     table = f"{store.base_path}{name}"
     rows, columns = TableRows(table, options.skip_bad_lines), dict[str, None]()
-    for number, line in enumerate(read_text(store, name).splitlines(), start=1):
+    for number, line in enumerate(read_lines(store, name), start=1):
         try:
             row = json.loads(line or "{}")
         except ValueError as error:

@@ -193,7 +193,7 @@ def test_a_list_of_photos_is_left_out_and_the_splits_stay(source, tmp_path, quic
     without = audit.photos_to_leave_out(audit.read_copies(whole), audit.count_photos(whole))
     item = max(row["item_id"] for row in whole.rows("query").to_pylist())
     gallery = [row["path"] for row in whole.rows("gallery").to_pylist() if row["item_id"] == item]
-    file.write_text("\n".join([*without, *gallery]) + "\n")
+    file.write_text("\n".join([*without, *gallery]) + "\n", encoding="utf-8-sig")  # as some editors save it
     made = prepare(source, tmp_path / "out", without=file, max_bad=0)
     assert made.manifest["left_out"]["reasons"] == {NOT_WANTED: 12 + len(gallery), GALLERY_NOT_WANTED: 1}
     assert audit.read_copies(made) == []

@@ -258,9 +258,12 @@ def test_width_and_height_alone_are_no_box(shop):
 
 
 def test_json_lines_as_image_folders_have_them_are_read(shop):
-    rows = [{"file_name": path, "item_id": number, "caption": "hat"} for number, path in enumerate(FILES)]
-    (shop / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    text = "a hat\u2028of wool\x85"  # signs that end lines elsewhere
+    rows = [{"file_name": path, "item_id": n, "text": text, "caption": "hat"} for n, path in enumerate(FILES)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (shop / "metadata.jsonl").write_bytes("\r\n".join([*lines, "", ""]).encode())
     listing = read_source(shop / "metadata.jsonl")
+    assert {photo.text for photo in listing.photos} == {text}
     assert {photo.file: photo.item_id for photo in listing.photos} == {f: str(n) for n, f in enumerate(FILES)}
     assert "columns that were not used: caption" in listing.notes
 
