@@ -125,12 +125,11 @@ def make_photo(row: Mapping[str, Any]) -> Photo:
     path, item_id = fields.pop("image_path", ""), _clean_id(fields.pop("item_id", ""))
     if not path or not item_id:
         raise BadRow(f"no {'item_id' if path else 'image_path'}")
-    if split := fields.get("split", "").strip():
-        if not split_named(split):
-            raise BadRow(f"split {split!r} is none of {', '.join(SPLITS)}")
-        fields["split"] = split_named(split)
+    split = fields.pop("split", "").strip()
+    if split and not split_named(split):
+        raise BadRow(f"split {split!r} is none of {', '.join(SPLITS)}")
     variant, view = variant_and_view(path)
-    fields = {"variant": sys.intern(variant), "view": sys.intern(view)} | fields
+    fields = {"split": split_named(split), "variant": sys.intern(variant), "view": sys.intern(view)} | fields
     return Photo(path, sys.intern(item_id), **fields)._replace(box=_box(row))  # type: ignore[arg-type]
 
 

@@ -238,6 +238,11 @@ def test_boxes_are_read_and_each_box_of_a_file_is_a_photo(shop):
         read_source(shop / "list.csv")
 
 
+def test_a_split_of_blanks_is_none(shop):
+    (shop / "list.csv").write_text(f"image_path,item_id,split\n{FILES[0]},a, \n")
+    assert [photo.split for photo in read_source(shop / "list.csv").photos] == [""]
+
+
 @pytest.mark.parametrize(
     ("option", "source"),
     [("encoding", "list.parquet"), ("encoding", "."), ("skip_bad_lines", "."), ("inshop_boxes", "list.csv")],
