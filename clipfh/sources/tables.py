@@ -60,10 +60,13 @@ def read_csv(store: fs.SubTreeFileSystem, name: str, options: ReadOptions) -> Li
     text, notes = _decode(store, data, table, options.encoding)
     text, separator, num_before = _separator(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows = TableRows(table, options.skip_bad_lines)
-    columns = column_names(next(reader, []))
+    lines, rows = _lines(reader, num_before), TableRows(table, options.skip_bad_lines)
+    where, header, error = next(lines, ("", [], ""))
+    if error:
+        raise UserError(f"{table} {where}: malformed ({error}): it names the columns, so fix it")
+    columns = column_names(header)
     notes += check_columns(columns, table)
-    for where, fields, error in _lines(reader, num_before):
+    for where, fields, error in lines:
         if error or len(fields) != len(columns):
             rows.bad.append((where, f"malformed ({error or f'{len(fields)} fields, not {len(columns)}'})"))
         else:
@@ -88,7 +91,8 @@ def _separator(text: str) -> tuple[str, str, int]:
     """The text without a line `sep=;`, as spreadsheets write it, the separator, and the number of lines taken off."""
     if match := re.match(r"sep=(.)\r?\n", text):
         return text[match.end() :], match[1], 1
-    head = text.lstrip().partition("\n")[0]
+    match = re.search(r".*\w.*", text)
+    head = match[0] if match else ""
     headers = {sign: set(column_names(head.split(sign))) for sign in ",;\t|"}
     return text, max(headers, key=lambda sign: (len(headers[sign] & {*COLUMNS}), len(headers[sign]))), 0
 
@@ -178,10 +182,10 @@ def _decode_bytes(data: bytes, encoding: str) -> str:
 def _names_files(store: fs.SubTreeFileSystem, text: str) -> bool:
     """Whether the text names files with letters beyond ASCII, of which the first hundred are there."""
     text, separator, _ = _separator(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    columns = column_names(next(reader, []))
+    lines = _lines(csv.reader(io.StringIO(text, newline=""), delimiter=separator), 0)
+    columns = column_names(next(lines, ("", [], ""))[1])
     at = columns.index("image_path") if "image_path" in columns else len(columns)
-    paths = [row[at] for row in reader if len(row) > at and not row[at].isascii()][:100]
+    paths = [row[at] for _, row, _ in lines if len(row) > at and not row[at].isascii()][:100]
     spelled = [[below(spelling(path), store.base_path) for spelling in SPELLINGS] for path in paths]
     return bool(paths) and all(any(look(store, filter(None, each))) for each in spelled)
 

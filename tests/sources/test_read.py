@@ -248,6 +248,7 @@ INSHOP_HEADER = "1\nimage_name item_id evaluation_status\n"
         ({"s.csv": "image,item\n"}, "s.csv", "no column image_path or item_id .found: image, item"),
         ({"s.csv": ""}, "s.csv", "no column image_path or item_id"),
         ({"s.csv": HEADER}, "s.csv", "no images are found or listed"),
+        ({"s.csv": '"image_path" ,"item_id"\n'}, "s.csv", "line 1: malformed"),
         ({"s.csv": "image_path,item_id,item_id\n"}, "s.csv", "several columns are called item_id"),
         ({"s.csv": HEADER + "/a.jpg,i,train\n"}, "s.csv", "not inside it: give paths relative to it"),
         ({"s.csv": HEADER + "a.jpg,i,train\nb.jpg,i\n"}, "s.csv", "line 3: malformed"),

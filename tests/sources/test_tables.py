@@ -36,7 +36,7 @@ def files_of(listing):
 
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252", "latin-1", "mac_roman"])
-@pytest.mark.parametrize("form", ["{}", "sep={sep}\n{}", "{}{sep}{sep}\n\n"])
+@pytest.mark.parametrize("form", ["{}", "sep={sep}\n{}", "\n{sep}{sep}\n{}{sep}{sep}\n\n"])
 def test_a_csv_is_read_in_whatever_form_a_spreadsheet_wrote_it(shop, separator, encoding, form):
     text = form.replace("{}", lines(separator=separator)).replace("{sep}", separator)
     (shop / "list.csv").write_bytes(text.replace("\n", "\r\n").encode(encoding))
@@ -56,6 +56,13 @@ def test_an_old_encoding_of_any_country_is_known_by_the_files(tmp_path, encoding
     (tmp_path / f"{name}.jpg").write_text("")
     (tmp_path / "list.csv").write_bytes(f"image_path;item_id\r\n{name}.jpg;{name}\r\n".encode(encoding))
     assert [photo.item_id for photo in read_source(tmp_path / "list.csv").photos] == [name]
+
+
+def test_a_stray_quote_in_an_old_encoding_is_told_by_its_line(shop):
+    rows = "plain/100%25.jpg;sku\r\n" * 8000
+    (shop / "list.csv").write_bytes(f'image_path;item_id\r\n{FILES[0]};a\r\n{FILES[1]};"sku\r\n{rows}'.encode("cp1252"))
+    with pytest.raises(UserError, match="list.csv line .*: malformed .field larger than field limit"):
+        read_source(shop / "list.csv")
 
 
 @pytest.mark.parametrize(("name", "encoding"), [("list.txt", "utf-16"), ("LIST.TSV", "utf-8"), ("list.csv", "utf-32")])
