@@ -145,7 +145,7 @@ def _decode(store: fs.SubTreeFileSystem, data: bytes, table: str, encoding: str)
 
     An old encoding doesn't say which one it is. It is the first in which all files that the table names are there.
     """
-    for certain in [encoding] if encoding else ["utf-8-sig", *_utf16(data)]:
+    for certain in [encoding] if encoding else [*_utf16(data), "utf-8-sig"]:
         try:
             return data.decode(certain).removeprefix("\ufeff"), [] if certain == "utf-8-sig" else [
                 f"the table is read as {certain}"
@@ -168,8 +168,8 @@ def _utf16(data: bytes) -> list[str]:
         return ["utf-32"]
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return ["utf-16"]
-    odd, even = data[1:400:2].count(0), data[:400:2].count(0)
-    return ["utf-16-le"] if odd > 50 else ["utf-16-be"] if even > 50 else []
+    odd, even, few = data[1:400:2].count(0), data[:400:2].count(0), len(data[:400]) // 8
+    return ["utf-16-le"] if odd > few else ["utf-16-be"] if even > few else []
 
 
 def _decode_bytes(data: bytes, encoding: str) -> str:

@@ -71,6 +71,12 @@ def test_the_text_files_of_spreadsheets_are_tables(shop, name, encoding):
     assert files_of(read_source(shop / name)) == sorted(FILES)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_known_where_all_of_it_is_ascii(shop, encoding):
+    (shop / "list.csv").write_bytes(f"image_path,item_id\n{FILES[2]},a\n".encode(encoding))
+    assert files_of(read_source(shop / "list.csv")) == [FILES[2]]
+
+
 @pytest.mark.parametrize("head", ["path,label", "plain/a.jpg,sku1", "Table 1,"])
 def test_a_table_whose_first_line_names_no_columns_says_so(shop, head):
     (shop / "list.csv").write_text(f"{head}\n{FILES[0]},a\n")
