@@ -11,7 +11,6 @@ import functools
 import io
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -195,7 +194,13 @@ class Patient(fs.FileSystemHandler):
 
     def send(self, file: Path, path: str) -> None:
         """Send a local file."""
-        self._try(lambda: fs.copy_files(str(file), path, fs.LocalFileSystem(), self.base, chunk_size=CHUNK))
+        self._try(self._send, file, path)
+
+    def _send(self, file: Path, path: str) -> None:
+        # Not by `copy_files`, which passes over the error of the last request, that of closing the stream. In one call,
+        # since Ctrl-C between two would close the stream too, which sends what it has by then
+        with pa.memory_map(str(file)) as content, self.base.open_output_stream(path) as object_:
+            object_.write(content.read_buffer())
 
     def fetch(self, path: str, file: Path) -> None:
         """Fetch a file to a local one."""
@@ -267,7 +272,7 @@ class _Upload(io.RawIOBase):
 
     def __init__(self, store: Patient, path: str) -> None:
         self.store, self.path = store, path
-        self.content = tempfile.SpooledTemporaryFile(max_size=4 * CHUNK)  # noqa: SIM115  closed in `close`
+        self.content = tempfile.NamedTemporaryFile(prefix="clipfh-")  # noqa: SIM115  closed in `close`
 
     def writable(self) -> bool:
         return True
@@ -282,12 +287,8 @@ class _Upload(io.RawIOBase):
         if not self.closed:
             super().close()
             with self.content:
-                self.store._try(self._send)
-
-    def _send(self) -> None:
-        self.content.seek(0)
-        with self.store.base.open_output_stream(self.path) as object_:
-            shutil.copyfileobj(self.content, object_, CHUNK)
+                self.content.flush()
+                self.store.send(Path(self.content.name), self.path)
 
 
 def patiently(work: Callable[..., T], *args: Any, name: str, patience: float | None = None) -> T:

@@ -334,11 +334,10 @@ def replacing(
         finally:
             new.unlink(missing_ok=True)
         return
-    with tempfile.SpooledTemporaryFile(max_size=4 * remote.CHUNK) as content:
+    with tempfile.NamedTemporaryFile(prefix="clipfh-") as content:
         yield content
-        content.seek(0)
-        with filesystem.open_output_stream(str(path)) as file:
-            shutil.copyfileobj(content, file, remote.CHUNK)
+        content.flush()
+        filesystem.handler.send(Path(content.name), str(path))
 
 
 @contextlib.contextmanager

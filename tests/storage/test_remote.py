@@ -1,7 +1,10 @@
 """Folders on a disk and in a bucket do the same; a store that fails is waited for, one that refuses is not."""
 
+import contextlib
+import errno
 import pickle
 import re
+import shutil
 import time
 
 import pyarrow as pa
@@ -56,6 +59,22 @@ def test_what_is_written_in_part_is_not_there(place):
         (folder / "weights").touch()
         raise KeyError
     assert place.read_text("file") == "old" and place.files().keys() == {"file"}
+
+
+def test_no_half_is_sent_where_a_copy_of_what_was_written_fails(bucket, monkeypatch):
+    def half(source, target, *_):
+        target.write(source.read(4))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = Folder(bucket.uri("run"))
+    folder.write("file", "old")
+    monkeypatch.setattr(shutil, "copyfileobj", half)
+    with contextlib.suppress(OSError):
+        folder.write("file", "what is new")
+    assert folder.read_text("file") in ("old", "what is new")
+    with contextlib.suppress(OSError), folder.filesystem.open_output_stream(folder.path + "/file") as file:
+        file.write(b"newer")
+    assert folder.read_text("file") in ("old", "what is new", "newer")
 
 
 def test_a_folder_is_filled_and_fetched_whole(place, bucket):
@@ -124,10 +143,23 @@ def test_a_store_that_is_away_is_waited_for(bucket, hasty, monkeypatch):
         assert ["does not answer" in lines[0], "answers again" in lines[1], len(lines)] == [True, True, 2]
 
 
-def test_a_store_that_stays_away_is_said_in_one_line(bucket, hasty, monkeypatch):
+def last(request: Request) -> bool:
+    """Whether a request puts a file there: all of it, or the parts that came before."""
+    return request.kind == "PUT" or (request.kind == "POST" and "uploadId" in request.query)
+
+
+@pytest.mark.parametrize("size", [9, 20_000_000])
+def test_a_store_that_stays_away_is_said_in_one_line(bucket, hasty, monkeypatch, tmp_path, size):
     monkeypatch.setattr(remote, "PATIENCE", 0.0)
-    with bucket.failing(lambda request: 503), pytest.raises(UserError, match=r"s3://shop has not answered.*--resume"):
-        Folder(bucket.uri("run")).write("file", "content")
+    folder = Folder(bucket.uri("run"))
+    (tmp_path / "file").write_bytes(bytes(size))
+    with bucket.failing(lambda request: 503 if last(request) else None):
+        for write in (lambda: folder.write("file", bytes(size)), lambda: folder.send(tmp_path)):
+            with pytest.raises(UserError, match=r"s3://shop has not answered.*--resume"):
+                write()
+    assert not folder.exists("file")
+    folder.send(tmp_path)
+    assert folder.files() == {"file": size}
 
 
 @pytest.mark.parametrize(

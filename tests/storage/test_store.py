@@ -13,6 +13,7 @@ import pytest
 
 from clipfh import UserError
 from clipfh.storage import store
+from clipfh.storage.remote import Patient
 
 CODE = """
 import resource, sys
@@ -99,7 +100,7 @@ def test_a_folder_at_a_uri_is_written_whole_too(tmp_path):
     files, folder = pa.fs._MockFileSystem(), store.Folder(f"file://{tmp_path}")
     folder.write("file", "text")
     assert folder.local_path("file").read_text() == "text" == store.Folder(tmp_path).read_text("file")
-    store.write("file", "text", files)
+    store.write("file", "text", pa.fs.PyFileSystem(Patient(files, "files")))
     assert [info.path for info in files.get_file_info(pa.fs.FileSelector("", recursive=True))] == ["file"]
 
 
