@@ -20,6 +20,24 @@ from clipfh import UserError
 from clipfh.sources.listing import IMAGE_SUFFIXES, MISSING, OUTSIDE, LeftOut, Listing, Photo, finish
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".rar", ".7z")
+# What operating systems, storage boxes, notebooks and file managers leave in folders of photos
+_LEFT_BEHIND = re.compile(
+    r"""\..* | ~.* | @.* | \#recycle | \#snapshot | \$recycle\.bin | recycle[rd] | system\ volume\ information
+      | __macosx | lost\+found | __pycache__ | .*\.lrdata | [_@]*(thumb(nail)?|preview|cache)s?""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_LEFT_FILES = re.compile(r"\..*|~.*|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r", re.IGNORECASE)
+
+
+def is_left_behind(folder: str) -> bool:
+    """Whether a folder is, or lies in, one that machines leave behind."""
+    return any(map(_LEFT_BEHIND.fullmatch, folder.split("/")))
+
+
+def is_passed_over(path: str) -> bool:
+    """Whether a file is one that machines leave behind, or lies in a folder that is."""
+    folder, name = posixpath.split(path)
+    return is_left_behind(folder) or bool(_LEFT_FILES.fullmatch(name))
 
 
 class File(NamedTuple):
@@ -53,8 +71,13 @@ def _walk_local(root: str, folder: str, around: frozenset[tuple[int, int]]) -> I
     here = (stat.st_dev, stat.st_ino)
     if here in around:
         return
-    with os.scandir(root + folder) as entries:
-        listing = sorted(entries, key=lambda entry: entry.name)
+    try:
+        with os.scandir(root + folder) as entries:
+            listing = sorted(entries, key=lambda entry: entry.name)
+    except PermissionError:
+        if not is_left_behind(folder):
+            raise
+        return
     for entry in listing:
         path = posixpath.join(folder, entry.name)
         if _is_dead(entry):

@@ -8,16 +8,9 @@ from collections.abc import Iterable, Sequence
 from pyarrow import fs
 
 from clipfh import UserError
-from clipfh.sources.files import File, is_image, locate, printable
+from clipfh.sources.files import File, is_image, is_passed_over, locate, printable
 from clipfh.sources.listing import Listing, Photo, make_photo, split_named
 
-# What operating systems, storage boxes, notebooks and file managers leave in folders of photos
-_LEFT_BEHIND = re.compile(
-    r"""\..* | ~.* | @.* | \#recycle | \#snapshot | \$recycle\.bin | recycle[rd] | system\ volume\ information
-      | __macosx | lost\+found | __pycache__ | .*\.lrdata | [_@]*(thumb(nail)?|preview|cache)s?""",
-    re.VERBOSE | re.IGNORECASE,
-)
-_LEFT_FILES = re.compile(r"\..*|~.*|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r", re.IGNORECASE)
 _PICTURES_NOT_READ = re.compile(
     r"\.(cr[23w]|nef|arw|dng|raf|orf|rw2|pef|srw|psd|psb|ai|eps|svgz?|tga|jp2|jxl|jxr|ico|icns|xcf|pcx|exr|hdr|dds"
     r"|mp4|mov|avi|webm|mkv|3gp|pdf)",
@@ -99,13 +92,12 @@ def pass_over(files: Iterable[File]) -> tuple[list[File], list[str]]:
     images = list[File]()
     hidden, dead, unread, others = 0, 0, Counter[str](), Counter[str]()
     for file in files:
-        *folders, name = file.path.split("/")
-        suffix = posixpath.splitext(name)[1].lower()
-        if any(map(_LEFT_BEHIND.fullmatch, folders)) or _LEFT_FILES.fullmatch(name):
+        suffix = posixpath.splitext(file.path)[1].lower()
+        if is_passed_over(file.path):
             hidden += 1
         elif file.is_dead:
             dead += 1
-        elif is_image(name):
+        elif is_image(file.path):
             images.append(file)
         else:
             (unread if _PICTURES_NOT_READ.fullmatch(suffix) else others)[printable(suffix)] += 1

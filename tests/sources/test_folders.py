@@ -188,6 +188,22 @@ def test_what_machines_leave_behind_is_passed_over_and_counted(tmp_path):
     assert listing.notes == [f"{2 * len(LEFT)} files in hidden or thumbnail folders were passed over"]
 
 
+def test_a_folder_that_may_not_be_read_is_named_unless_it_is_one_that_is_passed_over(tmp_path, monkeypatch):
+    put(tmp_path, "sku1/0.jpg", "lost+found/0.jpg", "sku2/0.jpg")
+    scandir, locked = os.scandir, {f"{tmp_path}/lost+found"}
+
+    def scan(folder):
+        if folder in locked:
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert [photo.item_id for photo in read_source(tmp_path).photos] == ["sku1", "sku2"]
+    locked.add(f"{tmp_path}/sku2")
+    with pytest.raises(UserError, match="Permission denied: '.*/sku2'"):
+        read_source(tmp_path)
+
+
 def test_suffixes_in_any_case_are_read_and_others_counted(tmp_path, monkeypatch):
     put(
         tmp_path,
