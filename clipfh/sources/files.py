@@ -50,6 +50,12 @@ class File(NamedTuple):
     is_dead: bool = False
     """Whether it is a link that leads nowhere."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Size; 0 where the store tells none."""
+        size = self.stamp.partition(" ")[0]
+        return int(size) if size.isdecimal() else 0
+
 
 def is_local(store: fs.SubTreeFileSystem) -> bool:
     return isinstance(store.base_fs, fs.LocalFileSystem)

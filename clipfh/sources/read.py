@@ -5,6 +5,7 @@ Parquet files, and tar files; on a disk or at any URI that Arrow opens. Names an
 """
 
 import posixpath
+from operator import attrgetter
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from pyarrow import fs
 
 from clipfh import UserError
 from clipfh.sources import folders, inshop
-from clipfh.sources.files import ARCHIVE_SUFFIXES, File, first_file, walk
+from clipfh.sources.files import ARCHIVE_SUFFIXES, File, first_file, is_passed_over, printable, walk
 from clipfh.sources.folders import read_folders
 from clipfh.sources.list_files import find_lists
 from clipfh.sources.listing import Listing, ReadOptions
@@ -23,6 +24,8 @@ from clipfh.storage import layout
 from clipfh.storage.store import locate
 
 _AS_IT_IS = ReadOptions()
+MOSTLY = 10
+"""How many times as large as the photos beside them Parquet and tar files are that hold the source."""
 
 
 def read_source(source: str | Path, options: ReadOptions = _AS_IT_IS) -> Listing:
@@ -111,11 +114,26 @@ def _read_plain_folder(
     if read_lists := find_lists(store, places):
         _require_for(store.base_path, skip_bad_lines=options.skip_bad_lines)
         return read_lists()
-    if folders.pass_over(files)[0]:
+    tables, tars = (_list_shards(files, suffix) for suffix in (".parquet", ".tar"))
+    if images := folders.pass_over(files)[0]:
         _require_for(store.base_path, skip_bad_lines=options.skip_bad_lines)
+        _refuse_pictures_beside(tables + tars, images, store.base_path)
         return read_folders(store, files)
-    if tables := sorted(file.path for file in files if file.path.lower().endswith(".parquet")):
-        return read_parquet(store, tables, options)
+    if tables:
+        return read_parquet(store, [table.path for table in tables], options)
     _require_for(store.base_path, skip_bad_lines=options.skip_bad_lines)
-    tars = sorted(file.path for file in files if file.path.lower().endswith(".tar"))
-    return read_tars(store, tars) if tars else read_folders(store, files)
+    return read_tars(store, [tar.path for tar in tars]) if tars else read_folders(store, files)
+
+
+def _list_shards(files: list[File], suffix: str) -> list[File]:
+    its = (file for file in files if file.path.lower().endswith(suffix) and not is_passed_over(file.path))
+    return sorted(its, key=attrgetter("path"))
+
+
+def _refuse_pictures_beside(shards: list[File], images: list[File], where: str) -> None:
+    """Refuse a few pictures, such as those of a README, beside shards that hold far more: these are the source."""
+    if sum(shard.num_bytes for shard in shards) > MOSTLY * sum(image.num_bytes for image in images):
+        raise UserError(
+            f"{where}: {printable(shards[0].path)} and its like hold far more than the photos beside them, e.g. "
+            f"{printable(images[0].path)}: move these away, or give the folder or file of one kind as --source"
+        )

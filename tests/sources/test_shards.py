@@ -92,10 +92,24 @@ def test_a_folder_of_shards_of_a_hub_has_its_splits_and_the_names_of_its_labels(
         pq.write_table(
             table.replace_schema_metadata({"huggingface": json.dumps(about)}), tmp_path / f"hub/{shard}.parquet"
         )
+    (tmp_path / "hub/data/._train-00000-of-00002.parquet").write_bytes(b"what a Macintosh leaves behind")
     catalogue = prepare(tmp_path / "hub", tmp_path / "out")
     assert items(catalogue) == expected("boot {}".format)
     assert {row["item_id"] for row in rows_of(catalogue, "query", "gallery")} == {"boot 6", "boot 7"}
     assert "there is no item_id: items are the values of label" in catalogue.manifest["notes"]
+
+
+@pytest.mark.parametrize("name", ["train-0.parquet", "train-0.tar"])
+def test_a_picture_beside_shards_does_not_hide_them(tmp_path, name):
+    pq.write_table(hub_table(PHOTOS, item_id=[path[:4] for path in PHOTOS]), tmp_path / "train-0.parquet")
+    pack(tmp_path / "train-0.tar", PHOTOS)
+    (tmp_path / "hub/assets").mkdir(parents=True)
+    (tmp_path / name).rename(tmp_path / "hub" / name)
+    (tmp_path / "hub/assets/preview.png").write_bytes(PHOTOS["sku0/0.jpg"])
+    with pytest.raises(UserError, match=f"{name} and its like hold far more than .* assets/preview.png: move these"):
+        read_source(tmp_path / "hub")
+    (tmp_path / "hub/assets/preview.png").write_bytes(bytes(20_000))
+    assert len(read_source(tmp_path / "hub").photos) == 1, "as where an archive lies beside what was in it"
 
 
 def test_shuffled_rows_make_the_same_catalogue_and_each_row_group_is_read_once(tmp_path, quick, monkeypatch):
