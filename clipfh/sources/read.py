@@ -48,10 +48,7 @@ def read_source(source: str | Path, options: ReadOptions = _AS_IT_IS) -> Listing
 
 def _open(source: str) -> tuple[fs.SubTreeFileSystem, str]:
     """The source's folder and, where the source is a file, its name."""
-    if "://" in source:
-        base, path = locate(source) if source.startswith("s3:") else fs.FileSystem.from_uri(source)
-    else:
-        base, path = fs.LocalFileSystem(), Path(source).absolute().as_posix()
+    base, path = locate(source) if "://" in source else (fs.LocalFileSystem(), Path(source).absolute().as_posix())
     kind = base.get_file_info(path).type
     if kind == fs.FileType.NotFound:
         raise UserError(f"{source}: no such file or folder: check --source")

@@ -53,13 +53,17 @@ def locate(uri: str) -> tuple[fs.FileSystem, str]:
     """
     scheme, _, rest = uri.partition("://")
     bucket, _, path = rest.partition("/")
-    if "@" in bucket and scheme not in ("abfs", "abfss"):
+    user, at, _ = bucket.rpartition("@")
+    if at and (":" in user or scheme not in ("abfs", "abfss")):  # these name a container there
         raise UserError(
             f"{scheme}://...@...: credentials in an address end up in logs: set them as the store's own tools take "
             "them, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
+    # Where there are no buckets, paths are absolute
+    is_rooted = scheme in ("hdfs", "viewfs") or (not bucket and scheme.startswith("fsspec+"))
     filesystem, root = _open(scheme, bucket, endpoint() if scheme == "s3" else "")
-    return filesystem, "/".join(part for part in (root, *path.split("/")) if part)
+    inside = "/".join(part for part in ("" if is_rooted else root, *path.split("/")) if part)
+    return filesystem, f"/{inside}" if is_rooted else inside
 
 
 @functools.lru_cache(maxsize=32)

@@ -238,7 +238,8 @@ INSHOP_HEADER = "1\nimage_name item_id evaluation_status\n"
     ("files", "source", "said"),
     [
         ({}, "gone", "gone: no such file or folder"),
-        ({}, "nowhere://bucket", "nowhere://bucket: can't be read"),
+        ({}, "nowhere://bucket", "nowhere://bucket: no file system for it"),
+        ({}, "abfs://photos:secret@shop.dfs.core.windows.net/a", "credentials in an address end up in logs"),
         ({"a/b.txt": ""}, "a", "no images are found or listed: put images there"),
         ({"img.zip": ""}, "img.zip", "unpack it"),
         ({"s/Img/img.zip": ""}, "s", "unpack Img/img.zip"),

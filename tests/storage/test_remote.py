@@ -168,6 +168,8 @@ def test_a_store_that_stays_away_is_said_in_one_line(bucket, hasty, monkeypatch,
         ("s3://nobody/run", None, "s3://nobody refuses .*NO_SUCH_BUCKET"),
         ("s3://shop/run", 403, "s3://shop refuses .*ACCESS_DENIED"),
         ("s3://key:secret@shop/run", None, "credentials in an address"),
+        ("abfs://run:secret@shop.dfs.core.windows.net/run", None, "credentials in an address"),
+        ("abfss://:secret@shop.blob.core.windows.net/run", None, "credentials in an address"),
         ("nosuch://shop/run", None, "no file system"),
     ],
 )
