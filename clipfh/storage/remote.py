@@ -312,11 +312,10 @@ def patiently(work: Callable[..., T], *args: Any, name: str, patience: float | N
     while True:
         try:
             result = work(*args)
-        except OSError as error:
-            reason, waited = _reason(error), time.monotonic() - began
-            is_on_the_way = isinstance(error, ConnectionError | TimeoutError)
-            if not is_on_the_way and (error.errno or not OF_THE_STORE.search(str(error))):
+        except Exception as error:
+            if not _is_of_the_store(error):
                 raise
+            reason, waited = _reason(error), time.monotonic() - began
             if REFUSED.search(str(error)):
                 raise UserError(
                     f"{name} refuses ({reason}): check the address, the credentials and their rights"
@@ -338,6 +337,14 @@ def patiently(work: Callable[..., T], *args: Any, name: str, patience: float | N
             return result
 
 
+def _is_of_the_store(error: Exception) -> bool:
+    """Whether an error comes from a store, or from the way there: httpx, which reaches hf://, has errors of its own."""
+    names = {cls.__name__ for cls in type(error).__mro__}  # of httpx or httpx2, which need not be there
+    if {"ConnectionError", "TimeoutError", "TransportError"} & names:
+        return True
+    return isinstance(error, OSError) and not error.errno and bool(OF_THE_STORE.search(str(error)))
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
 
@@ -346,7 +353,7 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
     """What the store said, without numbers of requests."""
     words = " ".join(str(error).split()).partition("AWS Error ")
     return re.sub(r" ?\(Request ID:.*?\)", "", words[2] or words[0])[:160]

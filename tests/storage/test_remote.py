@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 
+import httpx
 import pyarrow as pa
 import pyarrow.fs
 import pytest
@@ -177,6 +178,16 @@ def test_a_refusal_is_one_line_at_once(bucket, hasty, uri, status, said):
     with bucket.failing(lambda request: status), pytest.raises(UserError, match=said) as caught:
         output.require_writable(uri)
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_a_hub_without_a_network_is_waited_for_too(hasty, monkeypatch):
+    monkeypatch.setattr(remote, "PATIENCE", 0.0)
+
+    def ask() -> None:
+        raise httpx.ConnectError("[Errno -2] Name or service not known")
+
+    with pytest.raises(UserError, match=r"hf://datasets has not answered .*Name or service not known"):
+        remote.patiently(ask, name="hf://datasets")
 
 
 def test_an_address_at_which_nothing_listens_is_said_at_once(bucket, hasty, monkeypatch):
