@@ -42,6 +42,8 @@ def read_source(source: str | Path, options: ReadOptions = _AS_IT_IS) -> Listing
     try:
         store, file = _open(str(source))
         return _read_file(store, file, options) if file else _read_folder(store, options)
+    except UnicodeEncodeError as error:  # Arrow opens nothing with such a name
+        raise UserError(f"{printable(error.object)}: has a name that is not UTF-8: rename it") from error
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{source}: can't be read ({' '.join(str(error).split())}): check --source") from error
 

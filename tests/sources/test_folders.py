@@ -243,6 +243,13 @@ def test_names_that_are_no_utf8_are_taken(tmp_path):
     ]
 
 
+def test_names_that_are_no_utf8_of_what_is_opened_are_told(tmp_path):
+    put(tmp_path, os.fsdecode(b"J\xe4ger/0.jpg"), os.fsdecode(b"shards/J\xe4ger.parquet"), content="x")
+    for source in (os.fsdecode(b"J\xe4ger"), "shards"):
+        with pytest.raises(UserError, match=r"J\\xe4ger(.parquet)?: has a name that is not UTF-8: rename it"):
+            read_source(tmp_path / source)
+
+
 def test_a_circle_of_links_ends(tmp_path):
     put(tmp_path, "sku/0.jpg")
     (tmp_path / "sku/again").symlink_to(tmp_path)
