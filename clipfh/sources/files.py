@@ -154,7 +154,7 @@ def below(path: str, root: str) -> str:
     if path.startswith(("/", "~/")) or _DRIVE.match(path) or "://" in path or "\0" in path:
         return ""
     path = posixpath.normpath(path)
-    return "" if path == "." or path.startswith("..") else path
+    return "" if path in (".", "..") or path.startswith("../") else path
 
 
 def _as_url(path: str) -> str:

@@ -211,7 +211,7 @@ def test_what_is_not_there_or_outside_is_left_out(tmp_path):
     put(tmp_path / "source/here.jpg", "")
     put(tmp_path / "outside.jpg", "")
     outside = ("../outside.jpg", str(tmp_path / "outside.jpg"), "a\0b.jpg", "s3://bucket/a.jpg")
-    gone = ("gone.jpg", "x" * 300 + ".jpg", str(tmp_path / "source/gone.jpg"))
+    gone = ("gone.jpg", "..gone.jpg", "x" * 300 + ".jpg", str(tmp_path / "source/gone.jpg"))
     rows = [(path, "a") for path in ("here.jpg", *gone, *outside)]
     pq.write_table(pa.table(list(zip(*rows, strict=True)), ["image_path", "item_id"]), tmp_path / "source/s.parquet")
     listing = read_source(tmp_path / "source/s.parquet")
