@@ -113,8 +113,9 @@ def _has_field(kind: pa.DataType, name: str) -> bool:
 
 def _label_names(schema: pa.Schema, item: str) -> dict[Any, str]:
     """Number to name of a label, as Hugging Face's datasets keep them in the schema."""
-    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = about.get("info", {}).get("features", {}).get(item, {})
+    feature = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    for key in ("info", "features", item):
+        feature = feature.get(key) if isinstance(feature, dict) else None
     return dict(enumerate(feature.get("names") or [])) if isinstance(feature, dict) else {}
 
 
@@ -167,7 +168,7 @@ def iterate_images(store: fs.SubTreeFileSystem, file: str, group: int) -> Iterat
     try:
         with store.open_input_file(file) as stream:
             table = pq.ParquetFile(stream)
-            name = next(name for name in table.schema_arrow.names if name.strip().casefold() == "image")
+            name = table.schema_arrow.names[column_names(table.schema_arrow.names).index("image")]
             for batch in table.iter_batches(_BATCH, row_groups=[group], columns=[name]):
                 values = batch.column(0).to_pylist()
                 images = (value["bytes"] if isinstance(value, dict) else value for value in values)

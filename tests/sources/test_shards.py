@@ -42,8 +42,11 @@ def hub_table(paths, **columns):
     return pa.table({"image": images, **columns})
 
 
-def test_parquet_with_the_images_inside_is_read(tmp_path, quick):
+@pytest.mark.parametrize("about", [{}, {"info": {"features": None}}])
+def test_parquet_with_the_images_inside_is_read(tmp_path, quick, about):
     table = hub_table(PHOTOS, item_id=[path.partition("/")[0] for path in PHOTOS], text=["A hat."] * len(PHOTOS))
+    table = table.add_column(0, "Image", pa.array([f"https://shop.example/{path}" for path in PHOTOS]))
+    table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
     pq.write_table(table, tmp_path / "shop.parquet", row_group_size=5)
     catalogue = prepare(tmp_path / "shop.parquet", tmp_path / "out")
     assert items(catalogue) == expected()
