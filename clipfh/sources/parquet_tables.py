@@ -28,7 +28,7 @@ def read_parquet(store: fs.SubTreeFileSystem, files: Sequence[str], options: Rea
     Where there is no column item_id beside the images, items are the values of `label`, by their names. Where several
     files name no splits, theirs are in the files' names: `train-00000-of-00002.parquet`.
     """
-    several, notes = len(files) > 1, dict[str, None]()
+    several, notes, num_unlabelled = len(files) > 1, dict[str, None](), 0
     rows = TableRows(store.base_path if several else store.base_path + files[0], options.skip_bad_lines)
     for file in files:
         with store.open_input_file(file) as stream:
@@ -37,11 +37,20 @@ def read_parquet(store: fs.SubTreeFileSystem, files: Sequence[str], options: Rea
             notes |= dict.fromkeys(columns.notes)
             place = {"file": file, "stamp": read_stamp(store, file)} if columns.image else {}
             for number, part, row in _rows(table, columns):
+                if columns.has_labels and row["item_id"] == UNLABELLED:
+                    num_unlabelled += 1
+                    continue
                 row["image_path"] = row.get("image_path") or (file if place else "")
                 row["split"] = row.get("split") or (split_of_shard(file) if several else "")
                 where = f"{posixpath.basename(file)} row {number}" if several else f"row {number}"
                 rows.add(where, row, **(place | {"part": part} if place else {}))
+    if num_unlabelled:
+        notes[f"{num_unlabelled:,} rows have the label {UNLABELLED}, which is none, and were left out"] = None
     return locate(store, name_inner(rows.photos), notes, rows.left_out())
+
+
+UNLABELLED = -1
+"""Label of a row without one, as dataset hubs write it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class _Columns:
     """Column of images that are inside the table; empty where images are files."""
     inner_path: str
     """Column of the paths that images inside once had; empty where there is none."""
+    has_labels: bool
+    """Whether items are the values of `label`."""
     labels: Mapping[Any, str]
     """Number of a label to its name."""
     notes: list[str]
@@ -81,7 +92,8 @@ def _choose_columns(schema: pa.Schema, where: str) -> _Columns:
         is_inside and pa.types.is_struct(schema.field(at).type) and schema.field(at).type.get_field_index("path") >= 0
     )
     renamed = {column: "item_id" if name == item else name for column, name in columns.items()}
-    return _Columns(renamed, image, f"{image}.path" if has_path else "", _label_names(schema, item), notes)
+    path, labels = f"{image}.path" if has_path else "", _label_names(schema, item)
+    return _Columns(renamed, image, path, item == "label", labels, notes)
 
 
 def _rows(table: pq.ParquetFile, columns: _Columns) -> Iterator[tuple[int, tuple[int, int], dict[str, Any]]]:

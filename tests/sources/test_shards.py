@@ -90,7 +90,8 @@ def test_a_folder_of_shards_of_a_hub_has_its_splits_and_the_names_of_its_labels(
     }
     for shard, (first, last) in shards.items():
         paths = [path for path in PHOTOS if first <= int(path[3]) < last]
-        table = hub_table(paths, label=pa.array([int(path[3]) for path in paths], pa.int64()))
+        labels = [int(path[3]) for path in paths] + [-1]
+        table = hub_table([*paths, "sku0/0.jpg"], label=pa.array(labels, pa.int64()))
         (tmp_path / "hub/data").mkdir(parents=True, exist_ok=True)
         pq.write_table(
             table.replace_schema_metadata({"huggingface": json.dumps(about)}), tmp_path / f"hub/{shard}.parquet"
@@ -100,6 +101,7 @@ def test_a_folder_of_shards_of_a_hub_has_its_splits_and_the_names_of_its_labels(
     assert items(catalogue) == expected("boot {}".format)
     assert {row["item_id"] for row in rows_of(catalogue, "query", "gallery")} == {"boot 6", "boot 7"}
     assert "there is no item_id: items are the values of label" in catalogue.manifest["notes"]
+    assert "3 rows have the label -1, which is none, and were left out" in catalogue.manifest["notes"]
 
 
 @pytest.mark.parametrize("name", ["train-0.parquet", "train-0.tar"])
