@@ -58,10 +58,10 @@ def read_folders(store: fs.SubTreeFileSystem, files: Sequence[File]) -> Listing:
             "which count as items: put the split folders around the others, or list the photos in a CSV with split"
         )
     photos = [_photo(file, split, path, ids) for file, (split, path) in rows]
-    junk = [photo for photo in photos if photo.item_id == JUNK_ID] if _CAMERAS in more else []
-    if junk:
-        more.append(f"{len(junk):,} photos of {JUNK_ID}, which is no item in data sets like Market-1501, were left out")
-    return locate(store, [photo for photo in photos if photo not in junk] if junk else photos, [*notes, *more])
+    if num_junk := sum(photo.item_id == JUNK_ID for photo in photos) if _CAMERAS in more else 0:
+        more.append(f"{num_junk:,} photos of {JUNK_ID}, which is no item in data sets like Market-1501, were left out")
+        photos = [photo for photo in photos if photo.item_id != JUNK_ID]
+    return locate(store, photos, [*notes, *more])
 
 
 def _refuse_lists(where: str, files: Sequence[File], folders: set[str]) -> None:
