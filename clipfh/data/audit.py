@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from clipfh.config import cores
@@ -366,7 +367,13 @@ def picture_codes(paths: Sequence[str], groups: Iterable[CopyGroup], near: bool 
     relevant = [group for group in groups if near or group.kind != "near"]
     pictures = join_pairs((group.photos[0].path, photo.path) for group in relevant for photo in group.photos)
     first_of = {path: its[0] for its in pictures for path in its}
-    return np.unique([first_of.get(path, path) for path in paths], return_inverse=True)[1]
+    return name_codes([first_of.get(path, path) for path in paths])
+
+
+def name_codes(names: Sequence[str]) -> np.ndarray:
+    """(N,) code of each name, in the order of the names. `np.unique` would give each the room of the longest."""
+    encoded = pa.array(names, pa.large_string()).dictionary_encode()
+    return (pc.rank(encoded.dictionary).to_numpy().astype(np.int64) - 1)[encoded.indices.to_numpy()]
 
 
 def leaked_paths(groups: Sequence[CopyGroup]) -> set[str]:

@@ -263,8 +263,7 @@ def _codes(tables: Sequence[pa.Table], copies: Sequence[CopyGroup]) -> list[np.n
     """
     item, variant, path = (_column(tables, name) for name in ("item_id", "variant", "path"))
     pair = [f"{i} {v}" for i, v in zip(item, variant, strict=True)]
-    names = (np.unique(names, return_inverse=True)[1] for names in (item, pair))
-    return [*names, audit.picture_codes(path, copies)]
+    return [audit.name_codes(item), audit.name_codes(pair), audit.picture_codes(path, copies)]
 
 
 def _column(tables: Sequence[pa.Table], name: str) -> list[str]:

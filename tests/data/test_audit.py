@@ -116,6 +116,11 @@ def test_pairs_are_joined_as_by_following_them(pairs):
     assert sorted(member for group in groups for member in group) == sorted({x for pair in pairs for x in pair})
 
 
+@given(st.lists(st.text(max_size=3)))
+def test_codes_of_names_are_those_of_their_order(names):
+    assert audit.name_codes(names).tolist() == [sorted(set(names)).index(name) for name in names]
+
+
 def of(item: str, split: str, number: int = 0) -> CopiedPhoto:
     return CopiedPhoto(f"{item}/{number}.jpg", item, split)
 
