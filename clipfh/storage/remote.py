@@ -79,12 +79,13 @@ def _open(scheme: str, bucket: str, endpoint_url: str) -> tuple[fs.FileSystem, s
     return fs.PyFileSystem(Patient(base, f"{scheme}://{bucket}")), root
 
 
-def _open_s3(endpoint_url: str) -> fs.S3FileSystem:
+@functools.lru_cache(maxsize=4)
+def _open_s3(endpoint_url: str, for_large_files: bool = False) -> fs.S3FileSystem:
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint_url and not region:
         region = _profile().get("region", "us-east-1")
     # A small object in one request, and not in the three of an upload in parts
-    how: dict[str, Any] = {"allow_delayed_open": True, "connect_timeout": 10.0, "request_timeout": 60.0}
+    how: dict[str, Any] = {"allow_delayed_open": not for_large_files, "connect_timeout": 10.0, "request_timeout": 60.0}
     return fs.S3FileSystem(endpoint_override=endpoint_url or None, region=region, **how)
 
 
@@ -203,7 +204,10 @@ class Patient(fs.FileSystemHandler):
     def _send(self, file: Path, path: str) -> None:
         # Not by `copy_files`, which passes over the error of the last request, that of closing the stream. In one call,
         # since Ctrl-C between two would close the stream too, which sends what it has by then
-        with pa.memory_map(str(file)) as content, self.base.open_output_stream(path) as object_:
+        is_large = isinstance(self.base, fs.S3FileSystem) and file.stat().st_size > CHUNK
+        # An upload in parts that can't be begun later, by the first part, would send an empty object as it is closed
+        base = _open_s3(endpoint(), for_large_files=True) if is_large else self.base
+        with pa.memory_map(str(file)) as content, base.open_output_stream(path) as object_:
             object_.write(content.read_buffer())
 
     def fetch(self, path: str, file: Path) -> None:

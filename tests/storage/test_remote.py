@@ -144,17 +144,21 @@ def test_a_store_that_is_away_is_waited_for(bucket, hasty, monkeypatch):
         assert ["does not answer" in lines[0], "answers again" in lines[1], len(lines)] == [True, True, 2]
 
 
-def last(request: Request) -> bool:
-    """Whether a request puts a file there: all of it, or the parts that came before."""
-    return request.kind == "PUT" or (request.kind == "POST" and "uploadId" in request.query)
+FAULTS = {
+    "whole": lambda request: request.kind == "PUT",
+    "begin": lambda request: request.kind == "POST" and "uploadId" not in request.query,
+    "part": lambda request: request.kind == "part",
+    "end": lambda request: request.kind == "POST" and "uploadId" in request.query,
+}
+"""The requests that send a small file, and those that send a large one in parts."""
 
 
-@pytest.mark.parametrize("size", [9, 20_000_000])
-def test_a_store_that_stays_away_is_said_in_one_line(bucket, hasty, monkeypatch, tmp_path, size):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_store_that_stays_away_is_said_in_one_line(bucket, hasty, monkeypatch, tmp_path, fault):
     monkeypatch.setattr(remote, "PATIENCE", 0.0)
-    folder = Folder(bucket.uri("run"))
+    folder, size = Folder(bucket.uri("run")), 9 if fault == "whole" else 20_000_000
     (tmp_path / "file").write_bytes(bytes(size))
-    with bucket.failing(lambda request: 503 if last(request) else None):
+    with bucket.failing(lambda request: 503 if FAULTS[fault](request) else None):
         for write in (lambda: folder.write("file", bytes(size)), lambda: folder.send(tmp_path)):
             with pytest.raises(UserError, match=r"s3://shop has not answered.*--resume"):
                 write()
