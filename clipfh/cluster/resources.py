@@ -136,6 +136,12 @@ def resolve_placement(
     return dataclasses.replace(resources, decoding=decoding, shares_cores=shares, **workers)
 
 
+def share_cores(resources: Resources, placement: Placement) -> Resources:
+    """What a sweep's last runs take: on this machine's CPUs all its cores, which they share, as they may be few."""
+    shares = placement.cpus_per_worker == "auto" and is_this_machines_cpus()
+    return dataclasses.replace(resources, shares_cores=shares)
+
+
 def capacity() -> dict[str, float]:
     """What the cluster has of each resource, or what its autoscaler may make of it where that is more."""
     have, plan = ray.cluster_resources(), collections.Counter[str]()

@@ -10,7 +10,7 @@ from typing import Any
 
 from clipfh import UserError, fixable
 from clipfh.cluster import ray_private
-from clipfh.cluster.resources import Resources, autoscaler_request
+from clipfh.cluster.resources import Resources, autoscaler_request, share_cores
 from clipfh.cluster.run_queue import RunQueue
 from clipfh.config import schema
 from clipfh.config.experiment import Experiment
@@ -149,6 +149,7 @@ def _train_all(
     Returns:
         Why a run can't be trained, of those that can't. They are tried again when the sweep is resumed.
     """
+    resources = share_cores(resources, sweep.placement)
     most = len(jobs) if sweep.placement.concurrent == "auto" else sweep.placement.concurrent
     waiting: list[RunThread] = []
     running: list[RunThread] = []

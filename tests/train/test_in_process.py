@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 
 from clipfh import UserError
-from clipfh.cluster.resources import resolve_placement
+from clipfh.cluster.resources import resolve_placement, share_cores
 from clipfh.config import cores, memory
 from clipfh.config.experiment import BatchSettings, Placement
 from clipfh.data import decoding
@@ -233,3 +233,6 @@ def test_who_shares_cores(ray_cluster):
     assert resolve_placement(Placement()).shares_cores
     assert not resolve_placement(Placement(concurrent=2), alone=False).shares_cores, "trials have a thread each"
     assert not resolve_placement(Placement(cpus_per_worker=1.0)).shares_cores
+    trials = resolve_placement(Placement(concurrent=2), alone=False)
+    assert share_cores(trials, Placement(concurrent=2)).shares_cores, "the last runs may be fewer than the cores"
+    assert not share_cores(trials, Placement(cpus_per_worker=1.0)).shares_cores
