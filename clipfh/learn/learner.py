@@ -277,7 +277,7 @@ class Learner:
         own_share = F.pad(embedding, (0, 0, 0, share - len(embedding)))
         return all_gather_with_gradient(own_share, self.world_size * share)[: len(images)]
 
-    def _scores(self, validation: Validation | None) -> dict[str, float]:
+    def scores(self, validation: Validation | None) -> dict[str, float]:
         """Return the validation mAPs. At the end of the budget, whiten where that scores more, or nothing is scored."""
         ends = self.step >= self.schedule.num_steps
         whitening = self.covariance.whitening().to(self.device) if self.covariance is not None and ends else None
@@ -313,7 +313,7 @@ class Learner:
         report |= means
         if validation is not None:
             report |= {"start_val_mAP": start_val_mAP}
-        report |= self._scores(validation)
+        report |= self.scores(validation)
         report |= self._bounds_and_cosines()
         settings, steps = self.experiment.optimizer, self.schedule.num_steps
         lr = settings.lr * optimizer.lr_factor(self.step, steps, settings.warmup, settings.head_first)

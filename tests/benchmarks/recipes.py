@@ -125,13 +125,10 @@ def train(opened: Any, experiment: Any, objective: Any = None) -> Any:
 def validate(opened: Any, learner: Any) -> float:
     """Validation mAP at the end, by the averaged weights. As in `clipfh train` it chooses whether to whiten."""
     from clipfh.learn.learner import Validation
-    from clipfh.learn.tally import StepTally
     from clipfh.train.inputs import VALIDATION, validation_codes
 
     images = Validation(np.concatenate(_pixels(opened, learner, VALIDATION)), *validation_codes(opened))
-    if learner.covariance is None:
-        return learner.validate(images)
-    return learner.report(StepTally(), images, 0.0)["val_mAP"]
+    return learner.scores(images)["val_mAP"]
 
 
 def score(opened: Any, learner: Any) -> dict[str, float]:
