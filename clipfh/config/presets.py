@@ -21,7 +21,7 @@ _SIGLIP: dict[str, Any] = {**_PRETRAINED, "optimizer.weight_decay": 0.0}
 _CONVNEXT: dict[str, Any] = {**_PRETRAINED, "optimizer.layer_decay": 0.93}
 _SCRATCH: dict[str, Any] = {
     "loss.supcon": 1.0,
-    "loss.supcon_temperature": 0.03,
+    "loss.supcon_temperature": 0.06,
     "optimizer.lr": 1e-3,
     "optimizer.text_lr": 1.0,
     "optimizer.head_lr": 1.0,
