@@ -110,7 +110,7 @@ def evaluate(args: argparse.Namespace) -> None:
     for note in evaluation.notes:
         print(f"note: {note}")
     metrics, predictions = f"{args.out}/{layout.METRICS}", f"{args.out}/{layout.PREDICTIONS}"
-    print(f"all figures: {metrics}; the first {TOP} finds of each query: {predictions}")
+    print(f"all figures: {metrics}; the first {TOP} images of each ranking: {predictions}")
 
 
 def train(args: argparse.Namespace) -> None:
