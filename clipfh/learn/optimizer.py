@@ -102,23 +102,26 @@ def lr_factor(step: int, steps: int, warmup: float, head_first: float = 0.0) -> 
 class ExponentialMovingAverage:
     """Exponential moving average (EMA) of a model's trained weights. The EMA is evaluated and exported.
 
-    The decay at step t is at most (1 + t) / (10 + t), so that the start of a short run weighs little.
+    The decay at step t is at most (1 + t) / (10 + t), so that the start of a short run weighs little. A decay of 0
+    means no EMA: its weights are then the model's own, not a copy.
     """
 
     def __init__(self, clip: nn.Module, decay: float) -> None:
         self.decay = decay
         self.source = {n: p for n, p in clip.named_parameters() if p.requires_grad}
-        self.weights = {n: p.detach().clone() for n, p in self.source.items()}
+        self.weights = {n: p.detach().clone() if decay else p.detach() for n, p in self.source.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the model's weights after a step (counted from 0) to the EMA."""
+        if not self.decay:
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.weights.values()), list(self.source.values()), 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the EMA weights inside the `with` block. A decay of 0 means no EMA: nothing changes."""
+        """Give the model the EMA weights inside the `with` block."""
         if self.decay:
             self._swap()
         try:

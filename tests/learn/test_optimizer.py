@@ -124,6 +124,15 @@ def test_the_first_rate_is_never_nothing(steps: int, warmup: float, first: float
     assert sgd.param_groups[0]["lr"] == pytest.approx(first)
 
 
+def test_without_decay_the_average_is_the_model_and_no_copy_of_it():
+    net = torch.nn.Linear(2, 1)
+    average = ExponentialMovingAverage(net, decay=0.0)
+    net.weight.data += 1.0
+    average.update(0)
+    with average.applied():
+        assert all(average.weights[n].data_ptr() == p.data_ptr() for n, p in net.named_parameters())
+
+
 def test_average_is_the_weighted_mean_and_applies_for_a_while():
     net = torch.nn.Linear(2, 1, bias=False)
     average = ExponentialMovingAverage(net, decay=0.5)
