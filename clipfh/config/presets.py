@@ -21,8 +21,8 @@ _SIGLIP: dict[str, Any] = {**_PRETRAINED, "optimizer.weight_decay": 0.0}
 _CONVNEXT: dict[str, Any] = {**_PRETRAINED, "optimizer.layer_decay": 0.93}
 _SCRATCH: dict[str, Any] = {
     "loss.supcon": 1.0,
-    "loss.supcon_temperature": 0.06,
-    "optimizer.lr": 1e-3,
+    "loss.supcon_temperature": 0.1,
+    "optimizer.lr": 7e-4,
     "optimizer.text_lr": 1.0,
     "optimizer.head_lr": 1.0,
     "optimizer.weight_decay": 0.05,
@@ -32,7 +32,7 @@ _SCRATCH: dict[str, Any] = {
     "optimizer.whitening": 0.2,
     "model.freeze_patch": False,
     "model.freeze_norm": False,
-    "batch.items": 32,
+    "batch.items": 16,
     "batch.views": 4,
     "augment.crop_min": 0.7,
     "augment.flip": False,

@@ -216,7 +216,7 @@ def test_models_are_a_choice_that_sets_name_and_weights_with_the_usual_preset_of
     assert list(loaded.contenders) == labels and loaded.search["model"].values == tuple(labels)
     starts = [loaded.start(label) for label in labels]
     assert [(s.model.name, s.model.pretrained) for s in starts[1:]] == [tuple(each.values()) for each in TAGS]
-    assert [s.batch.items for s in starts] == [32, 64, 64] and {s.loss.ce for s in starts} == {0.5}
+    assert [s.batch.items for s in starts] == [16, 64, 64] and {s.loss.ce for s in starts} == {0.5}
     (tmp_path / "again.yaml").write_text(sweep_file.to_yaml(loaded))
     again = sweep_file.load(tmp_path / "again.yaml")
     assert again.models == loaded.models and sweep_file.to_yaml(again) == sweep_file.to_yaml(loaded)
