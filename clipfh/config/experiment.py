@@ -132,6 +132,9 @@ class LossSettings:
     """temperature of the sigmoid by which an image counts as above another, in units of cosine"""
     supcon_temperature: float = 0.07
     """temperature of supcon"""
+    supcon_curvature: float = 0.0
+    """compare embeddings in supcon by their distance in a hyperbolic space of curvature minus this; 0: by cosine. An
+    image's order of the others is the same by both, so search stays by cosine"""
     supcon_captions: bool = False
     """let the batch's prompts take part in supcon beside its images"""
     infonce_temperature: float = 0.0
@@ -171,6 +174,7 @@ class LossSettings:
         require(margin >= 0, "loss.multi_similarity_margin", "0 or more", margin)
         require(0 <= self.ce_smoothing < 1, "loss.ce_smoothing", "from 0 to below 1", self.ce_smoothing)
         require(-1 <= self.ce_margin < 2, "loss.ce_margin", "from -1 to below 2", self.ce_margin)
+        require(0 <= self.supcon_curvature <= 1, "loss.supcon_curvature", "from 0 to 1", self.supcon_curvature)
         require(self.triplet_margin < 2, "loss.triplet_margin", "below 2, the largest distance", self.triplet_margin)
 
     @property

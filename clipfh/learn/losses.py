@@ -11,12 +11,16 @@ Letters in names: A anchors, B images, C distinct captions, M images of the memo
 with, P items of the batch, I items of the catalogue, D dimensions.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+CLIP_RADIUS = 2.3
+"""Length at which embeddings enter the hyperbolic space (Ermolov et al., 2022): longer ones are clipped to it"""
 
 
 class Memory(NamedTuple):
@@ -60,22 +64,30 @@ def multi_positive(logits_AN: Tensor, positive_AN: Tensor, candidate_AN: Tensor 
     return mean_where(loss_A, num_positive_A > 0)
 
 
-def supcon(image_BD: Tensor, item_B: Tensor, temperature: float, memory: Memory | None = None) -> Tensor:
+def supcon(
+    image_BD: Tensor, item_B: Tensor, temperature: float, memory: Memory | None = None, curvature: float = 0.0
+) -> Tensor:
     """Supervised contrastive loss of images (Khosla et al., 2020). An image's positives are its item's other images.
 
     Args:
         image_BD: embeddings.
         item_B: items of the images.
-        temperature: divides the similarities.
+        temperature: divides what is compared.
         memory: further positives and negatives, which are no anchors.
+        curvature: compare minus the `hyperbolic_distance`; 0: cosines.
     """
     candidate_ND, positive_BN, negative_BN = candidates(image_BD, item_B, memory)
-    logits_BN = similarity(image_BD, candidate_ND) / temperature
+    logits_BN = _closeness(similarity(image_BD, candidate_ND), curvature) / temperature
     return multi_positive(logits_BN, positive_BN, positive_BN | negative_BN)
 
 
 def supcon_with_captions(
-    image_BD: Tensor, item_B: Tensor, caption_CD: Tensor, caption_B: Tensor, temperature: float
+    image_BD: Tensor,
+    item_B: Tensor,
+    caption_CD: Tensor,
+    caption_B: Tensor,
+    temperature: float,
+    curvature: float = 0.0,
 ) -> Tensor:
     """Supervised contrastive loss among images and captions together.
 
@@ -88,7 +100,8 @@ def supcon_with_captions(
         item_B: items of the images.
         caption_CD: embeddings of distinct captions: a caption of several images is one row.
         caption_B: each image's caption, as a row of `caption_CD`.
-        temperature: divides the similarities.
+        temperature: divides what is compared.
+        curvature: compare minus the `hyperbolic_distance`; 0: cosines.
     """
     carried_BC = _carried(item_B, caption_B, len(caption_CD))
     sibling_CC = (carried_BC.T.float() @ carried_BC.float() > 0) | _diagonal(caption_CD)
@@ -97,7 +110,7 @@ def supcon_with_captions(
         [torch.cat([_same(item_B, item_B), carried_BC], 1), torch.cat([carried_BC.T, sibling_CC], 1)],
     )
     ignored_NN = torch.block_diag(_diagonal(image_BD), sibling_CC)
-    logits_NN = similarity(node_ND, node_ND) / temperature
+    logits_NN = _closeness(similarity(node_ND, node_ND), curvature) / temperature
     return multi_positive(logits_NN, related_NN & ~ignored_NN, ~ignored_NN)
 
 
@@ -217,6 +230,26 @@ def similarity(a_ND: Tensor, b_MD: Tensor) -> Tensor:
     """Return the (N, M) cosines of N and M embeddings."""
     with torch.autocast(a_ND.device.type, enabled=False):
         return precise(a_ND) @ precise(b_MD).T
+
+
+def hyperbolic_distance(cosine: Tensor, curvature: float) -> Tensor:
+    """Return distances in a Poincare ball (Ermolov et al., Hyperbolic Vision Transformers, 2022) from cosines.
+
+    The paper clips embeddings at `CLIP_RADIUS` r and maps them to a ball of curvature -c by the exponential map. CLIP's
+    are all longer, so they end on one sphere around the centre, 2 r from it, and the law of cosines gives d:
+
+        cosh(sqrt(c) d) = 1 + sinh(2 sqrt(c) r)^2 (1 - cosine)
+
+    The distance falls as the cosine rises. Its slope has no bound where both embeddings are alike, so cosines above
+    1 - 1e-5 count as that, and pass no gradient on.
+    """
+    root = math.sqrt(curvature)
+    rise = math.sinh(2 * root * CLIP_RADIUS) ** 2 * (1 - cosine).clamp(min=1e-5)
+    return 2 / root * torch.asinh((rise / 2).sqrt())
+
+
+def _closeness(cosine: Tensor, curvature: float) -> Tensor:
+    return -hyperbolic_distance(cosine, curvature) if curvature else cosine
 
 
 def mean_where(loss_A: Tensor, valid_A: Tensor) -> Tensor:

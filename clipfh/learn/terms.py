@@ -265,9 +265,9 @@ def make_terms(loss: LossSettings, dim: int, num_items: int, views: int, model_h
         ),
         "center": lambda: CenterTerm(dim, num_items),
         "supcon": lambda: (
-            CaptionTerm(partial(losses.supcon_with_captions, temperature=loss.supcon_temperature))
+            CaptionTerm(partial(losses.supcon_with_captions, **_options(loss, "supcon", "temperature", "curvature")))
             if loss.supcon_captions
-            else PairTerm(partial(losses.supcon, temperature=loss.supcon_temperature))
+            else PairTerm(partial(losses.supcon, **_options(loss, "supcon", "temperature", "curvature")))
         ),
         "infonce": lambda: CaptionTerm(losses.infonce, takes_scale=True),
         "sigmoid": lambda: SigmoidTerm(loss.learn_scale, model_has_bias),

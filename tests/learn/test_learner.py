@@ -59,6 +59,7 @@ TERMS = {
     "soft triplet": {"loss.triplet": 1.0, "loss.triplet_margin": -1.0},
     "pairs with a memory": {
         **{"loss.triplet": 1.0, "loss.multi_similarity": 1.0, "loss.smooth_ap": 1.0, "loss.supcon": 1.0},
+        "loss.supcon_curvature": 0.1,
         "batch.memory": 11,  # full in the second step, no multiple of a batch
     },
     "supcon with neighbours": {"loss.supcon": 1.0, "batch.neighbours": 0.5},

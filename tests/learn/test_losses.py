@@ -92,6 +92,40 @@ def test_supcon_of_images(batch, temperature):
     assert_same(batch, ours, reference)
 
 
+def to_ball(feature_BD, c):
+    """The exponential map at the centre of a Poincare ball, of features that are clipped to 2.3."""
+    clipped_BD = feature_BD * (losses.CLIP_RADIUS / feature_BD.norm(dim=1, keepdim=True)).clamp(max=1)
+    length_B1 = math.sqrt(c) * clipped_BD.norm(dim=1, keepdim=True)
+    return length_B1.tanh() / length_B1 * clipped_BD
+
+
+def distance_in_ball(x, y, c):
+    """2 / sqrt(c) * artanh(sqrt(c) * norm of the Moebius sum of -x and y), as the paper has it."""
+    xy, xx, yy = -(x @ y), x @ x, y @ y
+    added = ((1 + 2 * c * xy + c * yy) * -x + (1 - c * xx) * y) / (1 + 2 * c * xy + c * c * xx * yy)
+    return 2 / math.sqrt(c) * torch.atanh(math.sqrt(c) * added.norm())
+
+
+@settings(deadline=None)
+@given(st.integers(2, 6), st.integers(0, 2**32), temperatures, st.floats(0.01, 1))
+def test_supcon_with_a_curvature_is_the_pairwise_loss_of_hyperbolic_vision_transformers(items, seed, temperature, c):
+    """Features as long as CLIP's. Of each pair, one asks for the other among all images, and the other way round."""
+    feature_BD = 8 * F.normalize(torch.randn(2 * items, 5, generator=torch.Generator().manual_seed(seed)).double())
+    feature_BD.requires_grad_()
+    point_BD = to_ball(feature_BD, c)
+
+    def cost(anchor, positive):
+        others = [n for n in range(2 * items) if n != anchor]
+        logits = torch.stack([-distance_in_ball(point_BD[anchor], point_BD[n], c) / temperature for n in others])
+        return F.cross_entropy(logits, torch.tensor(others.index(positive)))
+
+    slow = sum(cost(i, i + items) + cost(i + items, i) for i in range(items)) / items
+    fast = 2 * losses.supcon(F.normalize(feature_BD), torch.arange(items).repeat(2), temperature, curvature=c)
+    torch.testing.assert_close(fast, slow, rtol=1e-6, atol=1e-6)
+    got, wanted = (torch.autograd.grad(value, feature_BD, retain_graph=True)[0] for value in (fast, slow))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 @settings(deadline=None)
 @given(batches(), st.floats(0.2, 1))
 def test_supcon_of_images_agrees_with_pytorch_metric_learning(batch, temperature):
@@ -377,6 +411,7 @@ def all_terms(image_BD, item_B, caption_CD, caption_B):
     cosine_BI = image_BD.repeat(1, int(item_B.max()) + 1)
     return {
         "supcon": losses.supcon(image_BD, item_B, 1e-3),
+        "hyperbolic": losses.supcon(image_BD, item_B, 0.2, curvature=0.1),
         "joint": losses.supcon_with_captions(image_BD, item_B, caption_CD, caption_B, 1e-3),
         "infonce": losses.infonce(image_BD, item_B, caption_CD, caption_B, 1e3),
         "sigmoid": losses.sigmoid(image_BD, item_B, caption_CD, caption_B, 1e3, -10.0),
@@ -434,6 +469,10 @@ def test_bounds_of_image_losses():
     temperature, scale, margin = 0.5, 8.0, 0.25
     supcon = losses.bounds(lambda e: losses.supcon(e, ITEM_B, temperature), ITEM_B)
     assert supcon == pytest.approx((math.log(K - 1 + (B - K) * math.exp(-1 / temperature)), math.log(B - 1)))
+    curved = losses.bounds(lambda e: losses.supcon(e, ITEM_B, temperature, curvature=1.0), ITEM_B)
+    far, near = (math.acosh(1 + math.sinh(2 * losses.CLIP_RADIUS) ** 2 * d) for d in (1, 1e-5))
+    floor = math.log(K - 1 + (B - K) * math.exp((near - far) / temperature))
+    assert curved == pytest.approx((floor, math.log(B - 1)), rel=1e-3)
     hinge = losses.bounds(lambda e: pairs.triplet(e, ITEM_B, 0.3), ITEM_B)
     assert hinge == pytest.approx((0, 0.3))
     soft = losses.bounds(lambda e: pairs.triplet(e, ITEM_B, None), ITEM_B)

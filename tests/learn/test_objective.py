@@ -31,10 +31,10 @@ def test_total_is_the_weighted_sum_of_all_terms():
 
 
 def test_single_views_and_items_without_prompt_stay_out():
-    loss = LossSettings(supcon=1.0, triplet=1.0, infonce=1.0)
+    loss = LossSettings(supcon=1.0, supcon_curvature=0.1, triplet=1.0, infonce=1.0)
     _, terms = Objective(loss, 16, 3, 2)(FEATURES, TEXT, SCALE, LABELS)
     embedding, item = F.normalize(FEATURES[:4]), ITEM[:4]
-    assert terms["supcon"] == losses.supcon(embedding, item, loss.supcon_temperature)
+    assert terms["supcon"] == losses.supcon(embedding, item, loss.supcon_temperature, curvature=0.1)
     assert terms["triplet"] == pairs.triplet(embedding, item, loss.triplet_margin)
     caption = torch.tensor([0, 0, 1, 1])
     assert terms["infonce"] == losses.infonce(embedding, item, F.normalize(TEXT), caption, SCALE.exp())
