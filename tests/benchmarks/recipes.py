@@ -1,6 +1,8 @@
-"""Recipes from random weights at equal images seen: each term alone, combinations, presets, the original pipeline's.
+"""Recipes at equal images seen: from random weights each term alone, combinations, presets, the original pipeline's.
 
 Run: python tests/benchmarks/recipes.py CATALOGUE --out results.jsonl [--images 30000] [--seeds 3] [--only NAME ...]
+With --pretrained EXPORT, a small model tuned on another catalogue (`soup.py` makes one): preset `recommended` from its
+weights, and each part of it left out or changed.
 
 Prints a table of test mAP: mean over the seeds, lowest and highest. Each run is one process with one thread, as many at
 a time as there are cores; its batches, pixels and steps are those of `clipfh train`, its weights the average at the
@@ -66,6 +68,24 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "original v2": ("joint", "scratch", {**PLAIN, "text.strategy": "clean"}, "v2"),
 }
 
+# What `recommended` has for a small model and catalogue: a higher rate, smaller batches
+TUNED = {"optimizer.lr": 3e-4, "batch.items": 16}
+CHANGED: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "a third of the rate": {"optimizer.lr": 1e-4},
+    "three times the rate": {"optimizer.lr": 1e-3},
+    "no layer decay": {"optimizer.layer_decay": 1.0},
+    "layer decay 0.5": {"optimizer.layer_decay": 0.5},
+    "no EMA": {"optimizer.ema": 0.0},
+    "EMA 0.99": {"optimizer.ema": 0.99},
+    "patch embedding trained": {"model.freeze_patch": False},
+    "LoRA of rank 8": {"model.lora_rank": 8},
+    "temperature 0.1": {"loss.supcon_temperature": 0.1},
+    "crops from 0.7, no mirroring": {"augment.crop_min": 0.7, "augment.flip": False},
+    "whitening": {"optimizer.whitening": 0.2},
+}
+PRETRAINED = {name: ("image", "recommended", {**TUNED, **changed}, "") for name, changed in CHANGED.items()}
+
 
 def run(catalogue: str, name: str, seed: int, images: int, extra: dict[str, Any]) -> dict[str, Any]:
     """Train a recipe and score it on the test split."""
@@ -75,7 +95,7 @@ def run(catalogue: str, name: str, seed: int, images: int, extra: dict[str, Any]
     from clipfh.config.experiment import SMALL_MODEL
 
     torch.set_num_threads(1)
-    stage, preset, settings, original = RECIPES[name]
+    stage, preset, settings, original = {**RECIPES, **PRETRAINED}[name]
     given = {**settings, "model.name": SMALL_MODEL, "budget.images": images, "seed": seed, **extra}
     experiment = presets.resolve(stage, preset, given)
     opened = catalogues.open_catalogue(catalogue)
@@ -221,7 +241,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--images", type=int, default=30_000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=list(RECIPES))
+    parser.add_argument("--only", nargs="*", choices=[*RECIPES, *PRETRAINED])
+    parser.add_argument("--pretrained", type=Path)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of all runs")
     args = parser.parse_args()
@@ -229,12 +250,15 @@ def main() -> None:
     from clipfh.config import schema
 
     extra = {name: schema.parse(name, value) for name, value in (pair.split("=") for pair in args.set)}
+    if args.pretrained:
+        extra["model.name"] = f"local-dir:{args.pretrained.absolute()}"
+    names = args.only or list(PRETRAINED if args.pretrained else RECIPES)
     kept = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     results = [result for result in kept if result["images"] == args.images]
     done = {(r["recipe"], r["seed"]) for r in results}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=spawn) as pool, args.out.open("a") as file:
-        runs = [(name, seed) for seed in range(args.seeds) for name in args.only if (name, seed) not in done]
+        runs = [(name, seed) for seed in range(args.seeds) for name in names if (name, seed) not in done]
         for future in as_completed([pool.submit(run, args.catalogue, *one, args.images, extra) for one in runs]):
             result = future.result()
             results.append(result)
