@@ -14,7 +14,13 @@ from clipfh.config.schema import check, one_budget, replace
 USUAL_WEIGHT = dict.fromkeys(LOSS_TERMS, 1.0) | {"ce": 0.25, "center": 5e-4}
 
 # Shared by both stages of a preset: what pretrained CLIP wants, and what random weights want.
-_PRETRAINED: dict[str, Any] = {"loss.supcon": 1.0, "loss.supcon_temperature": 0.07, "batch.items": 64, "batch.views": 4}
+_PRETRAINED: dict[str, Any] = {
+    "loss.supcon": 1.0,
+    "loss.supcon_temperature": 0.07,
+    "batch.items": 64,
+    "batch.views": 4,
+    "augment.crop_min": 0.7,
+}
 # Weights that were trained without decay lose by it (Zhai et al. 2023, 2303.15343, on pretrained towers)
 _SIGLIP: dict[str, Any] = {**_PRETRAINED, "optimizer.weight_decay": 0.0}
 # Over its 36 blocks what .8 is over twelve groups of them (Liu et al. 2022, 2201.03545, table 6)

@@ -81,6 +81,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "patch embedding trained": {"model.freeze_patch": False},
     "LoRA of rank 8": {"model.lora_rank": 8},
     "temperature 0.1": {"loss.supcon_temperature": 0.1},
+    "crops from 0.4": {"augment.crop_min": 0.4},
+    "crops from 0.7": {"augment.crop_min": 0.7},
     "crops from 0.7, no mirroring": {"augment.crop_min": 0.7, "augment.flip": False},
     "whitening": {"optimizer.whitening": 0.2},
 }
