@@ -174,7 +174,8 @@ class LossSettings:
         require(margin >= 0, "loss.multi_similarity_margin", "0 or more", margin)
         require(0 <= self.ce_smoothing < 1, "loss.ce_smoothing", "from 0 to below 1", self.ce_smoothing)
         require(-1 <= self.ce_margin < 2, "loss.ce_margin", "from -1 to below 2", self.ce_margin)
-        require(0 <= self.supcon_curvature <= 1, "loss.supcon_curvature", "from 0 to 1", self.supcon_curvature)
+        curvature = self.supcon_curvature  # in what is all but flat, distances are lost to rounding
+        require(not curvature or 0.001 <= curvature <= 1, "loss.supcon_curvature", "0, or from 0.001 to 1", curvature)
         require(self.triplet_margin < 2, "loss.triplet_margin", "below 2, the largest distance", self.triplet_margin)
 
     @property

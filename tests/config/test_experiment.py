@@ -47,6 +47,7 @@ def test_every_setting_is_documented():
         ({"loss.supcon": 0.0, "loss.ce": 1.0, "batch.memory": 9}, "--batch.memory 9: no term that is on compares"),
         ({"loss.supcon": 0.0, "loss.smooth_ap": 1.0, "batch.memory": 9}, "--batch.memory 9: no term that is on"),
         ({"loss.arcface": 1.0, "loss.arcface_margin": 2.0}, "--loss.arcface_margin must be from 0 to 1.57 radians"),
+        ({"loss.supcon_curvature": 1e-9}, "--loss.supcon_curvature must be 0, or from 0.001 to 1, not 1e-09"),
         ({"budget.images": 5, "budget.epochs": 1.0}, "give --budget.images or --budget.epochs, not both"),
     ],
 )
