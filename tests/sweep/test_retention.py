@@ -16,7 +16,7 @@ from clipfh.storage.store import Folder
 from clipfh.sweep import finalists, retention
 from clipfh.train import driver
 
-EXPERIMENT = presets.resolve("image", None, {"model.name": SMALL_MODEL})
+EXPERIMENT = presets.resolve("image", None, {"model.name": SMALL_MODEL, "optimizer.lr": 1e-3})
 
 
 def make_run(folder: Path, *scores: float, lr: float = 1e-3) -> Path:
