@@ -71,11 +71,16 @@ def fitted(ray_cluster, small_catalogue, tmp_path_factory):
 
 @pytest.fixture
 def trained_here(small_catalogue, tmp_path):
-    """Run TINY with other settings in this process, in a folder of its own; settings to the folder."""
+    """Run TINY with other settings in this process, in a folder of its own; settings to the folder.
+
+    By one thread: a share of the cores follows what else runs, and each number of threads rounds in its own way.
+    """
     folders = (tmp_path / f"run-{number}" for number in itertools.count())
 
     def run(settings=None, stage="image"):
-        return clipfh.train(stage, small_catalogue, next(folders), settings=TINY | (settings or {})).out.local_path()
+        settings = TINY | (settings or {})
+        done = clipfh.train(stage, small_catalogue, next(folders), settings=settings, cpus_per_worker=1)
+        return done.out.local_path()
 
     return run
 
